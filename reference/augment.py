@@ -1,0 +1,135 @@
+"""Augmentation of log-mel batches: other throats, rooms, microphones and telephones, at almost no cost.
+
+Everything acts on un-normalised log-mel power (B, T, M) as FrontEnd.log_mel gives it, so that one
+synthesised recording serves many times. Noise and echo are added as powers (cross terms neglected).
+Rates, ranges and odds are our choices.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+DB = math.log(10) / 10  # natural-log power per decibel
+PAD = -16.6  # log of the front end's guard: digital silence
+
+
+def _resample(x: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """x (B, T, M) read along T at the fractional positions `where` (B, T')."""
+    where = where.clamp(0, x.shape[1] - 1)
+    low = where.floor().long().clamp(max=x.shape[1] - 2) if x.shape[1] > 1 else where.long()
+    share = (where - low).unsqueeze(-1)
+    index = low.unsqueeze(-1).expand(-1, -1, x.shape[2])
+    high = (index + 1).clamp(max=x.shape[1] - 1)
+    return x.gather(1, index) * (1 - share) + x.gather(1, high) * share
+
+
+def _uniform(n: int, low: float, high: float) -> torch.Tensor:
+    return torch.empty(n).uniform_(low, high)
+
+
+def _smooth_curve(n: int, length: int, knots: int, scale: float) -> torch.Tensor:
+    """(n, length): random curves through `knots` normal points of standard deviation `scale`."""
+    return F.interpolate(torch.randn(n, 1, knots) * scale, size=length, mode="linear", align_corners=True)[:, 0]
+
+
+def stretch(x: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Speak faster and slower, unevenly, between silences of random length."""
+    n = len(x)
+    speed = _uniform(n, 0.78, 1.25)
+    head, tail = _uniform(n, 0, 45).long(), _uniform(n, 0, 45).long()
+    spoken = (lengths / speed).long().clamp(min=4)
+    new_lengths = head + spoken + tail
+    longest = int(new_lengths.max())
+    position = torch.arange(longest).float() - head.unsqueeze(1)
+    wobble = _smooth_curve(n, longest, 6, 3.0)
+    where = position / spoken.unsqueeze(1) * lengths.unsqueeze(1) + wobble
+    out = _resample(x, torch.minimum(where, (lengths - 1).unsqueeze(1)))
+    silent = (position < 0) | (position >= spoken.unsqueeze(1))
+    return torch.where(silent.unsqueeze(-1), torch.tensor(PAD), out), new_lengths
+
+
+def warp_tract(x: torch.Tensor, low: float = 0.86, high: float = 1.16) -> torch.Tensor:
+    """Vocal tract length: the mel axis read at a stretched position."""
+    n_mels = x.shape[2]
+    where = torch.arange(n_mels).float().unsqueeze(0) * _uniform(len(x), low, high).unsqueeze(1)
+    return _resample(x.transpose(1, 2), where).transpose(1, 2)
+
+
+def color(x: torch.Tensor) -> torch.Tensor:
+    """A microphone's response, a sharper or duller voice, and smoother transitions for some."""
+    x = x + _smooth_curve(len(x), x.shape[2], 7, 5 * DB).unsqueeze(1)
+    mean = x.mean(dim=2, keepdim=True)
+    x = mean + (x - mean) * _uniform(len(x), 0.7, 1.25)[:, None, None]
+    soft = F.avg_pool2d(x.unsqueeze(1), (5, 3), stride=1, padding=(2, 1), count_include_pad=False)[:, 0]
+    share = _uniform(len(x), -0.5, 0.9).clamp(min=0)[:, None, None]
+    return x * (1 - share) + soft * share
+
+
+def echo(power: torch.Tensor, odds: float = 0.4) -> torch.Tensor:
+    """A room: power spread over the following frames, decaying 60 dB within 0.1 to 0.7 s."""
+    n, length, n_mels = power.shape
+    decay = torch.exp(-math.log(1e6) * torch.arange(60).float() / (_uniform(n, 10, 70).unsqueeze(1)))
+    kernel = decay * _uniform(n, 0.02, 0.25).unsqueeze(1)
+    kernel[:, 0] = 1.0
+    kernel[torch.rand(n) > odds, 1:] = 0.0
+    columns = F.pad(power.permute(2, 0, 1), (59, 0))  # (M, B, T + 59)
+    return F.conv1d(columns, kernel.flip(1).unsqueeze(1), groups=n).permute(1, 2, 0)
+
+
+def noise(power: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Coloured noise at -5..50 dB below the speech, sometimes other people's talk."""
+    n, length, n_mels = power.shape
+    level = power.sum(dim=(1, 2)) / (lengths * n_mels)
+    hiss = torch.exp(_smooth_curve(n, n_mels, 5, 8 * DB)).unsqueeze(1)
+    hiss = hiss * torch.rand(n, length, n_mels).clamp(min=1e-4).log().neg()  # the power of Gaussian noise
+    hiss = hiss / hiss.mean(dim=(1, 2), keepdim=True)
+    snr_db = torch.where(torch.rand(n) < 0.6, _uniform(n, 3, 30), _uniform(n, 30, 55))
+    out = power + hiss * (level * 10 ** (-snr_db / 10))[:, None, None]
+    others = power.roll(1, dims=0) * (level / level.roll(1))[:, None, None]
+    talk_db = torch.where(torch.rand(n) < 0.15, _uniform(n, 8, 25), torch.tensor(90.0))
+    return out + others * (10 ** (-talk_db / 10))[:, None, None]
+
+
+def telephone(x: torch.Tensor, odds: float = 0.4) -> torch.Tensor:
+    """Nothing above 3.3-4.2 kHz (of 80 Slaney mels up to 8 kHz), for some nothing below 200 Hz or so."""
+    n, _, n_mels = x.shape
+    band = torch.arange(n_mels).unsqueeze(0)
+    top = torch.where(torch.rand(n) < odds, _uniform(n, 0.68, 0.77) * n_mels, torch.tensor(float(n_mels)))
+    bottom = torch.where(torch.rand(n) < odds / 2, _uniform(n, 2, 7), torch.tensor(0.0))
+    outside = (band >= top.unsqueeze(1)) | (band < bottom.unsqueeze(1))
+    return torch.where(outside.unsqueeze(1), x - _uniform(n, 30, 90)[:, None, None] * DB, x)
+
+
+def augment(log_mel: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, T, M) log-mel and (B,) frame counts -> another (B, T', M) and its frame counts."""
+    x, lengths = stretch(log_mel, lengths)
+    x = color(warp_tract(x))
+    mask = (torch.arange(x.shape[1]).unsqueeze(0) < lengths.unsqueeze(1)).unsqueeze(-1)
+    power = echo(torch.exp(x) * mask)
+    power = noise(power, lengths)
+    return telephone(torch.log(power + math.exp(PAD))), lengths
+
+
+def normalise(x: torch.Tensor, lengths: torch.Tensor, floor_db: float | None) -> torch.Tensor:
+    """FrontEnd.normalise for a padded batch; padding becomes 0."""
+    mask = (torch.arange(x.shape[1]).unsqueeze(0) < lengths.unsqueeze(1)).unsqueeze(-1)
+    if floor_db is not None:
+        top = x.masked_fill(~mask, -1e9).amax(dim=(1, 2), keepdim=True)
+        x = torch.maximum(x, top - floor_db * DB)
+    count = lengths[:, None, None].float()
+    mean = (x * mask).sum(dim=1, keepdim=True) / count
+    var = (((x - mean) * mask) ** 2).sum(dim=1, keepdim=True) / (count - 1)
+    return (x - mean) / (var.sqrt() + 1e-5) * mask
+
+
+def spec_augment(x: torch.Tensor, lengths: torch.Tensor, n_masks: int = 2) -> torch.Tensor:
+    """SpecAugment (arXiv 1904.08779): hide some bands and some moments; zero is the mean here."""
+    n, length, n_mels = x.shape
+    time, band = torch.arange(length).unsqueeze(0), torch.arange(n_mels).unsqueeze(0)
+    for _ in range(n_masks):
+        start, width = torch.rand(n) * lengths, _uniform(n, 0, 12)
+        x = x.masked_fill(((time >= start[:, None]) & (time < (start + width)[:, None])).unsqueeze(-1), 0.0)
+        start, width = torch.rand(n) * n_mels, _uniform(n, 0, 14)
+        x = x.masked_fill(((band >= start[:, None]) & (band < (start + width)[:, None])).unsqueeze(1), 0.0)
+    return x

@@ -1,0 +1,229 @@
+"""Trains the reference encoder: a small FastConformer (transformers' Parakeet) with CTC over letters.
+
+Speech is synthesised once by espeak-ng in hundreds of random voices and kept as log-mel (speech.npy);
+every step augments it anew (augment.py). Resumable: run the same command again.
+
+    python -m tiny_align.reference.encoder --work work --out reference/weights/encoder
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import random
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from tiny_align.reference import corpus
+from tiny_align.runtime.features import FrontEnd
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz' "
+BLANK = len(LETTERS)
+FRONT_END = FrontEnd()
+N_SHARDS = 2  # each shard has random voices of its own
+
+
+def encode_letters(text: str) -> list[int]:
+    return [LETTERS.index(c) for c in text]
+
+
+def decode_letters(ids: np.ndarray) -> str:
+    """(N,) best letter per frame -> text: repeats merged, blanks dropped (greedy CTC)."""
+    kept = [int(a) for a, b in zip(ids, [BLANK, *ids[:-1]]) if a != b and a != BLANK]
+    return "".join(LETTERS[i] for i in kept).strip()
+
+
+def encoder_texts(n: int, seed: int) -> list[str]:
+    """Corpus sentences, and loose words and digits so that the encoder must listen."""
+    rng = random.Random(seed)
+    words = sorted({w for s in corpus.sentences(20_000, 0, unique=False) for w in s.text.split()})
+    texts = []
+    for s in corpus.sentences(n, seed, unique=False):
+        kind = rng.random()
+        if kind < 0.22:
+            texts.append(" ".join(rng.choice(words) for _ in range(rng.randint(2, 8))))
+        elif kind < 0.32:
+            texts.append(" ".join(rng.choice(corpus.DIGITS) for _ in range(rng.randint(1, 7))))
+        else:
+            texts.append(s.text)
+    return texts
+
+
+def _speak_shard(job: tuple[int, int, Path]) -> None:
+    shard, n, path = job
+    from tiny_align.reference.speech import Espeak
+
+    rng, espeak = random.Random(1000 + shard), Espeak(seed=shard)
+    texts = encoder_texts(n, 100 + shard)
+    mels = [FRONT_END.log_mel(espeak.say_as_someone(t, rng)).astype(np.float16) for t in tqdm(texts, disable=shard > 0)]
+    np.save(path.with_suffix(".partial.npy"), np.concatenate(mels))
+    path.with_suffix(".json").write_text(json.dumps({"texts": texts, "frames": [len(m) for m in mels]}))
+    path.with_suffix(".partial.npy").rename(path)
+
+
+def speak(work: Path, n: int) -> list[tuple[np.ndarray, str]]:
+    """The training speech as (log-mel (T, M) float16, text), synthesised unless it lies in `work`."""
+    work.mkdir(parents=True, exist_ok=True)
+    jobs = [(i, n // N_SHARDS, work / f"speech{i}-{n}.npy") for i in range(N_SHARDS)]
+    with multiprocessing.Pool(N_SHARDS) as pool:
+        pool.map(_speak_shard, [job for job in jobs if not job[2].exists()])
+    out = []
+    for _, _, path in jobs:
+        meta, mels = json.loads(path.with_suffix(".json").read_text()), np.load(path, mmap_mode="r")
+        edges = np.cumsum([0, *meta["frames"]])
+        out += [(mels[a:b], t) for a, b, t in zip(edges, edges[1:], meta["texts"])]
+    return out
+
+
+def build_model():
+    """ParakeetForCTC, 3.9 M parameters, one frame per 40 ms."""
+    from transformers import ParakeetCTCConfig, ParakeetForCTC
+
+    return ParakeetForCTC(
+        ParakeetCTCConfig(
+            vocab_size=len(LETTERS) + 1,
+            pad_token_id=BLANK,
+            encoder_config={
+                "hidden_size": 176,
+                "num_hidden_layers": 6,
+                "num_attention_heads": 4,
+                "intermediate_size": 512,
+                "conv_kernel_size": 9,
+                "subsampling_factor": 4,
+                "subsampling_conv_channels": 64,
+                "num_mel_bins": FRONT_END.n_mels,
+                "dropout": 0.05,
+                "activation_dropout": 0.05,
+                "attention_dropout": 0.05,
+                "layerdrop": 0.0,
+                "scale_input": False,
+                "max_position_embeddings": 1500,
+            },
+        )
+    )
+
+
+def _batch(items, rng: random.Random, size: int):
+    """A batch of similar lengths, padded: (B, T, M), frame counts, texts."""
+    import torch
+
+    start = rng.randrange(len(items) - size)
+    chosen = items[start : start + size]
+    lengths = torch.tensor([len(m) for m, _ in chosen])
+    mels = torch.zeros(size, int(lengths.max()), FRONT_END.n_mels)
+    for row, (mel, _) in zip(mels, chosen):
+        row[: len(mel)] = torch.from_numpy(mel.astype(np.float32))
+    return mels, lengths, [t for _, t in chosen]
+
+
+def ctc_step(model, log_mel, lengths, texts, inter_layer: int = 3, inter_weight: float = 0.3):
+    """CTC loss at the top and, to train deep layers sooner, half-way up (arXiv 2102.03216)."""
+    import torch
+    import torch.nn.functional as F
+
+    mask = torch.arange(log_mel.shape[1]).unsqueeze(0) < lengths.unsqueeze(1)
+    out = model.encoder(log_mel, attention_mask=mask, output_hidden_states=True)
+    n_frames = out.attention_mask.sum(-1)
+    targets = [torch.tensor(encode_letters(t)) for t in texts]
+    sizes = torch.tensor([len(t) for t in targets])
+    loss = 0.0
+    for hidden, weight in ((out.last_hidden_state, 1 - inter_weight), (out.hidden_states[inter_layer], inter_weight)):
+        log_probs = F.log_softmax(model.ctc_head(hidden), dim=-1).transpose(0, 1)
+        ctc = F.ctc_loss(log_probs, torch.cat(targets), n_frames, sizes, blank=BLANK, zero_infinity=True)
+        loss = loss + weight * ctc
+    return loss
+
+
+def letter_error(model, audios: list[np.ndarray], texts: list[str]) -> float:
+    """Character error rate of greedy CTC, one recording at a time as deployed."""
+    import jiwer
+    import torch
+
+    model.eval()
+    with torch.no_grad():
+        heard = [
+            decode_letters(model(torch.from_numpy(FRONT_END(a))[None]).logits[0].argmax(-1).numpy()) for a in audios
+        ]
+    model.train()
+    return jiwer.cer(texts, [h or " " for h in heard])
+
+
+def check_sets(n: int = 40) -> dict[str, tuple[list[np.ndarray], list[str]]]:
+    """Held-out sentences by voices the encoder knows (espeak) and by flite's, which it never hears."""
+    from tiny_align.reference.speech import HELD_OUT_VOICES, Espeak, flite
+
+    texts, rng, espeak = [s.text for s in corpus.sentences(n, 7, held_out=True)], random.Random(7), Espeak(seed=0)
+    sets = {"known": ([espeak.say_as_someone(t, rng) for t in texts], texts)}
+    return sets | {v: ([flite(t, v) for t in texts], texts) for v in HELD_OUT_VOICES if v != "kal"}
+
+
+def train(work: Path, out: Path, steps: int, batch: int, n_speech: int, seed: int, rate: float) -> dict:
+    import torch
+
+    from tiny_align.reference.augment import augment, normalise, spec_augment
+
+    items = sorted(speak(work, n_speech), key=lambda item: len(item[0]))
+    checks = check_sets()
+    torch.manual_seed(seed)
+    model = build_model()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-2, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda i: min(1.0, i / 300) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, i / steps))))
+    )
+    checkpoint, done, log = work / "encoder.pt", 0, []
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        schedule.load_state_dict(state["schedule"])
+        done, log = state["step"], json.loads(state["log"])
+    rng, began = random.Random(seed + done), time.monotonic()
+    torch.manual_seed(seed + done)
+    model.train()
+    bar = tqdm(range(done, steps), initial=done, total=steps, file=sys.stderr, mininterval=10)
+    for step in bar:
+        mels, lengths, texts = _batch(items, rng, batch)
+        mels, lengths = augment(mels, lengths)
+        mels = spec_augment(normalise(mels, lengths, FRONT_END.floor_db), lengths)
+        loss = ctc_step(model, mels, lengths, texts)
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{float(loss.detach()):.3f}", refresh=False)
+        if (step + 1) % 250 == 0 or step + 1 == steps:
+            row = {"step": step + 1, "loss": round(float(loss.detach()), 3), "seconds": round(time.monotonic() - began)}
+            row |= {name: round(letter_error(model, *check), 3) for name, check in checks.items()}
+            log.append(row)
+            print(json.dumps(row), flush=True)
+            state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "log": json.dumps(log)}
+            state |= {"schedule": schedule.state_dict(), "step": step + 1}
+            torch.save(state, checkpoint.with_suffix(".partial"))
+            checkpoint.with_suffix(".partial").replace(checkpoint)
+            model.save_pretrained(out)
+    return {"steps": steps, "parameters": sum(p.numel() for p in model.parameters()), "log": log}
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("work"))
+    parser.add_argument("--out", type=Path, default=Path("reference/weights/encoder"))
+    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--speech", type=int, default=24_000, help="recordings to synthesise")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
+    args = parser.parse_args(argv)
+    report = train(args.work, args.out, args.steps, args.batch, args.speech, args.seed, args.rate)
+    (args.out / "training.json").write_text(json.dumps(vars(args) | report, indent=1, default=str) + "\n")
+    print(json.dumps(report))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

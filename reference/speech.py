@@ -1,0 +1,127 @@
+"""Synthetic people: espeak-ng voices for training, flite voices as the people the encoder never hears.
+
+espeak-ng is driven through its C library (Debian: libespeak-ng1), in a copy of its data directory to
+which random voice variants are added: formants, pitch, breath and tone drawn at random, so that
+hundreds of different "speakers" say the corpus. flite (Debian: flite) is used for held-out speakers
+only; nothing the project ships is trained on it.
+"""
+
+import ctypes
+import random
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+
+SAMPLE_RATE = 16_000
+ACCENTS = ("en-us", "en-us", "en-us", "en", "en-gb-x-rp", "en-gb-scotland", "en-us-nyc", "en-029", "en-gb-x-gbcwmd")
+STOCK_VARIANTS = (
+    "Alicia Andrea Andy Annie Denis Diogo Gene Gene2 Hugo Jacky Lee Marco Mario Michael Mike adam anika antonio "
+    "aunty belinda benjamin boris caleb david ed edward f1 f2 f3 f4 f5 grandma grandpa gustave iven john klatt klatt2 "
+    "klatt3 klatt4 linda m1 m2 m3 m4 m5 m6 m7 m8 max michel miguel norbert pablo paul pedro quincy rob robert sandro "
+    "shelby steph steph2 travis victor zac"
+).split()
+HELD_OUT_VOICES = ("kal", "kal16", "awb", "rms", "slt")  # flite's
+
+_RATE, _VOLUME, _PITCH, _RANGE = 1, 2, 3, 4  # espeak_PARAMETER
+_RETRIEVAL = 1  # espeak_AUDIO_OUTPUT
+
+
+def random_variant(rng: random.Random, name: str) -> str:
+    """The text of an espeak-ng voice variant with a vocal tract and a voice of its own."""
+    tract = rng.uniform(0.85, 1.22)  # shorter vocal tract, higher formants
+    low = rng.uniform(65, 120) if tract < 1.02 else rng.uniform(100, 230)
+    lines = ["language variant", f"name {name}", f"pitch {low:.0f} {low * rng.uniform(1.15, 1.7):.0f}"]
+    if rng.random() < 0.4:
+        lines.append(f"klatt {rng.randint(1, 5)}")
+    for formant in range(9):
+        scale = 100 * tract * rng.uniform(0.94, 1.06)
+        height, width = rng.uniform(60, 115), rng.uniform(70, 190)
+        if formant >= 4:
+            height *= rng.uniform(0.2, 1.0)
+        lines.append(f"formant {formant} {scale:.0f} {height:.0f} {width:.0f}")
+    lines.append(f"flutter {rng.randint(0, 8)}")
+    lines.append(f"roughness {rng.randint(0, 3)}")
+    lines.append(f"voicing {rng.randint(50, 130)}")
+    lines.append(f"consonants {rng.randint(60, 150)} {rng.randint(60, 130)}")
+    if rng.random() < 0.4:
+        lines.append("breath " + " ".join(str(rng.randint(0, 12)) for _ in range(6)))
+    tone = " ".join(f"{hz} {rng.randint(40, 250)}" for hz in (200, 800, 1800, 3200))
+    lines.append(f"tone {tone}")
+    return "\n".join(lines) + "\n"
+
+
+def _not_english(folder: str, names: list[str]) -> list[str]:
+    """What to leave out of the copy: the library lists at most 350 voices, and English is all we need."""
+    if Path(folder).name == "lang":
+        return [name for name in names if name != "gmw"]
+    return [name for name in names if name == "mb"]
+
+
+class Espeak:
+    """One espeak-ng synthesiser with `n_random` extra voices; a process holds at most one."""
+
+    def __init__(self, n_random: int = 200, seed: int = 0):
+        rng = random.Random(seed)
+        self._home = tempfile.TemporaryDirectory(prefix="espeak-")
+        self._lib = ctypes.CDLL("libespeak-ng.so.1")
+        self._lib.espeak_Initialize(_RETRIEVAL, 0, None, 0)
+        self._lib.espeak_Info.restype = ctypes.c_char_p
+        stock = ctypes.c_char_p()
+        self._lib.espeak_Info(ctypes.byref(stock))
+        self._lib.espeak_Terminate()
+        data = Path(self._home.name) / "espeak-ng-data"
+        shutil.copytree(stock.value.decode(), data, ignore=_not_english)
+        names = [f"random{i}" for i in range(n_random)]
+        for name in names:
+            (data / "voices" / "!v" / name).write_text(random_variant(rng, name))
+        self.voices = [f"{rng.choice(ACCENTS)}+{v}" for v in (*STOCK_VARIANTS, *names)]
+        self._rate = self._lib.espeak_Initialize(_RETRIEVAL, 0, self._home.name.encode(), 0)
+        if self._rate <= 0:
+            raise RuntimeError(f"espeak-ng could not start with the data in {data}; is libespeak-ng1 installed?")
+        self._chunks: list[np.ndarray] = []
+        callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+        self._callback = callback(self._collect)  # kept alive: the library calls it
+        self._lib.espeak_SetSynthCallback(self._callback)
+
+    def _collect(self, samples, n: int, _events) -> int:
+        if samples and n > 0:
+            self._chunks.append(np.ctypeslib.as_array(samples, shape=(n,)).copy())
+        return 0
+
+    def say(self, text: str, voice: str, *, rate: int = 165, pitch: int = 50, pitch_range: int = 50) -> np.ndarray:
+        """(S,) float32 at 16 kHz; `rate` in words per minute, `pitch` and `pitch_range` 0..99."""
+        if self._lib.espeak_SetVoiceByName(voice.encode()) != 0:
+            raise ValueError(f"espeak-ng has no voice {voice!r}")
+        for parameter, value in ((_RATE, rate), (_PITCH, pitch), (_RANGE, pitch_range), (_VOLUME, 100)):
+            self._lib.espeak_SetParameter(parameter, value, 0)
+        self._chunks = []
+        encoded = text.encode() + b"\0"
+        self._lib.espeak_Synth(encoded, len(encoded), 0, 1, 0, 1, None, None)  # position by character, UTF-8
+        self._lib.espeak_Synchronize()
+        if not self._chunks:
+            raise RuntimeError(f"espeak-ng made no sound of {text!r} with the voice {voice!r}")
+        audio = np.concatenate(self._chunks).astype(np.float32) / 32768
+        return soxr.resample(audio, self._rate, SAMPLE_RATE).astype(np.float32)
+
+    def say_as_someone(self, text: str, rng: random.Random, voice: str | None = None) -> np.ndarray:
+        """`say` with a random voice (or the one given), rate, pitch and range."""
+        return self.say(
+            text,
+            voice or rng.choice(self.voices),
+            rate=rng.randint(115, 230),
+            pitch=rng.randint(25, 75),
+            pitch_range=rng.randint(15, 80),
+        )
+
+
+def flite(text: str, voice: str) -> np.ndarray:
+    """(S,) float32 at 16 kHz in one of flite's voices."""
+    with tempfile.NamedTemporaryFile(suffix=".wav") as out:
+        subprocess.run(["flite", "-voice", voice, "-t", text, "-o", out.name], check=True)
+        audio, rate = soundfile.read(out.name, dtype="float32")
+    return soxr.resample(audio, rate, SAMPLE_RATE).astype(np.float32)
