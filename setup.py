@@ -7,7 +7,7 @@ STAGES = ("runtime", "align", "export", "engines", "reference")
 RUNTIME = ["numpy>=1.24", "onnxruntime>=1.20", "tokenizers>=0.20", "soundfile>=0.12", "soxr>=0.3"]
 ALIGN = ["torch>=2.4", "safetensors>=0.4", "tqdm>=4.60", "rouge-score>=0.1.2", "jiwer>=3.0"]
 EXPORT = [*ALIGN, "transformers>=5.2", "onnx>=1.17", "onnxscript>=0.5", "onnx-ir>=0.1"]
-TRT = ["polygraphy>=0.49.20", "onnx>=1.17", "tqdm>=4.60"]  # TensorRT itself comes with JetPack, or as tensorrt-rtx
+TRT = ["polygraphy>=0.49.24", "onnx>=1.17", "tqdm>=4.60"]  # TensorRT itself comes with JetPack, or as tensorrt-rtx
 DEMO = ALIGN
 DEV = [*EXPORT, *TRT, "tensorrt-rtx>=1.2; platform_machine=='x86_64'", "pytest>=8", "ruff>=0.6", "build>=1.2"]
 

@@ -37,7 +37,7 @@ def stretch(x: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch
     """Speak faster and slower, unevenly, between silences of random length."""
     n = len(x)
     speed = _uniform(n, 0.78, 1.25)
-    head, tail = _uniform(n, 0, 45).long(), _uniform(n, 0, 45).long()
+    head, tail = _uniform(n, 0, 25).long(), _uniform(n, 0, 25).long()
     spoken = (lengths / speed).long().clamp(min=4)
     new_lengths = head + spoken + tail
     longest = int(new_lengths.max())

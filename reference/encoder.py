@@ -7,6 +7,7 @@ every step augments it anew (augment.py). Resumable: run the same command again.
 """
 
 import argparse
+import functools
 import json
 import math
 import multiprocessing
@@ -53,6 +54,14 @@ def encoder_texts(n: int, seed: int) -> list[str]:
     return texts
 
 
+def save_front_end(out: Path) -> None:
+    """preprocessor_config.json, as transformers' ParakeetFeatureExtractor has it, and our floor."""
+    from transformers import ParakeetFeatureExtractor
+
+    value = ParakeetFeatureExtractor(feature_size=FRONT_END.n_mels).to_dict() | {"floor_db": FRONT_END.floor_db}
+    (out / "preprocessor_config.json").write_text(json.dumps(value, indent=1) + "\n")
+
+
 def _speak_shard(job: tuple[int, int, Path]) -> None:
     shard, n, path = job
     from tiny_align.reference.speech import Espeak
@@ -91,20 +100,42 @@ def build_model():
                 "hidden_size": 176,
                 "num_hidden_layers": 6,
                 "num_attention_heads": 4,
-                "intermediate_size": 512,
+                "intermediate_size": 528,
                 "conv_kernel_size": 9,
                 "subsampling_factor": 4,
-                "subsampling_conv_channels": 64,
+                "subsampling_conv_channels": 32,
                 "num_mel_bins": FRONT_END.n_mels,
-                "dropout": 0.05,
-                "activation_dropout": 0.05,
-                "attention_dropout": 0.05,
+                "dropout": 0.0,
+                "activation_dropout": 0.0,
+                "attention_dropout": 0.0,
                 "layerdrop": 0.0,
                 "scale_input": False,
                 "max_position_embeddings": 1500,
             },
         )
     )
+
+
+def _shifted_depthwise(conv, x):
+    """A depthwise convolution as shifted products: its backward pass is 5x faster on a CPU, same result."""
+    import torch.nn.functional as F
+
+    (rows, columns), (step, _), (pad, _) = conv.kernel_size, conv.stride, conv.padding
+    x = F.pad(x, (pad, pad, pad, pad))
+    height, width = (x.shape[2] - rows) // step + 1, (x.shape[3] - columns) // step + 1
+    out = conv.bias[:, None, None]
+    for i in range(rows):
+        for j in range(columns):
+            window = x[:, :, i : i + step * (height - 1) + 1 : step, j : j + step * (width - 1) + 1 : step]
+            out = out + window * conv.weight[:, :, i, j, None]
+    return out
+
+
+def _speed_up(model) -> None:
+    """Train with `_shifted_depthwise` in the subsampling; the saved model knows nothing of it."""
+    for layer in model.encoder.subsampling.layers:
+        if getattr(layer, "groups", 1) > 1:
+            layer.forward = functools.partial(_shifted_depthwise, layer)
 
 
 def _batch(items, rng: random.Random, size: int):
@@ -170,6 +201,7 @@ def train(work: Path, out: Path, steps: int, batch: int, n_speech: int, seed: in
     checks = check_sets()
     torch.manual_seed(seed)
     model = build_model()
+    _speed_up(model)
     optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-2, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda i: min(1.0, i / 300) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, i / steps))))
@@ -206,6 +238,7 @@ def train(work: Path, out: Path, steps: int, batch: int, n_speech: int, seed: in
             torch.save(state, checkpoint.with_suffix(".partial"))
             checkpoint.with_suffix(".partial").replace(checkpoint)
             model.save_pretrained(out)
+            save_front_end(out)
     return {"steps": steps, "parameters": sum(p.numel() for p in model.parameters()), "log": log}
 
 
@@ -213,7 +246,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("work"))
     parser.add_argument("--out", type=Path, default=Path("reference/weights/encoder"))
-    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--speech", type=int, default=24_000, help="recordings to synthesise")
     parser.add_argument("--seed", type=int, default=0)

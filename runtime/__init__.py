@@ -1,0 +1,19 @@
+"""The torch-free runtime: load a bundle, talk to it. Names are loaded when first used."""
+
+_EXPORTS = {
+    "Answer": "assistant",
+    "Assistant": "assistant",
+    "Bundle": "bundle",
+    "Decoding": "llm",
+    "Event": "assistant",
+    "TinyAlignError": "errors",
+}
+__all__ = list(_EXPORTS)
+
+
+def __getattr__(name: str):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)

@@ -1,0 +1,36 @@
+# Tiny-Align on the edge. Each target does its own set-up, in .venv/.
+# TORCH is the requirement pip is given: the default is a CPU build where one is at hand; override it on a
+# machine with a GPU (make test TORCH=torch) or a Jetson (make demo TORCH=/path/to/torch.whl).
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+STAMPS := .venv/stamps
+
+.PHONY: demo test lint bench reference clean
+
+demo: $(STAMPS)/demo  ## personalise the shipped bundle to a voice it never heard, and talk to it
+	$(BIN)/tiny-align demo
+
+test: $(STAMPS)/dev  ## the whole suite
+	$(BIN)/python -m pytest
+
+lint: $(STAMPS)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(STAMPS)/dev  ## every measurement of the README
+	$(BIN)/python -m benchmarks.quality
+
+reference: $(STAMPS)/dev  ## train and export the reference bundle again; resumable, hours (needs espeak-ng and flite)
+	$(BIN)/python -m tiny_align.reference.encoder
+	$(BIN)/python -m tiny_align.reference.llm
+	$(BIN)/python -m tiny_align.reference.build
+
+clean:
+	rm -rf .venv build dist *.egg-info
+
+$(STAMPS)/%: setup.py pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$*]"
+	mkdir -p $(STAMPS) && touch $@

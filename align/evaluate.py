@@ -1,0 +1,100 @@
+"""`tiny-align eval` and the measure behind it: alignment quality.
+
+What the LLM answers to speech against what it answers to the same words typed.
+
+ROUGE is against the typed answer (typed is 1.0 by definition); the word error rate is that of a repeated
+sentence against its transcript. The chance level scores every answer against another sentence's typed answer.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tiny_align.runtime.assistant import Assistant
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="metadata folder, NeMo manifest or CHAT transcripts")
+    parser.add_argument("--user", help="whose projector; without it, the general one")
+    parser.add_argument("--users", type=Path, help="where persons are kept (default: BUNDLE/users)")
+    parser.add_argument("--split", default="test", help="the part of the data to measure; 'all' for everything")
+    parser.add_argument("--instruction", help="what to do with the speech (default: the bundle's)")
+    parser.add_argument("--speaker", help="speaker code, for CHAT transcripts")
+    parser.add_argument("--rows", action="store_true", help="every utterance's texts in the JSON document too")
+    parser.add_argument("--backend", default="onnxruntime")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+
+
+def run(args) -> dict:
+    from tiny_align.align.datasets import load_dataset, split_of
+
+    utterances = load_dataset(args.data, args.speaker)
+    chosen = utterances if args.split == "all" else split_of(utterances, args.split)
+    options = {"users": args.users, "backend": args.backend, "threads": args.threads}
+    with Assistant.load(args.bundle, args.user, **options) as assistant:
+        quality = asdict(evaluate(assistant, chosen, args.instruction))
+    rows = quality.pop("rows")
+    return quality | {"backend": args.backend, "user": args.user} | ({"rows": rows} if args.rows else {})
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Means over the utterances; `rows` has one entry for each."""
+
+    rouge1: float
+    rougeL: float
+    rougeL_chance: float
+    wer: float
+    cer: float
+    n: int
+    rows: tuple[dict, ...]
+
+
+def evaluate(assistant: Assistant, utterances: list, instruction: str | None = None, *, quiet: bool = False) -> Quality:
+    """Answer and repeat every utterance.
+
+    Args:
+        instruction: for the ROUGE answers; None: the bundle's own. The repeats always use the bundle's.
+    Raises:
+        AudioError: a recording that cannot be used.
+        DataError: a transcript outside the tokenizer.
+    """
+    import jiwer
+    from rouge_score import rouge_scorer
+    from tqdm import tqdm
+
+    rows = [
+        _row(assistant, u, instruction)
+        for u in tqdm(utterances, desc="evaluate", unit="utt", disable=quiet or None, mininterval=0.5)
+    ]
+    spoken, typed = [r["spoken"] for r in rows], [r["typed"] for r in rows]
+    scorer = rouge_scorer.RougeScorer(["rouge1", "rougeL"])
+    scores = [scorer.score(t, s) for t, s in zip(typed, spoken)]
+    chance = [scorer.score(t, s) for t, s in zip(typed[1:] + typed[:1], spoken)]
+    words, repeated = [r["text"] for r in rows], [r["repeated"] or " " for r in rows]
+    return Quality(
+        rouge1=_mean(s["rouge1"].fmeasure for s in scores),
+        rougeL=_mean(s["rougeL"].fmeasure for s in scores),
+        rougeL_chance=_mean(s["rougeL"].fmeasure for s in chance),
+        wer=float(jiwer.wer(words, repeated)),
+        cer=float(jiwer.cer(words, repeated)),
+        n=len(rows),
+        rows=tuple(rows),
+    )
+
+
+def _row(assistant: Assistant, utterance, instruction: str | None) -> dict:
+    audio = utterance.load(assistant.sample_rate)
+    soft_tokens = assistant.soft_tokens(assistant.features(audio))
+    repeat = assistant.bundle.manifest.prompt.repeat_instruction
+    return {
+        "text": utterance.text,
+        "typed": assistant.answer_text(utterance.text, instruction).text,
+        "spoken": assistant.answer_soft_tokens(soft_tokens, instruction).text,
+        "repeated": assistant.answer_soft_tokens(soft_tokens, repeat).text,
+    }
+
+
+def _mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)

@@ -1,0 +1,37 @@
+"""Encoder features on disk, computed once by the runtime's own encoder backend: we train on what is deployed."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from tiny_align.align.datasets import Utterance
+from tiny_align.runtime.assistant import Assistant
+
+
+def utterance_key(assistant: Assistant, utterance: Utterance) -> str:
+    """Names an utterance's features: the encoder's hash, the recording's bytes and its part of them."""
+    encoder = assistant.bundle.manifest.files[assistant.bundle.manifest.graphs["encoder"].file]
+    digest = hashlib.sha256(encoder.encode())
+    digest.update(utterance.audio.read_bytes())
+    digest.update(f"{utterance.start_s} {utterance.end_s}".encode())
+    return digest.hexdigest()[:32]
+
+
+def cached_features(assistant: Assistant, utterances: list[Utterance], folder: Path, quiet: bool = False) -> list:
+    """(N, Da) float32 per utterance, read from `folder` or encoded and written there.
+
+    Raises:
+        AudioError: a recording that cannot be used, named in the message.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    features = []
+    for utterance in tqdm(utterances, desc="encode", unit="utt", disable=quiet or None, mininterval=0.5):
+        path = folder / f"{utterance_key(assistant, utterance)}.npy"
+        if not path.exists():
+            made = assistant.features(utterance.load(assistant.sample_rate))
+            np.save(path.with_suffix(".partial.npy"), made)
+            path.with_suffix(".partial.npy").replace(path)
+        features.append(np.load(path))
+    return features

@@ -1,0 +1,106 @@
+"""`tiny-align align`: one person's projector, from their recordings to users/NAME, measured before and after.
+
+The person's `train` split is trained on, the `test` split only measured. A run that is killed leaves the person's
+old projector as it was, and the same command resumes it.
+"""
+
+import shutil
+from pathlib import Path
+
+from tiny_align.runtime.errors import DataError
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="metadata folder, NeMo manifest or CHAT transcripts")
+    parser.add_argument("--user", required=True, help="the person's name")
+    parser.add_argument("--out", type=Path, help="folder for users/NAME (default: the bundle)")
+    parser.add_argument("--speaker", help="speaker code, for CHAT transcripts")
+    add_training_arguments(parser)
+
+
+def add_training_arguments(parser) -> None:
+    parser.add_argument("--steps", type=int, help="at most so many steps")
+    parser.add_argument("--max-seconds", type=float, help="at most so many seconds of training")
+    parser.add_argument("--utterances", type=int, help="use only the first so many of the train split")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+
+
+def run(args) -> dict:
+    from tiny_align.align.datasets import load_dataset
+
+    utterances = load_dataset(args.data, args.speaker)
+    users = (args.out or args.bundle) / "users"
+    result, _, _ = personalise(args, args.bundle, utterances, args.user, users, quiet=False)
+    return result
+
+
+def personalise(args, bundle_path: Path, utterances: list, user: str, users: Path, *, quiet: bool):
+    """Measure, train, write, measure again -> (the command's result, quality before, quality after).
+
+    Raises:
+        BundleError, AudioError, DataError: nothing was written; the person's old projector stays.
+    """
+    from tiny_align.align.datasets import split_of
+    from tiny_align.align.evaluate import evaluate
+    from tiny_align.align.users import load_projector, write_user
+    from tiny_align.runtime.assistant import Assistant
+
+    bundle = _open(bundle_path, args.threads)
+    folder, work = bundle.user_folder(user, users), bundle.user_folder(user, users).with_name(f".{user}.align")
+    training, test = split_of(utterances, "train")[: args.utterances], split_of(utterances, "test")
+    with Assistant.load(bundle, threads=args.threads) as assistant:
+        _check_transcripts(assistant, training + test)
+        before = evaluate(assistant, test, quiet=quiet)
+        trained = _train(assistant, load_projector(bundle, bundle.graph("projector")), training, work, args, quiet)
+        summary = {k: trained.record[k] for k in ("steps", "train_seconds", "utterances")}
+        write_user(bundle, folder, trained.weights, trained.record)
+        shutil.rmtree(work, ignore_errors=True)
+        assistant.swap_projector(bundle.projector(user, users))
+        after = evaluate(assistant, test, quiet=quiet)
+    result = {"user": user, "path": str(folder), **summary, "backend": assistant.backend, "n_test": after.n}
+    for name in ("rouge1", "rougeL", "wer", "cer"):
+        result |= {f"{name}_before": getattr(before, name), f"{name}_after": getattr(after, name)}
+    return result | {"rougeL_chance": after.rougeL_chance}, before, after
+
+
+def _open(path: Path, threads: int | None):
+    import torch
+
+    from tiny_align.runtime.bundle import Bundle
+
+    if threads:
+        torch.set_num_threads(threads)
+    return Bundle.open(path)
+
+
+def _check_transcripts(assistant, utterances: list) -> None:
+    for utterance in utterances:
+        assistant.llm.encode_words(utterance.text, f"the transcript of {utterance.audio.name}, {utterance.text!r},")
+
+
+def _train(assistant, projector, utterances: list, work: Path, args, quiet: bool):
+    from tiny_align.align.feature_cache import cached_features
+    from tiny_align.align.train import Trainer, TrainOptions
+
+    if len(utterances) < 2:
+        raise DataError(f"{len(utterances)} recordings to train on: give at least 2, better 25 or more")
+    chosen = {"steps": args.steps, "max_seconds": args.max_seconds, "seed": args.seed}
+    options = TrainOptions(**{k: v for k, v in chosen.items() if v is not None})
+    features = cached_features(assistant, utterances, work / "features", quiet)
+    examples = [make_example(assistant.llm, f, u.text) for f, u in zip(features, utterances)]
+    return Trainer(projector, examples, embedding_table(assistant), options, work).run(quiet)
+
+
+def make_example(llm, features, text: str):
+    """Features and transcript as the trainer takes them."""
+    from tiny_align.align.train import Example
+
+    tokens = llm.encode_words(text)
+    return Example(features, tokens, [len(llm.tokenizer.decode([t]).strip()) for t in tokens])
+
+
+def embedding_table(assistant):
+    """(V, D) float32: what the LLM sees for every token."""
+    return assistant.llm.embed(range(assistant.llm.spec.vocabulary))

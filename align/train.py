@@ -1,0 +1,182 @@
+"""Trains a projector on cached features: resumable, early-stopped on utterances the test never sees.
+
+The state of an interrupted training is two files in the work folder, safetensors and JSON; the same call
+with the same data goes on from there. Nothing here runs an encoder or the LLM.
+"""
+
+import hashlib
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from tiny_align.align.embedlink import cast_places, embedlink_loss
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How to train; the defaults suit one person's hundred utterances on one CPU core."""
+
+    steps: int = 600
+    batch: int = 16
+    rate: float = 6e-4
+    warmup: int = 20
+    weight_decay: float = 1e-2
+    seed: int = 0
+    held_out: float = 0.12  # share of the utterances for early stopping
+    check_every: int = 25  # steps
+    patience: int = 8  # checks without a better held-out loss
+    max_seconds: float = 90.0
+    hide: float = 0.12  # share of feature frames hidden in training
+
+
+@dataclass(frozen=True)
+class Example:
+    """One utterance for training."""
+
+    features: np.ndarray  # (N, Da) float32
+    tokens: list[int]
+    token_lengths: list[int]  # letters
+
+
+@dataclass
+class Trained:
+    """What a training gives: the best weights and the record of how they came about."""
+
+    weights: dict[str, Tensor]
+    record: dict
+
+
+class Trainer:
+    """One projector, one set of examples, one optimiser; `run` trains to the end or to early stopping."""
+
+    def __init__(self, projector, examples: list[Example], table: np.ndarray, options: TrainOptions, work: Path | None):
+        self.projector, self.options, self.work = projector, options, work
+        self.table = torch.from_numpy(np.asarray(table, np.float32))  # (V, D)
+        self.variance = float(self.table.var())
+        order = np.random.default_rng(options.seed).permutation(len(examples))
+        n_held = max(1, round(len(examples) * options.held_out)) if len(examples) > 4 else 0
+        self.held = [examples[i] for i in order[:n_held]]
+        self.used = [examples[i] for i in order[n_held:]]
+        self.fingerprint = _fingerprint(projector, examples, options)
+        self.optimiser = torch.optim.AdamW(projector.parameters(), options.rate, weight_decay=options.weight_decay)
+        self.step, self.curve, self.spent_s = 0, [], 0.0
+        self.best_loss, self.best, self.since_best = float("inf"), None, 0
+
+    def run(self, quiet: bool = False) -> Trained:
+        self._resume()
+        torch.manual_seed(self.options.seed + self.step)
+        began = time.perf_counter() - self.spent_s
+        bar = tqdm(total=self.options.steps, initial=self.step, desc="align", disable=quiet or None, mininterval=0.5)
+        while not self._finished():
+            loss = self._train_step()
+            self.step += 1
+            self.spent_s = time.perf_counter() - began
+            bar.update()
+            if self.step % self.options.check_every == 0 or self.step == self.options.steps:
+                self._check(loss)
+                bar.set_postfix(loss=f"{loss:.3f}", held_out=f"{self.curve[-1]['held_out']:.3f}")
+        bar.close()
+        record = {"steps": self.step, "train_seconds": self.spent_s, "best_loss": self.best_loss}
+        record |= {"utterances": len(self.used) + len(self.held), "options": asdict(self.options), "curve": self.curve}
+        return Trained(self.best or _weights(self.projector), record)
+
+    def _finished(self) -> bool:
+        out_of_time = self.spent_s > self.options.max_seconds
+        return self.step >= self.options.steps or self.since_best >= self.options.patience or out_of_time
+
+    def _rate(self) -> float:
+        """Warm-up, then a cosine to a twentieth."""
+        warm = min(1.0, (self.step + 1) / self.options.warmup)
+        return self.options.rate * warm * (0.05 + 0.95 * 0.5 * (1 + np.cos(np.pi * self.step / self.options.steps)))
+
+    def _train_step(self) -> float:
+        self.projector.train()
+        for group in self.optimiser.param_groups:
+            group["lr"] = self._rate()
+        rng = np.random.default_rng((self.options.seed, self.step))
+        chosen = [self.used[i] for i in rng.integers(len(self.used), size=min(self.options.batch, len(self.used)))]
+        loss = self._loss(chosen, hide=self.options.hide)
+        self.optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.projector.parameters(), 1.0)
+        self.optimiser.step()
+        return loss.item()
+
+    def _loss(self, examples: list[Example], hide: float = 0.0) -> Tensor:
+        n_frames = torch.tensor([len(e.features) for e in examples])
+        features = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(e.features) for e in examples], batch_first=True)
+        if hide:
+            features = features * (torch.rand(features.shape[:2]) >= hide).unsqueeze(-1)
+        places = [cast_places(e.token_lengths, self.projector.config.soft_tokens) for e in examples]
+        targets = torch.stack([self.table[torch.tensor(e.tokens)[p]] for e, p in zip(examples, places)])  # (B, T, D)
+        return embedlink_loss(self.projector(features, n_frames), targets, self.variance)
+
+    @torch.no_grad()
+    def _check(self, loss: float) -> None:
+        """Held-out loss, the best weights so far, and the state on disk."""
+        self.projector.eval()
+        held = self._loss(self.held).item() if self.held else loss
+        self.curve.append({"step": self.step, "seconds": round(self.spent_s, 2), "loss": loss, "held_out": held})
+        self.since_best += 1
+        if held < self.best_loss:
+            self.best_loss, self.best, self.since_best = held, _weights(self.projector), 0
+        if self.work:
+            self._save()
+
+    def _save(self) -> None:
+        tensors = {f"now.{k}": v for k, v in _weights(self.projector).items()}
+        tensors |= {f"best.{k}": v for k, v in self.best.items()}
+        for i, state in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{i}.{k}": v for k, v in state.items()}
+        numbers = {k: getattr(self, k) for k in ("fingerprint", "step", "curve", "spent_s", "best_loss", "since_best")}
+        self.work.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, self.work / "state.partial", metadata={"numbers": json.dumps(numbers)})
+        (self.work / "state.partial").replace(self.work / "state.safetensors")
+
+    def _resume(self) -> None:
+        path = self.work / "state.safetensors" if self.work else None
+        if not path or not path.exists() or (numbers := _numbers(path))["fingerprint"] != self.fingerprint:
+            return
+        tensors = load_file(path)
+        self.projector.load_state_dict(_under("now.", tensors))
+        self.best = _under("best.", tensors)
+        optimiser = self.optimiser.state_dict()
+        for name, value in _under("optimiser.", tensors).items():
+            index, key = name.split(".")
+            optimiser["state"].setdefault(int(index), {})[key] = value
+        self.optimiser.load_state_dict(optimiser)
+        for name, value in numbers.items():
+            setattr(self, name, value)
+
+
+def _weights(projector) -> dict[str, Tensor]:
+    return {k: v.detach().clone() for k, v in projector.state_dict().items()}
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _numbers(path: Path) -> dict:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["numbers"])
+
+
+def _fingerprint(projector, examples: list[Example], options: TrainOptions) -> str:
+    """Identifies a training: start weights, examples and options. Another one must not be resumed."""
+    digest = hashlib.sha256(repr(options).encode())
+    for value in projector.state_dict().values():
+        digest.update(value.detach().numpy().tobytes())
+    for example in examples:
+        digest.update(example.features.tobytes())
+        digest.update(repr(example.tokens).encode())
+    return digest.hexdigest()

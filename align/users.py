@@ -1,0 +1,50 @@
+"""A person's projector on disk: the bundle's projector graph with other weights, written without an exporter."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from tiny_align.align.projector import build_projector
+from tiny_align.runtime.bundle import Bundle, Manifest, check_user, write_user_record
+from tiny_align.runtime.files import written_folder
+
+
+def data_file(bundle: Bundle) -> str:
+    """Name of the file that holds the projector graph's weights."""
+    return bundle.manifest.graphs["projector"].file + ".data"
+
+
+def load_projector(bundle: Bundle, graph: Path):
+    """The PyTorch projector whose weights lie beside `graph` (the general one's or a person's)."""
+    import torch
+
+    blob = (graph.parent / data_file(bundle)).read_bytes()
+    weights = {}
+    for spec in bundle.manifest.projector_weights:
+        array = np.frombuffer(blob, "<f4", count=int(np.prod(spec.shape)), offset=spec.offset).reshape(spec.shape)
+        weights[spec.parameter] = torch.from_numpy((array.T if spec.transposed else array).copy())
+    projector = build_projector(bundle.manifest.projector)
+    projector.load_state_dict(weights)
+    return projector
+
+
+def write_weights(path: Path, manifest: Manifest, weights: dict[str, Tensor]) -> None:
+    """Overwrite the weights in a copy of the projector's data file."""
+    with open(path, "r+b") as file:
+        for spec in manifest.projector_weights:
+            array = weights[spec.parameter].detach().numpy().astype("<f4")
+            file.seek(spec.offset)
+            file.write(np.ascontiguousarray(array.T if spec.transposed else array).tobytes())
+
+
+def write_user(bundle: Bundle, folder: Path, weights: dict[str, Tensor], training: dict) -> dict:
+    """Write users/NAME: graph, weights and record appear together or not at all."""
+    graph = bundle.graph("projector")
+    with written_folder(folder) as temporary:
+        for name in (graph.name, data_file(bundle)):
+            shutil.copyfile(graph.parent / name, temporary / name)
+        write_weights(temporary / data_file(bundle), bundle.manifest, weights)
+        write_user_record(temporary, bundle.manifest, training)
+    return check_user(folder, bundle.manifest)

@@ -1,0 +1,46 @@
+"""`tiny-align build-engines`: the arguments and what is printed; build.py does the work."""
+
+import argparse
+from pathlib import Path
+
+from tiny_align.engines.build import build_engines, engines_path
+from tiny_align.engines.builder import find_builder
+from tiny_align.runtime.bundle import Bundle
+from tiny_align.runtime.machine import free_memory_line
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `run` reads; `--json` is the dispatcher's."""
+    parser.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="the bundle to build engines for")
+    parser.add_argument(
+        "--compute-capability",
+        type=int,
+        metavar="NN",
+        help="the GPU to build for, 86 for 8.6 (default: this machine's; without a GPU TensorRT-RTX takes 86)",
+    )
+    parser.add_argument(
+        "--graph", nargs="+", action="extend", metavar="NAME", help="build these graphs only (default: all)"
+    )
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Build, and return {"engines": name -> entry of engine.json, "key", "path"}."""
+    bundle = Bundle.open(args.bundle)
+    builder = find_builder(args.compute_capability)
+    if not args.json:
+        print(f"{builder.package} {builder.version} for compute capability {builder.compute_capability}")
+        print(free_memory_line(), flush=True)
+    engines = build_engines(bundle, compute_capability=builder.compute_capability, graphs=args.graph)
+    path = engines_path(bundle, builder)
+    if not args.json:
+        _print_engines(engines, path)
+    return {"engines": engines, "key": builder.key, "path": str(path)}
+
+
+def _print_engines(engines: dict[str, dict], path: Path) -> None:
+    for name, engine in engines.items():
+        print(
+            f"{name}: {engine['precision']}, {engine['bytes'] / 1e6:.1f} MB, built in {engine['seconds']:.1f} s "
+            f"with {engine['peak_memory_bytes'] / 1e6:.0f} MB"
+        )
+    print(f"engines in {path}")

@@ -1,0 +1,262 @@
+"""Writes a bundle: loads the models, exports, quantises, checks parity, and puts every file in its place.
+
+Models come from local folders or hub ids, as transformers' `from_pretrained` takes them.
+"""
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from tiny_align.export import parity
+from tiny_align.export.graphs import encoder_graph, kv_shape, llm_graph, projector_graph
+from tiny_align.export.quantise import quantise_int4
+from tiny_align.runtime.backend import load_runner
+from tiny_align.runtime.bundle import (
+    EncoderSpec,
+    GraphSpec,
+    LlmSpec,
+    Manifest,
+    PromptSpec,
+    WeightSpec,
+    write_manifest,
+)  # fmt: skip
+from tiny_align.runtime.errors import TinyAlignError
+from tiny_align.runtime.features import FrontEnd
+from tiny_align.runtime.files import sha256, written_folder
+
+ENCODERS = ("parakeet_ctc", "parakeet_encoder")
+LLMS = ("llama",)
+MAX_SPEECH_S = 30.0
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What goes into a bundle; paths are local folders or hub ids."""
+
+    encoder: str
+    llm: str
+    projector: str | None = None  # a safetensors file; None: an untrained one
+    precision: str = "int4"  # of the LLM: "int4" or "fp32"
+    name: str = "bundle"
+    instruction: str = "Answer the user."
+    repeat_instruction: str = "Repeat what the user says."
+    max_context: int = 256
+    soft_tokens: int = 24
+    seed: int = 0
+
+
+def export_bundle(options: ExportOptions, out: Path) -> Manifest:
+    """Export everything to `out`, which appears whole or not at all.
+
+    Raises:
+        TinyAlignError: a model that cannot be loaded or is of no supported architecture, or a graph
+            that differs from PyTorch by more than parity.TOLERANCE.
+    """
+    encoder, front_end = load_encoder(options.encoder)
+    llm, tokenizer = load_llm(options.llm)
+    projector = make_projector(encoder, llm, options)
+    with written_folder(Path(out)) as folder:
+        manifest = _write(folder, options, encoder, front_end, llm, tokenizer, projector)
+        write_manifest(folder, manifest)
+    return manifest
+
+
+def _write(folder: Path, options, encoder, front_end, llm, tokenizer, projector) -> Manifest:
+    graphs = {
+        "encoder": _write_graph(folder, "encoder", encoder_graph(encoder), parity.encoder_parity, encoder),
+        "projector": _write_graph(folder, "projector", projector_graph(projector), parity.projector_parity, projector),
+        "llm": _write_llm(folder, llm, options.precision),
+    }
+    table = llm.get_input_embeddings().weight.detach().numpy().astype(np.float16)
+    np.save(folder / "token_embeddings.npy", table)
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    frame_s = encoder.config.subsampling_factor * front_end.hop_samples / front_end.sample_rate
+    longest = round(MAX_SPEECH_S * front_end.sample_rate / front_end.hop_samples)
+    return Manifest(
+        name=options.name,
+        front_end=front_end,
+        encoder=EncoderSpec(encoder.config.hidden_size, frame_s),
+        llm=llm_spec(llm, tokenizer, options.max_context),
+        prompt=prompt_spec(tokenizer, options),
+        projector=dataclasses.asdict(projector.config),
+        projector_weights=find_weights(folder / "projector.onnx", projector),
+        graphs=graphs,
+        dims={
+            "frames": (20, 300, longest),
+            "features": (2, 75, longest // encoder.config.subsampling_factor + 1),
+            "tokens": (1, 32, options.max_context),
+            "past": (0, 48, options.max_context),
+        },
+        embeddings_sha256=sha256(folder / "token_embeddings.npy"),
+        files={},
+    )
+
+
+def _write_graph(folder: Path, name: str, graph, check, module) -> GraphSpec:
+    spec = graph.save(folder / f"{name}.onnx")
+    with load_runner(folder / spec.file, spec, "onnxruntime") as runner:
+        figures = check(runner, module)
+    _hold(name, figures)
+    return dataclasses.replace(spec, parity={"max_abs_diff_to_pytorch": figures})
+
+
+def _hold(name: str, figures: dict[str, float]) -> None:
+    if not max(figures.values()) < parity.TOLERANCE:
+        raise TinyAlignError(
+            f"the exported {name} differs from PyTorch by {max(figures.values()):.2g}, allowed is {parity.TOLERANCE}: "
+            f"by length {figures}. Nothing was written; report the model and the versions of torch and transformers"
+        )
+
+
+def _write_llm(folder: Path, llm, precision: str) -> GraphSpec:
+    """The FP32 graph is checked in any case; in the bundle goes what `precision` says."""
+    if precision == "fp32":
+        return _write_graph(folder, "llm", llm_graph(llm), parity.llm_parity, llm)
+    with tempfile.TemporaryDirectory() as temporary:
+        exact = _write_graph(Path(temporary), "llm", llm_graph(llm), parity.llm_parity, llm)
+        quantise_int4(Path(temporary) / exact.file, folder / exact.file)
+    spec = dataclasses.replace(exact, precision=precision)
+    with load_runner(folder / spec.file, spec, "onnxruntime") as runner:
+        cost = parity.llm_parity(runner, llm)
+    fp32 = exact.parity["max_abs_diff_to_pytorch"]
+    return dataclasses.replace(spec, parity={"max_abs_diff_to_pytorch": fp32, "int4_max_abs_diff_to_pytorch": cost})
+
+
+def find_weights(graph: Path, projector) -> tuple[WeightSpec, ...]:
+    """Where each projector parameter lies in the graph's data file, found by its values.
+
+    Raises:
+        TinyAlignError: the exporter has changed or merged a parameter, so that it could not be replaced.
+    """
+    places = {}
+    for tensor in onnx.load(str(graph), load_external_data=False).graph.initializer:
+        if not (entry := {e.key: e.value for e in tensor.external_data}):
+            continue  # a shape or a scalar, kept in the graph
+        places[tensor.name] = (int(entry.get("offset", 0)), int(entry["length"]), tuple(tensor.dims), tensor.data_type)
+    blob = (graph.parent / f"{graph.name}.data").read_bytes()
+    return tuple(_find(name, value.detach().numpy(), places, blob) for name, value in projector.state_dict().items())
+
+
+def _find(name: str, value: np.ndarray, places: dict, blob: bytes) -> WeightSpec:
+    for offset, length, shape, kind in places.values():
+        if kind != onnx.TensorProto.FLOAT or length != value.nbytes:
+            continue
+        stored = np.frombuffer(blob, "<f4", count=value.size, offset=offset).reshape(shape)
+        for transposed in (False, True):
+            if np.array_equal(stored, value.T if transposed else value):
+                return WeightSpec(name, offset, shape, transposed)
+    raise TinyAlignError(
+        f"the projector's {name} is not in the exported graph as it is: its weights could not be replaced"
+    )
+
+
+def load_encoder(path: str):
+    """The encoder (without its CTC head) and its front end."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCTC
+
+    config = _pretrained(AutoConfig, path)
+    if config.model_type not in ENCODERS:
+        raise TinyAlignError(f"{path} is a {config.model_type!r}; supported encoders: {', '.join(ENCODERS)}")
+    whole = config.model_type == "parakeet_ctc"
+    model = _pretrained(AutoModelForCTC if whole else AutoModel, path).eval()
+    return (model.encoder if whole else model), load_front_end(path)
+
+
+def load_front_end(path: str) -> FrontEnd:
+    """The front end of a preprocessor_config.json (a ParakeetFeatureExtractor's, and `floor_db` if ours)."""
+    from transformers.utils import cached_file
+
+    try:
+        value = json.loads(Path(cached_file(path, "preprocessor_config.json")).read_text())
+    except (OSError, ValueError) as error:
+        raise TinyAlignError(f"{path} has no readable preprocessor_config.json: {error}") from error
+    return FrontEnd(
+        sample_rate=value["sampling_rate"],
+        n_mels=value["feature_size"],
+        n_fft=value["n_fft"],
+        window_samples=value["win_length"],
+        hop_samples=value["hop_length"],
+        preemphasis=value["preemphasis"],
+        floor_db=value.get("floor_db"),
+    )
+
+
+def load_llm(path: str):
+    """The LLM in FP32 and its tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = _pretrained(AutoConfig, path)
+    if config.model_type not in LLMS:
+        raise TinyAlignError(f"{path} is a {config.model_type!r}; supported LLMs: {', '.join(LLMS)}")
+    return _pretrained(AutoModelForCausalLM, path, dtype=torch.float32).eval(), _pretrained(AutoTokenizer, path)
+
+
+def _pretrained(kind, path: str, **options):
+    try:
+        return kind.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise TinyAlignError(f"{path} cannot be loaded as a model folder or hub id: {error}") from error
+
+
+def make_projector(encoder, llm, options: ExportOptions):
+    """A BridgeFormer between the two, with the weights of `options.projector` or random ones."""
+    import torch
+    from safetensors.torch import load_file
+
+    from tiny_align.align.projector import BridgeFormer, BridgeFormerConfig
+
+    torch.manual_seed(options.seed)
+    sizes = {"feature_size": encoder.config.hidden_size, "embedding_size": llm.config.hidden_size}
+    projector = BridgeFormer(BridgeFormerConfig(**sizes, soft_tokens=options.soft_tokens)).eval()
+    if options.projector:
+        try:
+            projector.load_state_dict(load_file(options.projector))
+        except (OSError, RuntimeError) as error:
+            raise TinyAlignError(f"{options.projector} is no projector for this encoder and LLM: {error}") from error
+    else:
+        for value in projector.parameters():  # no two parameters alike, so that each is found in the graph
+            value.data += torch.randn_like(value) * 1e-4
+    return projector
+
+
+def llm_spec(llm, tokenizer, max_context: int) -> LlmSpec:
+    heads, size = kv_shape(llm.config)
+    ends = (
+        llm.generation_config.eos_token_id if llm.generation_config.eos_token_id is not None else tokenizer.eos_token_id
+    )
+    return LlmSpec(
+        vocabulary=llm.config.vocab_size,
+        hidden_size=llm.config.hidden_size,
+        n_layers=llm.config.num_hidden_layers,
+        n_kv_heads=heads,
+        head_size=size,
+        end_tokens=tuple(ends if isinstance(ends, list) else [ends]),
+        max_context=min(max_context, llm.config.max_position_embeddings),
+    )
+
+
+def prompt_spec(tokenizer, options: ExportOptions) -> PromptSpec:
+    """The chat template, rendered with marks in its two holes and cut there."""
+    marks = ("INSTRUCTION-GOES-HERE", "SPEECH-GOES-HERE")
+    messages = [{"role": "system", "content": marks[0]}, {"role": "user", "content": marks[1]}]
+    if not tokenizer.chat_template:
+        raise TinyAlignError("the LLM's tokenizer has no chat template: use an instruction-tuned model")
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    if any(text.count(mark) != 1 for mark in marks):
+        raise TinyAlignError("the LLM's chat template does not take one system and one user message: it cannot be cut")
+    before, rest = text.split(marks[0])
+    between, after = rest.split(marks[1])
+    return PromptSpec(before, between, after, options.instruction, options.repeat_instruction)
+
+
+def copy_bundle(source: Path, target: Path) -> None:
+    """A bundle without its persons and engines."""
+    with written_folder(target) as folder:
+        shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("users", "engines"))

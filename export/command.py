@@ -1,0 +1,24 @@
+"""`tiny-align export`: encoder, projector and LLM from transformers' models into a bundle."""
+
+from pathlib import Path
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("--encoder", required=True, help="folder or hub id of the ASR encoder")
+    parser.add_argument("--llm", required=True, help="folder or hub id of the LLM")
+    parser.add_argument("--projector", help="safetensors file of a trained projector (default: an untrained one)")
+    parser.add_argument("--out", type=Path, required=True, help="the bundle's folder")
+    parser.add_argument("--precision", choices=("int4", "fp32"), default="int4", help="of the LLM's weights")
+    parser.add_argument("--name", help="the bundle's name (default: the folder's)")
+    parser.add_argument("--max-context", type=int, default=256, help="positions of prompt and answer together")
+
+
+def run(args) -> dict:
+    from tiny_align.export.bundle import ExportOptions, export_bundle
+
+    names = ("encoder", "llm", "projector", "precision", "max_context")
+    options = ExportOptions(**{n: getattr(args, n) for n in names}, name=args.name or args.out.name)
+    manifest = export_bundle(options, args.out)
+    graphs = {n: {"precision": g.precision, "parity": g.parity} for n, g in manifest.graphs.items()}
+    size = sum((args.out / f).stat().st_size for f in manifest.files)
+    return {"path": str(args.out), "bytes": size, "graphs": graphs}

@@ -1,0 +1,131 @@
+"""PyTorch modules -> ONNX graphs with the bundle's names: encoder, projector and LLM, in FP32.
+
+Transformers models go through transformers' OnnxExporter. Graphs are plain ONNX (opset 21, batch 1), so that ONNX
+Runtime and TensorRT take the same file; what is static is written as a number. No quantisation here.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir
+import torch
+
+from tiny_align.runtime.bundle import GraphSpec, TensorSpec
+
+OPSET = 21
+INLINE_BYTES = 128  # shapes and scalars stay in the graph: shape inference reads them
+EXAMPLE_FRAMES, EXAMPLE_PAST, EXAMPLE_TOKENS = 217, 5, 7  # sizes that no other dimension has
+
+
+@dataclass(frozen=True)
+class Graph:
+    """An exported program and the names and shapes its file is to have."""
+
+    program: onnx_ir.Model
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def save(self, path: Path) -> GraphSpec:
+        """Write the graph and, beside it, its weights as external data; the names are the specification's."""
+        _rename(self.program, self.inputs, self.outputs)
+        onnx_ir.save(self.program, str(path), external_data=f"{path.name}.data", size_threshold_bytes=INLINE_BYTES)
+        model = onnx.load(str(path), load_external_data=False)
+        for value, spec in zip([*model.graph.input, *model.graph.output], [*self.inputs, *self.outputs]):
+            _set_shape(value, spec.shape)
+        _strip_traces(model)
+        del model.graph.value_info[:]  # the exporter's guesses at inner shapes, some static ones as symbols
+        onnx.save(model, str(path))
+        return GraphSpec(path.name, "fp32", self.inputs, self.outputs)
+
+
+def _strip_traces(model: onnx.ModelProto) -> None:
+    """Drop the exporter's notes on every node (stack traces, module paths): half of a small graph's size."""
+    for part in (*model.graph.node, *model.graph.initializer, *model.graph.input, *model.graph.output, model.graph):
+        del part.metadata_props[:]
+        part.doc_string = ""
+
+
+def _rename(program: onnx_ir.Model, inputs, outputs) -> None:
+    for values, specs in ((program.graph.inputs, inputs), (program.graph.outputs, outputs)):
+        if len(values) != len(specs):
+            raise RuntimeError(f"the graph has {[v.name for v in values]}, expected were {[s.name for s in specs]}")
+        for value, spec in zip(values, specs):
+            value.name = spec.name
+
+
+def _set_shape(value: onnx.ValueInfoProto, shape: tuple[int | str, ...]) -> None:
+    dims = value.type.tensor_type.shape.dim
+    for dim, size in zip(dims, shape, strict=True):
+        if isinstance(size, str):
+            dim.dim_param = size
+        else:
+            dim.dim_value = size
+
+
+def _export(model, inputs: dict) -> onnx_ir.Model:
+    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+    exported = OnnxExporter().export(model, inputs, config=OnnxConfig(dynamic=True, opset_version=OPSET))
+    return exported.program
+
+
+def encoder_graph(encoder) -> Graph:
+    """A log-mel encoder: input_features (1, frames, M) -> features (1, features, Da)."""
+    mels, size = encoder.config.num_mel_bins, encoder.config.hidden_size
+    program = _export(encoder, {"input_features": torch.randn(1, EXAMPLE_FRAMES, mels)})
+    inputs = (TensorSpec("input_features", "float32", (1, "frames", mels)),)
+    return Graph(program, inputs, (TensorSpec("features", "float32", (1, "features", size)),))
+
+
+def projector_graph(projector) -> Graph:
+    """features (1, features, Da) -> soft_tokens (1, T, D)."""
+    config = projector.config
+    example = torch.randn(1, EXAMPLE_FRAMES, config.feature_size)
+    shapes = {"features": {1: torch.export.Dim("n", min=2, max=4096)}}
+    program = torch.onnx.export(
+        projector,
+        (),
+        kwargs={"features": example},
+        dynamic_shapes=shapes,
+        opset_version=OPSET,
+        dynamo=True,
+        verbose=False,
+    ).model
+    inputs = (TensorSpec("features", "float32", (1, "features", config.feature_size)),)
+    outputs = (TensorSpec("soft_tokens", "float32", (1, config.soft_tokens, config.embedding_size)),)
+    return Graph(program, inputs, outputs)
+
+
+def llm_graph(llm) -> Graph:
+    """inputs_embeds (1, tokens, D) and past keys and values -> the last position's logits, and all of them."""
+    from transformers import DynamicCache
+
+    config, cache = llm.config, DynamicCache(config=llm.config)
+    shape = kv_shape(config)
+    for layer in range(config.num_hidden_layers):
+        cache.update(
+            torch.randn(1, shape[0], EXAMPLE_PAST, shape[1]), torch.randn(1, shape[0], EXAMPLE_PAST, shape[1]), layer
+        )
+    embeds = torch.randn(1, EXAMPLE_TOKENS, config.hidden_size)
+    inputs = {"inputs_embeds": embeds, "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+    return Graph(
+        _export(llm, inputs),
+        (TensorSpec("inputs_embeds", "float32", (1, "tokens", config.hidden_size)), *_kv_specs(config, "past", "past")),
+        (TensorSpec("logits", "float32", (1, 1, config.vocab_size)), *_kv_specs(config, "present", "total")),
+    )
+
+
+def kv_shape(config) -> tuple[int, int]:
+    """(key-value heads, head size) of an LLM's configuration."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_key_value_heads, head
+
+
+def _kv_specs(config, prefix: str, length: str) -> tuple[TensorSpec, ...]:
+    heads, size = kv_shape(config)
+    return tuple(
+        TensorSpec(f"{prefix}.{layer}.{part}", "float32", (1, heads, length, size))
+        for layer in range(config.num_hidden_layers)
+        for part in ("key", "value")
+    )

@@ -1,0 +1,68 @@
+"""Does a graph compute what PyTorch does? Each at several lengths, through the runtime's own backend."""
+
+import numpy as np
+import torch
+
+from tiny_align.export.graphs import kv_shape
+
+ENCODER_FRAMES = (20, 101, 300, 999)  # 10 ms each
+PROJECTOR_FRAMES = (3, 25, 75, 250)
+LLM_LENGTHS = ((1, 0), (24, 0), (1, 24), (9, 40), (64, 128))  # (tokens, past)
+TOLERANCE = 1e-3  # largest absolute difference of an FP32 graph
+
+
+def _difference(got: np.ndarray, want: torch.Tensor) -> float:
+    return float(np.abs(got - want.numpy()).max())
+
+
+@torch.no_grad()
+def encoder_parity(runner, encoder, seed: int = 0) -> dict[str, float]:
+    """frames -> largest absolute difference of the features."""
+    rng, mels = np.random.default_rng(seed), encoder.config.num_mel_bins
+    out = {}
+    for n in ENCODER_FRAMES:
+        x = rng.standard_normal((1, n, mels)).astype(np.float32)
+        got = runner({"input_features": x})["features"]
+        out[str(n)] = _difference(got, encoder(torch.from_numpy(x)).last_hidden_state)
+    return out
+
+
+@torch.no_grad()
+def projector_parity(runner, projector, seed: int = 0) -> dict[str, float]:
+    """encoder frames -> largest absolute difference of the soft tokens."""
+    rng, size = np.random.default_rng(seed), projector.config.feature_size
+    out = {}
+    for n in PROJECTOR_FRAMES:
+        x = rng.standard_normal((1, n, size)).astype(np.float32)
+        out[str(n)] = _difference(runner({"features": x})["soft_tokens"], projector(torch.from_numpy(x)))
+    return out
+
+
+@torch.no_grad()
+def llm_parity(runner, llm, seed: int = 0) -> dict[str, float]:
+    """tokens+past -> largest absolute difference over logits, keys and values."""
+    rng = np.random.default_rng(seed)
+    return {f"{tokens}+{past}": _llm_difference(runner, llm, tokens, past, rng) for tokens, past in LLM_LENGTHS}
+
+
+def _llm_difference(runner, llm, tokens: int, past: int, rng) -> float:
+    from transformers import DynamicCache
+
+    (heads, size), layers = kv_shape(llm.config), range(llm.config.num_hidden_layers)
+    scale = float(llm.get_input_embeddings().weight.std())
+    embeds = (rng.standard_normal((1, tokens, llm.config.hidden_size)) * scale).astype(np.float32)
+    feed = {"inputs_embeds": embeds}
+    cache = DynamicCache(config=llm.config)
+    for layer in layers:
+        pair = [rng.standard_normal((1, heads, past, size)).astype(np.float32) for _ in range(2)]
+        feed |= {f"past.{layer}.key": pair[0], f"past.{layer}.value": pair[1]}
+        if past:
+            cache.update(*map(torch.from_numpy, pair), layer)
+    want = llm(inputs_embeds=torch.from_numpy(embeds), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    got = runner(feed)
+    differences = [_difference(got["logits"], want.logits)]
+    for layer in layers:
+        kept = want.past_key_values.layers[layer]
+        differences += [_difference(got[f"present.{layer}.key"], kept.keys)]
+        differences += [_difference(got[f"present.{layer}.value"], kept.values)]
+    return max(differences)

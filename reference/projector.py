@@ -1,0 +1,97 @@
+"""Trains the bundle's general projector on many synthetic voices and puts it into the bundle.
+
+The features come from the bundle's own encoder graph, over augmented speech of the voices the encoder
+was trained on; flite's voices and people are not among them.
+
+    python -m tiny_align.reference.projector --bundle reference/bundle --out reference/weights/projector.safetensors
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from tiny_align.reference import corpus
+from tiny_align.runtime.assistant import Assistant
+from tiny_align.runtime.bundle import Bundle, write_manifest
+
+CHUNK = 32  # recordings augmented together
+
+
+def spoken_features(assistant: Assistant, work: Path, n: int, seed: int) -> tuple[list[np.ndarray], list[str]]:
+    """`n` corpus sentences by random known voices, augmented -> encoder features (N, Da) and texts."""
+    path = work / f"features-{n}-{seed}.npz"
+    if not path.exists():
+        features, texts = _speak(assistant, n, seed)
+        edges = np.cumsum([0, *map(len, features)])
+        work.mkdir(parents=True, exist_ok=True)
+        np.savez(path.with_suffix(".partial.npz"), features=np.concatenate(features), edges=edges, texts=texts)
+        path.with_suffix(".partial.npz").rename(path)
+    stored = np.load(path)
+    everything, edges = stored["features"], stored["edges"]
+    return [everything[a:b] for a, b in zip(edges, edges[1:])], [str(t) for t in stored["texts"]]
+
+
+def _speak(assistant: Assistant, n: int, seed: int) -> tuple[list[np.ndarray], list[str]]:
+    import torch
+
+    from tiny_align.reference.augment import augment, normalise
+    from tiny_align.reference.speech import Espeak
+
+    espeak, rng, front = Espeak(seed=0), random.Random(seed), assistant.bundle.manifest.front_end
+    torch.manual_seed(seed)
+    texts = [s.text for s in corpus.sentences(n, seed, unique=False)]
+    features = []
+    for start in tqdm(range(0, n, CHUNK), desc="speak"):
+        mels = [torch.from_numpy(front.log_mel(espeak.say_as_someone(t, rng))) for t in texts[start : start + CHUNK]]
+        lengths = torch.tensor([len(m) for m in mels])
+        padded, lengths = augment(torch.nn.utils.rnn.pad_sequence(mels, batch_first=True), lengths)
+        padded = normalise(padded, lengths, front.floor_db).numpy()
+        features += [assistant.encode_mel(mel[:length]) for mel, length in zip(padded, lengths)]
+    return features, texts
+
+
+def train(bundle_path: Path, out: Path, work: Path, n: int, steps: int, seed: int) -> dict:
+    from safetensors.torch import save_file
+
+    from tiny_align.align.personalise import embedding_table, make_example
+    from tiny_align.align.train import Trainer, TrainOptions
+    from tiny_align.align.users import data_file, load_projector, write_weights
+
+    bundle = Bundle.open(bundle_path)
+    options = TrainOptions(
+        steps=steps, batch=32, rate=1e-3, warmup=100, seed=seed, held_out=0.03, check_every=100, patience=10**6,
+        max_seconds=float("inf"),
+    )  # fmt: skip
+    with Assistant.load(bundle) as assistant:
+        features, texts = spoken_features(assistant, work, n, seed)
+        examples = [make_example(assistant.llm, f, t) for f, t in zip(features, texts)]
+        projector = load_projector(bundle, bundle.graph("projector"))
+        trained = Trainer(projector, examples, embedding_table(assistant), options, work / "projector").run()
+    save_file(trained.weights, out)
+    write_weights(bundle.path / data_file(bundle), bundle.manifest, trained.weights)
+    write_manifest(bundle.path, bundle.manifest)
+    return trained.record
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle", type=Path, default=Path("reference/bundle"))
+    parser.add_argument("--out", type=Path, default=Path("reference/weights/projector.safetensors"))
+    parser.add_argument("--work", type=Path, default=Path("work"))
+    parser.add_argument("--utterances", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    record = train(args.bundle, args.out, args.work, args.utterances, args.steps, args.seed)
+    report = vars(args) | record
+    args.out.with_suffix(".json").write_text(json.dumps(report, indent=1, default=str) + "\n")
+    print(json.dumps({k: record[k] for k in ("steps", "train_seconds", "best_loss")}))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

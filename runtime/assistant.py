@@ -1,0 +1,197 @@
+"""The product: speech in, streamed text out. Loads a bundle once; holds no conversation.
+
+Streaming input is collected and read when the person stops; encoding in windows while they speak is
+not done here yet.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tiny_align.runtime.audio import check_audio, read_audio
+from tiny_align.runtime.backend import load_runner
+from tiny_align.runtime.bundle import Bundle
+from tiny_align.runtime.errors import AudioError, TinyAlignError
+from tiny_align.runtime.llm import Decoding, LanguageModel, TextStream
+
+
+@dataclass(frozen=True)
+class Event:
+    """A piece of an answer."""
+
+    text: str  # what this token adds to the answer; may be empty
+    token: int
+    elapsed_s: float  # since the speech (or the text) was complete
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer and how long it took."""
+
+    text: str
+    tokens: tuple[int, ...]
+    ttft_s: float  # end of speech -> first token
+    seconds: float  # end of speech -> last token
+    audio_s: float
+
+    @property
+    def rtf(self) -> float:
+        """Real-time factor: seconds of work per second of speech."""
+        return self.seconds / self.audio_s if self.audio_s else 0.0
+
+
+class Assistant:
+    """Encoder, projector and LLM of one bundle, with one person's projector.
+
+    Shapes: audio (S,) float32 in [-1, 1] at `sample_rate`; features (N, Da); soft tokens (T, D).
+    """
+
+    def __init__(self, bundle: Bundle, encoder, projector, llm, backend: str):
+        self.bundle, self.backend = bundle, backend
+        self._encoder, self._projector, self._llm_runner = encoder, projector, llm
+        self.llm = LanguageModel(bundle, llm)
+        self._front_end = bundle.manifest.front_end
+        self.sample_rate = self._front_end.sample_rate  # Hz
+
+    @classmethod
+    def load(
+        cls,
+        bundle: str | Path | Bundle,
+        user: str | None = None,
+        *,
+        users: Path | None = None,
+        backend: str = "onnxruntime",
+        threads: int | None = None,
+    ) -> "Assistant":
+        """Load a bundle's graphs.
+
+        Args:
+            bundle: its folder, or one that is open already.
+            user: whose projector; None: the general one.
+            users: the folder persons are kept in, if not the bundle's own.
+            backend: "onnxruntime"; never replaced by another.
+            threads: CPU threads per graph; None: all cores.
+        Raises:
+            BundleError, UserError, BackendError: see their messages.
+        """
+        bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        paths = {
+            "encoder": bundle.graph("encoder"),
+            "projector": bundle.projector(user, users),
+            "llm": bundle.graph("llm"),
+        }
+        graphs = bundle.manifest.graphs
+        return cls(bundle, *(load_runner(p, graphs[n], backend, threads) for n, p in paths.items()), backend)
+
+    def features(self, audio: np.ndarray) -> np.ndarray:
+        """(S,) float32 audio -> (N, Da) float32 encoder features."""
+        least, _, greatest = self.bundle.manifest.dims["frames"]
+        check_audio(
+            audio, self.sample_rate, "the audio", max_s=greatest * self._front_end.hop_samples / self.sample_rate
+        )
+        mel = self._front_end(audio)  # (frames, M)
+        if len(mel) < least:
+            raise AudioError(f"the audio has {len(mel)} frames of 10 ms, at least {least} are needed: record longer")
+        return self.encode_mel(mel)
+
+    def encode_mel(self, mel: np.ndarray) -> np.ndarray:
+        """(frames, M) normalised log-mel -> (N, Da) float32 encoder features."""
+        return self._encoder({"input_features": np.ascontiguousarray(mel[None])})["features"][0]
+
+    def soft_tokens(self, features: np.ndarray) -> np.ndarray:
+        """(N, Da) -> (T, D) float32 in the LLM's embedding space."""
+        return self._projector({"features": features[None]})["soft_tokens"][0]
+
+    def swap_projector(self, path: Path) -> None:
+        """Use another person's projector graph from the next utterance on."""
+        old, spec = self._projector, self.bundle.manifest.graphs["projector"]
+        self._projector = load_runner(path, spec, self.backend)
+        old.close()
+
+    def stream(
+        self, audio: np.ndarray, instruction: str | None = None, decoding: Decoding = Decoding()
+    ) -> Iterator[Event]:
+        """Answer speech: (S,) float32 mono at `sample_rate` -> events, one per token."""
+        began = time.perf_counter()
+        yield from self._events(self.soft_tokens(self.features(audio)), instruction, decoding, began)
+
+    def stream_text(
+        self, text: str, instruction: str | None = None, decoding: Decoding = Decoding()
+    ) -> Iterator[Event]:
+        """Answer typed text: the upper bound of the spoken path."""
+        began = time.perf_counter()
+        yield from self._events(self.llm.embed(self.llm.encode_words(text)), instruction, decoding, began)
+
+    def _events(self, speech: np.ndarray, instruction, decoding: Decoding, began: float) -> Iterator[Event]:
+        pieces = TextStream(self.llm.tokenizer)
+        for token in self.llm.generate(self.llm.assemble(speech, instruction), decoding):
+            yield Event(pieces.push(token), token, time.perf_counter() - began)
+
+    def answer(self, audio: np.ndarray, instruction: str | None = None, decoding: Decoding = Decoding()) -> Answer:
+        """`stream`, collected."""
+        return collect(self.stream(audio, instruction, decoding), len(audio) / self.sample_rate)
+
+    def answer_text(self, text: str, instruction: str | None = None, decoding: Decoding = Decoding()) -> Answer:
+        """`stream_text`, collected."""
+        return collect(self.stream_text(text, instruction, decoding), 0.0)
+
+    def answer_soft_tokens(self, soft_tokens: np.ndarray, instruction: str | None = None) -> Answer:
+        """Answer soft tokens (T, D) that are at hand already; greedy."""
+        return collect(self._events(soft_tokens, instruction, Decoding(), time.perf_counter()), 0.0)
+
+    def answer_file(self, path, instruction: str | None = None, decoding: Decoding = Decoding()) -> Answer:
+        """`answer` for an audio file of any rate, channel count and format that soundfile reads."""
+        return self.answer(read_audio(path, self.sample_rate), instruction, decoding)
+
+    def listen(self, instruction: str | None = None, decoding: Decoding = Decoding()) -> "Session":
+        """A streaming session: push chunks of audio, then finish."""
+        return Session(self, instruction, decoding)
+
+    def close(self) -> None:
+        for runner in (self._encoder, self._projector, self._llm_runner):
+            runner.close()
+
+    def __enter__(self) -> "Assistant":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def collect(events: Iterator[Event], audio_s: float) -> Answer:
+    """A whole answer from its events; an answer without a token took until the generator ended."""
+    began, got = time.perf_counter(), list(events)
+    seconds = got[-1].elapsed_s if got else time.perf_counter() - began
+    text = "".join(e.text for e in got).strip()
+    return Answer(text, tuple(e.token for e in got), got[0].elapsed_s if got else seconds, seconds, audio_s)
+
+
+class Session:
+    """Speech that arrives in chunks: `push` any number, then `finish` once; `reset` to start over."""
+
+    def __init__(self, assistant: Assistant, instruction: str | None, decoding: Decoding):
+        self._assistant, self._instruction, self._decoding = assistant, instruction, decoding
+        self._chunks: list[np.ndarray] = []
+        self._finished = False
+
+    def push(self, chunk: np.ndarray) -> None:
+        """Add (S,) float32 samples at the assistant's rate; any size."""
+        if self._finished:
+            raise TinyAlignError("this session is finished: call reset() before pushing more audio")
+        if not isinstance(chunk, np.ndarray) or chunk.ndim != 1 or chunk.dtype != np.float32:
+            given = f"{chunk.dtype} {chunk.shape}" if isinstance(chunk, np.ndarray) else type(chunk).__name__
+            raise AudioError(f"a chunk must be a float32 array of shape (S,), given was {given}: convert it")
+        self._chunks.append(chunk.copy())
+
+    def finish(self) -> Iterator[Event]:
+        """Answer what was pushed."""
+        self._finished = True
+        audio = np.concatenate([np.zeros(0, np.float32), *self._chunks])
+        return self._assistant.stream(audio, self._instruction, self._decoding)
+
+    def reset(self) -> None:
+        """Forget what was pushed."""
+        self._chunks, self._finished = [], False

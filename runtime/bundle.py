@@ -1,0 +1,235 @@
+"""The bundle: a folder with everything a device needs, described and hashed by its manifest.
+
+Nothing here loads a graph; assistant.py and the backends do. The manifest's form is this file: frozen
+dataclasses, read from and written to manifest.json.
+"""
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tiny_align.runtime.errors import BundleError, UserError
+from tiny_align.runtime.features import FrontEnd
+from tiny_align.runtime.files import sha256, write_json
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+USER_RECORD = "user.json"
+GENERAL = "general"  # the bundle's own projector, for everybody
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A graph's input or output; a dimension is a number, or the name of a dynamic one."""
+
+    name: str
+    dtype: str  # numpy's name
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """Where a projector parameter lies in the graph's external data file (little-endian float32)."""
+
+    parameter: str  # name in the PyTorch state dict
+    offset: int  # bytes
+    shape: tuple[int, ...]  # as stored in the graph
+    transposed: bool  # whether the graph stores the parameter's transpose
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One ONNX graph of the bundle."""
+
+    file: str
+    precision: str  # "fp32", "int4"
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    parity: dict = field(default_factory=dict)  # max absolute difference to PyTorch, by length
+
+    def __post_init__(self):
+        for name in ("inputs", "outputs"):
+            object.__setattr__(self, name, tuple(_tensor(t) for t in getattr(self, name)))
+
+
+def _tensor(value) -> TensorSpec:
+    return value if isinstance(value, TensorSpec) else TensorSpec(value["name"], value["dtype"], tuple(value["shape"]))
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    feature_size: int  # Da
+    frame_s: float  # seconds per encoder frame
+
+
+@dataclass(frozen=True)
+class LlmSpec:
+    vocabulary: int  # V
+    hidden_size: int  # D
+    n_layers: int
+    n_kv_heads: int
+    head_size: int
+    end_tokens: tuple[int, ...]
+    max_context: int  # positions: prompt and answer together
+    embedding_scale: float = 1.0  # applied to a row of the table before the LLM sees it
+
+
+@dataclass(frozen=True)
+class PromptSpec:
+    """The chat template cut at its two holes: before | instruction | between | speech or text | after."""
+
+    before: str
+    between: str
+    after: str
+    instruction: str  # used where the caller gives none
+    repeat_instruction: str  # asks for the user's own words; measures the word error rate
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything the runtime knows about a bundle without opening a graph."""
+
+    name: str
+    front_end: FrontEnd
+    encoder: EncoderSpec
+    llm: LlmSpec
+    prompt: PromptSpec
+    projector: dict  # the projector's class and sizes, as align.build_projector takes them
+    projector_weights: tuple[WeightSpec, ...]
+    graphs: dict[str, GraphSpec]  # "encoder", "projector", "llm"
+    dims: dict[str, tuple[int, int, int]]  # least, usual and greatest value of each dynamic dimension
+    embeddings_sha256: str  # the LLM's embedding table; a projector is bound to it
+    files: dict[str, str]  # every file of the bundle but this one -> SHA-256
+    schema: int = SCHEMA
+
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict) -> "Manifest":
+        made = {
+            "front_end": FrontEnd(**value["front_end"]),
+            "encoder": EncoderSpec(**value["encoder"]),
+            "llm": LlmSpec(**{**value["llm"], "end_tokens": tuple(value["llm"]["end_tokens"])}),
+            "prompt": PromptSpec(**value["prompt"]),
+            "projector_weights": tuple(
+                WeightSpec(w["parameter"], w["offset"], tuple(w["shape"]), w["transposed"])
+                for w in value["projector_weights"]
+            ),
+            "graphs": {name: GraphSpec(**g) for name, g in value["graphs"].items()},
+            "dims": {name: tuple(d) for name, d in value["dims"].items()},
+        }
+        return cls(**{**value, **made})
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk. `Bundle.open` checks it; the paths are then safe to load."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path, *, verify: bool = True) -> "Bundle":
+        """Read the manifest and check that every file is there and, with `verify`, unchanged.
+
+        Raises:
+            BundleError: no bundle at `path`, another schema, or a file that is missing or has changed.
+        """
+        path = Path(path)
+        bundle = cls(path, _read_manifest(path))
+        for name, expected in bundle.manifest.files.items():
+            if not (path / name).is_file():
+                raise BundleError(f"{path} lacks {name}, which its manifest lists: copy or export the bundle again")
+            if verify and sha256(path / name) != expected:
+                raise BundleError(
+                    f"{path / name} has changed: its SHA-256 is not the manifest's. Copy or export the bundle again"
+                )
+        return bundle
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer.json"
+
+    @property
+    def embeddings(self) -> Path:
+        return self.path / "token_embeddings.npy"
+
+    def graph(self, name: str) -> Path:
+        return self.path / self.manifest.graphs[name].file
+
+    def projector(self, user: str | None = None, users: Path | None = None) -> Path:
+        """The projector graph of a person, or the general one for None. `users`: where persons are kept."""
+        if user is None or user == GENERAL:
+            return self.graph("projector")
+        folder = self.user_folder(user, users)
+        check_user(folder, self.manifest)
+        return folder / self.manifest.graphs["projector"].file
+
+    def user_folder(self, user: str, users: Path | None = None) -> Path:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", user):
+            raise UserError(f"{user!r} is no user name: use letters, digits, '.', '_' and '-', at most 64")
+        return Path(users or self.path / "users") / user
+
+
+def _read_manifest(path: Path) -> Manifest:
+    if not (path / MANIFEST).is_file():
+        raise BundleError(
+            f"{path} is not a bundle: it has no {MANIFEST}. Give the folder that `tiny-align export` wrote"
+        )
+    try:
+        value = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        schema = value["schema"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"{path / MANIFEST} is not a manifest ({error}): copy or export the bundle again") from error
+    if schema != SCHEMA:
+        raise BundleError(f"{path} has schema {schema}, this version reads schema {SCHEMA}: export the bundle again")
+    try:
+        return Manifest.from_json(value)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BundleError(f"{path / MANIFEST} lacks or misnames a field ({error}): export the bundle again") from error
+
+
+def check_user(folder: Path, manifest: Manifest) -> dict:
+    """The person's record, after checking that it is whole and made for this LLM.
+
+    Raises:
+        UserError: nobody of that name, a changed file, or a projector trained for another bundle.
+    """
+    if not (folder / USER_RECORD).is_file():
+        known = sorted(p.parent.name for p in folder.parent.glob(f"*/{USER_RECORD}"))
+        raise UserError(
+            f"no user {folder.name!r} in {folder.parent} (known: {', '.join(known) or 'none'}): "
+            f"train one with `tiny-align align --user {folder.name}`"
+        )
+    try:
+        record = json.loads((folder / USER_RECORD).read_text(encoding="utf-8"))
+        files, bound_to = record["files"], record["embeddings_sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / USER_RECORD} is damaged ({error}): train {folder.name!r} again") from error
+    if bound_to != manifest.embeddings_sha256:
+        raise UserError(
+            f"the projector of {folder.name!r} was trained for another LLM (embedding table {bound_to[:12]}, "
+            f"this bundle has {manifest.embeddings_sha256[:12]}): train it again with this bundle"
+        )
+    for name, expected in files.items():
+        if not (folder / name).is_file() or sha256(folder / name) != expected:
+            raise UserError(f"{folder / name} is missing or has changed: train {folder.name!r} again")
+    return record
+
+
+def write_user_record(folder: Path, manifest: Manifest, training: dict) -> None:
+    """Describe the projector files that lie in `folder`: the last step of writing a person."""
+    files = {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.name != USER_RECORD}
+    record = {"embeddings_sha256": manifest.embeddings_sha256, "training": training, "files": files}
+    write_json(folder / USER_RECORD, record)
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Hash every file of the bundle in `path` and write the manifest, the last step of an export."""
+    names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
+    kept = [n for n in names if n != MANIFEST and not n.startswith(("users/", "engines/"))]
+    files = {name: sha256(path / name) for name in kept}
+    write_json(path / MANIFEST, dataclasses.replace(manifest, files=files).to_json())

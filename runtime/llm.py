@@ -1,0 +1,133 @@
+"""The language model on embeddings: prompt assembly, KV-cached prefill, greedy and sampled decoding.
+
+The model holds no conversation: a `Cache` value does. Decoding is a generator of token ids.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from tiny_align.runtime.backend import Runner
+from tiny_align.runtime.bundle import Bundle
+from tiny_align.runtime.errors import DataError, TinyAlignError
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How to choose tokens; temperature 0 is greedy."""
+
+    max_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 40
+    seed: int = 0
+
+
+@dataclass
+class Cache:
+    """Keys and values of the positions read so far, in the backend's own form."""
+
+    values: dict = field(default_factory=dict)  # past input name -> value
+    length: int = 0  # positions
+
+
+class LanguageModel:
+    """A bundle's LLM: typed text or soft tokens in, token ids out."""
+
+    def __init__(self, bundle: Bundle, runner: Runner):
+        self._runner = runner
+        self.spec = bundle.manifest.llm
+        self.prompt = bundle.manifest.prompt
+        self.tokenizer = Tokenizer.from_file(str(bundle.tokenizer))
+        self._table = np.load(bundle.embeddings, mmap_mode="r")  # (V, D) float16
+        self._past = [t.name for t in runner.spec.inputs if t.name.startswith("past.")]
+        self._present = tuple(name.replace("past.", "present.") for name in self._past)
+        self._unknown = self.tokenizer.token_to_id("<unk>")
+
+    def encode(self, text: str) -> list[int]:
+        """Text -> token ids, special tokens of the template understood, none added."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_words(self, text: str, where: str = "the text") -> list[int]:
+        """`encode` for a person's words.
+
+        Raises:
+            DataError: no words, or characters the tokenizer does not know.
+        """
+        ids = self.encode(text)
+        if not text.strip() or not ids:
+            raise DataError(f"{where} is empty: a sentence was expected")
+        if self._unknown is not None and self._unknown in ids:
+            strange = sorted({c for c in text if self._unknown in self.encode(c)})
+            raise DataError(
+                f"{where} holds characters outside the LLM's tokenizer: {' '.join(map(repr, strange)) or text!r}. "
+                "Write it in the characters the model knows"
+            )
+        return ids
+
+    def embed(self, ids: list[int]) -> np.ndarray:
+        """(T, D) float32 rows of the embedding table."""
+        return self._table[ids].astype(np.float32) * np.float32(self.spec.embedding_scale)
+
+    def assemble(self, speech: np.ndarray, instruction: str | None = None) -> np.ndarray:
+        """Instruction injection: template and instruction around `speech` (T, D) -> (T', D)."""
+        wanted = self.prompt.instruction if instruction is None else instruction
+        before = self.encode(self.prompt.before + wanted + self.prompt.between)
+        return np.concatenate([self.embed(before), speech, self.embed(self.encode(self.prompt.after))])
+
+    def prefill(self, embeddings: np.ndarray, cache: Cache) -> np.ndarray:
+        """Read (T, D) embeddings into the cache; (V,) float32 logits of the last position."""
+        if cache.length + len(embeddings) > self.spec.max_context:
+            raise TinyAlignError(
+                f"the prompt needs {cache.length + len(embeddings)} positions, the bundle's LLM has "
+                f"{self.spec.max_context}: shorten the instruction or the recording"
+            )
+        out = self._runner({"inputs_embeds": embeddings[None], **(cache.values or self._empty())}, keep=self._present)
+        cache.values = {past: out[present] for past, present in zip(self._past, self._present)}
+        cache.length += len(embeddings)
+        return out["logits"].reshape(-1)
+
+    def _empty(self) -> dict[str, np.ndarray]:
+        shape = (1, self.spec.n_kv_heads, 0, self.spec.head_size)
+        return {name: np.zeros(shape, np.float32) for name in self._past}
+
+    def generate(self, embeddings: np.ndarray, decoding: Decoding, cache: Cache | None = None) -> Iterator[int]:
+        """Token ids of the answer to a prompt (T, D), until an end token, `max_tokens` or a full context."""
+        cache = Cache() if cache is None else cache
+        rng = np.random.default_rng(decoding.seed)
+        logits = self.prefill(np.ascontiguousarray(embeddings, np.float32), cache)
+        for _ in range(decoding.max_tokens):
+            token = _choose(logits, decoding, rng)
+            if token in self.spec.end_tokens:
+                return
+            yield token
+            if cache.length >= self.spec.max_context:
+                return
+            logits = self.prefill(self.embed([token]), cache)
+
+
+def _choose(logits: np.ndarray, decoding: Decoding, rng: np.random.Generator) -> int:
+    """The best token, or one drawn from the `top_k` best at a temperature."""
+    if decoding.temperature <= 0:
+        return int(logits.argmax())
+    best = np.argpartition(logits, -decoding.top_k)[-decoding.top_k :] if decoding.top_k < len(logits) else None
+    best = np.arange(len(logits)) if best is None else best
+    scaled = logits[best] / decoding.temperature
+    weights = np.exp(scaled - scaled.max())
+    return int(rng.choice(best, p=weights / weights.sum()))
+
+
+class TextStream:
+    """Token ids -> pieces of text: what each token adds, held back while a character is incomplete."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer, self._ids, self.text = tokenizer, [], ""
+
+    def push(self, token: int) -> str:
+        self._ids.append(token)
+        whole = self._tokenizer.decode(self._ids)
+        if whole.endswith("�"):
+            return ""
+        added, self.text = whole[len(self.text) :], whole
+        return added

@@ -1,0 +1,445 @@
+"""The engines stage: profiles, choice of builder, and real builds with TensorRT-RTX (no GPU is needed to build)."""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tiny_align.engines import build as build_module
+from tiny_align.engines import builder as builder_module
+from tiny_align.engines import commands
+from tiny_align.engines.build import build_engines, graph_files
+from tiny_align.engines.builder import find_builder
+from tiny_align.engines.profile import graph_profile
+from tiny_align.runtime import machine
+from tiny_align.runtime.bundle import (
+    Bundle,
+    EncoderSpec,
+    GraphSpec,
+    LlmSpec,
+    Manifest,
+    PromptSpec,
+    TensorSpec,
+    write_manifest,
+)
+from tiny_align.runtime.errors import BackendError, BundleError
+from tiny_align.runtime.features import FrontEnd
+from tiny_align.runtime.files import sha256
+
+onnx = pytest.importorskip("onnx", reason="the graphs to build are made with onnx")
+
+DIMS = {"past": (0, 16, 64), "new": (1, 4, 32)}
+SIZE = 64  # of every feature axis; a multiple of BLOCK
+BLOCK = 32  # weights per INT4 scale
+
+
+@pytest.fixture(scope="module")
+def rtx():
+    return pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is what builds engines without a GPU")
+
+
+def spec(file, precision, inputs, outputs) -> GraphSpec:
+    tensors = [tuple(TensorSpec(n, "float32", s) for n, s in side.items()) for side in (inputs, outputs)]
+    return GraphSpec(file, precision, *tensors)
+
+
+CACHED = spec(
+    "cached.onnx",
+    "fp32",
+    {"cache": (1, "past", SIZE), "x": (1, "new", SIZE)},
+    {"y": (1, "past + new", SIZE)},
+)
+INT4 = spec("int4.onnx", "int4", {"x": (1, "new", SIZE)}, {"y": (1, "new", SIZE)})
+UNSUPPORTED = spec("unsupported.onnx", "fp32", {"x": (SIZE,)}, {"y": ("found",), "z": (SIZE,)})
+
+
+def save(folder: Path, graph: GraphSpec, nodes, weights, **options) -> None:
+    infos = [
+        [onnx.helper.make_tensor_value_info(t.name, onnx.TensorProto.FLOAT, t.shape) for t in side]
+        for side in (graph.inputs, graph.outputs)
+    ]
+    made = onnx.helper.make_graph(nodes, "graph", *infos, weights)
+    model = onnx.helper.make_model(made, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+    onnx.save(model, folder / graph.file, **options)
+
+
+def save_cached(folder: Path) -> None:
+    """Concatenation with a cache that may be empty, then a matrix kept in external data."""
+    weight = onnx.numpy_helper.from_array(np.eye(SIZE, dtype=np.float32), "w")
+    nodes = [
+        onnx.helper.make_node("Concat", ["cache", "x"], ["all"], axis=1),
+        onnx.helper.make_node("MatMul", ["all", "w"], ["y"]),
+    ]
+    external = {"save_as_external_data": True, "location": "cached.onnx.data", "size_threshold": 0}
+    save(folder, CACHED, nodes, [weight], **external)
+
+
+def save_int4(folder: Path) -> None:
+    """Weights dequantised block by block along the input axis, as opset 21 has it."""
+    quantised = np.random.default_rng(0).integers(-8, 8, SIZE * SIZE)
+    weights = [
+        onnx.helper.make_tensor("w", onnx.TensorProto.INT4, (SIZE, SIZE), quantised),
+        onnx.numpy_helper.from_array(np.full((SIZE // BLOCK, SIZE), 0.01, np.float32), "scale"),
+    ]
+    nodes = [
+        onnx.helper.make_node("DequantizeLinear", ["w", "scale"], ["dequantised"], axis=0, block_size=BLOCK),
+        onnx.helper.make_node("MatMul", ["x", "dequantised"], ["y"]),
+    ]
+    save(folder, INT4, nodes, weights)
+
+
+def save_unsupported(folder: Path) -> None:
+    nodes = [onnx.helper.make_node("Unique", ["x"], ["y"], name="first"), onnx.helper.make_node("Gelu2", ["x"], ["z"])]
+    save(folder, UNSUPPORTED, nodes, [])
+
+
+SAVERS = {"cached": save_cached, "int4": save_int4, "unsupported": save_unsupported}
+SPECS = {"cached": CACHED, "int4": INT4, "unsupported": UNSUPPORTED}
+
+
+def make_bundle(path: Path, *names: str) -> Bundle:
+    path.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        SAVERS[name](path)
+    manifest = Manifest(
+        name="test",
+        front_end=FrontEnd(),
+        encoder=EncoderSpec(SIZE, 0.04),
+        llm=LlmSpec(100, SIZE, 1, 1, SIZE, (0,), 64),
+        prompt=PromptSpec("", "", "", "", ""),
+        projector={},
+        projector_weights=(),
+        graphs={name: SPECS[name] for name in names},
+        dims=DIMS,
+        embeddings_sha256="",
+        files={},
+    )
+    write_manifest(path, manifest)
+    return Bundle.open(path)
+
+
+def read_record(bundle: Bundle, key: str) -> dict:
+    return json.loads((bundle.path / "engines" / key / "engine.json").read_text())
+
+
+# ---- profile ----
+
+
+def test_profile_takes_static_and_dynamic_dimensions():
+    shapes = graph_profile(CACHED, DIMS)
+    assert shapes == {
+        "cache": ((1, 0, SIZE), (1, 16, SIZE), (1, 64, SIZE)),
+        "x": ((1, 1, SIZE), (1, 4, SIZE), (1, 32, SIZE)),
+    }
+
+
+def test_profile_names_a_dimension_without_values():
+    with pytest.raises(BundleError, match=r"lack 'past', a dimension of input 'cache' of cached\.onnx"):
+        graph_profile(CACHED, {"new": (1, 4, 32)})
+
+
+@pytest.mark.parametrize("values", [(5, 4, 32), (1, 40, 32), (-1, 4, 32)])
+def test_profile_refuses_values_out_of_order(values):
+    with pytest.raises(BundleError, match="least <= usual <= greatest"):
+        graph_profile(CACHED, {**DIMS, "new": values})
+
+
+# ---- choice of builder ----
+
+
+def pretend(monkeypatch, gpu: int | None, **packages) -> None:
+    """A machine with this GPU and these packages, None for one that is not installed."""
+    monkeypatch.setattr(builder_module, "gpu_compute_capability", lambda: gpu)
+    for name, module in packages.items():
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+def fake(version: str, *capabilities: str) -> types.SimpleNamespace:
+    members = types.SimpleNamespace(__members__=dict.fromkeys(["NONE", "CURRENT", *capabilities]))
+    return types.SimpleNamespace(__version__=version, Builder=object, ComputeCapability=members)
+
+
+def test_no_builder_says_how_to_get_one(monkeypatch):
+    pretend(monkeypatch, None, tensorrt=None, tensorrt_rtx=None)
+    with pytest.raises(
+        BackendError, match=r"(?s)JetPack.*--system-site-packages.*pip install tiny-align\[trt\] tensor"
+    ):
+        find_builder()
+
+
+def test_a_folder_named_like_the_package_is_not_a_builder(monkeypatch):
+    pretend(monkeypatch, None, tensorrt=types.ModuleType("tensorrt"), tensorrt_rtx=None)
+    with pytest.raises(BackendError, match="neither TensorRT nor TensorRT-RTX"):
+        find_builder()
+
+
+def test_tensorrt_is_preferred_and_builds_for_this_gpu(monkeypatch):
+    pretend(monkeypatch, 87, tensorrt=fake("10.3.0"), tensorrt_rtx=fake("1.7.1", "SM86"))
+    assert find_builder().key == find_builder(87).key == "tensorrt-10.3.0-sm87"
+
+
+def test_tensorrt_refuses_another_gpu(monkeypatch):
+    pretend(monkeypatch, 87, tensorrt=fake("10.3.0"))
+    with pytest.raises(BackendError, match=r"compute capability 86 is not this machine's.*here 87"):
+        find_builder(86)
+
+
+def test_tensorrt_without_a_gpu_is_refused(monkeypatch):
+    pretend(monkeypatch, None, tensorrt=fake("10.3.0"))
+    with pytest.raises(BackendError, match="build on the device"):
+        find_builder(87)
+
+
+@pytest.mark.parametrize(("gpu", "wanted", "target"), [(None, None, 86), (89, None, 89), (89, 86, 86)])
+def test_rtx_target(monkeypatch, gpu, wanted, target):
+    pretend(monkeypatch, gpu, tensorrt=None, tensorrt_rtx=fake("1.7.1", "SM86", "SM89"))
+    assert find_builder(wanted).key == f"tensorrt_rtx-1.7.1-sm{target}"
+
+
+@pytest.mark.parametrize(("gpu", "wanted"), [(90, None), (None, 87)])
+def test_rtx_names_the_targets_it_has(monkeypatch, gpu, wanted):
+    pretend(monkeypatch, gpu, tensorrt=None, tensorrt_rtx=fake("1.7.1", "SM86", "SM120"))
+    with pytest.raises(BackendError, match=f"{gpu or wanted}: give --compute-capability with one of 86, 120"):
+        find_builder(wanted)
+
+
+def test_missing_tools_are_named(monkeypatch):
+    pretend(monkeypatch, None, tensorrt=None, tensorrt_rtx=fake("1.7.1", "SM86"))
+    monkeypatch.setattr(builder_module, "TOOLS", ("onnx", "no_such_tool"))
+    with pytest.raises(BackendError, match=r"needs no_such_tool: `pip install tiny-align\[trt\]`"):
+        find_builder()
+
+
+class FakeCuda:
+    """The three driver calls, for a GPU of compute capability 8.7 or none."""
+
+    def __init__(self, gpu: bool):
+        self.gpu = gpu
+
+    def cuInit(self, _flags):
+        return 0 if self.gpu else 100
+
+    def cuDeviceGet(self, device, _ordinal):
+        device._obj.value = 0
+        return 0
+
+    def cuDeviceGetAttribute(self, value, attribute, _device):
+        value._obj.value = {machine.COMPUTE_CAPABILITY_MAJOR: 8, machine.COMPUTE_CAPABILITY_MINOR: 7}[attribute]
+        return 0
+
+
+@pytest.mark.parametrize(("gpu", "expected"), [(True, 87), (False, None)])
+def test_gpu_compute_capability(monkeypatch, gpu, expected):
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda _name: FakeCuda(gpu))
+    assert machine.gpu_compute_capability() == expected
+
+
+def test_free_memory(monkeypatch, tmp_path):
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 4 kB\nMemAvailable: 2048 kB\nCmaFree: 1024 kB\n")
+    monkeypatch.setattr(machine, "MEMINFO", meminfo)
+    assert machine.free_memory_line() == "MemAvailable 2 MiB, CmaFree 1 MiB"
+
+
+# ---- builds ----
+
+
+@pytest.fixture(scope="module")
+def built(rtx, tmp_path_factory):
+    """A bundle whose engines were built by the command; read only."""
+    path = tmp_path_factory.mktemp("bundle")
+    make_bundle(path, "int4", "cached")
+    parser = argparse.ArgumentParser()
+    commands.add_arguments(parser)
+    args = parser.parse_args(["--bundle", str(path), "--compute-capability", "86"])
+    args.json = True
+    return Bundle.open(path), commands.run(args)
+
+
+def test_build_reports_and_records_every_engine(rtx, built):
+    bundle, result = built
+    key = f"tensorrt_rtx-{rtx.__version__}-sm86"
+    assert result["key"] == key and result["path"] == str(bundle.path / "engines" / key)
+    record = read_record(bundle, key)
+    assert (record["package"], record["version"]) == ("tensorrt_rtx", rtx.__version__)
+    assert record["compute_capability"] == 86
+    assert record["graphs"] == result["engines"]
+    assert [e["precision"] for e in result["engines"].values()] == ["fp32", "int4"]
+
+
+@pytest.mark.parametrize("name", ["cached", "int4"])
+def test_entry_describes_graph_and_engine(built, name):
+    bundle, result = built
+    entry, engine = result["engines"][name], Path(result["path"]) / f"{name}.engine"
+    assert entry["bytes"] == engine.stat().st_size > SIZE * SIZE // 2
+    assert entry["engine_sha256"] == sha256(engine)
+    assert entry["graph_sha256"] == bundle.manifest.files[f"{name}.onnx"]
+    assert entry["files"].items() <= bundle.manifest.files.items()
+    assert entry["seconds"] > 0 and 50e6 < entry["peak_memory_bytes"] < 4e9
+
+
+def test_entry_has_external_data_and_profile(built):
+    entry = built[1]["engines"]["cached"]
+    assert set(entry["files"]) == {"cached.onnx", "cached.onnx.data"}
+    assert entry["profile"]["cache"] == {"min": [1, 0, SIZE], "opt": [1, 16, SIZE], "max": [1, 64, SIZE]}
+
+
+def test_largest_graph_comes_first(built):
+    bundle, result = built
+    sizes = [sum((bundle.path / f).stat().st_size for f in e["files"]) for e in result["engines"].values()]
+    assert sizes == sorted(sizes, reverse=True) and list(bundle.manifest.graphs) == ["int4", "cached"]
+
+
+def test_bundle_with_engines_is_unchanged(built):
+    Bundle.open(built[0].path)
+    assert not list(built[0].path.glob("engines/.*"))
+
+
+def test_unsupported_operators_are_all_named_and_nothing_is_left(rtx, tmp_path):
+    bundle = make_bundle(tmp_path, "unsupported")
+    with pytest.raises(BackendError, match=r"(?s)does not build.*unsupported\.onnx.*Unique.*Gelu2"):
+        build_engines(bundle, compute_capability=86)
+    assert not (tmp_path / "engines").exists()
+
+
+def test_what_the_builder_says_is_passed_on(rtx, tmp_path):
+    """The manifest disagrees with the graph: no parser error, the builder's own."""
+    bundle = make_bundle(tmp_path, "int4")
+    wrong = dataclasses.replace(INT4, inputs=(TensorSpec("x", "float32", (1, "new", SIZE + 1)),))
+    bundle = Bundle(bundle.path, dataclasses.replace(bundle.manifest, graphs={"int4": wrong}))
+    with pytest.raises(BackendError, match=rf"Dimension mismatch for tensor x.*max={SIZE + 1} but tensor has {SIZE}"):
+        build_engines(bundle, compute_capability=86)
+
+
+# ---- the same without a builder: what happens around the build process ----
+
+FAKE_BUILD = """
+import json, pathlib, sys
+job = json.load(sys.stdin)
+pathlib.Path(job["engine"]).write_text(job["graph"])
+print("chatter")
+print(json.dumps({"seconds": 1.0, "peak_memory_bytes": 1}))
+"""
+
+
+@pytest.fixture
+def child(monkeypatch):
+    """Replace the build process by a script."""
+    pretend(monkeypatch, None, tensorrt=None, tensorrt_rtx=fake("1.7.1", "SM86", "SM89"))
+    return lambda script: monkeypatch.setattr(build_module, "COMMAND", (sys.executable, "-c", script))
+
+
+def test_killed_build_says_so_and_leaves_nothing(child, tmp_path):
+    child("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(BackendError, match=r"'int4'.*was killed.*memory ran out.*MemAvailable"):
+        build_engines(make_bundle(tmp_path, "int4"), compute_capability=None)
+    assert not (tmp_path / "engines").exists()
+
+
+def test_crashed_build_passes_on_its_last_words(child, tmp_path):
+    child("raise SystemExit('last words')")
+    with pytest.raises(BackendError, match=r"(?s)crashed on the graph 'int4'.*exit status 1.*last words"):
+        build_engines(make_bundle(tmp_path, "int4"))
+
+
+def test_failed_build_leaves_the_old_engines(child, tmp_path):
+    bundle = make_bundle(tmp_path, "int4", "cached")
+    child(FAKE_BUILD)
+    build_engines(bundle)
+    before = read_record(bundle, "tensorrt_rtx-1.7.1-sm86")
+    child("raise SystemExit(3)")
+    with pytest.raises(BackendError, match="exit status 3"):
+        build_engines(bundle)
+    assert read_record(bundle, "tensorrt_rtx-1.7.1-sm86") == before
+
+
+def test_one_graph_rebuilt_keeps_the_others(child, tmp_path):
+    child(FAKE_BUILD)
+    bundle = make_bundle(tmp_path, "int4", "cached")
+    first = build_engines(bundle)
+    assert list(build_engines(bundle, graphs=["int4"])) == ["int4"]
+    assert read_record(bundle, "tensorrt_rtx-1.7.1-sm86")["graphs"] == first
+    assert (tmp_path / "engines/tensorrt_rtx-1.7.1-sm86/cached.engine").is_file()
+
+
+def test_an_engine_of_changed_weights_is_not_kept(child, tmp_path):
+    child(FAKE_BUILD)
+    bundle = make_bundle(tmp_path, "int4", "cached")
+    build_engines(bundle)
+    with open(tmp_path / "cached.onnx.data", "r+b") as data:
+        data.write(b"\1")
+    build_engines(bundle, graphs=["int4"])
+    assert list(read_record(bundle, "tensorrt_rtx-1.7.1-sm86")["graphs"]) == ["int4"]
+    assert not (tmp_path / "engines/tensorrt_rtx-1.7.1-sm86/cached.engine").exists()
+
+
+def test_damaged_engine_is_not_kept_and_damaged_record_is_named(child, tmp_path):
+    child(FAKE_BUILD)
+    bundle = make_bundle(tmp_path, "int4", "cached")
+    build_engines(bundle)
+    folder = tmp_path / "engines/tensorrt_rtx-1.7.1-sm86"
+    (folder / "cached.engine").write_text("cut off")
+    build_engines(bundle, graphs=["int4"])
+    assert list(read_record(bundle, folder.name)["graphs"]) == ["int4"]
+    (folder / "engine.json").write_text("{")
+    with pytest.raises(BackendError, match=r"engine\.json is damaged.*build all graphs"):
+        build_engines(bundle, graphs=["int4"])
+
+
+def test_targets_have_folders_of_their_own(child, tmp_path):
+    child(FAKE_BUILD)
+    bundle = make_bundle(tmp_path, "int4")
+    for target in (86, 89):
+        build_engines(bundle, compute_capability=target)
+    assert sorted(p.name for p in (tmp_path / "engines").iterdir()) == [f"tensorrt_rtx-1.7.1-sm{t}" for t in (86, 89)]
+
+
+@pytest.mark.parametrize("graphs", [["int4", "decoder"], []])
+def test_unknown_graph_is_refused(tmp_path, graphs):
+    with pytest.raises(BundleError, match=r"has no graph .*: it has int4"):
+        build_engines(make_bundle(tmp_path, "int4"), graphs=graphs)
+
+
+def test_missing_external_data_is_named(tmp_path):
+    save_cached(tmp_path)
+    (tmp_path / "cached.onnx.data").unlink()
+    with pytest.raises(BundleError, match=r"cached\.onnx\.data.*is missing"):
+        graph_files(tmp_path / "cached.onnx")
+
+
+def test_no_graph_is_named(tmp_path):
+    (tmp_path / "text.onnx").write_text("not a graph")
+    with pytest.raises(BundleError, match=r"text\.onnx is not an ONNX graph"):
+        graph_files(tmp_path / "text.onnx")
+
+
+def test_unwritable_bundle_says_so(child, tmp_path):
+    bundle = make_bundle(tmp_path, "int4")
+    (tmp_path / "engines").write_text("a file in the way")
+    with pytest.raises(BackendError, match="cannot write engines to"):
+        build_engines(bundle)
+
+
+def test_command_prints_for_people(child, tmp_path, capsys):
+    child(FAKE_BUILD)
+    make_bundle(tmp_path, "int4")
+    args = argparse.Namespace(bundle=tmp_path, compute_capability=None, graph=None, json=False)
+    commands.run(args)
+    printed = capsys.readouterr().out
+    assert "tensorrt_rtx 1.7.1 for compute capability 86" in printed and "int4: int4, 0.0 MB" in printed
+
+
+def test_help_needs_nothing_heavy():
+    """The modules the dispatcher imports for --help load no builder."""
+    heavy = ("torch", "transformers", "tensorrt", "tensorrt_rtx", "polygraphy", "onnx", "tqdm")
+    script = (
+        "import sys, argparse; from tiny_align.engines import commands; "
+        f"commands.add_arguments(argparse.ArgumentParser()); print([name for name in {heavy} if name in sys.modules])"
+    )
+    assert subprocess.check_output([sys.executable, "-c", script], text=True).strip() == "[]"

@@ -1,0 +1,304 @@
+"""runtime/audio.py on real files: every rate, channel count and format in, one clear sentence for every bad input."""
+
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+
+from tiny_align.runtime.audio import MIN_SECONDS, check_audio, read_audio, read_segment
+from tiny_align.runtime.errors import AudioError
+
+RATE = 16_000  # Hz
+
+
+def tone(seconds=0.5, rate=RATE, hz=440.0, level=0.3):
+    """(S,) float32."""
+    return (level * np.sin(2 * np.pi * hz * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
+
+
+def written(path, audio=None, rate=RATE, **options):
+    soundfile.write(path, tone(rate=rate) if audio is None else audio, rate, **options)
+    return path
+
+
+def with_data_size(path, size):
+    """Overwrite a WAV file's data size, as a recorder that writes to a pipe leaves it."""
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<I", content, content.index(b"data") + 4, size)
+    path.write_bytes(content)
+    return path
+
+
+def dominant_hz(audio):
+    return np.argmax(np.abs(np.fft.rfft(audio))) * RATE / len(audio)
+
+
+# --- reading ---
+
+
+@pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 44_100, 96_000])
+def test_any_rate_becomes_the_rate_asked_for(tmp_path, rate):
+    audio = read_audio(written(tmp_path / "a.wav", rate=rate), RATE)
+    assert audio.dtype == np.float32 and audio.ndim == 1 and audio.flags.c_contiguous
+    assert abs(len(audio) - RATE // 2) <= 1
+    assert dominant_hz(audio) == pytest.approx(440, abs=3)
+    assert np.abs(audio[1000:-1000]).max() == pytest.approx(0.3, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("a.wav", {"subtype": "PCM_U8"}),
+        ("a.wav", {"subtype": "PCM_24"}),
+        ("a.wav", {"subtype": "FLOAT"}),
+        ("a.wav", {"subtype": "ULAW"}),
+        ("a.wav", {"endian": "BIG"}),
+        ("a.wav", {"format": "RF64"}),
+        ("a.flac", {}),
+        ("a.ogg", {}),
+        ("a.mp3", {}),
+        ("a.aiff", {}),
+    ],
+)
+def test_formats(tmp_path, name, options):
+    if name.rpartition(".")[2].upper() not in soundfile.available_formats():
+        pytest.skip("this libsndfile does not write it")
+    audio = read_audio(written(tmp_path / name, **options), RATE)
+    assert abs(len(audio) - RATE // 2) < 10
+    assert dominant_hz(audio) == pytest.approx(440, abs=3)
+
+
+def test_unchanged_at_the_same_rate(tmp_path):
+    audio = tone()
+    np.testing.assert_array_equal(read_audio(written(tmp_path / "a.wav", audio, subtype="FLOAT"), RATE), audio)
+
+
+def test_channels_are_averaged(tmp_path):
+    left, right = tone(level=0.4), tone(level=0.1)
+    path = written(tmp_path / "a.wav", np.stack([left, right], axis=1), subtype="FLOAT")
+    np.testing.assert_allclose(read_audio(path, RATE), (left + right) / 2, atol=1e-6)
+
+
+def test_a_string_is_a_path(tmp_path):
+    assert len(read_audio(str(written(tmp_path / "a.wav")), RATE)) == RATE // 2
+
+
+def test_the_suffix_does_not_matter(tmp_path):
+    path = written(tmp_path / "a.wav").rename(tmp_path / "a.txt")
+    assert len(read_audio(path, RATE)) == RATE // 2
+
+
+# --- segments ---
+
+
+def test_a_segment_is_that_part(tmp_path):
+    audio = np.concatenate([tone(0.5, hz=300), tone(0.5, hz=600), tone(0.5, hz=900)])
+    path = written(tmp_path / "a.flac", audio)
+    np.testing.assert_array_equal(read_segment(path, RATE, 0.5, 1.0), read_audio(path, RATE)[8000:16000])
+    assert dominant_hz(read_segment(path, RATE, 1.0, None)) == pytest.approx(900, abs=3)
+    assert len(read_segment(path, RATE, 0.0, None)) == len(audio)
+
+
+def test_a_segment_is_resampled(tmp_path):
+    path = written(tmp_path / "a.wav", tone(1.0, rate=44_100), rate=44_100)
+    assert len(read_segment(path, RATE, 0.25, 0.75)) == RATE // 2
+
+
+def test_only_the_segment_is_read(tmp_path):
+    audio = tone(2.0)
+    audio[RATE:] = np.nan
+    path = written(tmp_path / "a.wav", audio, subtype="FLOAT")
+    assert len(read_segment(path, RATE, 0.0, 0.5)) == RATE // 2
+    with pytest.raises(AudioError, match="NaN"):
+        read_audio(path, RATE)
+
+
+def test_an_end_rounded_past_the_file_is_its_end(tmp_path):
+    path = written(tmp_path / "a.wav", tone(1.0))
+    assert len(read_segment(path, RATE, 0.5, 1.02)) == RATE // 2
+
+
+@pytest.mark.parametrize(
+    ("start_s", "end_s", "message"),
+    [
+        (0.8, 0.2, "expected 0 <= start < end"),
+        (0.2, 0.2, "expected 0 <= start < end"),
+        (-0.1, 0.2, "expected 0 <= start < end"),
+        (float("nan"), 0.2, "expected 0 <= start < end"),
+        (1.0, 1.2, "reaches past the end"),
+        (0.0, 9.0, "reaches past the end, the file lasts 1.00 s"),
+        (0.5, 0.55, "expected at least 0.1 s"),
+    ],
+)
+def test_impossible_segments(tmp_path, start_s, end_s, message):
+    path = written(tmp_path / "a.wav", tone(1.0))
+    with pytest.raises(AudioError, match=message):
+        read_segment(path, RATE, start_s, end_s)
+
+
+def test_a_silent_segment_is_named(tmp_path):
+    path = written(tmp_path / "a.wav", np.concatenate([tone(0.5), np.zeros(RATE // 2, np.float32)]))
+    with pytest.raises(AudioError, match=r"a\.wav \[0\.5 s to 1\.0 s\]: nothing was heard"):
+        read_segment(path, RATE, 0.5, 1.0)
+
+
+# --- bad files ---
+
+
+@pytest.mark.parametrize("read", [read_audio, lambda path, rate: read_segment(path, rate, 0.0, 0.2)])
+def test_paths_that_are_no_recording(tmp_path, read):
+    with pytest.raises(AudioError, match="no such file"):
+        read(tmp_path / "absent.wav", RATE)
+    with pytest.raises(AudioError, match="is a folder"):
+        read(tmp_path, RATE)
+    (tmp_path / "empty.wav").touch()
+    with pytest.raises(AudioError, match=r"empty file \(0 bytes\)"):
+        read(tmp_path / "empty.wav", RATE)
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.txt", "a.raw", "a.mp3"])
+def test_not_audio(tmp_path, name):
+    (tmp_path / name).write_bytes(b"What is the weather like?\n" * 100)
+    with pytest.raises(AudioError, match="expected WAV, FLAC, OGG or MP3"):
+        read_audio(tmp_path / name, RATE)
+
+
+@pytest.mark.parametrize("kept", [4, 11, 20, 36])
+def test_a_wav_cut_off_in_its_header(tmp_path, kept):
+    path = written(tmp_path / "a.wav")
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(AudioError, match="is not audio we can read"):
+        read_audio(path, RATE)
+
+
+@pytest.mark.parametrize("endian", ["LITTLE", "BIG"])
+def test_a_truncated_wav(tmp_path, endian):
+    path = written(tmp_path / "a.wav", endian=endian)
+    path.write_bytes(path.read_bytes()[:-1000])
+    for read in (read_audio, lambda path, rate: read_segment(path, rate, 0.0, 0.2)):
+        with pytest.raises(AudioError, match="promises 16000 bytes of samples and 15000 are there"):
+            read(path, RATE)
+
+
+def test_a_truncated_wav_with_other_chunks_before_its_data(tmp_path):
+    path = written(tmp_path / "a.wav")
+    content = path.read_bytes()
+    at = content.index(b"data")
+    path.write_bytes(content[:at] + b"LIST" + struct.pack("<I", 5) + b"data\0\0" + content[at:-1])  # odd size: padded
+    with pytest.raises(AudioError, match="promises 16000 bytes of samples and 15999 are there"):
+        read_audio(path, RATE)
+
+
+def test_a_truncated_flac(tmp_path):
+    path = written(tmp_path / "a.flac", tone(2.0))
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(AudioError, match="cut off"):
+        read_audio(path, RATE)
+
+
+def test_a_flac_of_unknown_length(tmp_path):
+    path = written(tmp_path / "a.flac")
+    content = bytearray(path.read_bytes())
+    content[21] &= 0xF0  # STREAMINFO's 36 bits of total samples
+    content[22:26] = bytes(4)
+    path.write_bytes(content)
+    with pytest.raises(AudioError, match="convert it to WAV"):
+        read_audio(path, RATE)
+
+
+@pytest.mark.parametrize("size", [0, 0xFFFF_FFFF, 0x8000_0000, 0x7FFF_FFDB])
+def test_a_streamed_wav_is_read_to_its_end(tmp_path, size):
+    path = written(tmp_path / "a.wav")
+    whole = read_audio(path, RATE)
+    np.testing.assert_array_equal(read_audio(with_data_size(path, size), RATE), whole)
+    np.testing.assert_array_equal(read_segment(path, RATE, 0.1, 0.3), whole[1600:4800])
+
+
+def test_a_streamed_wav_that_begins_with_silence(tmp_path):
+    audio = np.concatenate([np.zeros(RATE, np.float32), tone()])
+    assert len(read_audio(with_data_size(written(tmp_path / "a.wav", audio), 0), RATE)) == len(audio)
+
+
+def test_a_wav_without_samples(tmp_path):
+    path = written(tmp_path / "a.wav", np.zeros(0, np.float32))
+    with pytest.raises(AudioError, match="is empty"):
+        read_audio(path, RATE)
+    path.write_bytes(path.read_bytes() + b"LIST" + struct.pack("<I", 4) + b"INFO")
+    with pytest.raises(AudioError, match="is empty"):
+        read_audio(path, RATE)
+
+
+# --- checks, on files and arrays ---
+
+
+def test_bad_sounds_in_files(tmp_path):
+    with pytest.raises(AudioError, match=r"0\.050 s, expected at least 0\.1 s"):
+        read_audio(written(tmp_path / "short.wav", tone(0.05)), RATE)
+    with pytest.raises(AudioError, match="nothing was heard"):
+        read_audio(written(tmp_path / "silent.wav", np.zeros(RATE, np.float32)), RATE)
+    with pytest.raises(AudioError, match="NaN"):
+        read_audio(written(tmp_path / "nan.wav", np.full(RATE, np.nan, np.float32), subtype="FLOAT"), RATE)
+    with pytest.raises(AudioError, match=r"1\.00 s, expected at most 0\.5 s"):
+        read_audio(written(tmp_path / "long.wav", tone(1.0)), RATE, max_s=0.5)
+
+
+def test_a_long_file_is_refused_before_it_is_decoded(tmp_path):
+    path = written(tmp_path / "a.wav", np.full(RATE, np.nan, np.float32), subtype="FLOAT")
+    with pytest.raises(AudioError, match="expected at most"):
+        read_audio(path, RATE, max_s=0.5)
+    with pytest.raises(AudioError, match="expected at most"):
+        read_segment(path, RATE, 0.1, 0.9, max_s=0.5)
+
+
+def test_good_arrays_pass():
+    check_audio(tone(), RATE, "microphone", max_s=0.5)
+    check_audio(tone(MIN_SECONDS), RATE, "microphone")
+    check_audio(tone(level=1.2), RATE, "a little over")
+    check_audio(np.stack([tone(), tone()], axis=1)[:, 0], RATE, "a strided view")
+
+
+@pytest.mark.parametrize(
+    ("audio", "message"),
+    [
+        ([0.1] * RATE, "got list.*np.asarray"),
+        (None, "got NoneType"),
+        ((tone() * 32767).astype(np.int16), "got int16 samples.*divide by 32768 as float32"),
+        (tone().astype(np.float64), r"got float64 samples.*astype\(np.float32\)"),
+        (np.stack([tone(), tone()], axis=1), r"got shape \(8000, 2\).*average the channels"),
+        (np.float32(0.5) * np.ones((), np.float32), "float32"),
+        (np.zeros(0, np.float32), "is empty"),
+        (np.append(tone(), np.float32(np.nan)), "NaN or infinite"),
+        (np.append(tone(), np.float32(np.inf)), "NaN or infinite"),
+        (tone(0.09), "lasts 0.090 s, expected at least 0.1 s"),
+        (tone(1.01), "lasts 1.01 s, expected at most 1 s"),
+        (np.zeros(RATE, np.float32), "nothing was heard.*-inf dBFS"),
+        (tone(level=0.001), "nothing was heard.*-63 dBFS.*-60"),
+        (tone(level=0.0001) + np.float32(0.1), "nothing was heard"),  # a constant offset is not sound
+        (tone() * 32768, r"samples reach 9830, expected \[-1, 1\]; divide"),
+    ],
+)
+def test_bad_arrays(audio, message):
+    with pytest.raises(AudioError, match=f"microphone: .*{message}"):
+        check_audio(audio, RATE, "microphone", max_s=1.0)
+
+
+def test_one_audible_moment_is_enough():
+    audio = np.zeros(RATE, np.float32)
+    audio[8000:8400] = tone(0.025)
+    check_audio(audio, RATE, "microphone")
+    check_audio(tone(level=0.002), RATE, "quiet: -57 dBFS")
+
+
+def test_checking_changes_nothing():
+    audio = tone() + np.float32(0.1)
+    before = audio.copy()
+    check_audio(audio, RATE, "microphone")
+    np.testing.assert_array_equal(audio, before)
+
+
+def test_no_torch():
+    code = "import sys, tiny_align.runtime.audio; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
