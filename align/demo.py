@@ -7,7 +7,7 @@ person's projector here, answers again while the text streams, and shows the two
 import statistics
 from pathlib import Path
 
-from tiny_align.align.personalise import add_training_arguments, personalise
+from tiny_align.align.personalise import Effort, add_training_arguments, personalise
 
 N_SHOWN, N_STREAMED = 8, 5
 
@@ -32,7 +32,7 @@ def run(args) -> dict:
 
     bundle, data = args.bundle or shipped("bundle"), args.data or shipped("voice")
     utterances, users = load_dataset(data), args.out / "users"
-    result, before, after = personalise(args, bundle, utterances, args.user, users, quiet=False)
+    result, before, after = personalise(bundle, utterances, args.user, users, Effort.of(args))
     speed = _stream(bundle, args.user, users, split_of(utterances, "test"), args)
     if not args.json:
         _show(before, after, result | speed)

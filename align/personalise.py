@@ -5,9 +5,25 @@ old projector as it was, and the same command resumes it.
 """
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from tiny_align.runtime.errors import DataError
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much to train; None leaves align.train.TrainOptions' default."""
+
+    steps: int | None = None
+    max_seconds: float | None = None
+    utterances: int | None = None  # only the first so many of the train split
+    seed: int = 0
+    threads: int | None = None  # CPU threads; None: all cores
+
+    @classmethod
+    def of(cls, args) -> "Effort":
+        return cls(args.steps, args.max_seconds, args.utterances, args.seed, args.threads)
 
 
 def add_arguments(parser) -> None:
@@ -32,11 +48,11 @@ def run(args) -> dict:
 
     utterances = load_dataset(args.data, args.speaker)
     users = (args.out or args.bundle) / "users"
-    result, _, _ = personalise(args, args.bundle, utterances, args.user, users, quiet=False)
+    result, _, _ = personalise(args.bundle, utterances, args.user, users, Effort.of(args))
     return result
 
 
-def personalise(args, bundle_path: Path, utterances: list, user: str, users: Path, *, quiet: bool):
+def personalise(bundle_path: Path, utterances: list, user: str, users: Path, effort: Effort, *, quiet: bool = False):
     """Measure, train, write, measure again -> (the command's result, quality before, quality after).
 
     Raises:
@@ -47,13 +63,13 @@ def personalise(args, bundle_path: Path, utterances: list, user: str, users: Pat
     from tiny_align.align.users import load_projector, write_user
     from tiny_align.runtime.assistant import Assistant
 
-    bundle = _open(bundle_path, args.threads)
+    bundle = _open(bundle_path, effort.threads)
     folder, work = bundle.user_folder(user, users), bundle.user_folder(user, users).with_name(f".{user}.align")
-    training, test = split_of(utterances, "train")[: args.utterances], split_of(utterances, "test")
-    with Assistant.load(bundle, threads=args.threads) as assistant:
+    training, test = split_of(utterances, "train")[: effort.utterances], split_of(utterances, "test")
+    with Assistant.load(bundle, threads=effort.threads) as assistant:
         _check_transcripts(assistant, training + test)
         before = evaluate(assistant, test, quiet=quiet)
-        trained = _train(assistant, load_projector(bundle, bundle.graph("projector")), training, work, args, quiet)
+        trained = _train(assistant, load_projector(bundle, bundle.graph("projector")), training, work, effort, quiet)
         summary = {k: trained.record[k] for k in ("steps", "train_seconds", "utterances")}
         write_user(bundle, folder, trained.weights, trained.record)
         shutil.rmtree(work, ignore_errors=True)
@@ -80,13 +96,13 @@ def _check_transcripts(assistant, utterances: list) -> None:
         assistant.llm.encode_words(utterance.text, f"the transcript of {utterance.audio.name}, {utterance.text!r},")
 
 
-def _train(assistant, projector, utterances: list, work: Path, args, quiet: bool):
+def _train(assistant, projector, utterances: list, work: Path, effort: Effort, quiet: bool):
     from tiny_align.align.feature_cache import cached_features
     from tiny_align.align.train import Trainer, TrainOptions
 
     if len(utterances) < 2:
         raise DataError(f"{len(utterances)} recordings to train on: give at least 2, better 25 or more")
-    chosen = {"steps": args.steps, "max_seconds": args.max_seconds, "seed": args.seed}
+    chosen = {"steps": effort.steps, "max_seconds": effort.max_seconds, "seed": effort.seed}
     options = TrainOptions(**{k: v for k, v in chosen.items() if v is not None})
     features = cached_features(assistant, utterances, work / "features", quiet)
     examples = [make_example(assistant.llm, f, u.text) for f, u in zip(features, utterances)]

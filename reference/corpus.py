@@ -215,7 +215,8 @@ INTENTS = (
            "the opposite of {word} is {opposite}", 0.5),
     Intent("color", ("what color is the {colored}", "tell me the color of the {colored}"),
            "the {thing} is {color}", 0.5),
-    Intent("animal", ("what does the {animal} say", "what sound does a {animal} make"), "the {animal} says {noise}", 0.5),
+    Intent("animal", ("what does the {animal} say", "what sound does a {animal} make"),
+           "the {animal} says {noise}", 0.5),
     Intent("calendar", ("what comes after {after}", "what is the next one after {after}"),
            "{next} comes after {first}", 0.5),
     Intent("backwards", ("what comes before {before}", "what was right before {before}"),
@@ -225,13 +226,14 @@ INTENTS = (
     Intent("count", ("count from {low} to {high}", "{polite}count up from {low} to {high}"), "{steps}", 1),
     Intent("unit", ("how many {unit} are in {whole}", "tell me how many {unit} {whole} has"),
            "there are {amount} {unit} in {whole}", 0.5),
-    Intent("hello", ("hello", "good morning", "good evening", "hello my name is {person}"), "hello how can i help you", 0.2),
+    Intent("hello", ("hello", "good morning", "good evening", "hello my name is {person}"),
+           "hello how can i help you", 0.2),
     Intent("thanks", ("thank you", "thank you very much", "that is all for {day}"), "you are welcome", 0.2),
 )  # fmt: skip
 
 _SUPPLIERS = {  # which slot supplies a field that is not a slot's own name
-    "whom": "person", "move": "moved", "capital": "country", "word": "contrast", "opposite": "contrast", "thing": "colored",
-    "color": "colored", "noise": "animal", "first": "after", "next": "after", "last": "before",
+    "whom": "person", "move": "moved", "capital": "country", "word": "contrast", "opposite": "contrast",
+    "thing": "colored", "color": "colored", "noise": "animal", "first": "after", "next": "after", "last": "before",
     "previous": "before", "whole": "unit", "amount": "unit",
     "a": None, "b": None, "low": "count", "high": "count", "steps": "count",
 }  # fmt: skip

@@ -1,0 +1,37 @@
+"""Puts the reference bundle together from the trained weights: export, general projector, the demo's voice.
+
+python -m tiny_align.reference.build
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from tiny_align.reference import projector, voice
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reference", type=Path, default=Path("reference"), help="folder of weights, bundle and voice")
+    parser.add_argument("--work", type=Path, default=Path("work"))
+    parser.add_argument("--utterances", type=int, default=5000, help="for the general projector")
+    parser.add_argument("--steps", type=int, default=2500, help="of the general projector")
+    args = parser.parse_args(argv)
+    from tiny_align.export.bundle import ExportOptions, export_bundle
+
+    weights, bundle = args.reference / "weights", args.reference / "bundle"
+    options = ExportOptions(encoder=str(weights / "encoder"), llm=str(weights / "llm"), name="reference")
+    manifest = export_bundle(options, bundle)
+    projector.main(
+        [
+            *("--bundle", str(bundle), "--out", str(weights / "projector.safetensors"), "--work", str(args.work)),
+            *("--utterances", str(args.utterances), "--steps", str(args.steps)),
+        ]
+    )
+    voice.main(["--out", str(args.reference / "voice")])
+    print(json.dumps({"bundle": str(bundle), "parity": {n: g.parity for n, g in manifest.graphs.items()}}))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
