@@ -63,6 +63,7 @@ def evaluate(assistant: Assistant, utterances: list, instruction: str | None = N
     from rouge_score import rouge_scorer
     from tqdm import tqdm
 
+    check_transcripts(assistant, utterances)
     rows = [
         _row(assistant, u, instruction)
         for u in tqdm(utterances, desc="evaluate", unit="utt", disable=quiet or None, mininterval=0.5)
@@ -81,6 +82,12 @@ def evaluate(assistant: Assistant, utterances: list, instruction: str | None = N
         n=len(rows),
         rows=tuple(rows),
     )
+
+
+def check_transcripts(assistant: Assistant, utterances: list) -> None:
+    """Raises DataError, naming the recording, for a transcript outside the tokenizer."""
+    for utterance in utterances:
+        assistant.llm.encode_words(utterance.text, f"the transcript of {utterance.audio.name}, {utterance.text!r},")
 
 
 def _row(assistant: Assistant, utterance, instruction: str | None) -> dict:

@@ -11,9 +11,11 @@ from tiny_align.runtime.assistant import Assistant
 
 
 def utterance_key(assistant: Assistant, utterance: Utterance) -> str:
-    """Names an utterance's features: the encoder's hash, the recording's bytes and its part of them."""
-    encoder = assistant.bundle.manifest.files[assistant.bundle.manifest.graphs["encoder"].file]
-    digest = hashlib.sha256(encoder.encode())
+    """Names an utterance's features: front end, encoder (graph and weights), the recording and its part of it."""
+    manifest = assistant.bundle.manifest
+    graph = manifest.graphs["encoder"].file
+    encoder = [digest for name, digest in sorted(manifest.files.items()) if name.startswith(graph)]
+    digest = hashlib.sha256(f"{manifest.front_end} {encoder}".encode())
     digest.update(utterance.audio.read_bytes())
     digest.update(f"{utterance.start_s} {utterance.end_s}".encode())
     return digest.hexdigest()[:32]

@@ -8,7 +8,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from tiny_align.runtime.errors import DataError
+from tiny_align.runtime.bundle import GENERAL
+from tiny_align.runtime.errors import DataError, UserError
 
 
 @dataclass(frozen=True)
@@ -56,18 +57,20 @@ def personalise(bundle_path: Path, utterances: list, user: str, users: Path, eff
     """Measure, train, write, measure again -> (the command's result, quality before, quality after).
 
     Raises:
-        BundleError, AudioError, DataError: nothing was written; the person's old projector stays.
+        BundleError, UserError, AudioError, DataError: nothing was written; the person's old projector stays.
     """
     from tiny_align.align.datasets import split_of
-    from tiny_align.align.evaluate import evaluate
+    from tiny_align.align.evaluate import check_transcripts, evaluate
     from tiny_align.align.users import load_projector, write_user
     from tiny_align.runtime.assistant import Assistant
 
+    if user == GENERAL:
+        raise UserError(f"{GENERAL!r} names the bundle's own projector: give the person another name")
     bundle = _open(bundle_path, effort.threads)
     folder, work = bundle.user_folder(user, users), bundle.user_folder(user, users).with_name(f".{user}.align")
     training, test = split_of(utterances, "train")[: effort.utterances], split_of(utterances, "test")
     with Assistant.load(bundle, threads=effort.threads) as assistant:
-        _check_transcripts(assistant, training + test)
+        check_transcripts(assistant, training + test)
         before = evaluate(assistant, test, quiet=quiet)
         trained = _train(assistant, load_projector(bundle, bundle.graph("projector")), training, work, effort, quiet)
         summary = {k: trained.record[k] for k in ("steps", "train_seconds", "utterances")}
@@ -89,11 +92,6 @@ def _open(path: Path, threads: int | None):
     if threads:
         torch.set_num_threads(threads)
     return Bundle.open(path)
-
-
-def _check_transcripts(assistant, utterances: list) -> None:
-    for utterance in utterances:
-        assistant.llm.encode_words(utterance.text, f"the transcript of {utterance.audio.name}, {utterance.text!r},")
 
 
 def _train(assistant, projector, utterances: list, work: Path, effort: Effort, quiet: bool):

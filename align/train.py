@@ -6,17 +6,21 @@ with the same data goes on from there. Nothing here runs an encoder or the LLM.
 
 import hashlib
 import json
+import logging
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from tiny_align.align.embedlink import cast_places, embedlink_loss
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,14 +68,13 @@ class Trainer:
         n_held = max(1, round(len(examples) * options.held_out)) if len(examples) > 4 else 0
         self.held = [examples[i] for i in order[:n_held]]
         self.used = [examples[i] for i in order[n_held:]]
-        self.fingerprint = _fingerprint(projector, examples, options)
+        self.fingerprint = _fingerprint(projector, examples, table, options)
         self.optimiser = torch.optim.AdamW(projector.parameters(), options.rate, weight_decay=options.weight_decay)
         self.step, self.curve, self.spent_s = 0, [], 0.0
         self.best_loss, self.best, self.since_best = float("inf"), None, 0
 
     def run(self, quiet: bool = False) -> Trained:
         self._resume()
-        torch.manual_seed(self.options.seed + self.step)
         began = time.perf_counter() - self.spent_s
         bar = tqdm(total=self.options.steps, initial=self.step, desc="align", disable=quiet or None, mininterval=0.5)
         while not self._finished():
@@ -79,7 +82,7 @@ class Trainer:
             self.step += 1
             self.spent_s = time.perf_counter() - began
             bar.update()
-            if self.step % self.options.check_every == 0 or self.step == self.options.steps:
+            if self.step % self.options.check_every == 0 or self._finished():
                 self._check(loss)
                 bar.set_postfix(loss=f"{loss:.3f}", held_out=f"{self.curve[-1]['held_out']:.3f}")
         bar.close()
@@ -102,18 +105,20 @@ class Trainer:
             group["lr"] = self._rate()
         rng = np.random.default_rng((self.options.seed, self.step))
         chosen = [self.used[i] for i in rng.integers(len(self.used), size=min(self.options.batch, len(self.used)))]
-        loss = self._loss(chosen, hide=self.options.hide)
+        loss = self._loss(chosen, rng)
         self.optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.projector.parameters(), 1.0)
         self.optimiser.step()
         return loss.item()
 
-    def _loss(self, examples: list[Example], hide: float = 0.0) -> Tensor:
+    def _loss(self, examples: list[Example], rng: np.random.Generator | None = None) -> Tensor:
+        """EmbedLink's loss; with `rng`, which every step has of its own, a share of the frames is hidden."""
         n_frames = torch.tensor([len(e.features) for e in examples])
         features = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(e.features) for e in examples], batch_first=True)
-        if hide:
-            features = features * (torch.rand(features.shape[:2]) >= hide).unsqueeze(-1)
+        if rng:
+            seen = torch.from_numpy(rng.random(features.shape[:2]) >= self.options.hide)  # (B, N)
+            features = features * seen.unsqueeze(-1)
         places = [cast_places(e.token_lengths, self.projector.config.soft_tokens) for e in examples]
         targets = torch.stack([self.table[torch.tensor(e.tokens)[p]] for e, p in zip(examples, places)])  # (B, T, D)
         return embedlink_loss(self.projector(features, n_frames), targets, self.variance)
@@ -142,9 +147,9 @@ class Trainer:
 
     def _resume(self) -> None:
         path = self.work / "state.safetensors" if self.work else None
-        if not path or not path.exists() or (numbers := _numbers(path))["fingerprint"] != self.fingerprint:
+        numbers, tensors = _read_state(path) if path and path.exists() else ({}, {})
+        if numbers.get("fingerprint") != self.fingerprint:
             return
-        tensors = load_file(path)
         self.projector.load_state_dict(_under("now.", tensors))
         self.best = _under("best.", tensors)
         optimiser = self.optimiser.state_dict()
@@ -164,19 +169,24 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def _numbers(path: Path) -> dict:
-    from safetensors import safe_open
+def _read_state(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """Numbers and tensors of an interrupted training; a damaged file counts as none, with a warning."""
+    try:
+        with safe_open(path, "pt") as file:
+            numbers = json.loads(file.metadata()["numbers"])
+            return numbers, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        log.warning("%s is damaged (%s): the training starts from the beginning", path, error)
+        return {}, {}
 
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["numbers"])
 
-
-def _fingerprint(projector, examples: list[Example], options: TrainOptions) -> str:
-    """Identifies a training: start weights, examples and options. Another one must not be resumed."""
+def _fingerprint(projector, examples: list[Example], table: np.ndarray, options: TrainOptions) -> str:
+    """Identifies a training: start weights, examples, targets and options. Another one must not be resumed."""
     digest = hashlib.sha256(repr(options).encode())
+    digest.update(np.ascontiguousarray(table).tobytes())
     for value in projector.state_dict().values():
         digest.update(value.detach().numpy().tobytes())
     for example in examples:
         digest.update(example.features.tobytes())
-        digest.update(repr(example.tokens).encode())
+        digest.update(repr((example.tokens, example.token_lengths)).encode())
     return digest.hexdigest()

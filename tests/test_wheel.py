@@ -1,0 +1,53 @@
+"""The built wheel, away from the checkout: the reference travels with it and the demo runs from it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    shutil.rmtree(ROOT / "build", ignore_errors=True)  # left by an earlier build: old files would get in
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", out, ROOT],
+        check=True,
+        env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
+    )
+    return next(out.glob("*.whl"))
+
+
+def test_the_wheel_holds_stages_and_reference(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    for name in ("runtime/cli.py", "align/train.py", "export/graphs.py", "engines/build.py", "reference/corpus.py"):
+        assert f"tiny_align/{name}" in names
+    manifest = json.loads((ROOT / "reference/bundle/manifest.json").read_text())
+    for name in ("manifest.json", *manifest["files"]):
+        assert f"tiny_align/reference/bundle/{name}" in names
+    assert "tiny_align/reference/voice/metadata.jsonl" in names
+    assert not any("weights/" in n or "/users/" in n or n.startswith("tests/") for n in names)
+
+
+def test_the_demo_runs_from_the_wheel(wheel, tmp_path):
+    """Unpacked into an empty folder that comes before the checkout's own packages on the path."""
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    script = (
+        "import sys; sys.path[:] = [p for p in sys.path if not p.startswith('__editable__')]; "
+        f"sys.meta_path[:] = [f for f in sys.meta_path if 'ditable' not in repr(f)]; sys.path.insert(0, {str(site)!r}); "
+        "from tiny_align.runtime import cli; assert cli.__file__.startswith(sys.path[0]); "
+        "sys.exit(cli.main(['demo', '--steps', '2', '--utterances', '4', '--json', '--out', 'out']))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout)
+    assert {"rougeL_before", "rougeL_after", "wer_before", "wer_after", "train_seconds", "ttft_ms", "rtf"} <= set(result)
+    assert (tmp_path / "out/users/demo/projector.onnx").exists()
