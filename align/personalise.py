@@ -8,6 +8,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from tiny_align.align import OBJECTIVES
 from tiny_align.runtime.bundle import GENERAL
 from tiny_align.runtime.errors import DataError, UserError
 
@@ -21,10 +22,11 @@ class Effort:
     utterances: int | None = None  # only the first so many of the train split
     seed: int = 0
     threads: int | None = None  # CPU threads; None: all cores
+    objective: str | None = None
 
     @classmethod
     def of(cls, args) -> "Effort":
-        return cls(args.steps, args.max_seconds, args.utterances, args.seed, args.threads)
+        return cls(args.steps, args.max_seconds, args.utterances, args.seed, args.threads, args.objective)
 
 
 def add_arguments(parser) -> None:
@@ -37,6 +39,7 @@ def add_arguments(parser) -> None:
 
 
 def add_training_arguments(parser) -> None:
+    parser.add_argument("--objective", choices=OBJECTIVES, help="how targets are placed (default: aligned)")
     parser.add_argument("--steps", type=int, help="at most so many steps")
     parser.add_argument("--max-seconds", type=float, help="at most so many seconds of training")
     parser.add_argument("--utterances", type=int, help="use only the first so many of the train split")
@@ -100,7 +103,7 @@ def _train(assistant, projector, utterances: list, work: Path, effort: Effort, q
 
     if len(utterances) < 2:
         raise DataError(f"{len(utterances)} recordings to train on: give at least 2, better 25 or more")
-    chosen = {"steps": effort.steps, "max_seconds": effort.max_seconds, "seed": effort.seed}
+    chosen = {name: getattr(effort, name) for name in ("objective", "steps", "max_seconds", "seed")}
     options = TrainOptions(**{k: v for k, v in chosen.items() if v is not None})
     features = cached_features(assistant, utterances, work / "features", quiet)
     examples = [make_example(assistant.llm, f, u.text) for f, u in zip(features, utterances)]

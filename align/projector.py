@@ -18,7 +18,7 @@ class BridgeFormerConfig:
 
     feature_size: int  # Da
     embedding_size: int  # D
-    soft_tokens: int = 24  # T
+    soft_tokens: int = 32  # T
     hidden_size: int = 256
     n_layers: int = 2
     n_heads: int = 4

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from tiny_align.align.embedlink import cast_places, embedlink_loss
+from tiny_align.align.embedlink import aligned_places, cast_places, embedlink_loss, pair_costs
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 class TrainOptions:
     """How to train; the defaults suit one person's hundred utterances on one CPU core."""
 
+    objective: str = "aligned"  # one of align.OBJECTIVES
+    flat_start: int = 0  # steps before "aligned" trusts the projector's own output; a general one is trained from 500
     steps: int = 600
     batch: int = 16
     rate: float = 6e-4
@@ -119,9 +121,17 @@ class Trainer:
         if rng:
             seen = torch.from_numpy(rng.random(features.shape[:2]) >= self.options.hide)  # (B, N)
             features = features * seen.unsqueeze(-1)
-        places = [cast_places(e.token_lengths, self.projector.config.soft_tokens) for e in examples]
-        targets = torch.stack([self.table[torch.tensor(e.tokens)[p]] for e, p in zip(examples, places)])  # (B, T, D)
-        return embedlink_loss(self.projector(features, n_frames), targets, self.variance)
+        soft_tokens = self.projector(features, n_frames)  # (B, T, D)
+        targets = torch.stack([self._targets(e, soft) for e, soft in zip(examples, soft_tokens.detach())])
+        return embedlink_loss(soft_tokens, targets, self.variance)
+
+    def _targets(self, example: Example, soft_tokens: Tensor) -> Tensor:
+        """The transcript's embeddings, placed as the objective says: (T, D)."""
+        tokens = self.table[torch.tensor(example.tokens)]  # (L, D)
+        aligning = self.options.objective == "aligned" and self.step >= self.options.flat_start
+        if aligning and len(tokens) <= len(soft_tokens):
+            return tokens[aligned_places(pair_costs(soft_tokens, tokens, self.variance).numpy())]
+        return tokens[cast_places(example.token_lengths, len(soft_tokens))]
 
     @torch.no_grad()
     def _check(self, loss: float) -> None:

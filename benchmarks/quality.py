@@ -11,6 +11,7 @@ import json
 import random
 import sys
 import tempfile
+from datetime import date
 from pathlib import Path
 
 import soundfile
@@ -53,7 +54,9 @@ def new_person(bundle: Path, data: Path, name: str, users: Path) -> dict:
 
 
 def measure(bundle: Path, digits: Path | None, n_train: int) -> dict:
-    report: dict = {"machine": describe(), "command": "python -m benchmarks.quality", "new_voices": {}, "people": {}}
+    command = "python -m benchmarks.quality" + (" --digits FOLDER" if digits else "")
+    report: dict = {"machine": describe(), "date": str(date.today()), "command": command}
+    report |= {"new_voices": {}, "people": {}}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         with Assistant.load(bundle) as assistant:

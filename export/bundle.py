@@ -47,7 +47,7 @@ class ExportOptions:
     instruction: str = "Answer the user."
     repeat_instruction: str = "Repeat what the user says."
     max_context: int = 256
-    soft_tokens: int = 24
+    soft_tokens: int = 32
     seed: int = 0
 
 
@@ -88,7 +88,7 @@ def _write(folder: Path, options, encoder, front_end, llm, tokenizer, projector)
         projector_weights=find_weights(folder / "projector.onnx", projector),
         graphs=graphs,
         dims={
-            "frames": (20, 300, longest),
+            "frames": (16, 300, longest),
             "features": (2, 75, longest // encoder.config.subsampling_factor + 1),
             "tokens": (1, 32, options.max_context),
             "past": (0, 48, options.max_context),
@@ -169,7 +169,7 @@ def load_encoder(path: str):
 
 
 def load_front_end(path: str) -> FrontEnd:
-    """The front end of a preprocessor_config.json (a ParakeetFeatureExtractor's, and `floor_db` if ours)."""
+    """The front end of a preprocessor_config.json (a ParakeetFeatureExtractor's, and, if ours, floor and trim)."""
     from transformers.utils import cached_file
 
     try:
@@ -183,7 +183,7 @@ def load_front_end(path: str) -> FrontEnd:
         window_samples=value["win_length"],
         hop_samples=value["hop_length"],
         preemphasis=value["preemphasis"],
-        floor_db=value.get("floor_db"),
+        **{name: value[name] for name in ("floor_db", "trim_share", "trim_margin_frames") if name in value},
     )
 
 

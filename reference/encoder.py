@@ -24,7 +24,7 @@ from tiny_align.runtime.features import FrontEnd
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz' "
 BLANK = len(LETTERS)
-FRONT_END = FrontEnd()
+FRONT_END = FrontEnd(floor_db=60.0, trim_share=0.2)
 N_SHARDS = 2  # each shard has random voices of its own
 
 
@@ -55,10 +55,11 @@ def encoder_texts(n: int, seed: int) -> list[str]:
 
 
 def save_front_end(out: Path) -> None:
-    """preprocessor_config.json, as transformers' ParakeetFeatureExtractor has it, and our floor."""
+    """preprocessor_config.json, as transformers' ParakeetFeatureExtractor has it, and what our front end adds."""
     from transformers import ParakeetFeatureExtractor
 
-    value = ParakeetFeatureExtractor(feature_size=FRONT_END.n_mels).to_dict() | {"floor_db": FRONT_END.floor_db}
+    ours = {name: getattr(FRONT_END, name) for name in ("floor_db", "trim_share", "trim_margin_frames")}
+    value = ParakeetFeatureExtractor(feature_size=FRONT_END.n_mels).to_dict() | ours
     (out / "preprocessor_config.json").write_text(json.dumps(value, indent=1) + "\n")
 
 

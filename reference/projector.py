@@ -38,7 +38,7 @@ def spoken_features(assistant: Assistant, work: Path, n: int, seed: int) -> tupl
 def _speak(assistant: Assistant, n: int, seed: int) -> tuple[list[np.ndarray], list[str]]:
     import torch
 
-    from tiny_align.reference.augment import augment, normalise
+    from tiny_align.reference.augment import augment
     from tiny_align.reference.speech import Espeak
 
     espeak, rng, front = Espeak(seed=0), random.Random(seed), assistant.bundle.manifest.front_end
@@ -49,12 +49,11 @@ def _speak(assistant: Assistant, n: int, seed: int) -> tuple[list[np.ndarray], l
         mels = [torch.from_numpy(front.log_mel(espeak.say_as_someone(t, rng))) for t in texts[start : start + CHUNK]]
         lengths = torch.tensor([len(m) for m in mels])
         padded, lengths = augment(torch.nn.utils.rnn.pad_sequence(mels, batch_first=True), lengths)
-        padded = normalise(padded, lengths, front.floor_db).numpy()
-        features += [assistant.encode_mel(mel[:length]) for mel, length in zip(padded, lengths)]
+        features += [assistant.encode_mel(front.finish(mel[:n])) for mel, n in zip(padded.numpy(), lengths)]
     return features, texts
 
 
-def train(bundle_path: Path, out: Path, work: Path, n: int, steps: int, seed: int) -> dict:
+def train(bundle_path: Path, out: Path, work: Path, n: int, steps: int, seed: int, objective: str) -> dict:
     from safetensors.torch import save_file
 
     from tiny_align.align.personalise import embedding_table, make_example
@@ -63,14 +62,24 @@ def train(bundle_path: Path, out: Path, work: Path, n: int, steps: int, seed: in
 
     bundle = Bundle.open(bundle_path)
     options = TrainOptions(
-        steps=steps, batch=32, rate=1e-3, warmup=100, seed=seed, held_out=0.03, check_every=100, patience=10**6,
+        objective=objective,
+        flat_start=500,
+        steps=steps,
+        batch=32,
+        rate=1e-3,
+        warmup=100,
+        seed=seed,
+        held_out=0.03,
+        check_every=100,
+        patience=10**6,
         max_seconds=float("inf"),
-    )  # fmt: skip
+    )
+    state = work / f"projector-{objective}"
     with Assistant.load(bundle) as assistant:
         features, texts = spoken_features(assistant, work, n, seed)
         examples = [make_example(assistant.llm, f, t) for f, t in zip(features, texts)]
         projector = load_projector(bundle, bundle.graph("projector"))
-        trained = Trainer(projector, examples, embedding_table(assistant), options, work / "projector").run()
+        trained = Trainer(projector, examples, embedding_table(assistant), options, state).run()
     save_file(trained.weights, out)
     write_weights(bundle.path / data_file(bundle), bundle.manifest, trained.weights)
     write_manifest(bundle.path, bundle.manifest)
@@ -85,8 +94,9 @@ def main(argv=None) -> int:
     parser.add_argument("--utterances", type=int, default=5000)
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--objective", default="aligned")
     args = parser.parse_args(argv)
-    record = train(args.bundle, args.out, args.work, args.utterances, args.steps, args.seed)
+    record = train(args.bundle, args.out, args.work, args.utterances, args.steps, args.seed, args.objective)
     report = vars(args) | record
     args.out.with_suffix(".json").write_text(json.dumps(report, indent=1, default=str) + "\n")
     print(json.dumps({k: record[k] for k in ("steps", "train_seconds", "best_loss")}))

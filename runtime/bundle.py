@@ -8,7 +8,7 @@ import dataclasses
 import json
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from tiny_align.runtime.errors import BundleError, UserError
 from tiny_align.runtime.features import FrontEnd
@@ -158,6 +158,10 @@ class Bundle:
         return self.path / "token_embeddings.npy"
 
     def graph(self, name: str) -> Path:
+        if name not in self.manifest.graphs:
+            raise BundleError(
+                f"{self.path} has no graph {name!r}, it has {', '.join(self.manifest.graphs)}: export the bundle again"
+            )
         return self.path / self.manifest.graphs[name].file
 
     def projector(self, user: str | None = None, users: Path | None = None) -> Path:
@@ -171,6 +175,8 @@ class Bundle:
     def user_folder(self, user: str, users: Path | None = None) -> Path:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", user):
             raise UserError(f"{user!r} is no user name: use letters, digits, '.', '_' and '-', at most 64")
+        if user == GENERAL:
+            raise UserError(f"{user!r} is the bundle's own projector, for everybody: choose another name")
         return Path(users or self.path / "users") / user
 
 
@@ -187,9 +193,22 @@ def _read_manifest(path: Path) -> Manifest:
     if schema != SCHEMA:
         raise BundleError(f"{path} has schema {schema}, this version reads schema {SCHEMA}: export the bundle again")
     try:
-        return Manifest.from_json(value)
+        manifest = Manifest.from_json(value)
+        names = [*(graph.file for graph in manifest.graphs.values()), *manifest.files.keys()]
     except (KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"{path / MANIFEST} lacks or misnames a field ({error}): export the bundle again") from error
+    if outside := [name for name in names if not _inside(name)]:
+        raise BundleError(
+            f"{path / MANIFEST} names the file {outside[0]!r}: expected a relative path inside the bundle. "
+            "Copy or export the bundle again"
+        )
+    return manifest
+
+
+def _inside(name) -> bool:
+    """Whether a file name of a manifest stays in the bundle, on any system."""
+    path = PureWindowsPath(name if isinstance(name, str) else "")  # takes / and \ for separators
+    return bool(path.parts) and not path.anchor and ".." not in path.parts
 
 
 def check_user(folder: Path, manifest: Manifest) -> dict:
@@ -206,7 +225,7 @@ def check_user(folder: Path, manifest: Manifest) -> dict:
         )
     try:
         record = json.loads((folder / USER_RECORD).read_text(encoding="utf-8"))
-        files, bound_to = record["files"], record["embeddings_sha256"]
+        files, bound_to = dict(record["files"]), str(record["embeddings_sha256"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / USER_RECORD} is damaged ({error}): train {folder.name!r} again") from error
     if bound_to != manifest.embeddings_sha256:
@@ -214,8 +233,8 @@ def check_user(folder: Path, manifest: Manifest) -> dict:
             f"the projector of {folder.name!r} was trained for another LLM (embedding table {bound_to[:12]}, "
             f"this bundle has {manifest.embeddings_sha256[:12]}): train it again with this bundle"
         )
-    for name, expected in files.items():
-        if not (folder / name).is_file() or sha256(folder / name) != expected:
+    for name in sorted({manifest.graphs["projector"].file, *files}):  # the graph, even if the record forgot it
+        if not (folder / name).is_file() or sha256(folder / name) != files.get(name):
             raise UserError(f"{folder / name} is missing or has changed: train {folder.name!r} again")
     return record
 

@@ -2,8 +2,8 @@
 
 The arithmetic is that of transformers' ParakeetFeatureExtractor (NeMo's FastConformer front end):
 pre-emphasis, centred Hann window, power spectrum, Slaney mel filters, log, per-bin normalisation over
-the utterance. One addition, off when `floor_db` is None: levels further than `floor_db` below the
-loudest are raised to that floor, so that digital silence does not dominate the normalisation.
+the utterance. Two additions, off by default: levels far below the loudest are raised to a floor, so that
+digital silence does not dominate the normalisation, and silence before and after the speech is dropped.
 It reads no files and resamples nothing; audio.py does.
 """
 
@@ -26,7 +26,9 @@ class FrontEnd:
     window_samples: int = 400  # 25 ms
     hop_samples: int = 160  # 10 ms
     preemphasis: float = 0.97
-    floor_db: float | None = 60.0  # below the loudest mel level; None: no floor
+    floor_db: float | None = None  # below the loudest mel level; None: no floor
+    trim_share: float | None = None  # speech begins and ends above this share of the range of levels; None: no trim
+    trim_margin_frames: int = 6
 
     def log_mel(self, audio: np.ndarray) -> np.ndarray:
         """(S,) float32 -> (S // hop_samples, n_mels) float32 log power, not normalised."""
@@ -37,15 +39,32 @@ class FrontEnd:
         power = np.abs(np.fft.rfft(frames * _window(self), axis=-1)) ** 2  # (N, n_fft // 2 + 1)
         return np.log(power @ _mel_filters(self) + LOG_GUARD).astype(np.float32)
 
+    def raise_to_floor(self, log_mel: np.ndarray) -> np.ndarray:
+        """(frames, M) -> the same, nothing further than `floor_db` below the loudest."""
+        if self.floor_db is None:
+            return log_mel
+        return np.maximum(log_mel, log_mel.max() - self.floor_db * np.log(10) / 10)
+
+    def trim(self, log_mel: np.ndarray) -> np.ndarray:
+        """(frames, M) -> fewer frames: without the silence at both ends, but for a margin."""
+        if self.trim_share is None:
+            return log_mel
+        level = log_mel.max(axis=1)
+        quiet, loud = np.percentile(level, 5), level.max()
+        heard = np.flatnonzero(level >= quiet + self.trim_share * (loud - quiet))
+        return log_mel[max(0, heard[0] - self.trim_margin_frames) : heard[-1] + 1 + self.trim_margin_frames]
+
     def normalise(self, log_mel: np.ndarray) -> np.ndarray:
-        """Raise to the floor, then zero mean and unit variance of every bin over the utterance."""
-        if self.floor_db is not None:
-            log_mel = np.maximum(log_mel, log_mel.max() - self.floor_db * np.log(10) / 10)
+        """(frames, M): zero mean and unit variance of every bin over the utterance."""
         return (log_mel - log_mel.mean(axis=0)) / (log_mel.std(axis=0, ddof=1) + STD_GUARD)
 
     def __call__(self, audio: np.ndarray) -> np.ndarray:
-        """(S,) float32 in [-1, 1] -> (S // hop_samples, n_mels) float32, normalised."""
-        return self.normalise(self.log_mel(audio)).astype(np.float32)
+        """(S,) float32 in [-1, 1] -> (frames, n_mels) float32: at most S // hop_samples frames, normalised."""
+        return self.finish(self.log_mel(audio))
+
+    def finish(self, log_mel: np.ndarray) -> np.ndarray:
+        """What follows the logarithm: floor, trim, normalise."""
+        return self.normalise(self.trim(self.raise_to_floor(log_mel))).astype(np.float32)
 
 
 @lru_cache

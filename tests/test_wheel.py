@@ -42,12 +42,14 @@ def test_the_demo_runs_from_the_wheel(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(site)
     script = (
         "import sys; sys.path[:] = [p for p in sys.path if not p.startswith('__editable__')]; "
-        f"sys.meta_path[:] = [f for f in sys.meta_path if 'ditable' not in repr(f)]; sys.path.insert(0, {str(site)!r}); "
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'ditable' not in repr(f)]; "
+        f"sys.path.insert(0, {str(site)!r}); "
         "from tiny_align.runtime import cli; assert cli.__file__.startswith(sys.path[0]); "
         "sys.exit(cli.main(['demo', '--steps', '2', '--utterances', '4', '--json', '--out', 'out']))"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout)
-    assert {"rougeL_before", "rougeL_after", "wer_before", "wer_after", "train_seconds", "ttft_ms", "rtf"} <= set(result)
+    figures = {"rougeL_before", "rougeL_after", "wer_before", "wer_after", "train_seconds", "ttft_ms", "rtf", "backend"}
+    assert figures <= set(result)
     assert (tmp_path / "out/users/demo/projector.onnx").exists()

@@ -1,0 +1,49 @@
+"""Writes the README's measured tables from benchmarks/results/: no number there is typed.
+
+python -m benchmarks.report            # rewrite README.md
+python -m benchmarks.report --check    # exit 1 if it is not up to date
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from benchmarks import quality
+from tiny_align.runtime.files import write_text
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+TABLES = {"quality": (quality.RESULTS, quality.table)}
+
+
+def render(text: str) -> str:
+    """README text with every marked table made anew."""
+    for name, (results, table) in TABLES.items():
+        begin, end = f"<!-- table {name} -->", f"<!-- end {name} -->"
+        report = json.loads(results.read_text(encoding="utf-8"))
+        head, rest = text.split(begin)
+        _, tail = rest.split(end)
+        text = f"{head}{begin}\n{table(report)}\n\n{_stamp(report)}\n{end}{tail}"
+    return text
+
+
+def _stamp(report: dict) -> str:
+    machine = report["machine"]
+    where = ", ".join(str(machine[k]) for k in ("jetson", "processor", "cores") if k in machine)
+    return f"`{report['command']}` on {where} cores, {report['date']}."
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args(argv)
+    old = README.read_text(encoding="utf-8")
+    new = render(old)
+    if not args.check:
+        write_text(README, new)
+    print(json.dumps({"up_to_date": old == new}))
+    return int(args.check and old != new)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,107 @@
+"""BridgeFormer's pooling, shapes, masks and configuration, on untrained weights."""
+
+import pytest
+import torch
+
+from tiny_align.align import projector as module
+from tiny_align.align.projector import BridgeFormer, BridgeFormerConfig, build_projector, config_of, pooling_weights
+
+CONFIG = BridgeFormerConfig(feature_size=10, embedding_size=6, soft_tokens=5, hidden_size=16, n_layers=2, n_heads=4)
+
+
+@pytest.fixture
+def projector():
+    torch.manual_seed(0)
+    return BridgeFormer(CONFIG).eval()
+
+
+@pytest.fixture
+def features():
+    """(1, N, Da), N no multiple of T."""
+    return torch.randn(1, 13, CONFIG.feature_size, generator=torch.Generator().manual_seed(1))
+
+
+def difference(one, other):
+    return (one - other).abs().max().item()
+
+
+@pytest.mark.parametrize("n_frames", [1, 2, 4, 5, 7, 10, 64, 751])
+def test_every_soft_token_is_a_weighted_mean_of_frames(n_frames):
+    weights = pooling_weights(torch.tensor([n_frames]), n_frames, 5)
+    assert weights.shape == (1, 5, n_frames) and (weights >= 0).all()
+    assert torch.allclose(weights.sum(-1), torch.ones(1, 5), atol=1e-4)
+
+
+@pytest.mark.parametrize("soft_tokens", [1, 4, 24])
+@pytest.mark.parametrize("times", [1, 2, 7])
+def test_pooling_is_adaptive_average_pooling_where_spans_have_whole_borders(soft_tokens, times):
+    x = torch.randn(1, soft_tokens * times, 3, generator=torch.Generator().manual_seed(0))  # (B, N, C)
+    pooled = pooling_weights(torch.tensor([x.shape[1]]), x.shape[1], soft_tokens) @ x
+    library = torch.nn.functional.adaptive_avg_pool1d(x.transpose(1, 2), soft_tokens).transpose(1, 2)
+    assert difference(pooled, library) < 1e-5
+
+
+def test_fractional_borders_share_a_frame():
+    """3 frames in 2 spans: the middle frame belongs to both by half."""
+    weights = pooling_weights(torch.tensor([3]), 3, 2)
+    assert torch.allclose(weights[0], torch.tensor([[2 / 3, 1 / 3, 0], [0, 1 / 3, 2 / 3]]))
+
+
+def test_fewer_frames_than_spans_are_repeated_in_order():
+    weights = pooling_weights(torch.tensor([2]), 2, 4)
+    assert torch.allclose(weights[0], torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1]]))
+
+
+def test_padding_has_no_weight():
+    weights = pooling_weights(torch.tensor([3, 8]), 8, 4)
+    assert not weights[0, :, 3:].any()
+    assert torch.equal(weights[0, :, :3], pooling_weights(torch.tensor([3]), 3, 4)[0])
+
+
+@pytest.mark.parametrize("n_frames", [1, 3, 5, 13, 200])
+def test_any_number_of_frames_gives_t_soft_tokens(projector, n_frames):
+    soft_tokens = projector(torch.randn(2, n_frames, CONFIG.feature_size))
+    assert soft_tokens.shape == (2, CONFIG.soft_tokens, CONFIG.embedding_size)
+    assert soft_tokens.isfinite().all()
+
+
+def test_a_padded_batch_is_its_rows_one_by_one(projector):
+    """Whatever the padding holds."""
+    rows = [torch.randn(n, CONFIG.feature_size) for n in (13, 3, 8)]
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=50.0)
+    together = projector(padded, torch.tensor([len(row) for row in rows]))
+    alone = torch.cat([projector(row[None]) for row in rows])
+    assert difference(together, alone) < 1e-5
+
+
+def test_layers_have_no_positional_encoding(projector, features):
+    """Reordered frames come out reordered, until they are pooled."""
+    order = torch.randperm(features.shape[1], generator=torch.Generator().manual_seed(2))
+
+    def before_pooling(x):
+        x = projector.enter(x)
+        for layer in projector.layers:
+            x = layer(x, None)
+        return x
+
+    assert difference(before_pooling(features[:, order]), before_pooling(features)[:, order]) < 1e-5
+
+
+def test_pooling_alone_knows_the_order(projector, features, monkeypatch):
+    backwards = features.flip(1)
+    assert difference(projector(backwards), projector(features)) > 1e-3
+    monkeypatch.setattr(module, "pooling_weights", lambda n, longest, t: torch.full((len(n), t, longest), 1 / longest))
+    assert difference(projector(backwards), projector(features)) < 1e-5
+
+
+def test_a_configuration_builds_the_same_projector_again(projector, features):
+    again = build_projector(config_of(projector)).eval()
+    again.load_state_dict(projector.state_dict())
+    assert again.config == CONFIG
+    assert torch.equal(again(features), projector(features))
+
+
+@pytest.mark.parametrize("config", [{"kind": "perceiver", "feature_size": 3}, {"feature_size": 3}])
+def test_an_unknown_kind_names_the_known_ones(config):
+    with pytest.raises(ValueError, match="unknown projector .*bridgeformer"):
+        build_projector(config)

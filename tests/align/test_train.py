@@ -1,0 +1,246 @@
+"""The trainer on synthetic speech: every token sounds like four noisy frames of its own pattern."""
+
+import itertools
+import logging
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from tiny_align.align import train
+from tiny_align.align.embedlink import cast_places
+from tiny_align.align.projector import BridgeFormer, BridgeFormerConfig
+from tiny_align.align.train import Example, Trainer, TrainOptions
+
+CONFIG = BridgeFormerConfig(feature_size=12, embedding_size=16, soft_tokens=8, hidden_size=32, n_layers=1, n_heads=2)
+VOCABULARY, FRAMES_PER_TOKEN, LETTERS = 20, 4, 3
+OPTIONS = TrainOptions(steps=60, check_every=15, rate=2e-3, warmup=5)
+RNG = np.random.default_rng(0)
+PATTERNS = RNG.normal(size=(VOCABULARY, CONFIG.feature_size)).astype(np.float32)
+TABLE = RNG.normal(size=(VOCABULARY, CONFIG.embedding_size)).astype(np.float32)
+
+
+def say(tokens, rng):
+    frames = PATTERNS[tokens].repeat(FRAMES_PER_TOKEN, axis=0)  # (N, Da)
+    noise = 0.3 * rng.normal(size=frames.shape)
+    return Example((frames + noise).astype(np.float32), list(tokens), [LETTERS] * len(tokens))
+
+
+def sentences(n, seed=1):
+    rng = np.random.default_rng(seed)
+    return [say(rng.integers(VOCABULARY, size=rng.integers(2, 7)).tolist(), rng) for _ in range(n)]
+
+
+def new_projector():
+    torch.manual_seed(0)
+    return BridgeFormer(CONFIG)
+
+
+def trainer(options=OPTIONS, work=None, examples=None, table=TABLE, kind=Trainer):
+    return kind(new_projector(), sentences(40) if examples is None else examples, table, options, work)
+
+
+class Stopped(Trainer):
+    """Interrupted in its 41st step, as by Ctrl-C or the battery: the last check was after the 30th."""
+
+    def _train_step(self):
+        if self.step == 40:
+            raise KeyboardInterrupt
+        return super()._train_step()
+
+
+class Counted(Trainer):
+    """Counts the steps it takes itself."""
+
+    taken = 0
+
+    def _train_step(self):
+        self.taken += 1
+        return super()._train_step()
+
+
+@pytest.fixture
+def interrupted(tmp_path):
+    """The work folder of a training that was stopped."""
+    with pytest.raises(KeyboardInterrupt):
+        trainer(work=tmp_path, kind=Stopped).run(quiet=True)
+    return tmp_path
+
+
+@pytest.fixture
+def seconds(monkeypatch):
+    """A clock that goes on by a second whenever it is read."""
+    ticks = itertools.count()
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+
+
+def steps_taken(**changes):
+    run = trainer(kind=Counted, **changes)
+    run.run(quiet=True)
+    return run.taken
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def without_seconds(curve):
+    return [{k: v for k, v in entry.items() if k != "seconds"} for entry in curve]
+
+
+def nearest_token_accuracy(projector, examples):
+    """Share of places whose soft token lies nearest to the embedding of the token cast there."""
+    hits = []
+    for example in examples:
+        soft_tokens = projector(torch.from_numpy(example.features)[None])[0].detach().numpy()  # (T, D)
+        nearest = ((soft_tokens[:, None] - TABLE) ** 2).sum(-1).argmin(-1)  # (T,)
+        places = cast_places(example.token_lengths, CONFIG.soft_tokens)
+        hits.extend(nearest == np.array(example.tokens)[places])
+    return np.mean(hits)
+
+
+# --- learning ---
+
+
+def test_training_learns_which_token_was_said():
+    projector, unseen = new_projector(), sentences(40, seed=2)
+    before = nearest_token_accuracy(projector, unseen)
+    options = replace(OPTIONS, steps=300, check_every=50)
+    trained = Trainer(projector, sentences(200), TABLE, options, None).run(quiet=True)
+    projector.load_state_dict(trained.weights)
+    held_out = [entry["held_out"] for entry in trained.record["curve"]]
+    assert trained.record["best_loss"] == min(held_out) < 0.6 * held_out[0]
+    assert before < 0.2 < 0.5 < nearest_token_accuracy(projector.eval(), unseen)
+
+
+def test_training_never_sees_what_is_held_out():
+    examples = sentences(40)
+    run = trainer(examples=examples)
+    held = {id(e) for e in run.held}
+    assert len(held) == round(40 * OPTIONS.held_out) and held.isdisjoint(id(e) for e in run.used)
+    assert len(run.used) + len(held) == len(examples)
+
+
+def test_two_recordings_are_enough_to_train_on():
+    trained = trainer(examples=sentences(2)).run(quiet=True)
+    losses = [entry["held_out"] for entry in trained.record["curve"]]
+    assert trained.record["utterances"] == 2 and losses[-1] < losses[0]
+
+
+def test_the_record_says_how_the_weights_came_about():
+    record = trainer().run(quiet=True).record
+    assert record["steps"] == 60 and record["utterances"] == 40 and record["train_seconds"] > 0
+    assert [entry["step"] for entry in record["curve"]] == [15, 30, 45, 60]
+    assert record["options"]["seed"] == OPTIONS.seed
+
+
+def test_the_weights_are_those_of_the_best_check():
+    """A rate far too high: later checks are worse than an early one."""
+    run = trainer(replace(OPTIONS, rate=0.3, warmup=1, check_every=5))
+    trained = run.run(quiet=True)
+    run.projector.load_state_dict(trained.weights)
+    assert run._loss(run.held).item() == pytest.approx(min(e["held_out"] for e in trained.record["curve"]), rel=1e-6)
+
+
+# --- the same again ---
+
+
+def test_a_seed_determines_the_weights():
+    one, same_seed = trainer().run(quiet=True), trainer().run(quiet=True)
+    other = trainer(replace(OPTIONS, seed=1)).run(quiet=True)
+    assert same(one.weights, same_seed.weights) and not same(one.weights, other.weights)
+
+
+def test_the_random_numbers_of_others_change_nothing():
+    one = trainer().run(quiet=True)
+    run = trainer()
+    torch.manual_seed(99)
+    assert same(one.weights, run.run(quiet=True).weights)
+
+
+# --- when it ends ---
+
+
+def test_training_stops_when_it_does_not_get_better():
+    """At a rate of 0 the first check is the best."""
+    record = trainer(replace(OPTIONS, rate=0.0, check_every=5, patience=3)).run(quiet=True).record
+    assert record["steps"] == 5 * (1 + 3)
+
+
+def test_time_runs_out(seconds):
+    record = trainer(replace(OPTIONS, max_seconds=20.0)).run(quiet=True).record
+    assert record["steps"] == 21 and record["train_seconds"] == 21.0
+    assert [entry["step"] for entry in record["curve"]] == [15, 21]
+
+
+def test_time_that_runs_out_before_the_first_check_still_gives_measured_weights(seconds):
+    trained = trainer(replace(OPTIONS, max_seconds=2.0)).run(quiet=True)
+    assert trained.record["steps"] == 3 and np.isfinite(trained.record["best_loss"])
+    assert not same(trained.weights, new_projector().state_dict())
+
+
+def test_time_spent_before_an_interruption_counts(seconds, tmp_path):
+    options = replace(OPTIONS, max_seconds=50.0)
+    with pytest.raises(KeyboardInterrupt):
+        trainer(options, tmp_path, kind=Stopped).run(quiet=True)
+    assert steps_taken(options=options, work=tmp_path) == 21  # 30 s were spent
+
+
+# --- interrupted and resumed ---
+
+
+def test_a_resumed_training_ends_with_the_weights_of_an_uninterrupted_one(interrupted):
+    whole, again = trainer(kind=Counted), trainer(work=interrupted, kind=Counted)
+    uninterrupted, resumed = whole.run(quiet=True), again.run(quiet=True)
+    assert (whole.taken, again.taken) == (60, 30)
+    assert same(resumed.weights, uninterrupted.weights)
+    assert same(again.projector.state_dict(), whole.projector.state_dict())
+    assert without_seconds(resumed.record["curve"]) == without_seconds(uninterrupted.record["curve"])
+    assert resumed.record["best_loss"] == uninterrupted.record["best_loss"]
+
+
+def test_a_training_that_ended_is_not_done_again(tmp_path):
+    first = trainer(work=tmp_path).run(quiet=True)
+    again = trainer(work=tmp_path, kind=Counted)
+    assert same(again.run(quiet=True).weights, first.weights) and again.taken == 0
+
+
+def longer_tokens(example):
+    return replace(example, token_lengths=[LETTERS + 2 * i for i, _ in enumerate(example.tokens)])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"examples": sentences(40, seed=9)}, id="other recordings"),
+        pytest.param({"examples": [longer_tokens(e) for e in sentences(40)]}, id="other places"),
+        pytest.param({"options": replace(OPTIONS, seed=1)}, id="other options"),
+        pytest.param({"table": TABLE + 1}, id="another LLM"),
+    ],
+)
+def test_a_state_of_another_training_is_not_resumed(interrupted, changes):
+    assert steps_taken(work=interrupted, **changes) == OPTIONS.steps
+
+
+def test_a_state_of_other_start_weights_is_not_resumed(interrupted):
+    torch.manual_seed(7)
+    run = Counted(BridgeFormer(CONFIG), sentences(40), TABLE, OPTIONS, interrupted)
+    run.run(quiet=True)
+    assert run.taken == OPTIONS.steps
+
+
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[: len(b) // 2], lambda b: b"no state" * 99])
+def test_a_damaged_state_means_a_fresh_start_with_a_warning(interrupted, damage, caplog):
+    state = interrupted / "state.safetensors"
+    state.write_bytes(damage(state.read_bytes()))
+    with caplog.at_level(logging.WARNING):
+        assert steps_taken(work=interrupted) == OPTIONS.steps
+    assert "state.safetensors is damaged" in caplog.text
+
+
+def test_a_half_written_state_is_no_state(interrupted):
+    """Killed while saving: the last whole state is still there."""
+    (interrupted / "state.partial").write_bytes(b"half")
+    assert steps_taken(work=interrupted) == 30

@@ -1,0 +1,134 @@
+"""What the tests share: the shipped bundle and voice, copies that may be changed, and the command.
+
+The shipped files are only read. `threads=1` everywhere: the same numbers on every machine.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from tiny_align.runtime.bundle import Bundle, write_user_record
+
+REFERENCE = Path(__file__).parents[1] / "reference"
+
+
+class Outcome(NamedTuple):
+    """What a command left behind."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def document(self) -> dict:
+        """The JSON on the last line of stdout."""
+        return json.loads(self.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="session")
+def bundle_path() -> Path:
+    """The shipped bundle; read only."""
+    return REFERENCE / "bundle"
+
+
+@pytest.fixture(scope="session")
+def voice_path() -> Path:
+    """The shipped recordings with their metadata.jsonl; read only."""
+    return REFERENCE / "voice"
+
+
+@pytest.fixture
+def bundle_copy(bundle_path, tmp_path):
+    """A bundle that may be changed, without persons and engines."""
+    target = tmp_path / "bundle"
+    shutil.copytree(bundle_path, target, ignore=shutil.ignore_patterns("users", "engines"))
+    yield target
+    shutil.rmtree(target)  # pytest would keep 20 MB for every test
+
+
+@pytest.fixture(scope="session")
+def assistant(bundle_path):
+    """The shipped bundle, loaded once. Whoever changes it loads another."""
+    from tiny_align.runtime import Assistant
+
+    with Assistant.load(bundle_path, threads=1) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="session")
+def speech(voice_path) -> np.ndarray:
+    """(S,) float32 at 16 kHz: a recording of about two seconds."""
+    from tiny_align.runtime.audio import read_audio
+
+    return read_audio(voice_path / "train-000.flac", 16_000)
+
+
+@pytest.fixture
+def run_cli(capsys):
+    """Call the command in this process: run_cli("run", path, ...) -> Outcome."""
+
+    def run(*arguments) -> Outcome:
+        from tiny_align.runtime.cli import main
+
+        capsys.readouterr()
+        try:
+            status = main([str(a) for a in arguments])
+        except SystemExit as stopped:  # argparse
+            status = stopped.code
+        return Outcome(status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_python():
+    """Run a script in an interpreter of its own: run_python(script, *arguments) -> Outcome."""
+
+    def run(script: str, *arguments) -> Outcome:
+        command = [sys.executable, "-c", script, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def make_user():
+    """Write a person with a projector unlike the general one, without torch: make_user(bundle, folder) -> folder."""
+
+    def make(bundle: Bundle, folder: Path, shift: float = 0.3) -> Path:
+        graph = bundle.graph("projector")
+        folder.mkdir(parents=True)
+        for path in (graph, graph.with_name(f"{graph.name}.data")):
+            shutil.copyfile(path, folder / path.name)
+        _shift_weights(folder / f"{graph.name}.data", bundle.manifest.projector_weights, shift)
+        write_user_record(folder, bundle.manifest, {"steps": 0})
+        return folder
+
+    return make
+
+
+def _shift_weights(data: Path, weights, shift: float) -> None:
+    blob = bytearray(data.read_bytes())
+    for spec in weights:
+        values = np.frombuffer(blob, "<f4", count=int(np.prod(spec.shape)), offset=spec.offset)
+        values += np.float32(shift) * np.float32(values.std())
+    data.write_bytes(blob)
+
+
+@pytest.fixture(scope="session")
+def edit_json():
+    """Change a JSON file: edit_json(path, change), where `change` alters the value it is given."""
+
+    def edit(path: Path, change) -> None:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        change(value)
+        path.write_text(json.dumps(value), encoding="utf-8")
+
+    return edit

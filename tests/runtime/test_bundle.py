@@ -1,0 +1,213 @@
+"""runtime/bundle.py: what is whole opens; what is missing, changed, damaged or meant for another LLM is refused."""
+
+import json
+
+import pytest
+
+from tiny_align.runtime.bundle import GENERAL, MANIFEST, USER_RECORD, Bundle, check_user
+from tiny_align.runtime.errors import BundleError, UserError
+
+GRAPHS = ("encoder", "projector", "llm")
+
+
+@pytest.fixture
+def user(bundle_copy, make_user):
+    """Ana, in the bundle's own users folder."""
+    return make_user(Bundle.open(bundle_copy), bundle_copy / "users/ana")
+
+
+def cut_in_half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+# --- bundles ---
+
+
+def test_the_shipped_bundle_is_whole(bundle_path):
+    manifest = Bundle.open(bundle_path).manifest
+    assert set(GRAPHS) <= set(manifest.graphs)
+    assert manifest.files["token_embeddings.npy"] == manifest.embeddings_sha256
+
+
+def test_the_manifest_survives_its_own_json(bundle_path):
+    manifest = Bundle.open(bundle_path, verify=False).manifest
+    assert type(manifest).from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
+
+
+@pytest.mark.parametrize("name", ["encoder.onnx.data", "llm.onnx", "tokenizer.json", "token_embeddings.npy"])
+def test_a_changed_byte_is_noticed(bundle_copy, name):
+    flip_a_byte(bundle_copy / name)
+    with pytest.raises(BundleError, match=rf"{name} has changed: its SHA-256 is not the manifest's"):
+        Bundle.open(bundle_copy)
+    Bundle.open(bundle_copy, verify=False)  # the switch that turns the check off
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_missing_graph_is_named(bundle_copy, name, verify):
+    (bundle_copy / f"{name}.onnx").unlink()
+    with pytest.raises(BundleError, match=rf"lacks {name}\.onnx, which its manifest lists"):
+        Bundle.open(bundle_copy, verify=verify)
+
+
+def test_a_graph_the_manifest_does_not_have_is_named(bundle_copy, edit_json):
+    edit_json(bundle_copy / MANIFEST, lambda m: m["graphs"].pop("llm"))
+    with pytest.raises(BundleError, match=r"no graph 'llm'.*encoder, projector"):
+        Bundle.open(bundle_copy).graph("llm")
+
+
+@pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir(), lambda p: p.write_text("a file")])
+def test_what_is_no_bundle_is_refused(tmp_path, make):
+    make(tmp_path / "thing")
+    with pytest.raises(BundleError, match=r"thing is not a bundle: it has no manifest\.json"):
+        Bundle.open(tmp_path / "thing")
+
+
+def test_another_schema_is_refused(bundle_copy, edit_json):
+    edit_json(bundle_copy / MANIFEST, lambda m: m.update(schema=99))
+    with pytest.raises(BundleError, match=r"has schema 99, this version reads schema 1: export the bundle again"):
+        Bundle.open(bundle_copy)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"7", b"null", b"{}", b'{"schema": 1', b"\xff\xfe\x00"])
+def test_a_damaged_manifest_is_refused(bundle_copy, content):
+    (bundle_copy / MANIFEST).write_bytes(content)
+    with pytest.raises(BundleError, match=r"manifest\.json is not a manifest \(.*export the bundle again"):
+        Bundle.open(bundle_copy)
+
+
+CHANGES = {
+    "unknown field": lambda m: m.update(surprise=1),
+    "unknown field of the LLM": lambda m: m["llm"].update(surprise=1),
+    "unknown field of a graph": lambda m: m["graphs"]["llm"].update(surprise=1),
+    "missing field": lambda m: m.pop("prompt"),
+    "missing field of the front end": lambda m: m["front_end"].update(n_mel=80),
+    "missing dimension": lambda m: m["graphs"]["llm"]["inputs"][0].pop("shape"),
+    "null instead of graphs": lambda m: m.update(graphs=None),
+    "null instead of files": lambda m: m.update(files=None),
+    "list instead of files": lambda m: m.update(files=["encoder.onnx"]),
+    "number instead of dims": lambda m: m.update(dims=3),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_unknown_and_missing_fields_are_refused(bundle_copy, edit_json, change):
+    edit_json(bundle_copy / MANIFEST, change)
+    with pytest.raises(BundleError, match=r"lacks or misnames a field \(.*export the bundle again"):
+        Bundle.open(bundle_copy)
+
+
+OUTSIDE = ["../secret", "/etc/passwd", "a/../../secret", "..", "..\\secret", "C:\\secret", "C:secret", "", ".", None, 7]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_graph_outside_the_bundle_is_refused(bundle_copy, edit_json, name):
+    edit_json(bundle_copy / MANIFEST, lambda m: m["graphs"]["encoder"].update(file=name))
+    with pytest.raises(BundleError, match=r"names the file .*: expected .* inside the bundle"):
+        Bundle.open(bundle_copy)
+
+
+@pytest.mark.parametrize("name", [n for n in OUTSIDE if isinstance(n, str)])
+def test_a_file_outside_the_bundle_is_refused(bundle_copy, edit_json, name):
+    (bundle_copy.parent / "secret").write_text("not the bundle's")
+    edit_json(bundle_copy / MANIFEST, lambda m: m["files"].update({name: "0" * 64}))
+    with pytest.raises(BundleError, match=r"names the file .*: expected .* inside the bundle"):
+        Bundle.open(bundle_copy, verify=False)
+
+
+def test_a_file_in_a_folder_of_the_bundle_is_fine(bundle_copy, edit_json):
+    (bundle_copy / "graphs").mkdir()
+    (bundle_copy / "encoder.onnx").rename(bundle_copy / "graphs/encoder.onnx")
+
+    def move(manifest):
+        manifest["graphs"]["encoder"]["file"] = "graphs/encoder.onnx"
+        manifest["files"]["graphs/encoder.onnx"] = manifest["files"].pop("encoder.onnx")
+
+    edit_json(bundle_copy / MANIFEST, move)
+    assert Bundle.open(bundle_copy).graph("encoder") == bundle_copy / "graphs/encoder.onnx"
+
+
+# --- persons ---
+
+
+@pytest.mark.parametrize("name", [None, GENERAL])
+def test_the_general_projector_is_the_bundles(bundle_path, name):
+    assert Bundle.open(bundle_path).projector(name) == bundle_path / "projector.onnx"
+
+
+def test_a_persons_projector_is_their_own(bundle_copy, user, tmp_path, make_user):
+    bundle = Bundle.open(bundle_copy)
+    assert bundle.projector("ana") == user / "projector.onnx"
+    elsewhere = make_user(bundle, tmp_path / "people/ben")
+    assert bundle.projector("ben", tmp_path / "people") == elsewhere / "projector.onnx"
+
+
+def test_persons_are_not_part_of_the_bundle(bundle_copy, user):
+    cut_in_half(user / "projector.onnx.data")
+    Bundle.open(bundle_copy)
+
+
+def test_an_unknown_person_is_told_who_is_known(bundle_copy, user):
+    with pytest.raises(UserError, match=r"no user 'ben' in .*users \(known: ana\): train one with `tiny-align align"):
+        Bundle.open(bundle_copy).projector("ben")
+    assert not (bundle_copy / "users/ben").exists()
+
+
+def test_nobody_is_known_without_a_users_folder(bundle_copy):
+    with pytest.raises(UserError, match=r"no user 'ana' .*\(known: none\)"):
+        Bundle.open(bundle_copy).projector("ana")
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "..", ".", "", "a/b", "a\\b", "/etc", "-f", ".hidden", "a b", "a\n", "é", "x" * 65]
+)
+def test_a_bad_name_is_refused(bundle_path, name):
+    with pytest.raises(UserError, match="is no user name: use letters, digits"):
+        Bundle.open(bundle_path, verify=False).projector(name)
+
+
+def test_nobody_may_be_called_general(bundle_path):
+    with pytest.raises(UserError, match="'general' is the bundle's own projector"):
+        Bundle.open(bundle_path, verify=False).user_folder(GENERAL)
+
+
+def test_a_projector_for_another_llm_is_refused(bundle_copy, user, edit_json):
+    edit_json(user / USER_RECORD, lambda r: r.update(embeddings_sha256="0" * 64))
+    with pytest.raises(UserError, match=r"'ana' was trained for another LLM \(embedding table 0{12}, this"):
+        Bundle.open(bundle_copy).projector("ana")
+
+
+@pytest.mark.parametrize("damage", [cut_in_half, flip_a_byte, lambda p: p.unlink()], ids=["cut", "changed", "gone"])
+@pytest.mark.parametrize("name", ["projector.onnx", "projector.onnx.data"])
+def test_a_damaged_projector_is_refused(bundle_copy, user, name, damage):
+    damage(user / name)
+    with pytest.raises(UserError, match=rf"ana/{name} is missing or has changed: train 'ana' again"):
+        Bundle.open(bundle_copy).projector("ana")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b"\xff", b'{"files": {}}'])
+def test_a_damaged_record_is_refused(bundle_copy, user, content):
+    (user / USER_RECORD).write_bytes(content)
+    with pytest.raises(UserError, match=r"user\.json is damaged \(.*: train 'ana' again"):
+        Bundle.open(bundle_copy).projector("ana")
+
+
+RECORDS = {
+    "no files": lambda r: r.update(files={}),
+    "null files": lambda r: r.update(files=None),
+    "a list of files": lambda r: r.update(files=["projector.onnx"]),
+    "a number for a hash": lambda r: r.update(embeddings_sha256=7),
+}
+
+
+@pytest.mark.parametrize("change", RECORDS.values(), ids=RECORDS)
+def test_a_record_that_vouches_for_nothing_is_refused(bundle_copy, user, edit_json, change):
+    edit_json(user / USER_RECORD, change)
+    with pytest.raises(UserError, match=r"train ('ana'|it) again"):
+        check_user(user, Bundle.open(bundle_copy).manifest)

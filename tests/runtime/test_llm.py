@@ -1,0 +1,237 @@
+"""runtime/llm.py on the shipped LLM, and on a scripted one where the tokens must be known.
+
+The shipped LLM has INT4 weights and rounds its activations to int8 block by block, so a kernel for one position and
+one for many may round a value differently: logits are compared within a share of their own spread.
+"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from tiny_align.runtime.backend import Runner
+from tiny_align.runtime.errors import DataError, TinyAlignError
+from tiny_align.runtime.llm import Cache, Decoding, LanguageModel, TextStream
+
+TOLERANCE = 0.05  # largest difference of a logit, in standard deviations of the logits
+TEXT = "what is the time"
+WARM = Decoding(max_tokens=24, temperature=8.0, top_k=1000)  # even a sure model draws other tokens
+
+
+@pytest.fixture(scope="module")
+def llm(assistant):
+    return assistant.llm
+
+
+@pytest.fixture(scope="module")
+def prompt(llm):
+    """(T, D) float32: a typed prompt."""
+    return llm.assemble(llm.embed(llm.encode_words(TEXT)))
+
+
+def assert_close(got, want):
+    difference = np.abs(got - want)
+    share = difference.max() / want.std()
+    assert share < TOLERANCE, f"max {difference.max():.2g}, mean {difference.mean():.2g}, spread {want.std():.2g}"
+
+
+class Scripted(Runner):
+    """Says the given tokens one after the other, whatever it is fed."""
+
+    def __init__(self, spec, tokens):
+        super().__init__(spec)
+        self.tokens, self.fed = list(tokens), []
+
+    def _run(self, feed, keep):
+        n_vocabulary, n_new = self.spec.outputs[0].shape[-1], feed["inputs_embeds"].shape[1]
+        self.fed.append(n_new)
+        logits = np.zeros((1, 1, n_vocabulary), np.float32)
+        logits[0, 0, self.tokens[min(len(self.fed), len(self.tokens)) - 1]] = 9
+        past = {name: value for name, value in feed.items() if name.startswith("past.")}
+        grown = {
+            n: np.concatenate([v, np.zeros((1, v.shape[1], n_new, v.shape[3]), np.float32)], axis=2)
+            for n, v in past.items()
+        }
+        return {"logits": logits, **{name.replace("past.", "present."): value for name, value in grown.items()}}
+
+
+@pytest.fixture
+def scripted(assistant):
+    """scripted(tokens) -> a language model that says them."""
+    spec = assistant.bundle.manifest.graphs["llm"]
+    return lambda tokens: LanguageModel(assistant.bundle, Scripted(spec, tokens))
+
+
+# --- the cache ---
+
+
+def test_token_by_token_is_as_the_whole_prompt_at_every_length(llm, prompt):
+    cache = Cache()
+    for n in range(1, len(prompt) + 1):
+        assert_close(llm.prefill(prompt[n - 1 : n], cache), llm.prefill(prompt[:n], Cache()))
+    assert cache.length == len(prompt)
+
+
+@pytest.mark.parametrize("cuts", [(1,), (5,), (3, 4), (1, 2, 7)])
+def test_a_prompt_in_parts_is_as_the_whole(llm, prompt, cuts):
+    cache = Cache()
+    for part in np.split(prompt, cuts):
+        logits = llm.prefill(part, cache)
+    assert_close(logits, llm.prefill(prompt, Cache()))
+
+
+def test_a_full_context_in_parts_is_as_the_whole(llm):
+    rng, spread = np.random.default_rng(0), llm.embed(range(100)).std()
+    context = (rng.standard_normal((llm.spec.max_context, llm.spec.hidden_size)) * spread).astype(np.float32)
+    cache = Cache()
+    for part in np.split(context, [100, 101, 199]):
+        logits = llm.prefill(part, cache)
+    assert_close(logits, llm.prefill(context, Cache()))
+
+
+def test_what_was_read_before_matters(llm, prompt):
+    """The tolerance is far below what another past changes."""
+    difference = llm.prefill(prompt, Cache()) - llm.prefill(prompt[3:], Cache())
+    assert np.abs(difference).max() > 4 * TOLERANCE * llm.prefill(prompt, Cache()).std()
+
+
+# --- decoding ---
+
+
+def test_greedy_decoding_takes_the_best_token_of_an_uncached_reading(llm, prompt):
+    tokens = list(llm.generate(prompt, Decoding(max_tokens=6)))
+    for n, token in enumerate(tokens):
+        logits = llm.prefill(np.concatenate([prompt, llm.embed(tokens[:n])]), Cache())
+        assert logits[token] >= logits.max() - TOLERANCE * logits.std()
+
+
+def test_greedy_decoding_is_always_the_same(llm, prompt):
+    first, second = (list(llm.generate(prompt, Decoding(max_tokens=16, seed=seed))) for seed in (0, 1))
+    assert first == second == list(llm.generate(prompt, Decoding(max_tokens=16, temperature=1.0, top_k=1)))
+
+
+def test_sampling_repeats_with_its_seed_only(llm, prompt):
+    draw = [list(llm.generate(prompt, dataclasses.replace(WARM, seed=seed))) for seed in (3, 3, 4)]
+    assert draw[0] == draw[1] != draw[2]
+
+
+def test_sampling_stays_among_the_best(llm, prompt):
+    best = set(np.argsort(llm.prefill(prompt, Cache()))[-5:])
+    for seed in range(8):
+        decoding = Decoding(max_tokens=1, temperature=8.0, top_k=5, seed=seed)
+        assert set(llm.generate(prompt, decoding)) <= best
+
+
+def test_fewer_tokens_are_the_beginning_of_more(llm, prompt):
+    answers = {n: list(llm.generate(prompt, Decoding(max_tokens=n))) for n in (0, 1, 5, 12)}
+    assert all(len(answer) <= n and answer == answers[12][:n] for n, answer in answers.items())
+
+
+def test_max_tokens_are_said_and_no_more(scripted, prompt):
+    assert list(scripted([7]).generate(prompt, Decoding(max_tokens=5))) == [7] * 5
+
+
+def test_an_end_token_ends_the_answer_and_is_not_said(scripted, llm, prompt):
+    end = llm.spec.end_tokens[0]
+    assert list(scripted([7, 8, end, 9]).generate(prompt, Decoding())) == [7, 8]
+    assert list(scripted([end]).generate(prompt, Decoding())) == []
+
+
+def test_the_prompt_is_read_once_and_then_one_token_at_a_time(scripted, prompt):
+    model = scripted([7])
+    list(model.generate(prompt, Decoding(max_tokens=4)))
+    assert model._runner.fed[:4] == [len(prompt), 1, 1, 1]
+
+
+def test_an_answer_ends_where_the_context_does(scripted, llm):
+    almost = np.zeros((llm.spec.max_context - 3, llm.spec.hidden_size), np.float32)
+    assert list(scripted([7]).generate(almost, Decoding(max_tokens=99))) == [7] * 4
+
+
+def test_a_prompt_longer_than_the_context_is_refused(llm):
+    long, cache = np.zeros((llm.spec.max_context + 1, llm.spec.hidden_size), np.float32), Cache()
+    most = llm.spec.max_context
+    with pytest.raises(TinyAlignError, match=rf"needs {most + 1} positions, the bundle's LLM has {most}: shorten"):
+        llm.prefill(long, cache)
+    assert cache.length == 0 and not cache.values
+    with pytest.raises(TinyAlignError, match="shorten the instruction or the recording"):
+        next(llm.generate(long, Decoding()))
+
+
+def test_a_cache_counts_towards_the_context(llm):
+    half, cache = np.zeros((llm.spec.max_context // 2 + 1, llm.spec.hidden_size), np.float32), Cache()
+    llm.prefill(half, cache)
+    with pytest.raises(TinyAlignError, match=f"needs {2 * len(half)} positions"):
+        llm.prefill(half, cache)
+    assert cache.length == len(half)
+
+
+# --- text ---
+
+
+def test_pieces_join_to_the_decoded_text(llm):
+    ids = [i for i in llm.encode(f"{TEXT} and {TEXT}") for _ in (0, 1)]
+    stream = TextStream(llm.tokenizer)
+    pieces = [stream.push(i) for i in ids]
+    assert "".join(pieces) == llm.tokenizer.decode(ids) == stream.text
+    assert len([p for p in pieces if p]) > len(ids) // 2  # streamed, not held back
+
+
+def test_pieces_of_any_tokens_join(llm):
+    ids = np.random.default_rng(0).integers(0, llm.spec.vocabulary, 200).tolist()
+    stream = TextStream(llm.tokenizer)
+    assert "".join(map(stream.push, ids)) == llm.tokenizer.decode(ids)
+
+
+def test_a_character_of_several_tokens_is_held_back_until_it_is_whole():
+    alphabet = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(alphabet, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    stream = TextStream(tokenizer)
+    text = "né 日 😀!"
+    pieces = [stream.push(i) for i in tokenizer.encode(text).ids]
+    assert len(pieces) == len(text.encode()) and [p for p in pieces if p] == list(text)
+
+
+@pytest.mark.parametrize("text", ["", "   ", "\n"])
+def test_no_words_are_refused(llm, text):
+    with pytest.raises(DataError, match="the transcript is empty: a sentence was expected"):
+        llm.encode_words(text, "the transcript")
+
+
+@pytest.mark.parametrize("strange", ["ж", "日", "€"])
+def test_characters_outside_the_tokenizer_are_named(llm, strange):
+    with pytest.raises(DataError, match=rf"the text holds characters outside the LLM's tokenizer: '{strange}'\. Write"):
+        llm.encode_words(f"what is {strange}")
+
+
+def test_words_are_encoded_as_in_the_middle_of_a_prompt(llm):
+    pieces = llm.prompt
+    around = pieces.before + pieces.instruction + pieces.between
+    assert llm.encode(around) + llm.encode_words(TEXT) + llm.encode(pieces.after) == llm.encode(
+        around + TEXT + pieces.after
+    )
+
+
+@pytest.mark.parametrize("instruction", [None, "Repeat what the user says."])
+def test_the_prompt_is_the_chat_template(llm, instruction):
+    """The pieces in the manifest give what the tokenizer's own template renders, token by token."""
+    transformers = pytest.importorskip("transformers")
+    from tiny_align.reference.llm import CHAT_TEMPLATE
+
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=llm.tokenizer, chat_template=CHAT_TEMPLATE)
+    system, user = instruction or llm.prompt.instruction, TEXT
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assembled = llm.assemble(llm.embed(llm.encode_words(user)), instruction)
+    np.testing.assert_array_equal(assembled, llm.embed(ids))
+    pieces = llm.prompt
+    assert llm.encode(pieces.before + system + pieces.between + user + pieces.after) == ids
+
+
+def test_embeddings_are_rows_of_the_table(llm, bundle_path):
+    table = np.load(bundle_path / "token_embeddings.npy")
+    assert table.shape == (llm.spec.vocabulary, llm.spec.hidden_size)
+    np.testing.assert_array_equal(llm.embed([5, 0, 5]), table[[5, 0, 5]].astype(np.float32) * llm.spec.embedding_scale)
+    assert llm.embed([]).shape == (0, llm.spec.hidden_size)
