@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tiny_align.align import OBJECTIVES
-from tiny_align.runtime.bundle import GENERAL
-from tiny_align.runtime.errors import DataError, UserError
+from tiny_align.runtime.errors import DataError, TinyAlignError
 
 
 @dataclass(frozen=True)
@@ -23,6 +22,12 @@ class Effort:
     seed: int = 0
     threads: int | None = None  # CPU threads; None: all cores
     objective: str | None = None
+
+    def __post_init__(self):
+        for name, least in {"steps": 1, "max_seconds": 0, "utterances": 1, "seed": 0, "threads": 1}.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise TinyAlignError(f"--{name.replace('_', '-')} is {value}: give a number from {least} up")
 
     @classmethod
     def of(cls, args) -> "Effort":
@@ -67,11 +72,11 @@ def personalise(bundle_path: Path, utterances: list, user: str, users: Path, eff
     from tiny_align.align.users import load_projector, write_user
     from tiny_align.runtime.assistant import Assistant
 
-    if user == GENERAL:
-        raise UserError(f"{GENERAL!r} names the bundle's own projector: give the person another name")
     bundle = _open(bundle_path, effort.threads)
     folder, work = bundle.user_folder(user, users), bundle.user_folder(user, users).with_name(f".{user}.align")
     training, test = split_of(utterances, "train")[: effort.utterances], split_of(utterances, "test")
+    if len(training) < 2:
+        raise DataError(f"{len(training)} recordings to train on: give at least 2, better 25 or more")
     with Assistant.load(bundle, threads=effort.threads) as assistant:
         check_transcripts(assistant, training + test)
         before = evaluate(assistant, test, quiet=quiet)
@@ -101,8 +106,6 @@ def _train(assistant, projector, utterances: list, work: Path, effort: Effort, q
     from tiny_align.align.feature_cache import cached_features
     from tiny_align.align.train import Trainer, TrainOptions
 
-    if len(utterances) < 2:
-        raise DataError(f"{len(utterances)} recordings to train on: give at least 2, better 25 or more")
     chosen = {name: getattr(effort, name) for name in ("objective", "steps", "max_seconds", "seed")}
     options = TrainOptions(**{k: v for k, v in chosen.items() if v is not None})
     features = cached_features(assistant, utterances, work / "features", quiet)

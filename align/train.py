@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tiny_align.align.embedlink import aligned_places, cast_places, embedlink_loss, pair_costs
+from tiny_align.runtime.errors import DataError
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +139,8 @@ class Trainer:
         """Held-out loss, the best weights so far, and the state on disk."""
         self.projector.eval()
         held = self._loss(self.held).item() if self.held else loss
+        if not np.isfinite(held):
+            raise DataError(f"the training diverged: its loss is {held} after {self.step} steps. Check the recordings")
         self.curve.append({"step": self.step, "seconds": round(self.spent_s, 2), "loss": loss, "held_out": held})
         self.since_best += 1
         if held < self.best_loss:

@@ -1,0 +1,1 @@
+"""The only producer of the README's numbers."""

@@ -77,12 +77,12 @@ def _spell(rng: random.Random, low: int, high: int) -> str:
 
 
 def _sum(rng: random.Random) -> dict[str, str]:
-    a, b = rng.randint(0, 10), rng.randint(0, 10)
+    a, b = rng.randint(1, 5), rng.randint(1, 5)
     return {"a": number(a), "b": number(b), "total": number(a + b)}
 
 
 def _difference(rng: random.Random) -> dict[str, str]:
-    b, total = rng.randint(0, 10), rng.randint(0, 10)
+    b, total = rng.randint(1, 5), rng.randint(1, 5)
     return {"a": number(b + total), "b": number(b), "rest": number(total)}
 
 
@@ -157,8 +157,8 @@ SLOTS = {
         )
     ],
     "polite": ["", "", "", "please ", "could you ", "can you "],
-    "digits": lambda rng: {"digits": _spell(rng, 3, 7)},
-    "phone": lambda rng: {"phone": _spell(rng, 3, 7)},
+    "digits": lambda rng: {"digits": _spell(rng, 3, 6)},
+    "phone": lambda rng: {"phone": _spell(rng, 3, 6)},
     "sum": _sum,
     "difference": _difference,
     "count": _count,

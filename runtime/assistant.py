@@ -49,8 +49,8 @@ class Assistant:
     Shapes: audio (S,) float32 in [-1, 1] at `sample_rate`; features (N, Da); soft tokens (T, D).
     """
 
-    def __init__(self, bundle: Bundle, encoder, projector, llm, backend: str):
-        self.bundle, self.backend = bundle, backend
+    def __init__(self, bundle: Bundle, encoder, projector, llm, backend: str, threads: int | None = None):
+        self.bundle, self.backend, self._threads = bundle, backend, threads
         self._encoder, self._projector, self._llm_runner = encoder, projector, llm
         self.llm = LanguageModel(bundle, llm)
         self._front_end = bundle.manifest.front_end
@@ -84,7 +84,7 @@ class Assistant:
             "llm": bundle.graph("llm"),
         }
         graphs = bundle.manifest.graphs
-        return cls(bundle, *(load_runner(p, graphs[n], backend, threads) for n, p in paths.items()), backend)
+        return cls(bundle, *(load_runner(p, graphs[n], backend, threads) for n, p in paths.items()), backend, threads)
 
     def features(self, audio: np.ndarray) -> np.ndarray:
         """(S,) float32 audio -> (N, Da) float32 encoder features."""
@@ -108,7 +108,7 @@ class Assistant:
     def swap_projector(self, path: Path) -> None:
         """Use another person's projector graph from the next utterance on."""
         old, spec = self._projector, self.bundle.manifest.graphs["projector"]
-        self._projector = load_runner(path, spec, self.backend)
+        self._projector = load_runner(path, spec, self.backend, self._threads)
         old.close()
 
     def stream(

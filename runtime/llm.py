@@ -59,9 +59,9 @@ class LanguageModel:
         if not text.strip() or not ids:
             raise DataError(f"{where} is empty: a sentence was expected")
         if self._unknown is not None and self._unknown in ids:
-            strange = sorted({c for c in text if self._unknown in self.encode(c)})
+            strange = sorted({c for c in text if self._unknown in self.encode(c)}) or [text]
             raise DataError(
-                f"{where} holds characters outside the LLM's tokenizer: {' '.join(map(repr, strange)) or text!r}. "
+                f"{where} holds characters outside the LLM's tokenizer: {' '.join(map(repr, strange))}. "
                 "Write it in the characters the model knows"
             )
         return ids

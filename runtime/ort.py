@@ -33,6 +33,8 @@ class OrtRunner(Runner):
         self._outputs = [o.name for o in self._session.get_outputs()]
 
     def _run(self, feed: dict, keep: tuple[str, ...]) -> dict:
+        if self._session is None:
+            raise BackendError(f"{self.spec.file} is closed: load the bundle again")
         values = {n: self._value(v) if isinstance(v, np.ndarray) else v for n, v in feed.items()}
         results = self._session.run_with_ort_values(self._outputs, values)
         return {n: v if n in keep else v.numpy() for n, v in zip(self._outputs, results)}

@@ -23,8 +23,7 @@ def run(args) -> dict:
     from tiny_align.runtime.audio import read_audio
     from tiny_align.runtime.llm import Decoding
 
-    if args.max_tokens < 1:
-        raise TinyAlignError(f"--max-tokens is {args.max_tokens}: give at least 1")
+    _check(args)
     decoding = Decoding(args.max_tokens, args.temperature, seed=args.seed)
     options = {"users": args.users, "backend": args.backend, "threads": args.threads}
     with Assistant.load(args.bundle, args.user, **options) as assistant:
@@ -40,6 +39,13 @@ def run(args) -> dict:
         "backend": args.backend,
         "user": args.user,
     }
+
+
+def _check(args) -> None:
+    for name, least in (("max_tokens", 1), ("temperature", 0), ("seed", 0), ("threads", 1)):
+        value = getattr(args, name)
+        if value is not None and not value >= least:  # NaN fails too
+            raise TinyAlignError(f"--{name.replace('_', '-')} is {value}: give at least {least}")
 
 
 def shown(events, quiet: bool = False):

@@ -1,10 +1,12 @@
-"""EmbedLink: which token stands at which place, and the loss against the table's rows."""
+"""EmbedLink: which token stands at which place, guessed and aligned, and the loss against the table's rows."""
+
+import itertools
 
 import numpy as np
 import pytest
 import torch
 
-from tiny_align.align.embedlink import cast_places, embedlink_loss
+from tiny_align.align.embedlink import aligned_places, cast_places, embedlink_loss, pair_costs
 
 T = 24
 
@@ -44,6 +46,45 @@ def test_places_of_a_sentence_with_whole_shares():
 
 def test_more_tokens_than_places_are_thinned_evenly():
     assert cast_places([1] * 8, 4).tolist() == [1, 3, 5, 7]
+
+
+def every_assignment(n_places, n_tokens):
+    """All ways to give n_tokens in order to n_places, every token one place or more."""
+    for starts in itertools.combinations(range(1, n_places), n_tokens - 1):
+        yield np.searchsorted(starts, np.arange(n_places), side="right")
+
+
+@pytest.mark.parametrize(("n_places", "n_tokens"), [(1, 1), (6, 1), (6, 2), (7, 3), (6, 5), (6, 6)])
+@pytest.mark.parametrize("seed", range(3))
+def test_aligned_places_are_the_cheapest_of_all(n_places, n_tokens, seed):
+    costs = np.random.default_rng(seed).random((n_places, n_tokens)).astype(np.float32)
+    places = aligned_places(costs)
+    ways = [costs[np.arange(n_places), way].sum() for way in every_assignment(n_places, n_tokens)]
+    assert costs[np.arange(n_places), places].sum() == pytest.approx(min(ways), rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_aligned_places_take_every_token_in_order(seed):
+    rng = np.random.default_rng(seed)
+    n_tokens = rng.integers(1, T + 1)
+    places = aligned_places(rng.normal(size=(T, n_tokens)))
+    assert places[0] == 0 and places[-1] == n_tokens - 1 and set(np.diff(places)) <= {0, 1}
+
+
+def test_tokens_are_found_where_they_are():
+    said = torch.randn(4, 8)
+    places = [0, 0, 0, 1, 2, 2, 3, 3]
+    costs = pair_costs(said[places] + 0.05 * torch.randn(8, 8), said, variance=1.0)
+    assert aligned_places(costs.numpy()).tolist() == places
+
+
+def test_pair_costs_are_the_loss_of_every_pair():
+    soft_tokens, tokens = torch.randn(3, 8), torch.randn(2, 8)
+    costs = pair_costs(soft_tokens, tokens, variance=0.7)
+    assert costs.shape == (3, 2)
+    for t, token in itertools.product(range(3), range(2)):
+        one = embedlink_loss(soft_tokens[None, t : t + 1], tokens[None, token : token + 1], variance=0.7)
+        assert costs[t, token].item() == pytest.approx(one.item(), rel=1e-5)
 
 
 def test_the_loss_of_equal_input_is_zero():

@@ -103,5 +103,5 @@ def test_a_configuration_builds_the_same_projector_again(projector, features):
 
 @pytest.mark.parametrize("config", [{"kind": "perceiver", "feature_size": 3}, {"feature_size": 3}])
 def test_an_unknown_kind_names_the_known_ones(config):
-    with pytest.raises(ValueError, match="unknown projector .*bridgeformer"):
+    with pytest.raises(ValueError, match=r"unknown projector .*bridgeformer"):
         build_projector(config)

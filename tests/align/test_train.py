@@ -16,7 +16,13 @@ from tiny_align.align.train import Example, Trainer, TrainOptions
 
 CONFIG = BridgeFormerConfig(feature_size=12, embedding_size=16, soft_tokens=8, hidden_size=32, n_layers=1, n_heads=2)
 VOCABULARY, FRAMES_PER_TOKEN, LETTERS = 20, 4, 3
-OPTIONS = TrainOptions(steps=60, check_every=15, rate=2e-3, warmup=5)
+OPTIONS = TrainOptions("paper", steps=60, batch=8, rate=2e-3, warmup=5, check_every=15)
+OBJECTIVES = {  # as keywords of TrainOptions
+    "paper": {"objective": "paper"},
+    "aligned": {"objective": "aligned", "flat_start": 0},
+    "aligned after a flat start": {"objective": "aligned", "flat_start": 35},
+}
+each_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 RNG = np.random.default_rng(0)
 PATTERNS = RNG.normal(size=(VOCABULARY, CONFIG.feature_size)).astype(np.float32)
 TABLE = RNG.normal(size=(VOCABULARY, CONFIG.embedding_size)).astype(np.float32)
@@ -61,11 +67,15 @@ class Counted(Trainer):
         return super()._train_step()
 
 
+def interrupt(work, options=OPTIONS):
+    with pytest.raises(KeyboardInterrupt):
+        trainer(options, work, kind=Stopped).run(quiet=True)
+
+
 @pytest.fixture
 def interrupted(tmp_path):
     """The work folder of a training that was stopped."""
-    with pytest.raises(KeyboardInterrupt):
-        trainer(work=tmp_path, kind=Stopped).run(quiet=True)
+    interrupt(tmp_path)
     return tmp_path
 
 
@@ -104,10 +114,11 @@ def nearest_token_accuracy(projector, examples):
 # --- learning ---
 
 
-def test_training_learns_which_token_was_said():
+@each_objective
+def test_training_learns_which_token_was_said(objective):
     projector, unseen = new_projector(), sentences(40, seed=2)
     before = nearest_token_accuracy(projector, unseen)
-    options = replace(OPTIONS, steps=300, check_every=50)
+    options = replace(OPTIONS, steps=200, check_every=50, **objective)
     trained = Trainer(projector, sentences(200), TABLE, options, None).run(quiet=True)
     projector.load_state_dict(trained.weights)
     held_out = [entry["held_out"] for entry in trained.record["curve"]]
@@ -127,6 +138,14 @@ def test_two_recordings_are_enough_to_train_on():
     trained = trainer(examples=sentences(2)).run(quiet=True)
     losses = [entry["held_out"] for entry in trained.record["curve"]]
     assert trained.record["utterances"] == 2 and losses[-1] < losses[0]
+
+
+@each_objective
+def test_more_tokens_than_places_can_be_trained_on(objective):
+    rng = np.random.default_rng(3)
+    examples = [say(list(range(CONFIG.soft_tokens + 3)), rng), say([1], rng)]
+    record = trainer(replace(OPTIONS, steps=3, **objective), examples=examples).run(quiet=True).record
+    assert np.isfinite(record["best_loss"])
 
 
 def test_the_record_says_how_the_weights_came_about():
@@ -183,16 +202,18 @@ def test_time_that_runs_out_before_the_first_check_still_gives_measured_weights(
 
 def test_time_spent_before_an_interruption_counts(seconds, tmp_path):
     options = replace(OPTIONS, max_seconds=50.0)
-    with pytest.raises(KeyboardInterrupt):
-        trainer(options, tmp_path, kind=Stopped).run(quiet=True)
+    interrupt(tmp_path, options)
     assert steps_taken(options=options, work=tmp_path) == 21  # 30 s were spent
 
 
 # --- interrupted and resumed ---
 
 
-def test_a_resumed_training_ends_with_the_weights_of_an_uninterrupted_one(interrupted):
-    whole, again = trainer(kind=Counted), trainer(work=interrupted, kind=Counted)
+@each_objective
+def test_a_resumed_training_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, objective):
+    options = replace(OPTIONS, **objective)
+    interrupt(tmp_path, options)
+    whole, again = trainer(options, kind=Counted), trainer(options, tmp_path, kind=Counted)
     uninterrupted, resumed = whole.run(quiet=True), again.run(quiet=True)
     assert (whole.taken, again.taken) == (60, 30)
     assert same(resumed.weights, uninterrupted.weights)

@@ -1,0 +1,175 @@
+"""Alignment quality: its arithmetic on a scripted assistant, the rest on the shipped bundle."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tiny_align.align.datasets import load_dataset
+from tiny_align.align.evaluate import evaluate
+from tiny_align.runtime.errors import DataError
+
+REPEAT = "Repeat it."
+DATA_KEYS = {"rouge1", "rougeL", "rougeL_chance", "wer", "cer", "n", "backend", "user"}
+
+
+@dataclass(frozen=True)
+class Line:
+    """An utterance of the script; its audio is the line itself."""
+
+    text: str
+    typed: str
+    spoken: str
+    repeated: str = ""
+    audio: Path = Path("a.wav")
+
+    def load(self, sample_rate):
+        return self
+
+
+class ScriptedAssistant:
+    """Says what the script says and notes the instructions it is given."""
+
+    sample_rate = 16_000
+    bundle = SimpleNamespace(manifest=SimpleNamespace(prompt=SimpleNamespace(repeat_instruction=REPEAT)))
+    llm = SimpleNamespace(encode_words=lambda text, where: [0])
+
+    def __init__(self, script):
+        self.script, self.instructions = {line.text: line for line in script}, []
+
+    def features(self, audio):
+        return audio
+
+    def soft_tokens(self, features):
+        return features
+
+    def answer_text(self, text, instruction):
+        self.instructions.append(("typed", instruction))
+        return SimpleNamespace(text=self.script[text].typed)
+
+    def answer_soft_tokens(self, soft_tokens, instruction):
+        self.instructions.append(("spoken", instruction))
+        return SimpleNamespace(text=soft_tokens.repeated if instruction == REPEAT else soft_tokens.spoken)
+
+
+def quality(*script, instruction=None):
+    return evaluate(ScriptedAssistant(script), list(script), instruction, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory, write_recordings):
+    """2 recordings to train on, 1 to test."""
+    folder = tmp_path_factory.mktemp("recordings")
+    write_recordings(folder, 2, 1)
+    return folder
+
+
+# --- the measure ---
+
+
+def test_answers_like_the_typed_ones_are_perfect():
+    got = quality(Line("hi", "good day", "good day", "hi"), Line("bye now", "see you", "see you", "bye now"))
+    assert (got.rouge1, got.rougeL, got.wer, got.cer, got.n) == (1, 1, 0, 0, 2)
+
+
+def test_rouge_is_the_mean_over_the_utterances():
+    got = quality(Line("a", "one two", "one two"), Line("b", "one two", "three four"))
+    assert got.rouge1 == got.rougeL == 0.5
+
+
+def test_rouge_l_minds_the_order():
+    got = quality(Line("a", "one two three", "three two one"))
+    assert got.rouge1 == 1 and got.rougeL == pytest.approx(1 / 3)
+
+
+def test_chance_is_the_next_sentences_typed_answer():
+    """one two ~ one three: a half; one three ~ four five and four five ~ one two: nothing."""
+    got = quality(*(Line(text, text, text) for text in ("one two", "one three", "four five")))
+    assert got.rougeL == 1 and got.rougeL_chance == pytest.approx((0.5 + 0 + 0) / 3)
+
+
+def test_word_errors_are_those_of_the_repeated_sentence():
+    got = quality(
+        Line("what color is the sky", "blue", "red", "what color is the ski"), Line("hello", "hi", "hi", "hello")
+    )
+    assert got.wer == pytest.approx(1 / 6) and 0 < got.cer < got.wer
+
+
+def test_silence_is_all_words_wrong():
+    assert quality(Line("what color", "blue", "", "")).wer == 1
+
+
+def test_an_instruction_is_for_the_answers_not_for_the_repeats():
+    line = Line("hi", "good day", "good day", "hi")
+    assistant = ScriptedAssistant([line])
+    evaluate(assistant, [line], "Be brief.", quiet=True)
+    assert assistant.instructions == [("typed", "Be brief."), ("spoken", "Be brief."), ("spoken", REPEAT)]
+
+
+def test_every_row_has_its_texts():
+    line = Line("hi", "good day", "good night", "high")
+    assert quality(line).rows == ({"text": "hi", "typed": "good day", "spoken": "good night", "repeated": "high"},)
+
+
+# --- on the bundle ---
+
+
+def test_speech_that_is_the_typed_embeddings_is_answered_like_typed_text(assistant, recordings, monkeypatch):
+    utterances = load_dataset(recordings)
+    texts = iter([u.text for u in utterances])
+    monkeypatch.setattr(
+        assistant, "soft_tokens", lambda features: assistant.llm.embed(assistant.llm.encode(next(texts)))
+    )
+    got = evaluate(assistant, utterances, quiet=True)
+    assert all(row["typed"] == row["spoken"] for row in got.rows)
+    worded = [bool(re.search("[a-z0-9]", row["typed"].lower())) for row in got.rows]  # no words count as 0
+    assert got.rougeL == got.rouge1 == pytest.approx(sum(worded) / len(worded))
+
+
+def test_a_transcript_outside_the_tokenizer_names_its_recording(assistant, recordings):
+    utterance = load_dataset(recordings)[0]
+    strange = type(utterance)(utterance.audio, "hello 漢", "test")
+    with pytest.raises(DataError, match=rf"{utterance.audio.name}.*'漢'"):
+        evaluate(assistant, [utterance, strange], quiet=True)
+
+
+# --- the command ---
+
+
+@pytest.fixture
+def eval_command(run_cli, bundle_path, recordings):
+    def run(*arguments):
+        return run_cli("eval", "--bundle", bundle_path, "--data", recordings, "--threads", 1, "--json", *arguments)
+
+    return run
+
+
+def test_the_command_measures_the_test_split(eval_command):
+    outcome = eval_command()
+    assert outcome.status == 0 and len(outcome.stdout.splitlines()) == 1
+    got = outcome.document
+    assert got.keys() == DATA_KEYS and got["n"] == 1
+    assert (got["backend"], got["user"]) == ("onnxruntime", None)
+    assert all(0 <= got[name] <= 1 for name in ("rouge1", "rougeL", "rougeL_chance")) and got["wer"] >= 0
+
+
+def test_all_splits_with_their_rows(eval_command, recordings):
+    got = eval_command("--split", "all", "--rows").document
+    assert got.keys() == DATA_KEYS | {"rows"} and got["n"] == 3
+    assert [row["text"] for row in got["rows"]] == [u.text for u in load_dataset(recordings)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        (["--split", "dev"], ["'dev'", "test (1), train (2)"]),
+        (["--user", "nobody"], ["no user 'nobody'", "tiny-align align"]),
+        (["--backend", "abacus"], ["no backend 'abacus'", "onnxruntime"]),
+    ],
+)
+def test_what_is_not_there_is_named_beside_what_is(eval_command, arguments, messages):
+    outcome = eval_command(*arguments)
+    assert outcome.status == 2 and not outcome.stdout
+    assert all(message in outcome.stderr for message in messages)

@@ -1,0 +1,95 @@
+"""The feature cache on a stand-in encoder that counts what it encodes."""
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+import soundfile
+
+from tiny_align.align.datasets import Utterance
+from tiny_align.align.feature_cache import cached_features, utterance_key
+from tiny_align.runtime.bundle import Bundle
+
+RATE = 16_000  # Hz
+
+
+@dataclass
+class CountingAssistant:
+    """Features are the audio's own loudest and quietest samples."""
+
+    bundle: Bundle
+    sample_rate: int = RATE
+    encoded: list = field(default_factory=list)
+
+    def features(self, audio):
+        self.encoded.append(len(audio))
+        return np.array([[audio.max(), audio.min()]], np.float32)
+
+
+@pytest.fixture
+def assistant(bundle_path):
+    return CountingAssistant(Bundle.open(bundle_path, verify=False))
+
+
+@pytest.fixture
+def utterance(tmp_path):
+    soundfile.write(tmp_path / "a.wav", 0.1 * np.sin(np.arange(RATE)), RATE)
+    return Utterance(tmp_path / "a.wav", "hello", "train")
+
+
+def with_manifest(assistant, **changes):
+    bundle = replace(assistant.bundle, manifest=replace(assistant.bundle.manifest, **changes))
+    return CountingAssistant(bundle)
+
+
+def test_features_are_encoded_once(assistant, utterance, tmp_path):
+    first = cached_features(assistant, [utterance], tmp_path / "cache", quiet=True)
+    second = cached_features(assistant, [utterance], tmp_path / "cache", quiet=True)
+    assert len(assistant.encoded) == 1
+    assert np.array_equal(first[0], second[0]) and first[0].dtype == np.float32
+
+
+def test_features_come_in_the_order_of_the_utterances(assistant, utterance, tmp_path):
+    soundfile.write(tmp_path / "b.wav", 0.2 * np.sin(np.arange(RATE)), RATE)
+    other = replace(utterance, audio=tmp_path / "b.wav")
+    cached_features(assistant, [other], tmp_path / "cache", quiet=True)
+    quiet, loud = cached_features(assistant, [utterance, other], tmp_path / "cache", quiet=True)
+    assert quiet.max() < 0.15 < loud.max()
+
+
+def test_the_text_is_no_part_of_the_key(assistant, utterance):
+    """A corrected transcript costs no encoding."""
+    assert utterance_key(assistant, replace(utterance, text="hullo")) == utterance_key(assistant, utterance)
+
+
+@pytest.mark.parametrize("change", [{"start_s": 0.1}, {"end_s": 0.5}])
+def test_another_part_of_the_recording_has_another_key(assistant, utterance, change):
+    assert utterance_key(assistant, replace(utterance, **change)) != utterance_key(assistant, utterance)
+
+
+def test_a_recording_made_again_has_another_key(assistant, utterance):
+    before = utterance_key(assistant, utterance)
+    soundfile.write(utterance.audio, np.zeros(RATE), RATE)
+    assert utterance_key(assistant, utterance) != before
+
+
+@pytest.mark.parametrize("suffix", ["", ".data"])
+def test_another_encoder_has_another_key(assistant, utterance, suffix):
+    """Its graph, or only the weights beside it."""
+    manifest = assistant.bundle.manifest
+    name = manifest.graphs["encoder"].file + suffix
+    assert name in manifest.files
+    other = with_manifest(assistant, files={**manifest.files, name: "0" * 64})
+    assert utterance_key(other, utterance) != utterance_key(assistant, utterance)
+
+
+def test_another_front_end_has_another_key(assistant, utterance):
+    front_end = replace(assistant.bundle.manifest.front_end, preemphasis=0.5)
+    other = with_manifest(assistant, front_end=front_end)
+    assert utterance_key(other, utterance) != utterance_key(assistant, utterance)
+
+
+def test_another_llm_has_the_same_key(assistant, utterance):
+    manifest = assistant.bundle.manifest
+    other = with_manifest(assistant, files={**manifest.files, manifest.graphs["llm"].file: "0" * 64})
+    assert utterance_key(other, utterance) == utterance_key(assistant, utterance)

@@ -1,0 +1,327 @@
+"""`tiny-align align` on a few real recordings: what it writes, what it leaves alone, and what may go wrong.
+
+How well the person is understood afterwards is not asked here; the recordings are too few.
+"""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tiny_align.align.projector import build_projector
+from tiny_align.align.train import Trainer
+from tiny_align.align.users import load_projector, write_user
+from tiny_align.runtime.assistant import Assistant
+from tiny_align.runtime.backend import load_runner
+from tiny_align.runtime.bundle import Bundle, check_user
+from tiny_align.runtime.cli import main
+from tiny_align.runtime.files import sha256
+
+STEPS, CHECK_EVERY = 60, 25
+MEASURES = ("rouge1", "rougeL", "wer", "cer")
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory, write_recordings):
+    """6 recordings to train on, 3 to test."""
+    folder = tmp_path_factory.mktemp("recordings")
+    write_recordings(folder, 6, 3)
+    return folder
+
+
+@pytest.fixture
+def few_recordings(tmp_path, write_recordings):
+    """3 recordings to train on, 1 to test; to be changed."""
+    folder = tmp_path / "few"
+    write_recordings(folder, 3, 1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def personalised(tmp_path_factory, bundle_path, recordings):
+    """What the command printed, with ana beside, not in, the shipped bundle."""
+    out = tmp_path_factory.mktemp("out")
+    before, stdout = contents(bundle_path), io.StringIO()
+    with contextlib.redirect_stdout(stdout):
+        assert main(align_arguments(bundle_path, recordings, out, "--user", "ana", "--steps", STEPS)) == 0
+    assert contents(bundle_path) == before
+    return json.loads(stdout.getvalue())
+
+
+@pytest.fixture
+def align(run_cli, bundle_path, few_recordings, tmp_path):
+    """`align` for bo on the few recordings: align(*arguments) -> Outcome."""
+
+    def run(*arguments, user="bo"):
+        return run_cli(*align_arguments(bundle_path, few_recordings, tmp_path / "out", "--user", user, *arguments))
+
+    return run
+
+
+@pytest.fixture
+def steps_taken(monkeypatch):
+    """The steps this process trains, as a list that grows."""
+    taken, step = [], Trainer._train_step
+    monkeypatch.setattr(Trainer, "_train_step", lambda self: (taken.append(self.step), step(self))[1])
+    return taken
+
+
+def align_arguments(bundle, data, out, *arguments):
+    where = ["--bundle", bundle, "--data", data, "--threads", 1, "--json", *(["--out", out] if out else [])]
+    return [str(a) for a in ("align", *where, *arguments)]
+
+
+def contents(folder):
+    """Every file of a folder with its hash."""
+    return {p.relative_to(folder): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def written_names(users):
+    return sorted(p.name for p in users.iterdir()) if users.exists() else []
+
+
+def user_path(result):
+    return Path(result["path"])
+
+
+# --- a person is written ---
+
+
+def test_the_document_says_what_happened(personalised):
+    got = personalised
+    assert (got["user"], got["steps"], got["utterances"], got["n_test"]) == ("ana", STEPS, 6, 3)
+    assert got["train_seconds"] > 0 and got["backend"] == "onnxruntime"
+    for name in (f"{measure}_{when}" for measure in MEASURES for when in ("before", "after")):
+        assert np.isfinite(got[name]) and got[name] >= 0
+    assert 0 <= got["rougeL_chance"] <= 1
+
+
+def test_the_record_holds_hashes_and_the_training(personalised, bundle_path):
+    manifest, folder = Bundle.open(bundle_path).manifest, user_path(personalised)
+    record = check_user(folder, manifest)
+    assert record["embeddings_sha256"] == manifest.embeddings_sha256
+    assert record["files"] == {str(p): h for p, h in contents(folder).items() if p.name != "user.json"}
+    training = record["training"]
+    assert training["steps"] == STEPS and training["train_seconds"] == personalised["train_seconds"]
+    assert [entry["step"] for entry in training["curve"]] == [25, 50, 60]
+    assert training["best_loss"] == min(entry["held_out"] for entry in training["curve"])
+
+
+def test_nothing_but_the_person_is_left(personalised):
+    folder = user_path(personalised)
+    assert written_names(folder.parent) == ["ana"]
+    assert written_names(folder) == ["projector.onnx", "projector.onnx.data", "user.json"]
+
+
+def test_the_measure_afterwards_is_the_one_of_eval(personalised, run_cli, bundle_path, recordings):
+    users = user_path(personalised).parent
+    options = ["--bundle", bundle_path, "--data", recordings, "--threads", 1]
+    got = run_cli("eval", *options, "--user", "ana", "--users", users).document
+    assert got["user"] == "ana" and got["n"] == 3
+    assert all(got[name] == personalised[f"{name}_after"] for name in MEASURES)
+
+
+def test_without_out_the_person_lies_in_the_bundle_which_stays_whole(run_cli, bundle_copy, few_recordings):
+    outcome = run_cli(*align_arguments(bundle_copy, few_recordings, None, "--user", "bo", "--steps", 2))
+    assert outcome.status == 0 and outcome.document["path"] == str(bundle_copy / "users/bo")
+    bundle = Bundle.open(bundle_copy, verify=True)
+    assert check_user(bundle_copy / "users/bo", bundle.manifest)["training"]["steps"] == 2
+
+
+def test_only_the_first_recordings_on_request(align):
+    assert align("--steps", 2, "--utterances", 2).document["utterances"] == 2
+
+
+# --- the written projector ---
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory, bundle_path):
+    """A bundle, random weights, and the graph of the person they were written for."""
+    bundle, folder = Bundle.open(bundle_path), tmp_path_factory.mktemp("written") / "users/cy"
+    torch.manual_seed(5)
+    projector = build_projector(bundle.manifest.projector).eval()
+    write_user(bundle, folder, projector.state_dict(), {"steps": 0})
+    return bundle, projector, folder / bundle.graph("projector").name
+
+
+def test_written_weights_are_read_back_as_they_were(written):
+    bundle, projector, graph = written
+    again = load_projector(bundle, graph).state_dict()
+    assert again.keys() == projector.state_dict().keys()
+    assert all(torch.equal(again[name], value) for name, value in projector.state_dict().items())
+
+
+@pytest.mark.parametrize("n_frames", [3, 40, 117])
+def test_onnx_runtime_agrees_with_pytorch_on_a_written_projector(written, n_frames):
+    bundle, projector, graph = written
+    assert_agree(bundle, projector, graph, n_frames)
+
+
+def test_onnx_runtime_agrees_with_pytorch_on_a_trained_projector(personalised, bundle_path):
+    bundle = Bundle.open(bundle_path)
+    graph = bundle.projector("ana", user_path(personalised).parent)
+    trained, general = load_projector(bundle, graph), load_projector(bundle, bundle.graph("projector"))
+    assert_agree(bundle, trained.eval(), graph, 40)
+    assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), general.parameters()))
+
+
+def assert_agree(bundle, projector, graph, n_frames):
+    features = np.random.default_rng(0).normal(size=(1, n_frames, projector.config.feature_size)).astype(np.float32)
+    with load_runner(graph, bundle.manifest.graphs["projector"], "onnxruntime", 1) as runner:
+        deployed = runner({"features": features})["soft_tokens"]
+    with torch.no_grad():
+        difference = np.abs(deployed - projector(torch.from_numpy(features)).numpy())
+    assert difference.max() < 1e-4, f"max {difference.max():.2e}, mean {difference.mean():.2e}"
+
+
+# --- interrupted ---
+
+
+def make_old_user(make_user, bundle_path, users):
+    folder = make_user(Bundle.open(bundle_path), users / "bo")
+    return folder, contents(folder)
+
+
+def test_a_killed_training_leaves_the_old_person_and_is_resumed(
+    bundle_path, few_recordings, tmp_path, make_user, speech, steps_taken, run_cli
+):
+    users, steps = tmp_path / "out/users", 4 * CHECK_EVERY
+    folder, old = make_old_user(make_user, bundle_path, users)
+    arguments = align_arguments(bundle_path, few_recordings, tmp_path / "out", "--user", "bo", "--steps", steps)
+    state = kill_when_there(arguments, users / ".bo.align/state.safetensors")
+
+    assert contents(folder) == old
+    with Assistant.load(bundle_path, "bo", users=users, threads=1) as assistant:
+        assert assistant.answer(speech).tokens is not None
+
+    outcome = run_cli(*arguments)
+    assert outcome.status == 0 and outcome.document["steps"] == steps
+    assert steps_taken[0] in range(CHECK_EVERY, steps, CHECK_EVERY) and steps_taken[-1] == steps - 1
+    training = check_user(folder, Bundle.open(bundle_path).manifest)["training"]
+    assert [entry["step"] for entry in training["curve"]] == list(range(CHECK_EVERY, steps + 1, CHECK_EVERY))
+    assert contents(folder) != old and not state.exists() and written_names(users) == ["bo"]
+
+
+def kill_when_there(arguments, path, patience_s=300):
+    """Run the command in a process of its own and end it without notice as soon as `path` exists."""
+    command = [sys.executable, "-m", "tiny_align.runtime.cli", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    until = time.monotonic() + patience_s
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment) as process:
+        while not path.exists() and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.01)
+        process.kill()
+        errors = process.stderr.read().decode()
+    assert process.returncode == -signal.SIGKILL and path.exists(), errors
+    return path
+
+
+def test_ctrl_c_exits_with_130_and_the_same_command_goes_on(
+    align, bundle_path, tmp_path, make_user, steps_taken, monkeypatch
+):
+    folder, old = make_old_user(make_user, bundle_path, tmp_path / "out/users")
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", stop_at(30, Trainer._train_step))
+        outcome = align("--steps", 40)
+    assert (outcome.status, outcome.stdout) == (130, "") and "interrupted" in outcome.stderr
+    assert contents(folder) == old
+
+    steps_taken.clear()
+    assert align("--steps", 40).document["steps"] == 40
+    assert steps_taken == list(range(CHECK_EVERY, 40))
+
+
+def stop_at(step, train_step):
+    def stopped(trainer):
+        if trainer.step == step:
+            raise KeyboardInterrupt
+        return train_step(trainer)
+
+    return stopped
+
+
+def test_other_options_start_anew(align, steps_taken, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", stop_at(26, Trainer._train_step))
+        assert align("--steps", 27).status == 130
+    steps_taken.clear()
+    align("--steps", 27, "--seed", 1)
+    assert steps_taken == list(range(27))
+
+
+# --- refused ---
+
+
+def strange_word(rows):
+    rows[1]["transcription"] = "hello 漢字"
+
+
+def only_train(rows):
+    for row in rows:
+        row["split"] = "train"
+
+
+def only_one_to_train(rows):
+    del rows[:2]
+
+
+@pytest.mark.parametrize(
+    ("change", "messages"),
+    [
+        pytest.param(strange_word, ["train-001.flac", "'字' '漢'", "characters"], id="outside the tokenizer"),
+        pytest.param(only_train, ["no utterances in split 'test'", "train (4)"], id="no test split"),
+        pytest.param(only_one_to_train, ["1 recordings", "at least 2"], id="one recording"),
+    ],
+)
+def test_data_that_cannot_be_used_exits_with_2_and_writes_nothing(
+    align, few_recordings, change_rows, tmp_path, change, messages
+):
+    change_rows(few_recordings, change)
+    refused(align("--steps", 2), *messages)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_recording_exits_with_2_and_is_named(align, few_recordings, tmp_path):
+    (few_recordings / "train-002.flac").unlink()
+    refused(align("--steps", 2), "metadata.jsonl, line 3", "train-002.flac", "does not exist")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recording_that_is_no_audio_exits_with_2_and_leaves_the_old_person(
+    align, few_recordings, bundle_path, tmp_path, make_user
+):
+    folder, old = make_old_user(make_user, bundle_path, tmp_path / "out/users")
+    (few_recordings / "train-002.flac").write_bytes(b"no flac")
+    refused(align("--steps", 2), "train-002.flac")
+    assert contents(folder) == old
+
+
+@pytest.mark.parametrize("user", ["general", "../elsewhere", ".hidden", "a" * 65, ""])
+def test_a_name_that_cannot_be_a_persons_exits_with_2(align, tmp_path, user):
+    refused(align("--steps", 2, user=user), repr(user))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--steps", 0), ("--max-seconds", "nan"), ("--max-seconds", -1), ("--utterances", -1), ("--seed", -1)],
+)
+def test_an_effort_that_makes_no_sense_exits_with_2(align, tmp_path, flag, value):
+    refused(align(flag, value), f"{flag} is {value}", "give a number from")
+    assert not (tmp_path / "out").exists()
+
+
+def refused(outcome, *messages):
+    assert (outcome.status, outcome.stdout) == (2, "")
+    for message in messages:
+        assert message in outcome.stderr

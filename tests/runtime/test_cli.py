@@ -1,0 +1,312 @@
+"""The command as people call it: recordings of every kind in, one clear sentence for what is wrong, nothing heavy."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+import soxr
+
+from tiny_align.runtime.bundle import MANIFEST, USER_RECORD, Bundle
+from tiny_align.runtime.cli import COMMANDS
+
+RATE = 16_000  # Hz, the bundle's
+RESULT = {"text", "tokens", "ttft_ms", "rtf", "audio_s", "backend", "user"}
+QUICK = ("--max-tokens", 6, "--threads", 1)
+
+HEAVY = ("torch", "transformers", "onnx", "tensorrt", "tensorrt_rtx", "polygraphy")
+LIGHT = """
+import sys
+from tiny_align.runtime.cli import main
+for arguments in {calls!r}:
+    try:
+        status = main(arguments)
+    except SystemExit as stopped:
+        status = stopped.code
+    assert status == 0, (arguments, status)
+loaded = [name for name in {heavy!r} if name in sys.modules]
+assert not loaded, loaded
+"""
+WITHOUT = """
+import sys
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {names!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Without())
+from tiny_align.runtime.cli import main
+raise SystemExit(main({call!r}))
+"""
+
+
+def texts(arguments) -> list[str]:
+    return [str(a) for a in arguments]
+
+
+@pytest.fixture
+def light(run_python):
+    """Run commands one after the other where nothing heavy may be loaded."""
+    return lambda *calls: run_python(LIGHT.format(calls=[texts(c) for c in calls], heavy=HEAVY))
+
+
+@pytest.fixture
+def without(run_python):
+    """Run a command where some packages are not installed."""
+    return lambda names, *call: run_python(WITHOUT.format(names=names, call=texts(call)))
+
+
+# --- what is loaded ---
+
+
+def test_help_of_every_command_loads_nothing_heavy(light):
+    done = light(["--help"], *([name, "--help"] for name in COMMANDS))
+    assert done.status == 0, done.stderr
+    assert all(f"usage: tiny-align {name} " in done.stdout for name in COMMANDS)
+    assert all("--json" in text for text in done.stdout.split("usage: tiny-align ")[2:])
+
+
+def test_doctor_loads_nothing_heavy(light, bundle_path):
+    done = light(["doctor"], ["doctor", "--json", "--bundle", bundle_path])
+    assert done.status == 0, done.stderr
+
+
+def test_run_loads_nothing_heavy(light, bundle_path, voice_path):
+    done = light(["run", voice_path / "train-000.flac", "--bundle", bundle_path, *QUICK])
+    assert done.status == 0, done.stderr
+    assert set(done.document) == RESULT
+
+
+def test_run_and_doctor_work_where_nothing_heavy_is_installed(without, bundle_path, voice_path):
+    done = without(HEAVY, "run", voice_path / "train-000.flac", "--bundle", bundle_path, *QUICK, "--json")
+    assert done.status == 0 and not done.stderr
+    done = without(HEAVY, "doctor", "--json")
+    assert done.status == 0 and not done.stderr
+
+
+def test_a_command_names_the_extra_it_needs(without, bundle_path, voice_path, tmp_path):
+    call = ("align", "--bundle", bundle_path, "--data", voice_path, "--user", "ana", "--out", tmp_path)
+    done = without(("torch",), *call)
+    assert done.status == 2 and not done.stdout and not list(tmp_path.iterdir())
+    assert done.stderr.endswith("align needs the package torch: pip install 'tiny-align[align]'\n")
+
+
+@pytest.mark.parametrize("call", [[], ["dance"], ["run"], ["run", "a.wav"], ["run", "--loud"]])
+def test_a_wrong_call_is_explained(run_cli, call):
+    done = run_cli(*call)
+    assert done.status == 2 and not done.stdout and "usage: tiny-align" in done.stderr
+
+
+# --- run ---
+
+
+def stereo(audio):
+    return np.stack([audio, np.roll(audio, 3)], axis=1)
+
+
+def resampled(audio, rate):
+    return soxr.resample(audio, RATE, rate)
+
+
+KINDS = {  # what is written -> (samples, rate, options)
+    "stereo.wav": (stereo, RATE, {"subtype": "PCM_16"}),
+    "8-bit.wav": (lambda a: a / np.abs(a).max() * 0.9, RATE, {"subtype": "PCM_U8"}),
+    "8-kHz.wav": (lambda a: resampled(a, 8_000), 8_000, {"subtype": "PCM_16"}),
+    "96-kHz.wav": (lambda a: resampled(a, 96_000), 96_000, {"subtype": "PCM_24"}),
+    "float-44.1-kHz-stereo.wav": (lambda a: stereo(resampled(a, 44_100)), 44_100, {"subtype": "FLOAT"}),
+    "voice.ogg": (lambda a: a, RATE, {}),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_recordings_of_every_kind_are_answered(run_cli, bundle_path, speech, tmp_path, name):
+    make, rate, options = KINDS[name]
+    soundfile.write(tmp_path / name, make(speech), rate, **options)
+    done = run_cli("run", tmp_path / name, "--bundle", bundle_path, *QUICK)
+    assert (done.status, done.stderr) == (0, "")
+    result = done.document
+    assert set(result) == RESULT and result["backend"] == "onnxruntime" and result["user"] is None
+    assert result["audio_s"] == pytest.approx(len(speech) / RATE, abs=0.01)
+    assert result["tokens"] <= 6 and result["ttft_ms"] > 0 and result["rtf"] > 0
+    assert done.stdout.rpartition("\n{")[0].strip() == result["text"]  # streamed before the document
+
+
+def test_with_json_the_document_is_alone(run_cli, bundle_path, voice_path):
+    done = run_cli("run", voice_path / "train-000.flac", "--bundle", bundle_path, *QUICK, "--json")
+    assert (done.status, done.stderr, len(done.stdout.splitlines())) == (0, "", 1)
+    assert set(json.loads(done.stdout)) == RESULT
+
+
+def test_the_options_reach_the_answer(run_cli, bundle_path, voice_path):
+    call = ("run", voice_path / "train-000.flac", "--bundle", bundle_path, "--json", "--threads", 1)
+    assert run_cli(*call, "--max-tokens", 1).document["tokens"] <= 1
+    warm = (*call, "--max-tokens", 12, "--temperature", 8)
+    answers = [run_cli(*warm, "--seed", seed).document["text"] for seed in (1, 1, 2)]
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_a_persons_projector_is_used(run_cli, bundle_path, voice_path, make_user, tmp_path):
+    make_user(Bundle.open(bundle_path), tmp_path / "ana")
+    call = ("run", voice_path / "train-000.flac", "--bundle", bundle_path, *QUICK, "--json")
+    done = run_cli(*call, "--user", "ana", "--users", tmp_path)
+    assert done.status == 0 and done.document["user"] == "ana"
+
+
+# --- what is wrong with a recording ---
+
+
+def written(path, audio, **options):
+    soundfile.write(path, audio, RATE, **options)
+    return path
+
+
+def spoiled(audio):
+    audio = audio.copy()
+    audio[500] = np.nan
+    return audio
+
+
+def cut_off(path, audio):
+    written(path, audio, subtype="PCM_16")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return path
+
+
+def text_file(path):
+    path.write_text("this is not audio")
+    return path
+
+
+def empty_file(path):
+    path.touch()
+    return path
+
+
+def long_noise():
+    return (0.1 * np.random.default_rng(0).standard_normal(31 * RATE)).astype(np.float32)
+
+
+RECORDINGS = {
+    "no such file": (lambda p, a: p / "none.wav", "no such file"),
+    "a directory": (lambda p, a: p, "is a folder"),
+    "not audio": (lambda p, a: text_file(p / "notes.wav"), "is not audio we can read"),
+    "an empty file": (lambda p, a: empty_file(p / "empty.wav"), "is an empty file"),
+    "no samples": (lambda p, a: written(p / "a.wav", a[:0]), "is empty"),
+    "silence": (lambda p, a: written(p / "a.wav", 0 * a), "nothing was heard"),
+    "NaN": (lambda p, a: written(p / "a.wav", spoiled(a), subtype="FLOAT"), "NaN or infinite samples"),
+    "0.05 s": (lambda p, a: written(p / "a.wav", a[:800]), "at least 0.1 s"),
+    "0.12 s": (lambda p, a: written(p / "a.wav", a[8_000:9_920]), "record longer"),
+    "31 s": (lambda p, a: written(p / "a.wav", long_noise()), "expected at most 30 s"),
+    "cut off": (lambda p, a: cut_off(p / "a.wav", a), "is cut off"),
+}
+
+
+def assert_refused(done, sentence):
+    assert done.status == 2 and done.stdout == ""
+    assert done.stderr.startswith("tiny-align: ") and done.stderr.endswith("\n") and done.stderr.count("\n") == 1
+    assert sentence in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("make", "sentence"), RECORDINGS.values(), ids=RECORDINGS)
+def test_a_recording_that_cannot_be_used(run_cli, bundle_path, speech, tmp_path, make, sentence):
+    (tmp_path / "in").mkdir()
+    path, users = make(tmp_path / "in", speech), tmp_path / "users"
+    users.mkdir()
+    done = run_cli("run", path, "--bundle", bundle_path, "--users", users, *QUICK)
+    assert_refused(done, sentence)
+    assert str(path) in done.stderr or "the audio" in done.stderr
+    assert not list(users.iterdir())
+
+
+# --- what is wrong with a bundle, a person or an option ---
+
+
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[1_000] ^= 1
+    path.write_bytes(content)
+
+
+BUNDLES = {
+    "changed byte": (lambda p: flip_a_byte(p / "llm.onnx.data"), "llm.onnx.data has changed"),
+    "missing graph": (lambda p: (p / "encoder.onnx").unlink(), "lacks encoder.onnx"),
+    "missing manifest": (lambda p: (p / MANIFEST).unlink(), "is not a bundle"),
+    "damaged manifest": (lambda p: (p / MANIFEST).write_text("{"), "is not a manifest"),
+}
+
+
+@pytest.mark.parametrize(("damage", "sentence"), BUNDLES.values(), ids=BUNDLES)
+@pytest.mark.parametrize("command", ["run", "doctor", "eval"])
+def test_a_bundle_that_cannot_be_used(run_cli, bundle_copy, voice_path, command, damage, sentence):
+    damage(bundle_copy)
+    given = {"run": [voice_path / "train-000.flac"], "eval": ["--data", voice_path]}.get(command, [])
+    before = sorted(bundle_copy.rglob("*"))
+    assert_refused(run_cli(command, *given, "--bundle", bundle_copy, "--json"), sentence)
+    assert sorted(bundle_copy.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--user", "ben"), "no user 'ben' in"),
+        (("--user", "../ana"), "'../ana' is no user name"),
+        (("--user", "ana"), "'ana' was trained for another LLM"),
+        (("--backend", "cuda"), "there is no backend 'cuda'"),
+        (("--max-tokens", "0"), "--max-tokens is 0: give at least 1"),
+        (("--threads", "-1"), "--threads is -1: give at least 1"),
+        (("--temperature", "-1"), "--temperature is -1.0: give at least 0"),
+        (("--temperature", "nan"), "--temperature is nan: give at least 0"),
+        (("--seed", "-1"), "--seed is -1: give at least 0"),
+        (("--instruction", "word " * 300), "shorten the instruction"),
+    ],
+)
+def test_an_option_that_cannot_be_used(
+    run_cli, bundle_path, voice_path, make_user, edit_json, tmp_path, options, sentence
+):
+    ana = make_user(Bundle.open(bundle_path, verify=False), tmp_path / "ana")
+    edit_json(ana / USER_RECORD, lambda r: r.update(embeddings_sha256="1" * 64))
+    call = ("run", voice_path / "train-000.flac", "--bundle", bundle_path, "--users", tmp_path, "--json")
+    assert_refused(run_cli(*call, *options), sentence)
+    assert [p.name for p in tmp_path.iterdir()] == ["ana"]
+
+
+# --- doctor and eval ---
+
+
+def test_doctor_reports_in_json(run_cli, bundle_copy, make_user):
+    make_user(Bundle.open(bundle_copy), bundle_copy / "users/ana")
+    done = run_cli("doctor", "--json", "--bundle", bundle_copy)
+    assert (done.status, done.stderr, len(done.stdout.splitlines())) == (0, "", 1)
+    report = done.document
+    assert {"machine", "memory", "compute_capability", "packages", "missing", "bundle"} <= set(report)
+    assert report["packages"]["run"].startswith("onnxruntime") and "run" not in report["missing"]
+    assert report["bundle"]["users"] == ["ana"] and report["bundle"]["whole"] is True
+
+
+def test_doctor_tells_people_the_same(run_cli, bundle_path):
+    done = run_cli("doctor", "--bundle", bundle_path)
+    assert done.status == 0 and "every file is there and unchanged" in done.stdout
+    assert done.document["bundle"]["whole"] is True
+
+
+@pytest.fixture
+def small_data(voice_path, tmp_path):
+    """Two of the shipped recordings."""
+    rows = [json.loads(line) for line in (voice_path / "metadata.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["split"] == "test"][:2]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for row in rows:
+        (folder / row["file_name"]).write_bytes((voice_path / row["file_name"]).read_bytes())
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_eval_needs_no_torch(without, bundle_path, small_data):
+    names = ("torch", "transformers", "onnx", "tensorrt", "tensorrt_rtx")
+    done = without(names, "eval", "--bundle", bundle_path, "--data", small_data, "--threads", 1, "--json", "--rows")
+    assert done.status == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    result = done.document
+    assert {"rouge1", "rougeL", "rougeL_chance", "wer", "cer", "backend", "user"} <= set(result)
+    assert result["n"] == len(result["rows"]) == 2
+    assert all({"text", "typed", "spoken", "repeated"} <= set(row) for row in result["rows"])
