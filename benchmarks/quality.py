@@ -20,7 +20,7 @@ from tiny_align.align.datasets import Utterance, load_dataset
 from tiny_align.align.demo import shipped
 from tiny_align.align.evaluate import evaluate
 from tiny_align.align.personalise import Effort, personalise
-from tiny_align.reference import corpus, speech, voice
+from tiny_align.reference import corpus, recordings, speech
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.files import write_json
 from tiny_align.runtime.machine import describe
@@ -63,7 +63,7 @@ def measure(bundle: Path, digits: Path | None, n_train: int) -> dict:
             report["typed"] = typed_exact(assistant, 400)
             report["known_voices"] = known_voices(assistant, 80, folder)
         for name in speech.HELD_OUT_VOICES:
-            voice.write_voice(name, folder / name, n_train, 40)
+            recordings.write_voice(name, folder / name, n_train, 40)
             report["new_voices"][name] = new_person(bundle, folder / name, name, folder / "users")
         for person in sorted(digits.glob("*/metadata.jsonl")) if digits else []:
             report["people"][person.parent.name] = new_person(

@@ -7,7 +7,7 @@ import argparse
 import json
 from pathlib import Path
 
-from tiny_align.reference import projector, voice
+from tiny_align.reference import projector, recordings
 
 
 def main(argv=None) -> int:
@@ -28,7 +28,7 @@ def main(argv=None) -> int:
             *("--utterances", str(args.utterances), "--steps", str(args.steps)),
         ]
     )
-    voice.main(["--out", str(args.reference / "voice")])
+    recordings.main(["--out", str(args.reference / "voice")])
     print(json.dumps({"bundle": str(bundle), "parity": {n: g.parity for n, g in manifest.graphs.items()}}))
     return 0
 

@@ -2,7 +2,7 @@
 
 The shipped ones (reference/voice) are flite's; train and test sentences come from the two splits of the corpus.
 
-    python -m tiny_align.reference.voice --voice slt --out reference/voice
+    python -m tiny_align.reference.recordings --voice slt --out reference/voice
 """
 
 import argparse

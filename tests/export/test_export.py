@@ -1,0 +1,471 @@
+"""`tiny-align export` on tiny random models: the graphs are PyTorch's, plain and static where they can be.
+
+Two exports of the same models are made once, with INT4 and with FP32 weights, both through the command; everything
+else looks at what they left. The weights fit float16, so the bundle's embedding table is exact.
+"""
+
+import contextlib
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from tiny_align.runtime import Assistant, Decoding
+from tiny_align.runtime.backend import load_runner
+from tiny_align.runtime.bundle import Bundle
+from tiny_align.runtime.cli import main
+from tiny_align.runtime.errors import TinyAlignError
+
+torch = pytest.importorskip("torch", reason="models are exported from torch")
+transformers = pytest.importorskip("transformers", reason="models are exported from transformers")
+onnx = pytest.importorskip("onnx", reason="exported graphs are read with onnx")
+
+from tiny_align.export.bundle import (  # noqa: E402 - needs the packages above
+    ExportOptions,
+    _hold,
+    load_encoder,
+    load_front_end,
+    load_llm,
+    make_projector,
+    prompt_spec,
+)
+from tiny_align.export.graphs import OPSET  # noqa: E402
+from tiny_align.export.parity import TOLERANCE  # noqa: E402
+
+GRAPHS = ("encoder", "projector", "llm")
+LAYERS, CONTEXT = 2, 128
+LINEARS = 7  # of a Llama layer: query, key, value, output, gate, up, down
+
+
+def make_encoder(folder: Path) -> None:
+    """ParakeetForCTC, 2 layers x 48, with its preprocessor_config.json."""
+    sizes = {"hidden_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "intermediate_size": 64}
+    sizes |= {"conv_kernel_size": 5, "subsampling_conv_channels": 8, "num_mel_bins": 80, "scale_input": False}
+    config = transformers.ParakeetCTCConfig(vocab_size=29, pad_token_id=28, encoder_config=sizes)
+    transformers.ParakeetForCTC(config).save_pretrained(folder)
+    front_end = transformers.ParakeetFeatureExtractor(feature_size=80).to_dict()
+    (folder / "preprocessor_config.json").write_text(json.dumps(front_end))
+
+
+def make_tokenizer():
+    """The reference LLM's kind of tokenizer, from 200 sentences."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    from tiny_align.reference import corpus
+    from tiny_align.reference.llm import CHAT_TEMPLATE, SPECIAL
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    texts = [text for s in corpus.sentences(200, 0) for text in (s.text, s.answer)]
+    texts += corpus.ANSWER_INSTRUCTIONS + corpus.REPEAT_INSTRUCTIONS
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=list(SPECIAL), show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    names = {"unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<eos>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE, **names)
+
+
+def make_llm(folder: Path) -> None:
+    """LlamaForCausalLM, 2 layers x 64, lively enough not to say the same token for ever."""
+    tokenizer = make_tokenizer()
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "max_position_embeddings": CONTEXT, "initializer_range": 0.2}
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = transformers.LlamaConfig(vocab_size=len(tokenizer), **sizes, **ids, pad_token_id=tokenizer.eos_token_id)
+    transformers.LlamaForCausalLM(config).half().float().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    """The folders of the two models."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    make_encoder(folder / "encoder")
+    make_llm(folder / "llm")
+    return {"encoder": folder / "encoder", "llm": folder / "llm"}
+
+
+class Exported(NamedTuple):
+    """A bundle just written and what the command printed."""
+
+    bundle: Bundle
+    stdout: str
+
+
+def export(models, out: Path, *options) -> Exported:
+    call = ["export", "--encoder", models["encoder"], "--llm", models["llm"], "--out", out, "--json", *options]
+    with contextlib.redirect_stdout(io.StringIO()) as stdout:
+        status = main([str(argument) for argument in call])
+    assert status == 0
+    return Exported(Bundle.open(out), stdout.getvalue())
+
+
+@pytest.fixture(scope="module")
+def int4(models, tmp_path_factory) -> Exported:
+    return export(models, tmp_path_factory.mktemp("out") / "deep/int4")  # INT4 is the default
+
+
+@pytest.fixture(scope="module")
+def fp32(models, tmp_path_factory) -> Exported:
+    return export(models, tmp_path_factory.mktemp("out") / "fp32", "--precision", "fp32", "--name", "exact")
+
+
+@pytest.fixture(scope="module", params=["int4", "fp32"])
+def exported(request) -> Exported:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module")
+def general(fp32):
+    """The general projector in PyTorch, as align reads it from the bundle."""
+    from tiny_align.align.users import load_projector
+
+    return load_projector(fp32.bundle, fp32.bundle.graph("projector")).eval()
+
+
+def read(bundle: Bundle, name: str):
+    return onnx.load(str(bundle.graph(name)), load_external_data=False)
+
+
+# --- the bundle and the report ---
+
+
+def test_the_report_is_the_only_line(exported):
+    assert len(exported.stdout.splitlines()) == 1
+    report = json.loads(exported.stdout)
+    assert report["path"] == str(exported.bundle.path)
+    assert report["bytes"] == sum(p.stat().st_size for p in exported.bundle.path.iterdir() if p.suffix != ".json") + (
+        (exported.bundle.path / "tokenizer.json").stat().st_size
+    )
+
+
+def test_names_and_precisions_are_as_asked(int4, fp32):
+    assert (int4.bundle.manifest.name, fp32.bundle.manifest.name) == ("int4", "exact")
+    precisions = [{n: g.precision for n, g in e.bundle.manifest.graphs.items()} for e in (int4, fp32)]
+    assert precisions == [dict(zip(GRAPHS, ("fp32", "fp32", llm))) for llm in ("int4", "fp32")]
+
+
+def test_nothing_but_the_bundle_is_left(exported):
+    assert [p.name for p in exported.bundle.path.parent.iterdir()] == [exported.bundle.path.name]
+    files = {p.relative_to(exported.bundle.path).as_posix() for p in exported.bundle.path.rglob("*") if p.is_file()}
+    assert files == {"manifest.json", *exported.bundle.manifest.files}
+    assert all((exported.bundle.path / name).stat().st_mode & 0o044 == 0o044 for name in files)
+
+
+def test_every_graph_is_held_to_pytorch(exported):
+    for name in GRAPHS:
+        figures = exported.bundle.manifest.graphs[name].parity["max_abs_diff_to_pytorch"]
+        assert len(figures) >= 4 and all(0 <= figure < TOLERANCE for figure in figures.values()), (name, figures)
+
+
+def test_the_cost_of_int4_is_stated(int4, fp32):
+    cost = int4.bundle.manifest.graphs["llm"].parity["int4_max_abs_diff_to_pytorch"]
+    exact = int4.bundle.manifest.graphs["llm"].parity["max_abs_diff_to_pytorch"]
+    assert cost.keys() == exact.keys() and all(cost[length] > exact[length] for length in cost)
+    assert "int4_max_abs_diff_to_pytorch" not in fp32.bundle.manifest.graphs["llm"].parity
+
+
+def test_the_manifest_describes_the_models(exported, models):
+    manifest, encoder, llm = exported.bundle.manifest, *(models[n] / "config.json" for n in ("encoder", "llm"))
+    encoder, llm = json.loads(encoder.read_text())["encoder_config"], json.loads(llm.read_text())
+    assert manifest.encoder.feature_size == encoder["hidden_size"]
+    assert manifest.encoder.frame_s == pytest.approx(encoder["subsampling_factor"] * 0.01)
+    assert manifest.llm.hidden_size == llm["hidden_size"] and manifest.llm.n_layers == llm["num_hidden_layers"]
+    assert manifest.llm.n_kv_heads == llm["num_key_value_heads"] and manifest.llm.vocabulary == llm["vocab_size"]
+    assert manifest.llm.end_tokens == (llm["eos_token_id"],)
+    assert manifest.front_end.floor_db is None  # not in a plain preprocessor_config.json
+
+
+def test_no_dimension_goes_beyond_the_llms_context(exported):
+    """The LLM has fewer positions than --max-context asks for."""
+    manifest = exported.bundle.manifest
+    assert manifest.llm.max_context == CONTEXT
+    assert {name: manifest.dims[name][2] for name in ("tokens", "past")} == {"tokens": CONTEXT, "past": CONTEXT}
+    assert all(0 <= least <= usual <= greatest for least, usual, greatest in manifest.dims.values())
+
+
+# --- the graphs ---
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_static_dimensions_are_numbers_and_the_batch_is_one(exported, name):
+    model, spec = read(exported.bundle, name), exported.bundle.manifest.graphs[name]
+    values = [*model.graph.input, *model.graph.output]
+    assert [v.name for v in values] == [t.name for t in (*spec.inputs, *spec.outputs)]
+    for value, tensor in zip(values, (*spec.inputs, *spec.outputs)):
+        dims = value.type.tensor_type.shape.dim
+        assert tuple(d.dim_param or d.dim_value for d in dims) == tensor.shape
+        assert dims[0].dim_value == 1 and value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    dynamic = {d for t in spec.inputs for d in t.shape if isinstance(d, str)}
+    assert dynamic <= set(exported.bundle.manifest.dims)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_graphs_are_plain_onnx_of_a_known_opset(exported, name):
+    model = read(exported.bundle, name)
+    assert {(o.domain, o.version) for o in model.opset_import} == {("", OPSET)} and OPSET <= 21
+    assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"} and not model.functions
+    onnx.checker.check_model(str(exported.bundle.graph(name)))
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_large_weights_lie_beside_the_graph(exported, name):
+    large = [t for t in read(exported.bundle, name).graph.initializer if np.prod(t.dims) >= 1_024]
+    assert large and all(t.data_location == onnx.TensorProto.EXTERNAL for t in large)
+    assert {e.value for t in large for e in t.external_data if e.key == "location"} == {f"{name}.onnx.data"}
+
+
+def test_the_llm_gives_the_last_positions_logits_only(exported):
+    logits = read(exported.bundle, "llm").graph.output[0]
+    shape = [d.dim_value for d in logits.type.tensor_type.shape.dim]
+    assert logits.name == "logits" and shape == [1, 1, exported.bundle.manifest.llm.vocabulary]
+    assert [t.name for t in read(exported.bundle, "llm").graph.output][1:] == [
+        f"present.{layer}.{part}" for layer in range(LAYERS) for part in ("key", "value")
+    ]
+
+
+def test_the_llm_is_int4_but_for_its_output_layer(int4):
+    model = read(int4.bundle, "llm")
+    kinds = {t.name: t.data_type for t in model.graph.initializer}
+    quantised = [n for n in model.graph.node if n.op_type == "DequantizeLinear"]
+    assert len(quantised) == LINEARS * LAYERS
+    assert all(kinds[node.input[0]] == onnx.TensorProto.INT4 for node in quantised)
+    made = {output: node for node in model.graph.node for output in node.output}
+    last = made["logits"]
+    assert last.op_type == "MatMul" and last.input[1] in kinds and kinds[last.input[1]] == onnx.TensorProto.FLOAT
+    assert int4.bundle.graph("llm").with_name("llm.onnx.data").stat().st_size < 0.5 * 4 * weights_of(model)
+
+
+def weights_of(model) -> int:
+    return sum(int(np.prod(t.dims)) for t in model.graph.initializer if len(t.dims) == 2)
+
+
+def test_all_else_is_fp32(int4, fp32):
+    wanted = {onnx.TensorProto.FLOAT, onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.BOOL}
+    for bundle, name in ((int4.bundle, "encoder"), (int4.bundle, "projector"), (fp32.bundle, "llm")):
+        graph = read(bundle, name).graph
+        assert {t.data_type for t in graph.initializer} <= wanted
+        assert not {n.op_type for n in graph.node} & {"DequantizeLinear", "QuantizeLinear"}
+
+
+# --- the runtime on the exported graphs ---
+
+
+def test_greedy_generation_is_transformers_own(fp32, models):
+    llm, tokenizer = load_llm(str(models["llm"]))
+    with Assistant.load(fp32.bundle, threads=1) as assistant:
+        for text in ("what is the time", "call my mother", "two three four"):
+            messages = [{"role": "system", "content": fp32.bundle.manifest.prompt.instruction}]
+            messages += [{"role": "user", "content": text}]
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+            said = llm.generate(ids, do_sample=False, max_new_tokens=24, attention_mask=torch.ones_like(ids))[0]
+            wanted = [i for i in said[ids.shape[1] :].tolist() if i != tokenizer.eos_token_id]
+            got = assistant.answer_text(text, decoding=Decoding(max_tokens=24))
+            assert list(got.tokens) == wanted
+            assert len(set(wanted)) > 3  # says more than one thing
+
+
+def test_speech_goes_all_the_way(exported, speech):
+    with Assistant.load(exported.bundle, threads=1) as assistant:
+        answer = assistant.answer(speech, decoding=Decoding(max_tokens=4))
+        assert assistant.features(speech).shape[1] == exported.bundle.manifest.encoder.feature_size
+    assert len(answer.tokens) <= 4
+
+
+# --- projectors: weights in the graph's data file ---
+
+
+def assert_graph_is(path: Path, bundle: Bundle, projector) -> None:
+    spec, rng = bundle.manifest.graphs["projector"], np.random.default_rng(0)
+    with load_runner(path, spec, "onnxruntime", 1) as runner, torch.no_grad():
+        for n_frames in (2, 7, 24, 200):
+            features = rng.standard_normal((1, n_frames, spec.inputs[0].shape[2])).astype(np.float32)
+            difference = np.abs(
+                runner({"features": features})["soft_tokens"] - projector(torch.from_numpy(features)).numpy()
+            )
+            assert difference.max() < 1e-4, (
+                f"{n_frames} frames: max {difference.max():.2g}, mean {difference.mean():.2g}"
+            )
+
+
+def test_the_general_projector_is_the_seeds(fp32, models, general):
+    options = ExportOptions(str(models["encoder"]), str(models["llm"]))
+    made = make_projector(load_encoder(options.encoder)[0], load_llm(options.llm)[0], options)
+    assert all(torch.equal(value, general.state_dict()[name]) for name, value in made.state_dict().items())
+    assert_graph_is(fp32.bundle.graph("projector"), fp32.bundle, general)
+
+
+def test_a_persons_weights_reach_the_graph(fp32, general, tmp_path):
+    from tiny_align.align.projector import build_projector
+    from tiny_align.align.users import load_projector, write_user
+
+    torch.manual_seed(5)
+    person, before = build_projector(fp32.bundle.manifest.projector).eval(), data_of(fp32.bundle)
+    for value in person.parameters():
+        value.data += 0.1 * torch.randn_like(value)
+    write_user(fp32.bundle, tmp_path / "ana", person.state_dict(), {"steps": 1})
+    path = fp32.bundle.projector("ana", tmp_path)
+    assert_graph_is(path, fp32.bundle, person)
+    again = load_projector(fp32.bundle, path).state_dict()
+    assert all(torch.equal(again[name], value) for name, value in person.state_dict().items())
+    assert data_of(fp32.bundle) == before
+    assert_graph_is(fp32.bundle.graph("projector"), fp32.bundle, general)
+
+
+def data_of(bundle: Bundle) -> list[bytes]:
+    return [(bundle.path / name).read_bytes() for name in ("projector.onnx", "projector.onnx.data")]
+
+
+def test_a_trained_projector_is_taken(models, general, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({k: v + 1 for k, v in general.state_dict().items()}, tmp_path / "trained.safetensors")
+    options = ExportOptions("", "", projector=str(tmp_path / "trained.safetensors"))
+    made = make_projector(load_encoder(str(models["encoder"]))[0], load_llm(str(models["llm"]))[0], options)
+    assert all(torch.equal(v, general.state_dict()[k] + 1) for k, v in made.state_dict().items())
+
+
+# --- what is refused, before anything is exported ---
+
+
+def refused(run_cli, models, out: Path, *options, **other) -> str:
+    """Try to export; returns the sentence."""
+    given = {**models, **other}
+    done = run_cli("export", "--encoder", given["encoder"], "--llm", given["llm"], "--out", out, *options)
+    assert done.status == 2 and done.stdout == "" and "Traceback" not in done.stderr
+    return next(line for line in done.stderr.splitlines() if line.startswith("tiny-align: "))
+
+
+@pytest.fixture
+def bert(tmp_path) -> Path:
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert/config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
+    return tmp_path / "bert"
+
+
+@pytest.mark.parametrize(
+    ("kind", "supported"),
+    [("encoder", "supported encoders: parakeet_ctc, parakeet_encoder"), ("llm", "supported LLMs: llama")],
+)
+def test_an_unsupported_architecture_is_refused(run_cli, models, bert, tmp_path, kind, supported):
+    sentence = refused(run_cli, models, tmp_path / "out", **{kind: bert})
+    assert f"{bert} is a 'bert'; {supported}" in sentence and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["encoder", "llm"])
+def test_a_path_that_is_not_there_is_refused(run_cli, models, tmp_path, kind):
+    sentence = refused(run_cli, models, tmp_path / "out", **{kind: tmp_path / "nothing/here"})
+    assert "nothing/here cannot be loaded as a model folder or hub id" in sentence
+    assert not list(tmp_path.iterdir())
+
+
+def changed(models, kind: str, tmp_path: Path, change) -> Path:
+    """A copy of a model folder with something wrong."""
+    folder = tmp_path / kind
+    shutil.copytree(models[kind], folder)
+    change(folder)
+    return folder
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:1_000])
+
+
+DAMAGES = {
+    "encoder weights cut off": ("encoder", lambda f: cut(f / "model.safetensors"), "cannot be loaded"),
+    "encoder without weights": ("encoder", lambda f: (f / "model.safetensors").unlink(), "cannot be loaded"),
+    "no front end": (
+        "encoder",
+        lambda f: (f / "preprocessor_config.json").unlink(),
+        "no readable preprocessor_config.json",
+    ),
+    "another front end": (
+        "encoder",
+        lambda f: (f / "preprocessor_config.json").write_text('{"feature_size": 80}'),
+        "no readable preprocessor_config.json",
+    ),
+    "damaged config": (
+        "llm",
+        lambda f: cut(f / "config.json") or (f / "config.json").write_text("{"),
+        "cannot be loaded",
+    ),
+    "no tokenizer": ("llm", lambda f: [p.unlink() for p in f.glob("*token*")], "cannot be loaded"),
+    "no chat template": ("llm", lambda f: (f / "chat_template.jinja").unlink(), "has no chat template"),
+}
+
+
+@pytest.mark.parametrize(("kind", "change", "sentence"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_model_is_refused(run_cli, models, tmp_path, kind, change, sentence):
+    folder = changed(models, kind, tmp_path, change)
+    assert sentence in refused(run_cli, models, tmp_path / "out", **{kind: folder})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", [None, b"not safetensors", b""])
+def test_a_file_that_is_no_projector_is_refused(run_cli, models, tmp_path, content):
+    if content is not None:
+        (tmp_path / "p.safetensors").write_bytes(content)
+    sentence = refused(run_cli, models, tmp_path / "out", "--projector", tmp_path / "p.safetensors")
+    assert "is no projector for this encoder and LLM" in sentence and not (tmp_path / "out").exists()
+
+
+def test_a_projector_of_other_sizes_is_refused(models, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"enter.0.weight": torch.zeros(7)}, tmp_path / "p.safetensors")
+    options = ExportOptions("", "", projector=str(tmp_path / "p.safetensors"))
+    with pytest.raises(TinyAlignError, match="is no projector for this encoder and LLM"):
+        make_projector(load_encoder(str(models["encoder"]))[0], load_llm(str(models["llm"]))[0], options)
+
+
+def test_a_folder_that_is_no_bundle_is_never_replaced(run_cli, models, tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/thesis.txt").write_text("years of work")
+    sentence = refused(run_cli, models, tmp_path / "home")
+    assert "is not a bundle and not empty" in sentence
+    assert (tmp_path / "home/thesis.txt").read_text() == "years of work"
+
+
+def test_a_bundle_with_persons_is_never_replaced(run_cli, models, bundle_copy, make_user):
+    make_user(Bundle.open(bundle_copy), bundle_copy / "users/ana")
+    assert "holds the projectors of ana" in refused(run_cli, models, bundle_copy)
+    assert Bundle.open(bundle_copy).projector("ana").is_file()
+
+
+def test_a_graph_that_is_not_pytorchs_is_refused():
+    _hold("llm", {"1": TOLERANCE / 2})
+    for figures in ({"1": 2 * TOLERANCE}, {"1": float("nan")}, {"1": 1e-6, "2": float("nan")}):
+        with pytest.raises(TinyAlignError, match="the exported llm differs from PyTorch"):
+            _hold("llm", figures)
+
+
+# --- loading ---
+
+
+def test_models_kept_in_half_precision_are_exported_in_fp32(models, tmp_path):
+    encoder = transformers.ParakeetForCTC.from_pretrained(models["encoder"]).bfloat16()
+    encoder.save_pretrained(tmp_path / "half")
+    shutil.copyfile(models["encoder"] / "preprocessor_config.json", tmp_path / "half/preprocessor_config.json")
+    loaded, _ = load_encoder(str(tmp_path / "half"))
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+
+
+def test_the_front_ends_additions_are_read(models, tmp_path):
+    folder = changed(models, "encoder", tmp_path, lambda f: None)
+    value = json.loads((folder / "preprocessor_config.json").read_text()) | {"floor_db": 55.0}
+    (folder / "preprocessor_config.json").write_text(json.dumps(value))
+    assert load_front_end(str(folder)).floor_db == 55.0
+
+
+def test_the_prompt_is_the_template_cut_at_its_holes(models):
+    _, tokenizer = load_llm(str(models["llm"]))
+    spec = prompt_spec(tokenizer, ExportOptions("", ""))
+    assert (spec.before, spec.between, spec.after) == ("<bos>", "<user>", "<assistant>")
+    tokenizer.chat_template = "{{ messages[1]['content'] }}"  # no place for the instruction
+    with pytest.raises(TinyAlignError, match="does not take one system and one user message"):
+        prompt_spec(tokenizer, ExportOptions("", ""))
