@@ -18,6 +18,8 @@ from tiny_align.export.graphs import encoder_graph, kv_shape, llm_graph, project
 from tiny_align.export.quantise import quantise_int4
 from tiny_align.runtime.backend import load_runner
 from tiny_align.runtime.bundle import (
+    MANIFEST,
+    USER_RECORD,
     EncoderSpec,
     GraphSpec,
     LlmSpec,
@@ -52,19 +54,28 @@ class ExportOptions:
 
 
 def export_bundle(options: ExportOptions, out: Path) -> Manifest:
-    """Export everything to `out`, which appears whole or not at all.
+    """Export everything to `out`, which appears whole or not at all; a bundle without persons is replaced.
 
     Raises:
-        TinyAlignError: a model that cannot be loaded or is of no supported architecture, or a graph
-            that differs from PyTorch by more than parity.TOLERANCE.
+        TinyAlignError: a model that cannot be loaded or is of no supported architecture, a graph that differs
+            from PyTorch by more than parity.TOLERANCE, or an `out` with something else in it.
     """
+    _check_out(Path(out))
     encoder, front_end = load_encoder(options.encoder)
     llm, tokenizer = load_llm(options.llm)
     projector = make_projector(encoder, llm, options)
+    prompt_spec(tokenizer, options)  # refuses a template that cannot be cut, before the long part
     with written_folder(Path(out)) as folder:
         manifest = _write(folder, options, encoder, front_end, llm, tokenizer, projector)
-        write_manifest(folder, manifest)
-    return manifest
+        return write_manifest(folder, manifest)
+
+
+def _check_out(out: Path) -> None:
+    """What is written to `out` replaces what is there: that may only be an older bundle."""
+    if out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise TinyAlignError(f"{out} is there, is not a bundle and not empty: give another --out")
+    if users := sorted(p.parent.name for p in out.glob(f"users/*/{USER_RECORD}")):
+        raise TinyAlignError(f"{out} holds the projectors of {', '.join(users)}: move {out / 'users'} away first")
 
 
 def _write(folder: Path, options, encoder, front_end, llm, tokenizer, projector) -> Manifest:
@@ -77,12 +88,14 @@ def _write(folder: Path, options, encoder, front_end, llm, tokenizer, projector)
     np.save(folder / "token_embeddings.npy", table)
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     frame_s = encoder.config.subsampling_factor * front_end.hop_samples / front_end.sample_rate
+    llm_sizes = llm_spec(llm, tokenizer, options.max_context)
+    context = llm_sizes.max_context
     longest = round(MAX_SPEECH_S * front_end.sample_rate / front_end.hop_samples)
     return Manifest(
         name=options.name,
         front_end=front_end,
         encoder=EncoderSpec(encoder.config.hidden_size, frame_s),
-        llm=llm_spec(llm, tokenizer, options.max_context),
+        llm=llm_sizes,
         prompt=prompt_spec(tokenizer, options),
         projector=dataclasses.asdict(projector.config),
         projector_weights=find_weights(folder / "projector.onnx", projector),
@@ -90,8 +103,8 @@ def _write(folder: Path, options, encoder, front_end, llm, tokenizer, projector)
         dims={
             "frames": (16, 300, longest),
             "features": (2, 75, longest // encoder.config.subsampling_factor + 1),
-            "tokens": (1, 32, options.max_context),
-            "past": (0, 48, options.max_context),
+            "tokens": (1, min(32, context), context),
+            "past": (0, min(48, context), context),
         },
         embeddings_sha256=sha256(folder / "token_embeddings.npy"),
         files={},
@@ -107,9 +120,10 @@ def _write_graph(folder: Path, name: str, graph, check, module) -> GraphSpec:
 
 
 def _hold(name: str, figures: dict[str, float]) -> None:
-    if not max(figures.values()) < parity.TOLERANCE:
+    worst = np.max(list(figures.values()))  # NaN if any is
+    if not worst < parity.TOLERANCE:
         raise TinyAlignError(
-            f"the exported {name} differs from PyTorch by {max(figures.values()):.2g}, allowed is {parity.TOLERANCE}: "
+            f"the exported {name} differs from PyTorch by {worst:.2g}, allowed is {parity.TOLERANCE}: "
             f"by length {figures}. Nothing was written; report the model and the versions of torch and transformers"
         )
 
@@ -157,14 +171,15 @@ def _find(name: str, value: np.ndarray, places: dict, blob: bytes) -> WeightSpec
 
 
 def load_encoder(path: str):
-    """The encoder (without its CTC head) and its front end."""
+    """The encoder in FP32 (without its CTC head) and its front end."""
+    import torch
     from transformers import AutoConfig, AutoModel, AutoModelForCTC
 
     config = _pretrained(AutoConfig, path)
     if config.model_type not in ENCODERS:
         raise TinyAlignError(f"{path} is a {config.model_type!r}; supported encoders: {', '.join(ENCODERS)}")
     whole = config.model_type == "parakeet_ctc"
-    model = _pretrained(AutoModelForCTC if whole else AutoModel, path).eval()
+    model = _pretrained(AutoModelForCTC if whole else AutoModel, path, dtype=torch.float32).eval()
     return (model.encoder if whole else model), load_front_end(path)
 
 
@@ -176,15 +191,18 @@ def load_front_end(path: str) -> FrontEnd:
         value = json.loads(Path(cached_file(path, "preprocessor_config.json")).read_text())
     except (OSError, ValueError) as error:
         raise TinyAlignError(f"{path} has no readable preprocessor_config.json: {error}") from error
-    return FrontEnd(
-        sample_rate=value["sampling_rate"],
-        n_mels=value["feature_size"],
-        n_fft=value["n_fft"],
-        window_samples=value["win_length"],
-        hop_samples=value["hop_length"],
-        preemphasis=value["preemphasis"],
-        **{name: value[name] for name in ("floor_db", "trim_share", "trim_margin_frames") if name in value},
-    )
+    try:
+        return FrontEnd(
+            sample_rate=value["sampling_rate"],
+            n_mels=value["feature_size"],
+            n_fft=value["n_fft"],
+            window_samples=value["win_length"],
+            hop_samples=value["hop_length"],
+            preemphasis=value["preemphasis"],
+            **{name: value[name] for name in ("floor_db", "trim_share", "trim_margin_frames") if name in value},
+        )
+    except (KeyError, TypeError) as error:
+        raise TinyAlignError(f"{path}: its preprocessor_config.json lacks {error}: use a log-mel encoder's") from error
 
 
 def load_llm(path: str):
@@ -199,15 +217,18 @@ def load_llm(path: str):
 
 
 def _pretrained(kind, path: str, **options):
+    from safetensors import SafetensorError
+
     try:
         return kind.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise TinyAlignError(f"{path} cannot be loaded as a model folder or hub id: {error}") from error
 
 
 def make_projector(encoder, llm, options: ExportOptions):
     """A BridgeFormer between the two, with the weights of `options.projector` or random ones."""
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from tiny_align.align.projector import BridgeFormer, BridgeFormerConfig
@@ -218,7 +239,7 @@ def make_projector(encoder, llm, options: ExportOptions):
     if options.projector:
         try:
             projector.load_state_dict(load_file(options.projector))
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             raise TinyAlignError(f"{options.projector} is no projector for this encoder and LLM: {error}") from error
     else:
         for value in projector.parameters():  # no two parameters alike, so that each is found in the graph

@@ -1,5 +1,7 @@
 """`tiny-align export`: encoder, projector and LLM from transformers' models into a bundle."""
 
+import contextlib
+import sys
 from pathlib import Path
 
 
@@ -18,7 +20,8 @@ def run(args) -> dict:
 
     names = ("encoder", "llm", "projector", "precision", "max_context")
     options = ExportOptions(**{n: getattr(args, n) for n in names}, name=args.name or args.out.name)
-    manifest = export_bundle(options, args.out)
+    with contextlib.redirect_stdout(sys.stderr):  # the exporter's own progress
+        manifest = export_bundle(options, args.out)
     graphs = {n: {"precision": g.precision, "parity": g.parity} for n, g in manifest.graphs.items()}
     size = sum((args.out / f).stat().st_size for f in manifest.files)
     return {"path": str(args.out), "bytes": size, "graphs": graphs}

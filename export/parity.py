@@ -65,4 +65,4 @@ def _llm_difference(runner, llm, tokens: int, past: int, rng) -> float:
         kept = want.past_key_values.layers[layer]
         differences += [_difference(got[f"present.{layer}.key"], kept.keys)]
         differences += [_difference(got[f"present.{layer}.value"], kept.values)]
-    return max(differences)
+    return float(np.max(differences))  # NaN if any is

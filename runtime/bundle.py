@@ -246,9 +246,11 @@ def write_user_record(folder: Path, manifest: Manifest, training: dict) -> None:
     write_json(folder / USER_RECORD, record)
 
 
-def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Hash every file of the bundle in `path` and write the manifest, the last step of an export."""
+def write_manifest(path: Path, manifest: Manifest) -> Manifest:
+    """Hash every file of the bundle in `path` and write the manifest, the last step of an export; returns it."""
     names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
     kept = [n for n in names if n != MANIFEST and not n.startswith(("users/", "engines/"))]
     files = {name: sha256(path / name) for name in kept}
-    write_json(path / MANIFEST, dataclasses.replace(manifest, files=files).to_json())
+    manifest = dataclasses.replace(manifest, files=files)
+    write_json(path / MANIFEST, manifest.to_json())
+    return manifest

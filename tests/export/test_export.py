@@ -139,9 +139,10 @@ def test_the_report_is_the_only_line(exported):
     assert len(exported.stdout.splitlines()) == 1
     report = json.loads(exported.stdout)
     assert report["path"] == str(exported.bundle.path)
-    assert report["bytes"] == sum(p.stat().st_size for p in exported.bundle.path.iterdir() if p.suffix != ".json") + (
-        (exported.bundle.path / "tokenizer.json").stat().st_size
-    )
+    files = [exported.bundle.path / name for name in exported.bundle.manifest.files]
+    assert report["bytes"] == sum(file.stat().st_size for file in files) > 0
+    graphs = exported.bundle.manifest.graphs
+    assert report["graphs"] == {n: {"precision": g.precision, "parity": g.parity} for n, g in graphs.items()}
 
 
 def test_names_and_precisions_are_as_asked(int4, fp32):
@@ -387,7 +388,7 @@ DAMAGES = {
     "another front end": (
         "encoder",
         lambda f: (f / "preprocessor_config.json").write_text('{"feature_size": 80}'),
-        "no readable preprocessor_config.json",
+        "its preprocessor_config.json lacks 'sampling_rate'",
     ),
     "damaged config": (
         "llm",

@@ -14,7 +14,7 @@ from tiny_align.runtime.backend import Runner
 from tiny_align.runtime.errors import DataError, TinyAlignError
 from tiny_align.runtime.llm import Cache, Decoding, LanguageModel, TextStream
 
-TOLERANCE = 0.05  # largest difference of a logit, in standard deviations of the logits
+TOLERANCE = 0.1  # largest difference of a logit, in standard deviations of the logits
 TEXT = "what is the time"
 WARM = Decoding(max_tokens=24, temperature=8.0, top_k=1000)  # even a sure model draws other tokens
 

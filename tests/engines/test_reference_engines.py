@@ -1,0 +1,56 @@
+"""The shipped bundle through `tiny-align build-engines`: a real NVIDIA builder takes every graph, without a GPU."""
+
+import importlib.util
+import json
+
+import pytest
+
+from tiny_align.runtime.bundle import Bundle
+
+GRAPHS = ("encoder", "projector", "llm")
+# onnx/onnx-tensorrt, docs/operators.md of the 10.1 GA release: a lower bound for JetPack's TensorRT 10.3
+OPERATORS = """
+Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh AveragePool BatchNormalization Cast CastLike Ceil
+Celu Clip Concat Constant ConstantOfShape Conv ConvTranspose Cos Cosh CumSum DeformConv DepthToSpace
+DequantizeLinear Div Dropout Einsum Elu Equal Erf Exp Expand EyeLike Flatten Floor GRU Gather GatherElements
+GatherND Gelu Gemm GlobalAveragePool GlobalLpPool GlobalMaxPool Greater GreaterOrEqual GridSample
+GroupNormalization HardSigmoid HardSwish Hardmax Identity If ImageScaler InstanceNormalization IsInf IsNaN LRN
+LSTM LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax Loop LpNormalization LpPool MatMul Max MaxPool
+Mean MeanVarianceNormalization Min Mish Mod Mul Neg NonMaxSuppression NonZero Not OneHot Or PRelu Pad
+ParametricSoftplus Pow QuantizeLinear RNN RandomNormal RandomNormalLike RandomUniform RandomUniformLike Range
+Reciprocal ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum
+ReduceSumSquare Relu Reshape Resize ReverseSequence RoiAlign Round ScaledTanh Scan Scatter ScatterElements
+ScatterND Selu Shape Shrink Sigmoid Sign Sin Sinh Size Slice Softmax Softplus Softsign SpaceToDepth Split Sqrt
+Squeeze Sub Sum Tan Tanh ThresholdedRelu Tile TopK Transpose Trilu Unsqueeze Upsample Where Xor
+"""
+
+
+@pytest.fixture
+def rtx():
+    """TensorRT-RTX and no TensorRT, which would be preferred and needs a GPU."""
+    pytest.importorskip("polygraphy")
+    if importlib.util.find_spec("tensorrt") is not None:
+        pytest.skip("TensorRT is installed: it builds on the GPU it builds for")
+    return pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is what builds engines without a GPU")
+
+
+def test_every_graph_of_the_reference_bundle_builds(rtx, run_cli, bundle_copy):
+    done = run_cli("build-engines", "--bundle", bundle_copy, "--compute-capability", 86, "--json")
+    assert done.status == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    manifest, engines = Bundle.open(bundle_copy).manifest, done.document["engines"]  # the bundle is still whole
+    assert set(engines) == set(GRAPHS)
+    folder = bundle_copy / "engines" / done.document["key"]
+    assert done.document["key"].endswith("-sm86") and str(folder) == done.document["path"]
+    for name, engine in engines.items():
+        assert engine["precision"] == manifest.graphs[name].precision
+        assert engine["bytes"] == (folder / f"{name}.engine").stat().st_size > 10_000
+        assert engine["seconds"] > 0
+    assert json.loads((folder / "engine.json").read_text())["graphs"] == engines
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_jetpacks_tensorrt_knows_every_operator(bundle_path, name):
+    onnx = pytest.importorskip("onnx")
+    nodes = onnx.load(str(bundle_path / f"{name}.onnx"), load_external_data=False).graph.node
+    assert {node.op_type for node in nodes} <= set(OPERATORS.split())
