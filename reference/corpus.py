@@ -76,16 +76,6 @@ def _spell(rng: random.Random, low: int, high: int) -> str:
     return " ".join(rng.choice(DIGITS) for _ in range(rng.randint(low, high)))
 
 
-def _sum(rng: random.Random) -> dict[str, str]:
-    a, b = rng.randint(1, 5), rng.randint(1, 5)
-    return {"a": number(a), "b": number(b), "total": number(a + b)}
-
-
-def _difference(rng: random.Random) -> dict[str, str]:
-    b, total = rng.randint(1, 5), rng.randint(1, 5)
-    return {"a": number(b + total), "b": number(b), "rest": number(total)}
-
-
 def _count(rng: random.Random) -> dict[str, str]:
     low = rng.randint(0, 12)
     high = low + rng.randint(2, 4)
@@ -159,8 +149,6 @@ SLOTS = {
     "polite": ["", "", "", "please ", "could you ", "can you "],
     "digits": lambda rng: {"digits": _spell(rng, 3, 6)},
     "phone": lambda rng: {"phone": _spell(rng, 3, 6)},
-    "sum": _sum,
-    "difference": _difference,
     "count": _count,
     "clock": _clock,
 }  # fmt: skip
@@ -221,8 +209,6 @@ INTENTS = (
            "{next} comes after {first}", 0.5),
     Intent("backwards", ("what comes before {before}", "what was right before {before}"),
            "{previous} comes before {last}", 0.5),
-    Intent("sum", ("what is {a} plus {b}", "how much is {a} and {b}"), "{a} plus {b} is {total}", 1.2),
-    Intent("difference", ("what is {a} minus {b}", "take {b} away from {a}"), "{a} minus {b} is {rest}", 1.2),
     Intent("count", ("count from {low} to {high}", "{polite}count up from {low} to {high}"), "{steps}", 1),
     Intent("unit", ("how many {unit} are in {whole}", "tell me how many {unit} {whole} has"),
            "there are {amount} {unit} in {whole}", 0.5),
@@ -235,7 +221,7 @@ _SUPPLIERS = {  # which slot supplies a field that is not a slot's own name
     "whom": "person", "move": "moved", "capital": "country", "word": "contrast", "opposite": "contrast",
     "thing": "colored", "color": "colored", "noise": "animal", "first": "after", "next": "after", "last": "before",
     "previous": "before", "whole": "unit", "amount": "unit",
-    "a": None, "b": None, "low": "count", "high": "count", "steps": "count",
+    "low": "count", "high": "count", "steps": "count",
 }  # fmt: skip
 
 
@@ -246,23 +232,17 @@ class Sentence:
     answer: str
 
 
-def _slot_of(field: str, intent: Intent) -> str:
-    return _SUPPLIERS.get(field, field) or intent.name
-
-
 def _fill(intent: Intent, rng: random.Random) -> Sentence:
     ask = rng.choice(intent.asks)
     values: dict[str, str] = {}
     fields = [part.split("}")[0] for template in (ask, intent.answer) for part in template.split("{")[1:]]
-    for slot in dict.fromkeys(_slot_of(field, intent) for field in fields):
+    for slot in dict.fromkeys(_SUPPLIERS.get(field, field) for field in fields):
         values.update(_draw(slot, rng))
     return Sentence(intent.name, ask.format(**values), intent.answer.format(**values))
 
 
 def _draw(slot: str, rng: random.Random) -> dict[str, str]:
-    source = SLOTS.get(slot)
-    if source is None:
-        return {}  # a field that another slot of this template has filled
+    source = SLOTS[slot]
     value = source(rng) if callable(source) else rng.choice(source)
     if isinstance(value, str):
         return {slot: value}

@@ -56,6 +56,11 @@ class Assistant:
         self._front_end = bundle.manifest.front_end
         self.sample_rate = self._front_end.sample_rate  # Hz
 
+    @property
+    def max_speech_s(self) -> float:
+        """The longest utterance the encoder takes, in seconds."""
+        return self.bundle.manifest.dims["frames"][2] * self._front_end.hop_samples / self.sample_rate
+
     @classmethod
     def load(
         cls,
@@ -88,10 +93,8 @@ class Assistant:
 
     def features(self, audio: np.ndarray) -> np.ndarray:
         """(S,) float32 audio -> (N, Da) float32 encoder features."""
-        least, _, greatest = self.bundle.manifest.dims["frames"]
-        check_audio(
-            audio, self.sample_rate, "the audio", max_s=greatest * self._front_end.hop_samples / self.sample_rate
-        )
+        least = self.bundle.manifest.dims["frames"][0]
+        check_audio(audio, self.sample_rate, "the audio", max_s=self.max_speech_s)
         mel = self._front_end(audio)  # (frames, M)
         if len(mel) < least:
             raise AudioError(f"the audio has {len(mel)} frames of 10 ms, at least {least} are needed: record longer")
@@ -144,7 +147,7 @@ class Assistant:
 
     def answer_file(self, path, instruction: str | None = None, decoding: Decoding = Decoding()) -> Answer:
         """`answer` for an audio file of any rate, channel count and format that soundfile reads."""
-        return self.answer(read_audio(path, self.sample_rate), instruction, decoding)
+        return self.answer(read_audio(path, self.sample_rate, self.max_speech_s), instruction, decoding)
 
     def listen(self, instruction: str | None = None, decoding: Decoding = Decoding()) -> "Session":
         """A streaming session: push chunks of audio, then finish."""

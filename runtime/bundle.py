@@ -140,6 +140,9 @@ class Bundle:
         """
         path = Path(path)
         bundle = cls(path, _read_manifest(path))
+        unlisted = {g.file for g in bundle.manifest.graphs.values()} - set(bundle.manifest.files)
+        if unlisted:
+            raise BundleError(f"{path / MANIFEST} lists no hash of {', '.join(unlisted)}: export the bundle again")
         for name, expected in bundle.manifest.files.items():
             if not (path / name).is_file():
                 raise BundleError(f"{path} lacks {name}, which its manifest lists: copy or export the bundle again")

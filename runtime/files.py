@@ -27,14 +27,24 @@ def written_folder(target: Path):
     try:
         yield temporary
         temporary.chmod(0o755)
-        old = temporary.with_name(temporary.name + "-old")
-        if target.exists():
-            target.rename(old)
-        temporary.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+        _replace(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _replace(new: Path, target: Path) -> None:
+    """Rename `new` to `target`; an old `target` is put back if that fails."""
+    old = new.with_name(new.name + "-old")
+    if target.exists():
+        target.rename(old)
+    try:
+        new.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

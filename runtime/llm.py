@@ -43,6 +43,7 @@ class LanguageModel:
         self._table = np.load(bundle.embeddings, mmap_mode="r")  # (V, D) float16
         self._past = [t.name for t in runner.spec.inputs if t.name.startswith("past.")]
         self._present = tuple(name.replace("past.", "present.") for name in self._past)
+        self._special = {i for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
         self._unknown = self.tokenizer.token_to_id("<unk>")
 
     def encode(self, text: str) -> list[int]:
@@ -53,9 +54,12 @@ class LanguageModel:
         """`encode` for a person's words.
 
         Raises:
-            DataError: no words, or characters the tokenizer does not know.
+            DataError: no words, a special token of the template, or characters the tokenizer does not know.
         """
         ids = self.encode(text)
+        if special := self._special.intersection(ids) - {self._unknown}:
+            named = ", ".join(sorted(self.tokenizer.id_to_token(i) for i in special))
+            raise DataError(f"{where} holds the LLM's special token {named}: write the words only")
         if not text.strip() or not ids:
             raise DataError(f"{where} is empty: a sentence was expected")
         if self._unknown is not None and self._unknown in ids:
@@ -97,12 +101,12 @@ class LanguageModel:
         cache = Cache() if cache is None else cache
         rng = np.random.default_rng(decoding.seed)
         logits = self.prefill(np.ascontiguousarray(embeddings, np.float32), cache)
-        for _ in range(decoding.max_tokens):
+        for n_more in reversed(range(decoding.max_tokens)):
             token = _choose(logits, decoding, rng)
             if token in self.spec.end_tokens:
                 return
             yield token
-            if cache.length >= self.spec.max_context:
+            if n_more == 0 or cache.length >= self.spec.max_context:
                 return
             logits = self.prefill(self.embed([token]), cache)
 

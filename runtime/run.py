@@ -27,7 +27,7 @@ def run(args) -> dict:
     decoding = Decoding(args.max_tokens, args.temperature, seed=args.seed)
     options = {"users": args.users, "backend": args.backend, "threads": args.threads}
     with Assistant.load(args.bundle, args.user, **options) as assistant:
-        audio = read_audio(args.audio, assistant.sample_rate)
+        audio = read_audio(args.audio, assistant.sample_rate, assistant.max_speech_s)
         events = assistant.stream(audio, args.instruction, decoding)
         answer = collect(shown(events, quiet=args.json), len(audio) / assistant.sample_rate)
     return {
