@@ -7,6 +7,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tiny_align.align.datasets import Utterance
+from tiny_align.align.vary import vary
 from tiny_align.runtime.assistant import Assistant
 
 
@@ -21,19 +22,32 @@ def utterance_key(assistant: Assistant, utterance: Utterance) -> str:
     return digest.hexdigest()[:32]
 
 
-def cached_features(assistant: Assistant, utterances: list[Utterance], folder: Path, quiet: bool = False) -> list:
+def cached_features(
+    assistant: Assistant, utterances: list[Utterance], folder: Path, quiet: bool = False, *, variation: int = 0
+) -> list:
     """(N, Da) float32 per utterance, read from `folder` or encoded and written there.
 
+    Args:
+        variation: 0 for the recordings as they are, k for the k-th variation of each (vary.py).
     Raises:
         AudioError: a recording that cannot be used, named in the message.
     """
     folder.mkdir(parents=True, exist_ok=True)
     features = []
     for utterance in tqdm(utterances, desc="encode", unit="utt", disable=quiet or None, mininterval=0.5):
-        path = folder / f"{utterance_key(assistant, utterance)}.npy"
+        key = utterance_key(assistant, utterance)
+        path = folder / (f"{key}-{variation}.npy" if variation else f"{key}.npy")
         if not path.exists():
-            made = assistant.features(utterance.load(assistant.sample_rate))
+            made = _encode(assistant, utterance, np.random.default_rng([variation, int(key[:8], 16)]), variation > 0)
             np.save(path.with_suffix(".partial.npy"), made)
             path.with_suffix(".partial.npy").replace(path)
         features.append(np.load(path))
     return features
+
+
+def _encode(assistant: Assistant, utterance: Utterance, rng: np.random.Generator, varied: bool) -> np.ndarray:
+    audio = utterance.load(assistant.sample_rate)
+    if not varied:
+        return assistant.features(audio)
+    front_end = assistant.bundle.manifest.front_end
+    return assistant.encode_mel(front_end.finish(vary(front_end.log_mel(audio), rng)))

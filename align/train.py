@@ -50,6 +50,12 @@ class Example:
     features: np.ndarray  # (N, Da) float32
     tokens: list[int]
     token_lengths: list[int]  # letters
+    variations: tuple[np.ndarray, ...] = ()  # features of the same words said differently; training only
+
+    def take(self, rng: np.random.Generator | None) -> Tensor:
+        """(N, Da): the recording itself or, with `rng`, one of its variations too."""
+        takes = (self.features, *self.variations)
+        return torch.from_numpy(takes[rng.integers(len(takes)) if rng else 0])
 
 
 @dataclass
@@ -117,8 +123,9 @@ class Trainer:
 
     def _loss(self, examples: list[Example], rng: np.random.Generator | None = None) -> Tensor:
         """EmbedLink's loss; with `rng`, which every step has of its own, a share of the frames is hidden."""
-        n_frames = torch.tensor([len(e.features) for e in examples])
-        features = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(e.features) for e in examples], batch_first=True)
+        takes = [e.take(rng) for e in examples]
+        n_frames = torch.tensor([len(take) for take in takes])
+        features = torch.nn.utils.rnn.pad_sequence(takes, batch_first=True)
         if rng:
             seen = torch.from_numpy(rng.random(features.shape[:2]) >= self.options.hide)  # (B, N)
             features = features * seen.unsqueeze(-1)
@@ -200,6 +207,7 @@ def _fingerprint(projector, examples: list[Example], table: np.ndarray, options:
     for value in projector.state_dict().values():
         digest.update(value.detach().numpy().tobytes())
     for example in examples:
-        digest.update(example.features.tobytes())
+        for take in (example.features, *example.variations):
+            digest.update(take.tobytes())
         digest.update(repr((example.tokens, example.token_lengths)).encode())
     return digest.hexdigest()

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 
 from tiny_align.export import parity
-from tiny_align.export.graphs import encoder_graph, kv_shape, llm_graph, projector_graph
+from tiny_align.export.graphs import LayeredEncoder, encoder_graph, kv_shape, llm_graph, projector_graph
 from tiny_align.export.quantise import quantise_int4
 from tiny_align.runtime.backend import load_runner
 from tiny_align.runtime.bundle import (
@@ -43,6 +43,7 @@ class ExportOptions:
 
     encoder: str
     llm: str
+    encoder_layers: tuple[int, ...] = (-1,)  # hidden states that make the features; -1 is the last layer's
     projector: str | None = None  # a safetensors file; None: an untrained one
     precision: str = "int4"  # of the LLM: "int4" or "fp32"
     name: str = "bundle"
@@ -61,7 +62,7 @@ def export_bundle(options: ExportOptions, out: Path) -> Manifest:
             from PyTorch by more than parity.TOLERANCE, or an `out` with something else in it.
     """
     _check_out(Path(out))
-    encoder, front_end = load_encoder(options.encoder)
+    encoder, front_end = load_encoder(options.encoder, options.encoder_layers)
     llm, tokenizer = load_llm(options.llm)
     projector = make_projector(encoder, llm, options)
     prompt_spec(tokenizer, options)  # refuses a template that cannot be cut, before the long part
@@ -94,7 +95,7 @@ def _write(folder: Path, options, encoder, front_end, llm, tokenizer, projector)
     return Manifest(
         name=options.name,
         front_end=front_end,
-        encoder=EncoderSpec(encoder.config.hidden_size, frame_s),
+        encoder=EncoderSpec(encoder.feature_size, frame_s),
         llm=llm_sizes,
         prompt=prompt_spec(tokenizer, options),
         projector=dataclasses.asdict(projector.config),
@@ -170,7 +171,7 @@ def _find(name: str, value: np.ndarray, places: dict, blob: bytes) -> WeightSpec
     )
 
 
-def load_encoder(path: str):
+def load_encoder(path: str, layers: tuple[int, ...] = (-1,)):
     """The encoder in FP32 (without its CTC head) and its front end."""
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForCTC
@@ -179,8 +180,11 @@ def load_encoder(path: str):
     if config.model_type not in ENCODERS:
         raise TinyAlignError(f"{path} is a {config.model_type!r}; supported encoders: {', '.join(ENCODERS)}")
     whole = config.model_type == "parakeet_ctc"
+    n_layers = (config.encoder_config if whole else config).num_hidden_layers
+    if not layers or any(not -n_layers <= layer <= n_layers for layer in layers):
+        raise TinyAlignError(f"{path} has {n_layers} layers; {list(layers)} was asked for: choose from 1 to {n_layers}")
     model = _pretrained(AutoModelForCTC if whole else AutoModel, path, dtype=torch.float32).eval()
-    return (model.encoder if whole else model), load_front_end(path)
+    return LayeredEncoder(model.encoder if whole else model, layers).eval(), load_front_end(path)
 
 
 def load_front_end(path: str) -> FrontEnd:
@@ -234,7 +238,7 @@ def make_projector(encoder, llm, options: ExportOptions):
     from tiny_align.align.projector import BridgeFormer, BridgeFormerConfig
 
     torch.manual_seed(options.seed)
-    sizes = {"feature_size": encoder.config.hidden_size, "embedding_size": llm.config.hidden_size}
+    sizes = {"feature_size": encoder.feature_size, "embedding_size": llm.config.hidden_size}
     projector = BridgeFormer(BridgeFormerConfig(**sizes, soft_tokens=options.soft_tokens)).eval()
     if options.projector:
         try:

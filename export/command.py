@@ -7,6 +7,13 @@ from pathlib import Path
 
 def add_arguments(parser) -> None:
     parser.add_argument("--encoder", required=True, help="folder or hub id of the ASR encoder")
+    parser.add_argument(
+        "--encoder-layers",
+        type=int,
+        nargs="+",
+        default=[-1],
+        help="layers whose outputs are the features (default: last)",
+    )
     parser.add_argument("--llm", required=True, help="folder or hub id of the LLM")
     parser.add_argument("--projector", help="safetensors file of a trained projector (default: an untrained one)")
     parser.add_argument("--out", type=Path, required=True, help="the bundle's folder")
@@ -18,8 +25,11 @@ def add_arguments(parser) -> None:
 def run(args) -> dict:
     from tiny_align.export.bundle import ExportOptions, export_bundle
 
-    names = ("encoder", "llm", "projector", "precision", "max_context")
-    options = ExportOptions(**{n: getattr(args, n) for n in names}, name=args.name or args.out.name)
+    names = ("encoder", "encoder_layers", "llm", "projector", "precision", "max_context")
+    options = ExportOptions(
+        **{n: getattr(args, n) for n in names},
+        name=args.name or args.out.name,
+    )
     with contextlib.redirect_stdout(sys.stderr):  # the exporter's own progress
         manifest = export_bundle(options, args.out)
     graphs = {n: {"precision": g.precision, "parity": g.parity} for n, g in manifest.graphs.items()}

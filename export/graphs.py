@@ -70,9 +70,27 @@ def _export(model, inputs: dict) -> onnx_ir.Model:
     return exported.program
 
 
-def encoder_graph(encoder) -> Graph:
+class LayeredEncoder(torch.nn.Module):
+    """An encoder whose features are several of its layers side by side.
+
+    Middle layers know more of how a voice sounds, the last one more of what it says; a projector for a person the
+    encoder never heard can use both.
+    """
+
+    def __init__(self, encoder, layers: tuple[int, ...]):
+        super().__init__()
+        self.encoder, self.layers, self.config = encoder, layers, encoder.config
+        self.feature_size = len(layers) * encoder.config.hidden_size  # Da
+
+    def forward(self, input_features):
+        """(B, frames, M) -> (B, N, Da)."""
+        hidden = self.encoder(input_features, output_hidden_states=True).hidden_states
+        return torch.cat([hidden[layer] for layer in self.layers], dim=-1)
+
+
+def encoder_graph(encoder: LayeredEncoder) -> Graph:
     """A log-mel encoder: input_features (1, frames, M) -> features (1, features, Da)."""
-    mels, size = encoder.config.num_mel_bins, encoder.config.hidden_size
+    mels, size = encoder.config.num_mel_bins, encoder.feature_size
     program = _export(encoder, {"input_features": torch.randn(1, EXAMPLE_FRAMES, mels)})
     inputs = (TensorSpec("input_features", "float32", (1, "frames", mels)),)
     return Graph(program, inputs, (TensorSpec("features", "float32", (1, "features", size)),))

@@ -14,13 +14,15 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference", type=Path, default=Path("reference"), help="folder of weights, bundle and voice")
     parser.add_argument("--work", type=Path, default=Path("work"))
-    parser.add_argument("--utterances", type=int, default=5000, help="for the general projector")
+    parser.add_argument("--utterances", type=int, default=8000, help="for the general projector")
     parser.add_argument("--steps", type=int, default=2500, help="of the general projector")
     args = parser.parse_args(argv)
     from tiny_align.export.bundle import ExportOptions, export_bundle
 
     weights, bundle = args.reference / "weights", args.reference / "bundle"
-    options = ExportOptions(encoder=str(weights / "encoder"), llm=str(weights / "llm"), name="reference")
+    options = ExportOptions(
+        encoder=str(weights / "encoder"), encoder_layers=(3, -1), llm=str(weights / "llm"), name="reference"
+    )
     manifest = export_bundle(options, bundle)
     projector.main(
         [

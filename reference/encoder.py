@@ -25,6 +25,7 @@ from tiny_align.runtime.features import FrontEnd
 LETTERS = "abcdefghijklmnopqrstuvwxyz' "
 BLANK = len(LETTERS)
 FRONT_END = FrontEnd(floor_db=60.0, trim_share=0.2)
+N_SPEECH = 24_000  # recordings
 N_SHARDS = 2  # each shard has random voices of its own
 
 
@@ -247,9 +248,9 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("work"))
     parser.add_argument("--out", type=Path, default=Path("reference/weights/encoder"))
-    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--steps", type=int, default=2100)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--speech", type=int, default=24_000, help="recordings to synthesise")
+    parser.add_argument("--speech", type=int, default=N_SPEECH, help="recordings to synthesise")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
     args = parser.parse_args(argv)

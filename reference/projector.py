@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from tiny_align.reference import corpus
+from tiny_align.reference.encoder import N_SPEECH, speak
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.bundle import Bundle, write_manifest
 
@@ -22,10 +22,10 @@ CHUNK = 32  # recordings augmented together
 
 
 def spoken_features(assistant: Assistant, work: Path, n: int, seed: int) -> tuple[list[np.ndarray], list[str]]:
-    """`n` corpus sentences by random known voices, augmented -> encoder features (N, Da) and texts."""
+    """`n` recordings of the encoder's training, augmented anew -> encoder features (N, Da) and texts."""
     path = work / f"features-{n}-{seed}.npz"
     if not path.exists():
-        features, texts = _speak(assistant, n, seed)
+        features, texts = _speak(assistant, work, n, seed)
         edges = np.cumsum([0, *map(len, features)])
         work.mkdir(parents=True, exist_ok=True)
         np.savez(path.with_suffix(".partial.npz"), features=np.concatenate(features), edges=edges, texts=texts)
@@ -35,22 +35,21 @@ def spoken_features(assistant: Assistant, work: Path, n: int, seed: int) -> tupl
     return [everything[a:b] for a, b in zip(edges, edges[1:])], [str(t) for t in stored["texts"]]
 
 
-def _speak(assistant: Assistant, n: int, seed: int) -> tuple[list[np.ndarray], list[str]]:
+def _speak(assistant: Assistant, work: Path, n: int, seed: int) -> tuple[list[np.ndarray], list[str]]:
     import torch
 
     from tiny_align.reference.augment import augment
-    from tiny_align.reference.speech import Espeak
 
-    espeak, rng, front = Espeak(seed=0), random.Random(seed), assistant.bundle.manifest.front_end
+    items = speak(work, N_SPEECH)
+    items = [items[i] for i in random.Random(seed).sample(range(len(items)), n)]
+    front, features = assistant.bundle.manifest.front_end, []
     torch.manual_seed(seed)
-    texts = [s.text for s in corpus.sentences(n, seed, unique=False)]
-    features = []
-    for start in tqdm(range(0, n, CHUNK), desc="speak"):
-        mels = [torch.from_numpy(front.log_mel(espeak.say_as_someone(t, rng))) for t in texts[start : start + CHUNK]]
+    for start in tqdm(range(0, n, CHUNK), desc="encode"):
+        mels = [torch.from_numpy(mel.astype(np.float32)) for mel, _ in items[start : start + CHUNK]]
         lengths = torch.tensor([len(m) for m in mels])
         padded, lengths = augment(torch.nn.utils.rnn.pad_sequence(mels, batch_first=True), lengths)
-        features += [assistant.encode_mel(front.finish(mel[:n])) for mel, n in zip(padded.numpy(), lengths)]
-    return features, texts
+        features += [assistant.encode_mel(front.finish(mel[:count])) for mel, count in zip(padded.numpy(), lengths)]
+    return features, [text for _, text in items]
 
 
 def train(bundle_path: Path, out: Path, work: Path, n: int, steps: int, seed: int, objective: str) -> dict:
@@ -77,7 +76,7 @@ def train(bundle_path: Path, out: Path, work: Path, n: int, steps: int, seed: in
     state = work / f"projector-{objective}"
     with Assistant.load(bundle) as assistant:
         features, texts = spoken_features(assistant, work, n, seed)
-        examples = [make_example(assistant.llm, f, t) for f, t in zip(features, texts)]
+        examples = [make_example(assistant.llm, t, f) for f, t in zip(features, texts)]
         projector = load_projector(bundle, bundle.graph("projector"))
         trained = Trainer(projector, examples, embedding_table(assistant), options, state).run()
     save_file(trained.weights, out)
@@ -91,7 +90,7 @@ def main(argv=None) -> int:
     parser.add_argument("--bundle", type=Path, default=Path("reference/bundle"))
     parser.add_argument("--out", type=Path, default=Path("reference/weights/projector.safetensors"))
     parser.add_argument("--work", type=Path, default=Path("work"))
-    parser.add_argument("--utterances", type=int, default=5000)
+    parser.add_argument("--utterances", type=int, default=8000)
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--objective", default="aligned")
