@@ -3,13 +3,15 @@
 It learns to answer or to repeat, as the instruction says. In a part of its training the user's words
 come as soft tokens would: stretched over more positions, blended at the seams and noisy, so that it
 accepts speech it was never trained with. In the last third its weights are rounded to INT4 blocks in the
-forward pass (straight-through), so that quantising for the bundle costs nothing.
+forward pass (straight-through), so that quantising for the bundle costs nothing. A last phase with fewer stretched
+rows keeps it exact on typed words: "two two" must not be taken for a stretched "two".
 
     python -m tiny_align.reference.llm --work work --out reference/weights/llm
 """
 
 import argparse
 import json
+import math
 import random
 import sys
 from pathlib import Path
@@ -27,6 +29,7 @@ CHAT_TEMPLATE = (
 )
 IGNORE = -100
 INT4_BLOCK = 32
+STRETCHED = 0.4  # share of rows whose words come stretched
 
 
 def build_tokenizer():
@@ -47,6 +50,13 @@ def build_tokenizer():
         unk_token="<unk>", bos_token="<bos>", eos_token="<eos>", pad_token="<eos>",
         chat_template=CHAT_TEMPLATE,
     )  # fmt: skip
+
+
+def load_tokenizer(path: Path):
+    """The tokenizer that an interrupted training began with."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path)
 
 
 def build_model(tokenizer):
@@ -99,7 +109,7 @@ def stretch_places(n_words: int, rng: random.Random) -> list[float]:
     return places
 
 
-def collate(model, rows: list[Example], rng: random.Random):
+def collate(model, rows: list[Example], rng: random.Random, stretched: float):
     """Input embeddings (B, T, D), attention mask and labels; some rows as speech would come."""
     import torch
 
@@ -109,12 +119,12 @@ def collate(model, rows: list[Example], rng: random.Random):
     for row in rows:
         words = table[torch.tensor(row.words)]
         kind = rng.random()
-        if kind < 0.4:
+        if kind < stretched:
             places = torch.tensor(stretch_places(len(row.words), rng))
             low = places.long()
             share = (places - low).unsqueeze(-1)
             words = words[low] * (1 - share) + words[(low + 1).clamp(max=len(words) - 1)] * share
-        if kind < 0.6:
+        if kind < stretched + 0.2:
             words = words + torch.randn_like(words) * scale * rng.uniform(0.0, 0.8)
         pieces = [table[torch.tensor(row.before)], words, table[torch.tensor(row.after + row.output)]]
         embedded.append(torch.cat(pieces))
@@ -177,47 +187,55 @@ def exact_share(model, tokenizer, n: int = 300, batch: int = 50) -> float:
     return right / n
 
 
-def train(work: Path, out: Path, steps: int, batch: int, seed: int, rate: float) -> dict:
+def _rate(step: int, steps: int, finish: int) -> float:
+    """Share of the peak rate: up over a tenth, down by a cosine; then a smaller cosine to finish."""
+    if step >= steps:
+        return 0.3 * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - steps) / finish)))
+    rise = steps / 10
+    return (step + 1) / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise)))
+
+
+def train(work: Path, out: Path, steps: int, finish: int, batch: int, seed: int, rate: float) -> dict:
     import torch
     from torch.nn.utils import parametrize
 
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    tokenizer = build_tokenizer()
+    checkpoint, done = work / "llm.pt", 0
+    tokenizer = load_tokenizer(out) if checkpoint.exists() else build_tokenizer()
     tokenizer.save_pretrained(out)
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
     sentences = corpus.sentences(150_000, 1, unique=False)
     model = build_model(tokenizer)
     optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps, pct_start=0.1)
     rounding_from, linears, log = int(steps * 0.65), [], []
-    checkpoint, done = work / "llm.pt", 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         linears = round_linears(model) if state["rounded"] else []
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
-        schedule.load_state_dict(state["schedule"])
         done, log = state["step"], json.loads(state["log"])
         rng.seed(seed + done)
-    for step in tqdm(range(done, steps), initial=done, total=steps, file=sys.stderr, mininterval=10):
+    for step in tqdm(range(done, steps + finish), initial=done, total=steps + finish, file=sys.stderr, mininterval=10):
         if step == rounding_from:
             linears = round_linears(model)
+        model.get_input_embeddings().weight.requires_grad_(step < steps)
         rows = [Example(encode, s, rng) for s in rng.sample(sentences, batch)]
-        embeddings, mask, labels = collate(model, rows, rng)
+        embeddings, mask, labels = collate(model, rows, rng, STRETCHED if step < steps else STRETCHED / 3)
         loss = model(inputs_embeds=embeddings, attention_mask=mask, labels=labels).loss
+        for group in optimiser.param_groups:
+            group["lr"] = rate * _rate(step, steps, finish)
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
-        schedule.step()
-        if (step + 1) % 300 == 0 or step + 1 == steps:
+        if (step + 1) % 300 == 0 or step + 1 in (steps, steps + finish):
             log.append(
                 {"step": step + 1, "loss": round(float(loss.detach()), 4), "exact": exact_share(model, tokenizer)}
             )
             print(json.dumps(log[-1]), flush=True)
             state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step + 1}
-            state |= {"schedule": schedule.state_dict(), "log": json.dumps(log), "rounded": bool(linears)}
+            state |= {"log": json.dumps(log), "rounded": bool(linears)}
             torch.save(state, checkpoint.with_suffix(".partial"))
             checkpoint.with_suffix(".partial").replace(checkpoint)
     for linear in linears:
@@ -231,12 +249,13 @@ def main(argv=None) -> int:
     parser.add_argument("--work", type=Path, default=Path("work"))
     parser.add_argument("--out", type=Path, default=Path("reference/weights/llm"))
     parser.add_argument("--steps", type=int, default=2200)
+    parser.add_argument("--finish", type=int, default=600, help="more steps, embeddings frozen, fewer rows stretched")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
     args = parser.parse_args(argv)
     args.work.mkdir(parents=True, exist_ok=True)
-    report = train(args.work, args.out, args.steps, args.batch, args.seed, args.rate)
+    report = train(args.work, args.out, args.steps, args.finish, args.batch, args.seed, args.rate)
     (args.out / "training.json").write_text(json.dumps(vars(args) | report, indent=1, default=str) + "\n")
     print(json.dumps(report))
     return 0
