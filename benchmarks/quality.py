@@ -31,7 +31,7 @@ FIGURES = ("rouge1", "rougeL", "wer", "cer", "rougeL_chance", "n")
 
 def typed_exact(assistant: Assistant, n: int) -> dict:
     """Share of held-out sentences that the deployed LLM answers exactly when typed."""
-    drawn = corpus.sentences(n, 21, held_out=True, unique=False)
+    drawn = corpus.sentences(n, 21, held_out=True)
     right = sum(assistant.answer_text(s.text).text == s.answer for s in drawn)
     return {"exact": right / n, "n": n}
 
@@ -60,8 +60,8 @@ def measure(bundle: Path, digits: Path | None, n_train: int) -> dict:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         with Assistant.load(bundle) as assistant:
-            report["typed"] = typed_exact(assistant, 400)
-            report["known_voices"] = known_voices(assistant, 80, folder)
+            report["typed"] = typed_exact(assistant, 800)
+            report["known_voices"] = known_voices(assistant, 60, folder)
         for name in speech.HELD_OUT_VOICES:
             recordings.write_voice(name, folder / name, n_train, 40)
             report["new_voices"][name] = new_person(bundle, folder / name, name, folder / "users")

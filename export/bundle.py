@@ -51,6 +51,7 @@ class ExportOptions:
     repeat_instruction: str = "Repeat what the user says."
     max_context: int = 256
     soft_tokens: int = 32
+    merge_cosine: float | None = 0.85
     seed: int = 0
 
 
@@ -108,6 +109,7 @@ def _write(folder: Path, options, encoder, front_end, llm, tokenizer, projector)
             "past": (0, min(48, context), context),
         },
         embeddings_sha256=sha256(folder / "token_embeddings.npy"),
+        merge_cosine=options.merge_cosine,
         files={},
     )
 

@@ -105,8 +105,9 @@ class Assistant:
         return self._encoder({"input_features": np.ascontiguousarray(mel[None])})["features"][0]
 
     def soft_tokens(self, features: np.ndarray) -> np.ndarray:
-        """(N, Da) -> (T, D) float32 in the LLM's embedding space."""
-        return self._projector({"features": features[None]})["soft_tokens"][0]
+        """(N, Da) -> (T', D) float32 in the LLM's embedding space, T' <= T after merging."""
+        soft_tokens = self._projector({"features": features[None]})["soft_tokens"][0]
+        return merge_similar(soft_tokens, self.bundle.manifest.merge_cosine)
 
     def swap_projector(self, path: Path) -> None:
         """Use another person's projector graph from the next utterance on."""
@@ -162,6 +163,19 @@ class Assistant:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def merge_similar(soft_tokens: np.ndarray, cosine: float | None) -> np.ndarray:
+    """(T, D) -> (T', D): runs of neighbours more alike than `cosine` become their mean.
+
+    A word that takes four of the projector's T places is one token to the LLM, as it is in text.
+    """
+    if cosine is None or len(soft_tokens) < 2:
+        return soft_tokens
+    unit = soft_tokens / np.linalg.norm(soft_tokens, axis=1, keepdims=True).clip(1e-9)
+    starts = np.flatnonzero(np.concatenate([[True], (unit[1:] * unit[:-1]).sum(axis=1) < cosine]))
+    lengths = np.diff([*starts, len(soft_tokens)])
+    return np.add.reduceat(soft_tokens, starts, axis=0) / lengths[:, None].astype(np.float32)
 
 
 def collect(events: Iterator[Event], audio_s: float) -> Answer:

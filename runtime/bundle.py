@@ -101,6 +101,7 @@ class Manifest:
     graphs: dict[str, GraphSpec]  # "encoder", "projector", "llm"
     dims: dict[str, tuple[int, int, int]]  # least, usual and greatest value of each dynamic dimension
     embeddings_sha256: str  # the LLM's embedding table; a projector is bound to it
+    merge_cosine: float | None  # neighbouring soft tokens more alike than this become one; None: they stay
     files: dict[str, str]  # every file of the bundle but this one -> SHA-256
     schema: int = SCHEMA
 

@@ -7,7 +7,7 @@ from tiny_align.reference import corpus
 
 
 def test_typed_held_out_sentences_are_answered_exactly(assistant):
-    drawn = corpus.sentences(300, 21, held_out=True, unique=False)
+    drawn = corpus.sentences(300, 21, held_out=True)
     wrong = [s for s in drawn if assistant.answer_text(s.text).text != s.answer]
     assert len(wrong) <= 3, wrong[:5]
 

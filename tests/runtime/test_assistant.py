@@ -276,3 +276,13 @@ def test_bad_text_is_refused(assistant):
     for text in ("", "ж"):
         with pytest.raises(DataError):
             list(assistant.stream_text(text))
+
+
+def test_neighbouring_soft_tokens_that_are_alike_become_their_mean():
+    from tiny_align.runtime.assistant import merge_similar
+
+    a, b = np.array([1, 0, 0.0], np.float32), np.array([0, 1, 0.0], np.float32)
+    merged = merge_similar(np.stack([a, a * 3, b, a]), 0.9)
+    np.testing.assert_allclose(merged, [[2, 0, 0], [0, 1, 0], [1, 0, 0]])
+    assert merged.dtype == np.float32
+    assert merge_similar(np.stack([a, a]), None).shape == (2, 3)
