@@ -118,6 +118,7 @@ def make_bundle(path: Path, *names: str) -> Bundle:
         graphs={name: SPECS[name] for name in names},
         dims=DIMS,
         embeddings_sha256="",
+        merge_cosine=None,
         files={},
     )
     write_manifest(path, manifest)
