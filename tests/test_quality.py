@@ -13,9 +13,9 @@ from tiny_align.reference import corpus
 
 
 def test_typed_held_out_sentences_are_answered_exactly(assistant):
-    drawn = corpus.sentences(300, 21, held_out=True)
+    drawn = corpus.sentences(800, 21, held_out=True)
     wrong = [s for s in drawn if assistant.answer_text(s.text).text != s.answer]
-    assert len(wrong) <= 3, wrong[:5]
+    assert len(wrong) <= 0.01 * len(drawn), wrong
 
 
 def test_the_instruction_decides_between_answering_and_repeating(assistant):

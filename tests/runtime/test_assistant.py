@@ -63,7 +63,8 @@ def test_the_stages_have_the_shapes_of_the_manifest(assistant, speech):
     features = assistant.features(speech)
     assert features.ndim == 2 and features.shape[1] == manifest.encoder.feature_size
     assert features.shape[0] * manifest.encoder.frame_s < len(speech) / RATE + 2 * manifest.encoder.frame_s
-    assert assistant.soft_tokens(features).shape == (manifest.projector["soft_tokens"], manifest.llm.hidden_size)
+    n_tokens, size = assistant.soft_tokens(features).shape
+    assert 1 <= n_tokens <= manifest.projector["soft_tokens"] and size == manifest.llm.hidden_size
 
 
 def test_soft_tokens_at_hand_are_answered_as_their_speech(assistant, speech):
