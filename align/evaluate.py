@@ -66,7 +66,7 @@ def evaluate(assistant: Assistant, utterances: list, instruction: str | None = N
     check_transcripts(assistant, utterances)
     rows = [
         _row(assistant, u, instruction)
-        for u in tqdm(utterances, desc="evaluate", unit="utt", disable=quiet or None, mininterval=0.5)
+        for u in tqdm(utterances, desc="evaluate", unit="utt", disable=quiet, mininterval=0.5)
     ]
     spoken, typed = [r["spoken"] for r in rows], [r["typed"] for r in rows]
     scorer = rouge_scorer.RougeScorer(["rouge1", "rougeL"])

@@ -34,7 +34,7 @@ def cached_features(
     """
     folder.mkdir(parents=True, exist_ok=True)
     features = []
-    for utterance in tqdm(utterances, desc="encode", unit="utt", disable=quiet or None, mininterval=0.5):
+    for utterance in tqdm(utterances, desc="encode", unit="utt", disable=quiet, mininterval=0.5):
         key = utterance_key(assistant, utterance)
         path = folder / (f"{key}-{variation}.npy" if variation else f"{key}.npy")
         if not path.exists():

@@ -85,7 +85,7 @@ class Trainer:
     def run(self, quiet: bool = False) -> Trained:
         self._resume()
         began = time.perf_counter() - self.spent_s
-        bar = tqdm(total=self.options.steps, initial=self.step, desc="align", disable=quiet or None, mininterval=0.5)
+        bar = tqdm(total=self.options.steps, initial=self.step, desc="align", disable=quiet, mininterval=0.5)
         while not self._finished():
             loss = self._train_step()
             self.step += 1

@@ -5,7 +5,6 @@ Models come from local folders or hub ids, as transformers' `from_pretrained` ta
 
 import dataclasses
 import json
-import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -281,9 +280,3 @@ def prompt_spec(tokenizer, options: ExportOptions) -> PromptSpec:
     before, rest = text.split(marks[0])
     between, after = rest.split(marks[1])
     return PromptSpec(before, between, after, options.instruction, options.repeat_instruction)
-
-
-def copy_bundle(source: Path, target: Path) -> None:
-    """A bundle without its persons and engines."""
-    with written_folder(target) as folder:
-        shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("users", "engines"))
