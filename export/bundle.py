@@ -65,9 +65,9 @@ def export_bundle(options: ExportOptions, out: Path) -> Manifest:
     encoder, front_end = load_encoder(options.encoder, options.encoder_layers)
     llm, tokenizer = load_llm(options.llm)
     projector = make_projector(encoder, llm, options)
-    prompt_spec(tokenizer, options)  # refuses a template that cannot be cut, before the long part
+    prompt = prompt_spec(tokenizer, options)  # refuses a template that cannot be cut, before the long part
     with written_folder(Path(out)) as folder:
-        manifest = _write(folder, options, encoder, front_end, llm, tokenizer, projector)
+        manifest = _write(folder, options, encoder, front_end, llm, tokenizer, projector, prompt)
         return write_manifest(folder, manifest)
 
 
@@ -79,7 +79,7 @@ def _check_out(out: Path) -> None:
         raise TinyAlignError(f"{out} holds the projectors of {', '.join(users)}: move {out / 'users'} away first")
 
 
-def _write(folder: Path, options, encoder, front_end, llm, tokenizer, projector) -> Manifest:
+def _write(folder: Path, options, encoder, front_end, llm, tokenizer, projector, prompt) -> Manifest:
     graphs = {
         "encoder": _write_graph(folder, "encoder", encoder_graph(encoder), parity.encoder_parity, encoder),
         "projector": _write_graph(folder, "projector", projector_graph(projector), parity.projector_parity, projector),
@@ -97,7 +97,7 @@ def _write(folder: Path, options, encoder, front_end, llm, tokenizer, projector)
         front_end=front_end,
         encoder=EncoderSpec(encoder.feature_size, frame_s),
         llm=llm_sizes,
-        prompt=prompt_spec(tokenizer, options),
+        prompt=prompt,
         projector=dataclasses.asdict(projector.config),
         projector_weights=find_weights(folder / "projector.onnx", projector),
         graphs=graphs,
