@@ -14,8 +14,6 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference", type=Path, default=Path("reference"), help="folder of weights, bundle and voice")
     parser.add_argument("--work", type=Path, default=Path("work"))
-    parser.add_argument("--utterances", type=int, default=8000, help="for the general projector")
-    parser.add_argument("--steps", type=int, default=2500, help="of the general projector")
     args = parser.parse_args(argv)
     from tiny_align.export.bundle import ExportOptions, export_bundle
 
@@ -24,12 +22,8 @@ def main(argv=None) -> int:
         encoder=str(weights / "encoder"), encoder_layers=(3, -1), llm=str(weights / "llm"), name="reference"
     )
     manifest = export_bundle(options, bundle)
-    projector.main(
-        [
-            *("--bundle", str(bundle), "--out", str(weights / "projector.safetensors"), "--work", str(args.work)),
-            *("--utterances", str(args.utterances), "--steps", str(args.steps)),
-        ]
-    )
+    out = weights / "projector.safetensors"
+    projector.main(["--bundle", str(bundle), "--out", str(out), "--work", str(args.work)])
     recordings.main(["--out", str(args.reference / "voice")])
     print(json.dumps({"bundle": str(bundle), "parity": {n: g.parity for n, g in manifest.graphs.items()}}))
     return 0

@@ -23,7 +23,9 @@ CHUNK = 32  # recordings augmented together
 
 def spoken_features(assistant: Assistant, work: Path, n: int, seed: int) -> tuple[list[np.ndarray], list[str]]:
     """`n` recordings of the encoder's training, augmented anew -> encoder features (N, Da) and texts."""
-    path = work / f"features-{n}-{seed}.npz"
+    manifest = assistant.bundle.manifest
+    encoder = manifest.files[manifest.graphs["encoder"].file + ".data"][:12]  # another encoder, other features
+    path = work / f"features-{encoder}-{n}-{seed}.npz"
     if not path.exists():
         features, texts = _speak(assistant, work, n, seed)
         edges = np.cumsum([0, *map(len, features)])
@@ -91,7 +93,7 @@ def main(argv=None) -> int:
     parser.add_argument("--out", type=Path, default=Path("reference/weights/projector.safetensors"))
     parser.add_argument("--work", type=Path, default=Path("work"))
     parser.add_argument("--utterances", type=int, default=8000)
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--objective", default="aligned")
     args = parser.parse_args(argv)
