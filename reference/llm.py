@@ -135,32 +135,30 @@ def collate(model, rows: list[Example], rng: random.Random, stretched: float):
     return pad(embedded, 0.0), pad(mask, 0).long(), pad(labels, IGNORE)
 
 
-class Int4Rounding:
+def int4_rounding():
     """A parametrisation that rounds a linear weight (out, in) to symmetric INT4 blocks, gradient straight through."""
+    import torch
 
-    def __new__(cls):
-        import torch
+    class Rounding(torch.nn.Module):
+        def forward(self, weight):
+            blocks = weight.reshape(len(weight), -1, INT4_BLOCK)
+            peak = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))  # the largest, with its sign
+            scale = peak / -8
+            scale = torch.where(scale.abs() < 1e-9, torch.full_like(scale, 1e-9), scale)
+            rounded = (blocks / scale).round().clamp(-8, 7) * scale
+            return weight + (rounded.reshape_as(weight) - weight).detach()
 
-        class _Rounding(torch.nn.Module):
-            def forward(self, weight):
-                blocks = weight.reshape(len(weight), -1, INT4_BLOCK)
-                peak = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))  # the largest, with its sign
-                scale = peak / -8
-                scale = torch.where(scale.abs() < 1e-9, torch.full_like(scale, 1e-9), scale)
-                rounded = (blocks / scale).round().clamp(-8, 7) * scale
-                return weight + (rounded.reshape_as(weight) - weight).detach()
-
-        return _Rounding()
+    return Rounding()
 
 
 def round_linears(model) -> list:
-    """Round every linear layer of the decoder blocks from here on; returns them, for `settle_linears`."""
+    """Round every linear layer of the decoder blocks from here on; returns them."""
     import torch
     from torch.nn.utils import parametrize
 
     linears = [m for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
     for linear in linears:
-        parametrize.register_parametrization(linear, "weight", Int4Rounding())
+        parametrize.register_parametrization(linear, "weight", int4_rounding())
     return linears
 
 
