@@ -40,7 +40,7 @@ def decode_letters(ids: np.ndarray) -> str:
 
 
 def encoder_texts(n: int, seed: int) -> list[str]:
-    """Corpus sentences, and loose words and digits so that the encoder must listen."""
+    """About `n`: corpus sentences, and loose words and digits so that the encoder must listen."""
     rng = random.Random(seed)
     words = sorted({w for s in corpus.sentences(20_000, 0, unique=False) for w in s.text.split()})
     texts = []
@@ -52,7 +52,7 @@ def encoder_texts(n: int, seed: int) -> list[str]:
             texts.append(" ".join(rng.choice(corpus.DIGITS) for _ in range(rng.randint(1, 7))))
         else:
             texts.append(s.text)
-    return texts
+    return [text for text in texts if not corpus.is_held_out(text)]  # loose digits may be a test sentence
 
 
 def save_front_end(out: Path) -> None:
