@@ -43,3 +43,12 @@ def test_the_demo_personalises_within_two_minutes(demo):
 @pytest.mark.xfail(strict=True, reason="the encoder hears too little of a new voice; see the README's table")
 def test_the_demo_reaches_its_target(demo):
     assert demo["rougeL_after"] >= 0.80
+
+
+def test_every_shipped_graph_computes_what_pytorch_does(assistant):
+    """The figures were measured at export and travel in the manifest."""
+    graphs = assistant.bundle.manifest.graphs
+    assert set(graphs) == {"encoder", "projector", "llm"}
+    for graph in graphs.values():
+        figures = graph.parity["max_abs_diff_to_pytorch"]
+        assert len(figures) >= 4 and max(figures.values()) < 1e-3
