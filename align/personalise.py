@@ -4,15 +4,15 @@ The person's `train` split is trained on, the `test` split only measured. A run 
 old projector as it was, and the same command resumes it.
 """
 
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tiny_align.align import OBJECTIVES
-from tiny_align.runtime.errors import DataError, TinyAlignError
+from tiny_align.align.objectives import LLM_FREE, check, default_for, make
+from tiny_align.runtime.errors import DataError, TinyAlignError, UserError
 
 VARIATIONS = 2  # of every recording, beside itself
+SILENCES = 8  # sounds without a word that the projector is trained on too
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def add_arguments(parser) -> None:
 
 
 def add_training_arguments(parser) -> None:
-    parser.add_argument("--objective", choices=OBJECTIVES, help="how targets are placed (default: aligned)")
+    parser.add_argument("--objective", choices=LLM_FREE, help="what to train for (default: ctc, or aligned)")
     parser.add_argument("--steps", type=int, help="at most so many steps")
     parser.add_argument("--max-seconds", type=float, help="at most so many seconds of training")
     parser.add_argument("--utterances", type=int, help="use only the first so many of the train split")
@@ -67,6 +67,9 @@ def run(args) -> dict:
 def personalise(bundle_path: Path, utterances: list, user: str, users: Path, effort: Effort, *, quiet: bool = False):
     """Measure, train, write, measure again -> (the command's result, quality before, quality after).
 
+    "Before" is the general projector. A person who is known already is trained on from their own projector, which
+    stays unless the new one is better on utterances held out of the training (`improved`).
+
     Raises:
         BundleError, UserError, AudioError, DataError: nothing was written; the person's old projector stays.
     """
@@ -83,16 +86,25 @@ def personalise(bundle_path: Path, utterances: list, user: str, users: Path, eff
     with Assistant.load(bundle, threads=effort.threads) as assistant:
         check_transcripts(assistant, training + test)
         before = evaluate(assistant, test, quiet=quiet)
-        trained = _train(assistant, load_projector(bundle, bundle.graph("projector")), training, work, effort, quiet)
-        summary = {k: trained.record[k] for k in ("steps", "train_seconds", "utterances")}
+        start = load_projector(bundle, _own_or_general(bundle, user, users))
+        trained = _train(assistant, start, training, work, effort, quiet)
+        summary = {k: trained.record[k] for k in ("steps", "train_seconds", "utterances", "improved")}
         write_user(bundle, folder, trained.weights, trained.record)
-        shutil.rmtree(work, ignore_errors=True)
+        (work / "state.safetensors").unlink(missing_ok=True)  # the features stay for the next time
         assistant.swap_projector(bundle.projector(user, users))
         after = evaluate(assistant, test, quiet=quiet)
     result = {"user": user, "path": str(folder), **summary, "backend": assistant.backend, "n_test": after.n}
     for name in ("rouge1", "rougeL", "wer", "cer"):
         result |= {f"{name}_before": getattr(before, name), f"{name}_after": getattr(after, name)}
     return result | {"rougeL_chance": after.rougeL_chance}, before, after
+
+
+def _own_or_general(bundle, user: str, users: Path) -> Path:
+    """The projector to go on from: the person's, where there is a sound one for this LLM."""
+    try:
+        return bundle.projector(user, users)
+    except UserError:
+        return bundle.graph("projector")
 
 
 def _open(path: Path, threads: int | None):
@@ -109,15 +121,19 @@ def _train(assistant, projector, utterances: list, work: Path, effort: Effort, q
     from tiny_align.align.feature_cache import cached_features
     from tiny_align.align.train import Trainer, TrainOptions
 
-    chosen = {name: getattr(effort, name) for name in ("objective", "steps", "max_seconds", "seed")}
+    chosen = {name: getattr(effort, name) for name in ("steps", "max_seconds", "seed")}
+    chosen["objective"] = effort.objective or default_for(projector.config.soft_tokens)
+    check(chosen["objective"], projector.config.soft_tokens)
     options = TrainOptions(**{k: v for k, v in chosen.items() if v is not None})
+    objective = make(options, embedding_table(assistant), assistant.bundle.manifest.readout.scale)
     began = time.perf_counter()
     takes = [
         cached_features(assistant, utterances, work / "features", quiet, variation=k) for k in range(VARIATIONS + 1)
     ]
     examples = [make_example(assistant.llm, u.text, *t) for u, t in zip(utterances, zip(*takes))]
     encode_seconds = time.perf_counter() - began
-    trained = Trainer(projector, examples, embedding_table(assistant), options, work).run(quiet)
+    silence = quiet_examples(assistant, SILENCES, options.seed) if options.objective == "ctc" else []
+    trained = Trainer(projector, examples, objective, options, work, silence).run(quiet)
     trained.record["encode_seconds"] = encode_seconds
     trained.record["train_seconds"] += encode_seconds  # what the person waits
     return trained
@@ -131,6 +147,19 @@ def make_example(llm, text: str, features, *variations):
     return Example(features, tokens, [len(llm.tokenizer.decode([t]).strip()) for t in tokens], variations)
 
 
+def quiet_examples(assistant, n: int, seed: int) -> list:
+    """`n` sounds in which nothing is said, as utterances without a word."""
+    import numpy as np
+
+    from tiny_align.align.silence import nothing_said
+    from tiny_align.align.train import Example
+
+    rng = np.random.default_rng(seed)
+    return [Example(assistant.features(nothing_said(rng, assistant.sample_rate)), [], []) for _ in range(n)]
+
+
 def embedding_table(assistant):
     """(V, D) float32: what the LLM sees for every token."""
-    return assistant.llm.embed(range(assistant.llm.spec.vocabulary))
+    import torch
+
+    return torch.from_numpy(assistant.llm.table)

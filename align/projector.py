@@ -1,28 +1,39 @@
-"""BridgeFormer, the projector: encoder features -> soft tokens in the LLM's embedding space.
+"""The projectors: encoder features -> soft tokens in the LLM's embedding space.
 
-After Tiny-Align (arXiv 2411.13766): input MLP, transformer-encoder layers without positional encoding (the
-features already carry time), adaptive pooling to a fixed number of soft tokens, output MLP. The paper's sizes
-are not public; these are ours. It knows nothing of objectives or training.
+BridgeFormer after Tiny-Align (arXiv 2411.13766): input MLP, transformer-encoder layers without positional encoding
+(the features already carry time), adaptive pooling to a fixed number of soft tokens, output MLP. The paper's
+sizes are not public; these are ours. A transformer with positions, an MLP and a linear map are there to compare with.
+
+With `soft_tokens` a projector pools to so many; without, it gives one vector per pair of frames and a blank's logit,
+which the runtime collapses (runtime/readout.py). It knows nothing of objectives or training.
 """
 
+import math
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+STACK = 2  # encoder frames per vector where nothing is pooled
+
 
 @dataclass(frozen=True)
-class BridgeFormerConfig:
-    """Sizes, stored in the bundle's manifest under `projector`."""
+class ProjectorConfig:
+    """Class and sizes, stored in the bundle's manifest under `projector`."""
 
     feature_size: int  # Da
     embedding_size: int  # D
-    soft_tokens: int = 32  # T
-    hidden_size: int = 256
+    soft_tokens: int | None = None  # T; None: length follows the speech
+    hidden_size: int = 256  # C
     n_layers: int = 2
     n_heads: int = 4
     kind: str = "bridgeformer"
+
+    @property
+    def output_size(self) -> int:
+        """D, and the blank's logit where nothing is pooled."""
+        return self.embedding_size if self.soft_tokens else self.embedding_size + 1
 
 
 def pooling_weights(n_frames: Tensor, longest: int, soft_tokens: int) -> Tensor:
@@ -36,6 +47,13 @@ def pooling_weights(n_frames: Tensor, longest: int, soft_tokens: int) -> Tensor:
     width = n_frames.to(torch.float32)[:, None, None] / soft_tokens  # (B, 1, 1)
     overlap = torch.minimum(frames + 1, (spans + 1) * width) - torch.maximum(frames, spans * width)
     return overlap.clamp(min=0) / width  # (B, T, N)
+
+
+def sinusoids(longest: int, size: int, device=None) -> Tensor:
+    """(N, C) sine and cosine positions (arXiv 1706.03762)."""
+    rates = torch.exp(torch.arange(0, size, 2, device=device) * (-math.log(10_000.0) / size))
+    angles = torch.arange(longest, device=device)[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 class Block(nn.Module):
@@ -59,50 +77,97 @@ class Block(nn.Module):
 
 class BridgeFormer(nn.Module):
     """
-    | stage      | shape               |
-    |------------|---------------------|
-    | features   | (B, N, Da)          |
-    | input MLP  | (B, N, C)           |
-    | layers     | (B, N, C)           |
-    | pooling    | (B, T, C)           |
-    | output MLP | (B, T, D)           |
+    | stage           | pooled    | not pooled     |
+    |-----------------|-----------|----------------|
+    | features        | (B, N, Da) | (B, N, Da)    |
+    | input MLP       | (B, N, C) | (B, N, C)      |
+    | stacking        |           | (B, N/2, C)    |
+    | layers          | (B, N, C) | (B, N/2, C)    |
+    | pooling         | (B, T, C) |                |
+    | output MLP      | (B, T, D) | (B, N/2, D + 1) |
     """
 
-    def __init__(self, config: BridgeFormerConfig):
+    def __init__(self, config: ProjectorConfig):
         super().__init__()
         self.config = config
         size = config.hidden_size
-        self.enter = nn.Sequential(
-            nn.LayerNorm(config.feature_size), nn.Linear(config.feature_size, size), nn.GELU(), nn.Linear(size, size)
+        self.enter = self._enter()
+        self.stack = None if config.soft_tokens else nn.Conv1d(size, size, STACK, stride=STACK)
+        self.layers = nn.ModuleList(Block(size, config.n_heads) for _ in range(self._n_layers()))
+        self.leave = self._leave()
+
+    def _enter(self) -> nn.Module:
+        da, size = self.config.feature_size, self.config.hidden_size
+        return nn.Sequential(nn.LayerNorm(da), nn.Linear(da, size), nn.GELU(), nn.Linear(size, size))
+
+    def _n_layers(self) -> int:
+        return self.config.n_layers
+
+    def _leave(self) -> nn.Module:
+        size = self.config.hidden_size
+        return nn.Sequential(
+            nn.LayerNorm(size), nn.Linear(size, 2 * size), nn.GELU(), nn.Linear(2 * size, self.config.output_size)
         )
-        self.layers = nn.ModuleList(Block(size, config.n_heads) for _ in range(config.n_layers))
-        self.leave = nn.Sequential(
-            nn.LayerNorm(size), nn.Linear(size, 2 * size), nn.GELU(), nn.Linear(2 * size, config.embedding_size)
-        )
+
+    def _place(self, x: Tensor) -> Tensor:
+        """What a vector knows of its place before the layers: nothing here."""
+        return x
+
+    def output_lengths(self, n_frames: Tensor) -> Tensor:
+        """(B,) frame counts -> (B,) how many vectors come out."""
+        return torch.full_like(n_frames, self.config.soft_tokens) if self.config.soft_tokens else n_frames // STACK
 
     def forward(self, features: Tensor, n_frames: Tensor | None = None) -> Tensor:
-        """(B, N, Da) and, where the batch is padded, (B,) frame counts -> (B, T, D)."""
-        mask = None
-        if n_frames is None:
-            n_frames = torch.full((features.shape[0],), features.shape[1])
-        else:
-            mask = (torch.arange(features.shape[1]) < n_frames[:, None])[:, None, None, :]  # (B, 1, 1, N)
+        """(B, N, Da) and, where the batch is padded, (B,) frame counts -> (B, T, D) or (B, N/2, D + 1)."""
         x = self.enter(features)
+        if self.stack is not None:
+            x = self.stack(x.transpose(1, 2)).transpose(1, 2)
+        mask, longest = None, x.shape[1]
+        if n_frames is not None:
+            counts = n_frames // STACK if self.stack is not None else n_frames
+            mask = (torch.arange(longest, device=x.device) < counts[:, None])[:, None, None, :]  # (B, 1, 1, N)
+        elif self.config.soft_tokens:
+            n_frames = torch.full((features.shape[0],), features.shape[1], device=x.device)
+        x = self._place(x)
         for layer in self.layers:
             x = layer(x, mask)
-        pooled = pooling_weights(n_frames, features.shape[1], self.config.soft_tokens) @ x  # (B, T, C)
-        return self.leave(pooled)
+        if self.config.soft_tokens:
+            x = pooling_weights(n_frames, longest, self.config.soft_tokens) @ x  # (B, T, C)
+        return self.leave(x)
 
 
-PROJECTORS = {"bridgeformer": (BridgeFormer, BridgeFormerConfig)}
+class Transformer(BridgeFormer):
+    """BridgeFormer with sinusoidal positions: what others use between encoder and LLM."""
+
+    def _place(self, x: Tensor) -> Tensor:
+        return x + sinusoids(x.shape[1], x.shape[2], x.device)
 
 
-def build_projector(config: dict) -> nn.Module:
+class Mlp(BridgeFormer):
+    """BridgeFormer without its layers: every vector is read alone."""
+
+    def _n_layers(self) -> int:
+        return 0
+
+
+class Linear(Mlp):
+    """Linear maps only."""
+
+    def _enter(self) -> nn.Module:
+        return nn.Linear(self.config.feature_size, self.config.hidden_size)
+
+    def _leave(self) -> nn.Module:
+        return nn.Linear(self.config.hidden_size, self.config.output_size)
+
+
+PROJECTORS = {"bridgeformer": BridgeFormer, "transformer": Transformer, "mlp": Mlp, "linear": Linear}
+
+
+def build_projector(config: dict) -> BridgeFormer:
     """The untrained projector of a manifest's `projector` entry."""
     if config.get("kind") not in PROJECTORS:
         raise ValueError(f"unknown projector {config.get('kind')!r}: choose one of {', '.join(PROJECTORS)}")
-    network, configuration = PROJECTORS[config["kind"]]
-    return network(configuration(**config))
+    return PROJECTORS[config["kind"]](ProjectorConfig(**config))
 
 
 def config_of(projector: nn.Module) -> dict:

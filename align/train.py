@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import time
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +19,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from tiny_align.align.embedlink import aligned_places, cast_places, embedlink_loss, pair_costs
 from tiny_align.runtime.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -28,13 +28,13 @@ log = logging.getLogger(__name__)
 class TrainOptions:
     """How to train; the defaults suit one person's hundred utterances on one CPU core."""
 
-    objective: str = "aligned"  # one of align.OBJECTIVES
+    objective: str = "ctc"  # one of align.objectives.FRAMED and POOLED
     flat_start: int = 0  # steps before "aligned" trusts the projector's own output; a general one is trained from 500
     steps: int = 600
     batch: int = 16
     rate: float = 6e-4
     warmup: int = 20
-    weight_decay: float = 1e-2
+    weight_decay: float = 1e-2  # towards the weights the training began with, so that nobody else is forgotten
     seed: int = 0
     held_out: float = 0.12  # share of the utterances for early stopping
     check_every: int = 25  # steps
@@ -51,6 +51,7 @@ class Example:
     tokens: list[int]
     token_lengths: list[int]  # letters
     variations: tuple[np.ndarray, ...] = ()  # features of the same words said differently; training only
+    answer: tuple[int, ...] = ()  # the LLM's typed answer, end token included; for "end-to-end" only
 
     def take(self, rng: np.random.Generator | None) -> Tensor:
         """(N, Da): the recording itself or, with `rng`, one of its variations too."""
@@ -69,21 +70,29 @@ class Trained:
 class Trainer:
     """One projector, one set of examples, one optimiser; `run` trains to the end or to early stopping."""
 
-    def __init__(self, projector, examples: list[Example], table: np.ndarray, options: TrainOptions, work: Path | None):
-        self.projector, self.options, self.work = projector, options, work
-        self.table = torch.from_numpy(np.asarray(table, np.float32))  # (V, D)
-        self.variance = float(self.table.var())
-        order = np.random.default_rng(options.seed).permutation(len(examples))
-        n_held = max(1, round(len(examples) * options.held_out)) if len(examples) > 4 else 0
-        self.held = [examples[i] for i in order[:n_held]]
-        self.used = [examples[i] for i in order[n_held:]]
-        self.fingerprint = _fingerprint(projector, examples, table, options)
-        self.optimiser = torch.optim.AdamW(projector.parameters(), options.rate, weight_decay=options.weight_decay)
+    def __init__(
+        self,
+        projector,
+        examples: list[Example],
+        objective,
+        options: TrainOptions,
+        work: Path | None,
+        silence: list[Example] = (),
+    ):
+        """`silence`: utterances without a word; trained on, never held out."""
+        self.projector, self.objective, self.options, self.work = projector, objective, options, work
+        self.held, self.used = held_out(examples, options.held_out)
+        self.n_utterances, self.used = len(examples), self.used + list(silence)
+        self.fingerprint = _fingerprint(projector, self.held + self.used, objective.table, options)
+        self.start = [p.detach().clone() for p in projector.parameters()]
+        self.optimiser = torch.optim.AdamW(projector.parameters(), options.rate, weight_decay=0.0)
         self.step, self.curve, self.spent_s = 0, [], 0.0
         self.best_loss, self.best, self.since_best = float("inf"), None, 0
 
     def run(self, quiet: bool = False) -> Trained:
         self._resume()
+        if not self.curve:
+            self._check(None)  # what is to be improved on
         began = time.perf_counter() - self.spent_s
         bar = tqdm(total=self.options.steps, initial=self.step, desc="align", disable=quiet, mininterval=0.5)
         while not self._finished():
@@ -96,8 +105,9 @@ class Trainer:
                 bar.set_postfix(loss=f"{loss:.3f}", held_out=f"{self.curve[-1]['held_out']:.3f}")
         bar.close()
         record = {"steps": self.step, "train_seconds": self.spent_s, "best_loss": self.best_loss}
-        record |= {"utterances": len(self.used) + len(self.held), "options": asdict(self.options), "curve": self.curve}
-        return Trained(self.best or _weights(self.projector), record)
+        record |= {"improved": self.best_loss < self.curve[0]["held_out"]}
+        record |= {"utterances": self.n_utterances, "options": asdict(self.options), "curve": self.curve}
+        return Trained(self.best, record)
 
     def _finished(self) -> bool:
         out_of_time = self.spent_s > self.options.max_seconds
@@ -119,33 +129,27 @@ class Trainer:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.projector.parameters(), 1.0)
         self.optimiser.step()
+        with torch.no_grad():
+            for now, start in zip(self.projector.parameters(), self.start):
+                now.lerp_(start, self._rate() * self.options.weight_decay)
         return loss.item()
 
     def _loss(self, examples: list[Example], rng: np.random.Generator | None = None) -> Tensor:
-        """EmbedLink's loss; with `rng`, which every step has of its own, a share of the frames is hidden."""
+        """The objective's loss; with `rng`, which every step has of its own, a share of the frames is hidden."""
         takes = [e.take(rng) for e in examples]
         n_frames = torch.tensor([len(take) for take in takes])
         features = torch.nn.utils.rnn.pad_sequence(takes, batch_first=True)
         if rng:
             seen = torch.from_numpy(rng.random(features.shape[:2]) >= self.options.hide)  # (B, N)
             features = features * seen.unsqueeze(-1)
-        soft_tokens = self.projector(features, n_frames)  # (B, T, D)
-        targets = torch.stack([self._targets(e, soft) for e, soft in zip(examples, soft_tokens.detach())])
-        return embedlink_loss(soft_tokens, targets, self.variance)
-
-    def _targets(self, example: Example, soft_tokens: Tensor) -> Tensor:
-        """The transcript's embeddings, placed as the objective says: (T, D)."""
-        tokens = self.table[torch.tensor(example.tokens)]  # (L, D)
-        aligning = self.options.objective == "aligned" and self.step >= self.options.flat_start
-        if aligning and len(tokens) <= len(soft_tokens):
-            return tokens[aligned_places(pair_costs(soft_tokens, tokens, self.variance).numpy())]
-        return tokens[cast_places(example.token_lengths, len(soft_tokens))]
+        outputs = self.projector(features, n_frames)
+        return self.objective(outputs, self.projector.output_lengths(n_frames), examples, self.step)
 
     @torch.no_grad()
-    def _check(self, loss: float) -> None:
+    def _check(self, loss: float | None) -> None:
         """Held-out loss, the best weights so far, and the state on disk."""
         self.projector.eval()
-        held = self._loss(self.held).item() if self.held else loss
+        held = self._loss(self.held or self.used).item()
         if not np.isfinite(held):
             raise DataError(f"the training diverged: its loss is {held} after {self.step} steps. Check the recordings")
         self.curve.append({"step": self.step, "seconds": round(self.spent_s, 2), "loss": loss, "held_out": held})
@@ -181,6 +185,15 @@ class Trainer:
             setattr(self, name, value)
 
 
+def held_out(examples: list[Example], share: float) -> tuple[list[Example], list[Example]]:
+    """(held out, used): which is which depends on the recording alone, so that it stays so when others are added."""
+    if len(examples) < 5:
+        return [], list(examples)
+    lots = [zlib.crc32(e.features.tobytes()) / 2**32 for e in examples]
+    edge = max(share, min(lots))  # one at least
+    return [e for e, lot in zip(examples, lots) if lot <= edge], [e for e, lot in zip(examples, lots) if lot > edge]
+
+
 def _weights(projector) -> dict[str, Tensor]:
     return {k: v.detach().clone() for k, v in projector.state_dict().items()}
 
@@ -200,14 +213,14 @@ def _read_state(path: Path) -> tuple[dict, dict[str, Tensor]]:
         return {}, {}
 
 
-def _fingerprint(projector, examples: list[Example], table: np.ndarray, options: TrainOptions) -> str:
+def _fingerprint(projector, examples: list[Example], table: Tensor, options: TrainOptions) -> str:
     """Identifies a training: start weights, examples, targets and options. Another one must not be resumed."""
     digest = hashlib.sha256(repr(options).encode())
-    digest.update(np.ascontiguousarray(table).tobytes())
+    digest.update(table.detach().contiguous().numpy().tobytes())
     for value in projector.state_dict().values():
         digest.update(value.detach().numpy().tobytes())
     for example in examples:
         for take in (example.features, *example.variations):
             digest.update(take.tobytes())
-        digest.update(repr((example.tokens, example.token_lengths)).encode())
+        digest.update(repr((example.tokens, example.token_lengths, example.answer)).encode())
     return digest.hexdigest()

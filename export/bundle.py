@@ -30,6 +30,7 @@ from tiny_align.runtime.bundle import (
 from tiny_align.runtime.errors import TinyAlignError
 from tiny_align.runtime.features import FrontEnd
 from tiny_align.runtime.files import sha256, written_folder
+from tiny_align.runtime.readout import Readout, ctc_scale
 
 ENCODERS = ("parakeet_ctc", "parakeet_encoder")
 LLMS = ("llama",)
@@ -49,8 +50,9 @@ class ExportOptions:
     instruction: str = "Answer the user."
     repeat_instruction: str = "Repeat what the user says."
     max_context: int = 256
-    soft_tokens: int = 32
-    merge_cosine: float | None = 0.85
+    projector_kind: str = "bridgeformer"  # one of align.projector.PROJECTORS
+    soft_tokens: int | None = None  # the projector pools to so many; None: length follows the speech
+    merge_cosine: float | None = 0.85  # where it pools, see runtime/readout.py
     seed: int = 0
 
 
@@ -108,7 +110,7 @@ def _write(folder: Path, options, encoder, front_end, llm, tokenizer, projector,
             "past": (0, min(48, context), context),
         },
         embeddings_sha256=sha256(folder / "token_embeddings.npy"),
-        merge_cosine=options.merge_cosine,
+        readout=make_readout(options, table),
         files={},
     )
 
@@ -231,16 +233,18 @@ def _pretrained(kind, path: str, **options):
 
 
 def make_projector(encoder, llm, options: ExportOptions):
-    """A BridgeFormer between the two, with the weights of `options.projector` or random ones."""
+    """A projector between the two, with the weights of `options.projector` or random ones."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from tiny_align.align.projector import BridgeFormer, BridgeFormerConfig
+    from tiny_align.align.projector import build_projector
 
     torch.manual_seed(options.seed)
     sizes = {"feature_size": encoder.feature_size, "embedding_size": llm.config.hidden_size}
-    projector = BridgeFormer(BridgeFormerConfig(**sizes, soft_tokens=options.soft_tokens)).eval()
+    projector = build_projector(
+        {**sizes, "soft_tokens": options.soft_tokens, "kind": options.projector_kind}
+    ).eval()
     if options.projector:
         try:
             projector.load_state_dict(load_file(options.projector))
@@ -250,6 +254,12 @@ def make_projector(encoder, llm, options: ExportOptions):
         for value in projector.parameters():  # no two parameters alike, so that each is found in the graph
             value.data += torch.randn_like(value) * 1e-4
     return projector
+
+
+def make_readout(options: ExportOptions, table: np.ndarray) -> Readout:
+    if options.soft_tokens:
+        return Readout("pooled", merge_cosine=options.merge_cosine)
+    return Readout("ctc", scale=ctc_scale(table))
 
 
 def llm_spec(llm, tokenizer, max_context: int) -> LlmSpec:

@@ -16,6 +16,7 @@ def add_arguments(parser) -> None:
     )
     parser.add_argument("--llm", required=True, help="folder or hub id of the LLM")
     parser.add_argument("--projector", help="safetensors file of a trained projector (default: an untrained one)")
+    parser.add_argument("--soft-tokens", type=int, help="pool to so many, as the paper does (default: as many as said)")
     parser.add_argument("--out", type=Path, required=True, help="the bundle's folder")
     parser.add_argument("--precision", choices=("int4", "fp32"), default="int4", help="of the LLM's weights")
     parser.add_argument("--name", help="the bundle's name (default: the folder's)")
@@ -25,7 +26,7 @@ def add_arguments(parser) -> None:
 def run(args) -> dict:
     from tiny_align.export.bundle import ExportOptions, export_bundle
 
-    names = ("encoder", "encoder_layers", "llm", "projector", "precision", "max_context")
+    names = ("encoder", "encoder_layers", "llm", "projector", "precision", "max_context", "soft_tokens")
     options = ExportOptions(
         **{n: getattr(args, n) for n in names},
         name=args.name or args.out.name,

@@ -97,7 +97,7 @@ def encoder_graph(encoder: LayeredEncoder) -> Graph:
 
 
 def projector_graph(projector) -> Graph:
-    """features (1, features, Da) -> soft_tokens (1, T, D)."""
+    """features (1, features, Da) -> soft_tokens (1, T, D), or (1, moments, D + 1) where nothing is pooled."""
     config = projector.config
     example = torch.randn(1, EXAMPLE_FRAMES, config.feature_size)
     shapes = {"features": {1: torch.export.Dim("n", min=2, max=4096)}}
@@ -111,7 +111,7 @@ def projector_graph(projector) -> Graph:
         verbose=False,
     ).model
     inputs = (TensorSpec("features", "float32", (1, "features", config.feature_size)),)
-    outputs = (TensorSpec("soft_tokens", "float32", (1, config.soft_tokens, config.embedding_size)),)
+    outputs = (TensorSpec("soft_tokens", "float32", (1, config.soft_tokens or "moments", config.output_size)),)
     return Graph(program, inputs, outputs)
 
 

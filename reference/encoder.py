@@ -9,9 +9,10 @@ every step augments it anew (augment.py). Resumable: run the same command again.
 import argparse
 import functools
 import json
-import math
 import multiprocessing
+import os
 import random
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -26,7 +27,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz' "
 BLANK = len(LETTERS)
 FRONT_END = FrontEnd(floor_db=60.0, trim_share=0.2)
 N_SPEECH = 24_000  # recordings
-N_SHARDS = 2  # each shard has random voices of its own
+N_SHARDS = 6  # each shard has 200 random voices of its own
 
 
 def encode_letters(text: str) -> list[int]:
@@ -80,8 +81,8 @@ def speak(work: Path, n: int) -> list[tuple[np.ndarray, str]]:
     """The training speech as (log-mel (T, M) float16, text), synthesised unless it lies in `work`."""
     work.mkdir(parents=True, exist_ok=True)
     jobs = [(i, n // N_SHARDS, work / f"speech{i}-{n}.npy") for i in range(N_SHARDS)]
-    with multiprocessing.Pool(N_SHARDS) as pool:
-        pool.map(_speak_shard, [job for job in jobs if not job[2].exists()])
+    with multiprocessing.Pool(os.cpu_count(), maxtasksperchild=1) as pool:  # one synthesiser per process
+        pool.map(_speak_shard, [job for job in jobs if not job[2].exists()], chunksize=1)
     out = []
     for _, _, path in jobs:
         meta, mels = json.loads(path.with_suffix(".json").read_text()), np.load(path, mmap_mode="r")
@@ -194,6 +195,14 @@ def check_sets(n: int = 40) -> dict[str, tuple[list[np.ndarray], list[str]]]:
     return sets | {v: ([flite(t, v) for t in texts], texts) for v in HELD_OUT_VOICES if v != "kal"}
 
 
+def rate_at(step: int, steps: int, warmup: int = 300, decay: float = 0.25) -> float:
+    """Share of the peak rate: rises, stays, and falls to nothing over the last `decay` of the steps.
+
+    A checkpoint from before the fall (encoder-stable.pt) can go on to any larger number of steps.
+    """
+    return min(1.0, step / warmup, max(0.0, (steps - step) / (decay * steps)))
+
+
 def train(work: Path, out: Path, steps: int, batch: int, n_speech: int, seed: int, rate: float) -> dict:
     import torch
 
@@ -205,9 +214,7 @@ def train(work: Path, out: Path, steps: int, batch: int, n_speech: int, seed: in
     model = build_model()
     _speed_up(model)
     optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-2, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda i: min(1.0, i / 300) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, i / steps))))
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, functools.partial(rate_at, steps=steps))
     checkpoint, done, log = work / "encoder.pt", 0, []
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
@@ -230,7 +237,7 @@ def train(work: Path, out: Path, steps: int, batch: int, n_speech: int, seed: in
         optimiser.step()
         schedule.step()
         bar.set_postfix(loss=f"{float(loss.detach()):.3f}", refresh=False)
-        if (step + 1) % 250 == 0 or step + 1 == steps:
+        if (step + 1) % 500 == 0 or step + 1 == steps:
             row = {"step": step + 1, "loss": round(float(loss.detach()), 3), "seconds": round(time.monotonic() - began)}
             row |= {name: round(letter_error(model, *check), 3) for name, check in checks.items()}
             log.append(row)
@@ -239,6 +246,8 @@ def train(work: Path, out: Path, steps: int, batch: int, n_speech: int, seed: in
             state |= {"schedule": schedule.state_dict(), "step": step + 1}
             torch.save(state, checkpoint.with_suffix(".partial"))
             checkpoint.with_suffix(".partial").replace(checkpoint)
+            if rate_at(step + 1, steps) == 1.0:
+                shutil.copyfile(checkpoint, work / "encoder-stable.pt")
             model.save_pretrained(out)
             save_front_end(out)
     return {"steps": steps, "parameters": sum(p.numel() for p in model.parameters()), "log": log}
@@ -248,11 +257,11 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("work"))
     parser.add_argument("--out", type=Path, default=Path("reference/weights/encoder"))
-    parser.add_argument("--steps", type=int, default=2100)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--speech", type=int, default=N_SPEECH, help="recordings to synthesise")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate")
     args = parser.parse_args(argv)
     report = train(args.work, args.out, args.steps, args.batch, args.speech, args.seed, args.rate)
     (args.out / "training.json").write_text(json.dumps(vars(args) | report, indent=1, default=str) + "\n")

@@ -57,7 +57,8 @@ def _speak(assistant: Assistant, work: Path, n: int, seed: int) -> tuple[list[np
 def train(bundle_path: Path, out: Path, work: Path, n: int, steps: int, seed: int, objective: str) -> dict:
     from safetensors.torch import save_file
 
-    from tiny_align.align.personalise import embedding_table, make_example
+    from tiny_align.align.objectives import make
+    from tiny_align.align.personalise import embedding_table, make_example, quiet_examples
     from tiny_align.align.train import Trainer, TrainOptions
     from tiny_align.align.users import data_file, load_projector, write_weights
 
@@ -80,7 +81,9 @@ def train(bundle_path: Path, out: Path, work: Path, n: int, steps: int, seed: in
         features, texts = spoken_features(assistant, work, n, seed)
         examples = [make_example(assistant.llm, t, f) for f, t in zip(features, texts)]
         projector = load_projector(bundle, bundle.graph("projector"))
-        trained = Trainer(projector, examples, embedding_table(assistant), options, state).run()
+        target = make(options, embedding_table(assistant), bundle.manifest.readout.scale)
+        silence = quiet_examples(assistant, n // 20, seed)
+        trained = Trainer(projector, examples, target, options, state, silence).run()
     save_file(trained.weights, out)
     write_weights(bundle.path / data_file(bundle), bundle.manifest, trained.weights)
     write_manifest(bundle.path, bundle.manifest)
@@ -95,7 +98,7 @@ def main(argv=None) -> int:
     parser.add_argument("--utterances", type=int, default=8000)
     parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--objective", default="aligned")
+    parser.add_argument("--objective", default="ctc")
     args = parser.parse_args(argv)
     record = train(args.bundle, args.out, args.work, args.utterances, args.steps, args.seed, args.objective)
     report = vars(args) | record

@@ -16,14 +16,15 @@ from tiny_align.runtime.backend import load_runner
 from tiny_align.runtime.bundle import Bundle
 from tiny_align.runtime.errors import AudioError, TinyAlignError
 from tiny_align.runtime.llm import Decoding, LanguageModel, TextStream
+from tiny_align.runtime.readout import collapse, merge_similar
 
 
 @dataclass(frozen=True)
 class Event:
-    """A piece of an answer."""
+    """A piece of an answer or, as the only one, that nothing was heard."""
 
     text: str  # what this token adds to the answer; may be empty
-    token: int
+    token: int | None  # None: no word was heard, so there is no answer
     elapsed_s: float  # since the speech (or the text) was complete
 
 
@@ -36,6 +37,7 @@ class Answer:
     ttft_s: float  # end of speech -> first token
     seconds: float  # end of speech -> last token
     audio_s: float
+    heard: bool = True  # whether there was a word to answer
 
     @property
     def rtf(self) -> float:
@@ -53,7 +55,7 @@ class Assistant:
         self.bundle, self.backend, self._threads = bundle, backend, threads
         self._encoder, self._projector, self._llm_runner = encoder, projector, llm
         self.llm = LanguageModel(bundle, llm)
-        self._front_end = bundle.manifest.front_end
+        self._front_end, self._readout = bundle.manifest.front_end, bundle.manifest.readout
         self.sample_rate = self._front_end.sample_rate  # Hz
 
     @property
@@ -105,9 +107,11 @@ class Assistant:
         return self._encoder({"input_features": np.ascontiguousarray(mel[None])})["features"][0]
 
     def soft_tokens(self, features: np.ndarray) -> np.ndarray:
-        """(N, Da) -> (T', D) float32 in the LLM's embedding space, T' <= T after merging."""
-        soft_tokens = self._projector({"features": features[None]})["soft_tokens"][0]
-        return merge_similar(soft_tokens, self.bundle.manifest.merge_cosine)
+        """(N, Da) -> (T', D) float32 in the LLM's embedding space; no row where no word was heard."""
+        out = self._projector({"features": features[None]})["soft_tokens"][0]
+        if self._readout.kind == "ctc":
+            return collapse(out, self.llm.table, self._readout.scale)
+        return merge_similar(out, self._readout.merge_cosine)
 
     def swap_projector(self, path: Path) -> None:
         """Use another person's projector graph from the next utterance on."""
@@ -118,7 +122,7 @@ class Assistant:
     def stream(
         self, audio: np.ndarray, instruction: str | None = None, decoding: Decoding = Decoding()
     ) -> Iterator[Event]:
-        """Answer speech: (S,) float32 mono at `sample_rate` -> events, one per token."""
+        """Answer speech: (S,) float32 mono at `sample_rate` -> events, one per token; one if nothing was heard."""
         began = time.perf_counter()
         yield from self._events(self.soft_tokens(self.features(audio)), instruction, decoding, began)
 
@@ -130,6 +134,9 @@ class Assistant:
         yield from self._events(self.llm.embed(self.llm.encode_words(text)), instruction, decoding, began)
 
     def _events(self, speech: np.ndarray, instruction, decoding: Decoding, began: float) -> Iterator[Event]:
+        if not len(speech):
+            yield Event("", None, time.perf_counter() - began)
+            return
         pieces = TextStream(self.llm.tokenizer)
         for token in self.llm.generate(self.llm.assemble(speech, instruction), decoding):
             yield Event(pieces.push(token), token, time.perf_counter() - began)
@@ -165,25 +172,14 @@ class Assistant:
         self.close()
 
 
-def merge_similar(soft_tokens: np.ndarray, cosine: float | None) -> np.ndarray:
-    """(T, D) -> (T', D): runs of neighbours more alike than `cosine` become their mean.
-
-    A word that takes four of the projector's T places is one token to the LLM, as it is in text.
-    """
-    if cosine is None or len(soft_tokens) < 2:
-        return soft_tokens
-    unit = soft_tokens / np.linalg.norm(soft_tokens, axis=1, keepdims=True).clip(1e-9)
-    starts = np.flatnonzero(np.concatenate([[True], (unit[1:] * unit[:-1]).sum(axis=1) < cosine]))
-    lengths = np.diff([*starts, len(soft_tokens)])
-    return np.add.reduceat(soft_tokens, starts, axis=0) / lengths[:, None].astype(np.float32)
-
-
 def collect(events: Iterator[Event], audio_s: float) -> Answer:
     """A whole answer from its events; an answer without a token took until the generator ended."""
     began, got = time.perf_counter(), list(events)
     seconds = got[-1].elapsed_s if got else time.perf_counter() - began
     text = "".join(e.text for e in got).strip()
-    return Answer(text, tuple(e.token for e in got), got[0].elapsed_s if got else seconds, seconds, audio_s)
+    tokens = tuple(e.token for e in got if e.token is not None)
+    heard = not got or got[0].token is not None
+    return Answer(text, tokens, got[0].elapsed_s if got else seconds, seconds, audio_s, heard)
 
 
 class Session:

@@ -13,6 +13,7 @@ from pathlib import Path, PureWindowsPath
 from tiny_align.runtime.errors import BundleError, UserError
 from tiny_align.runtime.features import FrontEnd
 from tiny_align.runtime.files import sha256, write_json
+from tiny_align.runtime.readout import Readout
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -101,7 +102,7 @@ class Manifest:
     graphs: dict[str, GraphSpec]  # "encoder", "projector", "llm"
     dims: dict[str, tuple[int, int, int]]  # least, usual and greatest value of each dynamic dimension
     embeddings_sha256: str  # the LLM's embedding table; a projector is bound to it
-    merge_cosine: float | None  # neighbouring soft tokens more alike than this become one; None: they stay
+    readout: Readout  # how the projector's output becomes soft tokens
     files: dict[str, str]  # every file of the bundle but this one -> SHA-256
     schema: int = SCHEMA
 
@@ -115,6 +116,7 @@ class Manifest:
             "encoder": EncoderSpec(**value["encoder"]),
             "llm": LlmSpec(**{**value["llm"], "end_tokens": tuple(value["llm"]["end_tokens"])}),
             "prompt": PromptSpec(**value["prompt"]),
+            "readout": Readout(**value["readout"]),
             "projector_weights": tuple(
                 WeightSpec(w["parameter"], w["offset"], tuple(w["shape"]), w["transposed"])
                 for w in value["projector_weights"]

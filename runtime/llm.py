@@ -3,6 +3,7 @@
 The model holds no conversation: a `Cache` value does. Decoding is a generator of token ids.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -69,6 +70,11 @@ class LanguageModel:
                 "Write it in the characters the model knows"
             )
         return ids
+
+    @functools.cached_property
+    def table(self) -> np.ndarray:
+        """(V, D) float32: every token as the LLM sees it, in memory."""
+        return self.embed(range(self.spec.vocabulary))
 
     def embed(self, ids: list[int]) -> np.ndarray:
         """(T, D) float32 rows of the embedding table."""

@@ -4,9 +4,16 @@ import pytest
 import torch
 
 from tiny_align.align import projector as module
-from tiny_align.align.projector import BridgeFormer, BridgeFormerConfig, build_projector, config_of, pooling_weights
+from tiny_align.align.projector import (
+    PROJECTORS,
+    BridgeFormer,
+    ProjectorConfig,
+    build_projector,
+    config_of,
+    pooling_weights,
+)
 
-CONFIG = BridgeFormerConfig(feature_size=10, embedding_size=6, soft_tokens=5, hidden_size=16, n_layers=2, n_heads=4)
+CONFIG = ProjectorConfig(feature_size=10, embedding_size=6, soft_tokens=5, hidden_size=16, n_layers=2, n_heads=4)
 
 
 @pytest.fixture
@@ -99,6 +106,28 @@ def test_a_configuration_builds_the_same_projector_again(projector, features):
     again.load_state_dict(projector.state_dict())
     assert again.config == CONFIG
     assert torch.equal(again(features), projector(features))
+
+
+@pytest.fixture(params=PROJECTORS)
+def framed(request):
+    """Each kind, not pooled."""
+    torch.manual_seed(0)
+    return build_projector({**config_of(BridgeFormer(CONFIG)), "soft_tokens": None, "kind": request.param}).eval()
+
+
+def test_without_pooling_length_follows_the_speech(framed):
+    for n_frames in (2, 3, 13, 40):
+        frames = framed(torch.randn(1, n_frames, CONFIG.feature_size))
+        assert frames.shape == (1, n_frames // 2, CONFIG.embedding_size + 1)
+        assert framed.output_lengths(torch.tensor([n_frames])).tolist() == [frames.shape[1]]
+
+
+def test_a_padded_batch_that_is_not_pooled_is_its_rows_one_by_one(framed):
+    rows = [torch.randn(n, CONFIG.feature_size) for n in (13, 3, 8)]
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=50.0)
+    together = framed(padded, torch.tensor([len(row) for row in rows]))
+    for row, got in zip(rows, together):
+        assert difference(got[: len(row) // 2], framed(row[None])[0]) < 1e-5
 
 
 @pytest.mark.parametrize("config", [{"kind": "perceiver", "feature_size": 3}, {"feature_size": 3}])

@@ -10,22 +10,27 @@ import pytest
 import torch
 
 from tiny_align.align import train
-from tiny_align.align.embedlink import cast_places
-from tiny_align.align.projector import BridgeFormer, BridgeFormerConfig
+from tiny_align.align.objectives import make
+from tiny_align.align.objectives.paper import cast_places
+from tiny_align.align.projector import BridgeFormer, ProjectorConfig
 from tiny_align.align.train import Example, Trainer, TrainOptions
+from tiny_align.runtime.readout import collapse, ctc_scale
 
-CONFIG = BridgeFormerConfig(feature_size=12, embedding_size=16, soft_tokens=8, hidden_size=32, n_layers=1, n_heads=2)
+CONFIG = ProjectorConfig(feature_size=12, embedding_size=16, soft_tokens=8, hidden_size=32, n_layers=1, n_heads=2)
 VOCABULARY, FRAMES_PER_TOKEN, LETTERS = 20, 4, 3
 OPTIONS = TrainOptions("paper", steps=60, batch=8, rate=2e-3, warmup=5, check_every=15)
 OBJECTIVES = {  # as keywords of TrainOptions
+    "ctc": {"objective": "ctc"},
     "paper": {"objective": "paper"},
+    "paper padded": {"objective": "paper-padded"},
     "aligned": {"objective": "aligned", "flat_start": 0},
     "aligned after a flat start": {"objective": "aligned", "flat_start": 35},
 }
 each_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 RNG = np.random.default_rng(0)
 PATTERNS = RNG.normal(size=(VOCABULARY, CONFIG.feature_size)).astype(np.float32)
-TABLE = RNG.normal(size=(VOCABULARY, CONFIG.embedding_size)).astype(np.float32)
+TABLE = torch.from_numpy(RNG.normal(size=(VOCABULARY, CONFIG.embedding_size)).astype(np.float32))
+SCALE = ctc_scale(TABLE.numpy())
 
 
 def say(tokens, rng):
@@ -39,13 +44,14 @@ def sentences(n, seed=1):
     return [say(rng.integers(VOCABULARY, size=rng.integers(2, 7)).tolist(), rng) for _ in range(n)]
 
 
-def new_projector():
+def new_projector(objective="paper"):
     torch.manual_seed(0)
-    return BridgeFormer(CONFIG)
+    return BridgeFormer(replace(CONFIG, soft_tokens=None) if objective == "ctc" else CONFIG)
 
 
 def trainer(options=OPTIONS, work=None, examples=None, table=TABLE, kind=Trainer):
-    return kind(new_projector(), sentences(40) if examples is None else examples, table, options, work)
+    examples = sentences(40) if examples is None else examples
+    return kind(new_projector(options.objective), examples, make(options, table, SCALE), options, work)
 
 
 class Stopped(Trainer):
@@ -100,14 +106,22 @@ def without_seconds(curve):
     return [{k: v for k, v in entry.items() if k != "seconds"} for entry in curve]
 
 
-def nearest_token_accuracy(projector, examples):
-    """Share of places whose soft token lies nearest to the embedding of the token cast there."""
-    hits = []
+def wanted(objective, example):
+    """The tokens that belong at the soft tokens, as the objective places them."""
+    if objective in ("ctc", "paper-padded"):
+        return example.tokens
+    return np.array(example.tokens)[cast_places(example.token_lengths, CONFIG.soft_tokens)].tolist()
+
+
+def nearest_token_accuracy(projector, examples, objective):
+    """Share of places whose soft token lies nearest to the embedding of the token that belongs there."""
+    hits, table = [], TABLE.numpy()
     for example in examples:
-        soft_tokens = projector(torch.from_numpy(example.features)[None])[0].detach().numpy()  # (T, D)
-        nearest = ((soft_tokens[:, None] - TABLE) ** 2).sum(-1).argmin(-1)  # (T,)
-        places = cast_places(example.token_lengths, CONFIG.soft_tokens)
-        hits.extend(nearest == np.array(example.tokens)[places])
+        out = projector(torch.from_numpy(example.features)[None])[0].detach().numpy()
+        soft_tokens = collapse(out, table, SCALE) if objective == "ctc" else out  # (T, D)
+        nearest = ((soft_tokens[:, None] - table) ** 2).sum(-1).argmin(-1)  # (T,)
+        want = wanted(objective, example)
+        hits.extend(a == b for a, b in itertools.zip_longest(nearest[: len(want)] if objective == "paper-padded" else nearest, want))
     return np.mean(hits)
 
 
@@ -116,14 +130,14 @@ def nearest_token_accuracy(projector, examples):
 
 @each_objective
 def test_training_learns_which_token_was_said(objective):
-    projector, unseen = new_projector(), sentences(40, seed=2)
-    before = nearest_token_accuracy(projector, unseen)
     options = replace(OPTIONS, steps=200, check_every=50, **objective)
-    trained = Trainer(projector, sentences(200), TABLE, options, None).run(quiet=True)
+    projector, unseen = new_projector(options.objective), sentences(40, seed=2)
+    before = nearest_token_accuracy(projector, unseen, options.objective)
+    trained = Trainer(projector, sentences(200), make(options, TABLE, SCALE), options, None).run(quiet=True)
     projector.load_state_dict(trained.weights)
     held_out = [entry["held_out"] for entry in trained.record["curve"]]
     assert trained.record["best_loss"] == min(held_out) < 0.6 * held_out[0]
-    assert before < 0.2 < 0.5 < nearest_token_accuracy(projector.eval(), unseen)
+    assert before < 0.2 < 0.5 < nearest_token_accuracy(projector.eval(), unseen, options.objective)
 
 
 def test_training_never_sees_what_is_held_out():
@@ -247,7 +261,7 @@ def test_a_state_of_another_training_is_not_resumed(interrupted, changes):
 
 def test_a_state_of_other_start_weights_is_not_resumed(interrupted):
     torch.manual_seed(7)
-    run = Counted(BridgeFormer(CONFIG), sentences(40), TABLE, OPTIONS, interrupted)
+    run = Counted(BridgeFormer(CONFIG), sentences(40), make(OPTIONS, TABLE), OPTIONS, interrupted)
     run.run(quiet=True)
     assert run.taken == OPTIONS.steps
 

@@ -31,6 +31,7 @@ from tiny_align.runtime.bundle import (
 from tiny_align.runtime.errors import BackendError, BundleError
 from tiny_align.runtime.features import FrontEnd
 from tiny_align.runtime.files import sha256
+from tiny_align.runtime.readout import Readout
 
 onnx = pytest.importorskip("onnx", reason="the graphs to build are made with onnx")
 
@@ -118,7 +119,7 @@ def make_bundle(path: Path, *names: str) -> Bundle:
         graphs={name: SPECS[name] for name in names},
         dims=DIMS,
         embeddings_sha256="",
-        merge_cosine=None,
+        readout=Readout("pooled"),
         files={},
     )
     write_manifest(path, manifest)

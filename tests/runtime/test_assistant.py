@@ -64,7 +64,7 @@ def test_the_stages_have_the_shapes_of_the_manifest(assistant, speech):
     assert features.ndim == 2 and features.shape[1] == manifest.encoder.feature_size
     assert features.shape[0] * manifest.encoder.frame_s < len(speech) / RATE + 2 * manifest.encoder.frame_s
     n_tokens, size = assistant.soft_tokens(features).shape
-    assert 1 <= n_tokens <= manifest.projector["soft_tokens"] and size == manifest.llm.hidden_size
+    assert 1 <= n_tokens <= len(features) and size == manifest.llm.hidden_size
 
 
 def test_soft_tokens_at_hand_are_answered_as_their_speech(assistant, speech):
@@ -277,13 +277,3 @@ def test_bad_text_is_refused(assistant):
     for text in ("", "ж"):
         with pytest.raises(DataError):
             list(assistant.stream_text(text))
-
-
-def test_neighbouring_soft_tokens_that_are_alike_become_their_mean():
-    from tiny_align.runtime.assistant import merge_similar
-
-    a, b = np.array([1, 0, 0.0], np.float32), np.array([0, 1, 0.0], np.float32)
-    merged = merge_similar(np.stack([a, a * 3, b, a]), 0.9)
-    np.testing.assert_allclose(merged, [[2, 0, 0], [0, 1, 0], [1, 0, 0]])
-    assert merged.dtype == np.float32
-    assert merge_similar(np.stack([a, a]), None).shape == (2, 3)

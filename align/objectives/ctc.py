@@ -1,0 +1,58 @@
+"""CTC in the LLM's own vocabulary: the frozen embedding table is the output layer, plus a blank.
+
+The projector says for every frame which token is spoken there, if any (Graves et al. 2006, "Connectionist Temporal
+Classification"); the runtime collapses runs to one soft token each, so that the LLM sees speech as it sees text.
+Only the transcript's tokens and the normaliser enter the loss, the normaliser in chunks of the vocabulary that are
+computed again in the backward pass: a table of 128,256 tokens costs no more memory than a small one.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 8192  # tokens of the vocabulary at once
+
+
+def log_normaliser(frames: Tensor, table: Tensor, scale: float) -> Tensor:
+    """(B, N', D + 1) -> (B, N'): log of the summed exponentials over every token's logit and the blank's."""
+    parts = [frames[..., -1]]
+    for chunk in table.split(CHUNK):
+        parts.append(checkpoint(_log_sum, frames[..., :-1], chunk, scale, use_reentrant=False))
+    return torch.stack(parts).logsumexp(dim=0)
+
+
+def _log_sum(hidden: Tensor, table: Tensor, scale: float) -> Tensor:
+    return (hidden @ table.T * scale).logsumexp(dim=-1)
+
+
+class Ctc:
+    """Connectionist temporal classification over the embedding table; per token of the transcripts."""
+
+    def __init__(self, table: Tensor, scale: float):
+        self.table, self.scale = table, scale
+
+    def __call__(self, frames: Tensor, lengths: Tensor, examples: list, step: int) -> Tensor:
+        log_probs, labels = self.log_probs(frames, [e.tokens for e in examples])
+        sizes = torch.tensor([len(e.tokens) for e in examples])
+        loss = F.ctc_loss(
+            log_probs.transpose(0, 1), torch.cat(labels), lengths, sizes, blank=0, reduction="none", zero_infinity=True
+        )  # a transcript with more tokens than frames teaches nothing
+        counted = torch.arange(frames.shape[1]) < lengths[:, None]  # (B, N')
+        silence = -(log_probs[..., 0] * counted).sum(dim=1)  # of no word; PyTorch's own gradient for that is wrong
+        loss = torch.where(sizes > 0, loss, silence)
+        return loss.sum() / sizes.sum().clamp(min=1)
+
+    def log_probs(self, frames: Tensor, transcripts: list[list[int]]) -> tuple[Tensor, list[Tensor]]:
+        """Log-probabilities of the blank (0) and of each transcript's own tokens, and the transcripts in those numbers.
+
+        Args:
+            frames: (B, N', D + 1).
+        Returns:
+            (B, N', K + 1), where K is the most different tokens of a transcript, and (L,) labels from 1 for each.
+        """
+        own = [torch.tensor(tokens, dtype=torch.long).unique(return_inverse=True) for tokens in transcripts]
+        used = torch.nn.utils.rnn.pad_sequence([tokens for tokens, _ in own], batch_first=True)  # (B, K)
+        logits = torch.einsum("bnd,bkd->bnk", frames[..., :-1], self.table[used]) * self.scale
+        logits = torch.cat([frames[..., -1:], logits], dim=-1)
+        return logits - log_normaliser(frames, self.table, self.scale)[..., None], [labels + 1 for _, labels in own]
