@@ -23,6 +23,7 @@ class Decoding:
     temperature: float = 0.0
     top_k: int = 40
     seed: int = 0
+    loop_tokens: int = 24  # an answer ends when its last so many tokens go round in a circle; 0: never for that
 
 
 @dataclass
@@ -103,18 +104,25 @@ class LanguageModel:
         return {name: np.zeros(shape, np.float32) for name in self._past}
 
     def generate(self, embeddings: np.ndarray, decoding: Decoding, cache: Cache | None = None) -> Iterator[int]:
-        """Token ids of the answer to a prompt (T, D), until an end token, `max_tokens` or a full context."""
+        """Token ids of the answer to a prompt (T, D), until an end token, `max_tokens`, a full context or a loop."""
         cache = Cache() if cache is None else cache
         rng = np.random.default_rng(decoding.seed)
-        logits = self.prefill(np.ascontiguousarray(embeddings, np.float32), cache)
+        logits, said = self.prefill(np.ascontiguousarray(embeddings, np.float32), cache), []
         for n_more in reversed(range(decoding.max_tokens)):
             token = _choose(logits, decoding, rng)
             if token in self.spec.end_tokens:
                 return
             yield token
-            if n_more == 0 or cache.length >= self.spec.max_context:
+            said.append(token)
+            if n_more == 0 or cache.length >= self.spec.max_context or loops(said, decoding.loop_tokens):
                 return
             logits = self.prefill(self.embed([token]), cache)
+
+
+def loops(tokens: list[int], n: int) -> bool:
+    """Whether the last `n` tokens are one short phrase, of n / 3 tokens at most, over and over."""
+    last = tokens[-n:] if n and len(tokens) >= n else []
+    return any(last[period:] == last[:-period] for period in range(1, len(last) // 3 + 1))
 
 
 def _choose(logits: np.ndarray, decoding: Decoding, rng: np.random.Generator) -> int:

@@ -1,5 +1,6 @@
 """`tiny-align run`: answer one recording, the text streamed as it comes."""
 
+import sys
 from pathlib import Path
 
 from tiny_align.runtime.errors import TinyAlignError
@@ -32,6 +33,7 @@ def run(args) -> dict:
         answer = collect(shown(events, quiet=args.json), len(audio) / assistant.sample_rate)
     return {
         "text": answer.text,
+        "heard": answer.heard,
         "tokens": len(answer.tokens),
         "ttft_ms": round(answer.ttft_s * 1000, 2),
         "rtf": round(answer.rtf, 4),
@@ -49,9 +51,11 @@ def _check(args) -> None:
 
 
 def shown(events, quiet: bool = False):
-    """The events, their text printed as they pass."""
+    """The events, their text printed as they pass; on stderr, if so, that nothing was heard."""
     for event in events:
-        if not quiet:
+        if event.token is None:
+            print("tiny-align: nothing was heard: no word in the recording", file=sys.stderr)
+        elif not quiet:
             print(event.text, end="", flush=True)
         yield event
     if not quiet:

@@ -26,6 +26,17 @@ def _log_sum(hidden: Tensor, table: Tensor, scale: float) -> Tensor:
     return (hidden @ table.T * scale).logsumexp(dim=-1)
 
 
+def _library_surplus(log_probs: Tensor, lengths: Tensor, possible: Tensor) -> Tensor:
+    """(B,) zeros with the gradient by which F.ctc_loss is off.
+
+    It takes for granted that log_probs come from a log-softmax over all its classes, where adding the probabilities
+    to the gradient changes nothing; ours are normalised over a vocabulary of which they show a part.
+    """
+    counted = (torch.arange(log_probs.shape[1]) < lengths[:, None]) & possible[:, None]  # (B, N')
+    surplus = ((log_probs.detach().exp() * log_probs).sum(dim=-1) * counted).sum(dim=-1)
+    return surplus - surplus.detach()
+
+
 class Ctc:
     """Connectionist temporal classification over the embedding table; per token of the transcripts."""
 
@@ -38,9 +49,7 @@ class Ctc:
         loss = F.ctc_loss(
             log_probs.transpose(0, 1), torch.cat(labels), lengths, sizes, blank=0, reduction="none", zero_infinity=True
         )  # a transcript with more tokens than frames teaches nothing
-        counted = torch.arange(frames.shape[1]) < lengths[:, None]  # (B, N')
-        silence = -(log_probs[..., 0] * counted).sum(dim=1)  # of no word; PyTorch's own gradient for that is wrong
-        loss = torch.where(sizes > 0, loss, silence)
+        loss = loss - _library_surplus(log_probs, lengths, possible=loss.detach() > 0)
         return loss.sum() / sizes.sum().clamp(min=1)
 
     def log_probs(self, frames: Tensor, transcripts: list[list[int]]) -> tuple[Tensor, list[Tensor]]:

@@ -134,8 +134,9 @@ def utterance(tokens, lengths=None, answer=()):
 
 def test_padded_targets_stand_one_token_per_place():
     table = torch.randn(5, 3)
-    assert torch.equal(Paper(table, padded=True).targets(utterance([4, 2]), 3), torch.stack([table[4], table[2], 0 * table[0]]))
-    assert torch.equal(Paper(table, padded=True).targets(utterance([4, 2, 1, 0]), 3), table[[4, 2, 1]])
+    padded = Paper(table, padded=True)
+    assert torch.equal(padded.targets(utterance([4, 2]), 3), torch.stack([table[4], table[2], 0 * table[0]]))
+    assert torch.equal(padded.targets(utterance([4, 2, 1, 0]), 3), table[[4, 2, 1]])
 
 
 def test_stretched_targets_share_the_places_by_letters():
@@ -242,7 +243,7 @@ def test_a_projector_has_objectives_of_its_form():
     assert objectives.default_for(None) == "ctc" and objectives.default_for(32) == "aligned"
     objectives.check("ctc", None)
     objectives.check("paper", 32)
-    with pytest.raises(TinyAlignError, match="choose ctc, or export the bundle again with --soft-tokens"):
+    with pytest.raises(TinyAlignError, match="choose ctc, or export the bundle with --soft-tokens"):
         objectives.check("paper", None)
     with pytest.raises(TinyAlignError, match="pools to 32 soft tokens"):
         objectives.check("ctc", 32)

@@ -121,7 +121,8 @@ def nearest_token_accuracy(projector, examples, objective):
         soft_tokens = collapse(out, table, SCALE) if objective == "ctc" else out  # (T, D)
         nearest = ((soft_tokens[:, None] - table) ** 2).sum(-1).argmin(-1)  # (T,)
         want = wanted(objective, example)
-        hits.extend(a == b for a, b in itertools.zip_longest(nearest[: len(want)] if objective == "paper-padded" else nearest, want))
+        nearest = nearest[: len(want)] if objective == "paper-padded" else nearest  # the rest is padding
+        hits.extend(a == b for a, b in itertools.zip_longest(nearest, want))
     return np.mean(hits)
 
 

@@ -96,6 +96,28 @@ def test_a_stream_may_be_left_early(assistant, speech):
     assert assistant.answer(speech, decoding=DECODING).tokens[0] == first.token
 
 
+# --- nothing said ---
+
+
+@pytest.fixture
+def deaf(assistant, monkeypatch):
+    """An assistant whose projector finds no word in anything."""
+    size = assistant.bundle.manifest.llm.hidden_size
+    monkeypatch.setattr(assistant, "soft_tokens", lambda features: np.zeros((0, size), np.float32))
+    return assistant
+
+
+def test_nothing_heard_is_an_event_and_no_answer(deaf, speech):
+    (event,) = deaf.stream(speech)
+    assert event.token is None and event.text == "" and event.elapsed_s > 0
+    answer = deaf.answer(speech)
+    assert not answer.heard and answer.text == "" and answer.tokens == ()
+
+
+def test_words_are_heard(assistant, speech):
+    assert assistant.answer(speech).heard and assistant.answer_text("stop the music").heard
+
+
 # --- sessions ---
 
 

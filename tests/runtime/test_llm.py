@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tiny_align.runtime.backend import Runner
 from tiny_align.runtime.errors import DataError, TinyAlignError
-from tiny_align.runtime.llm import Cache, Decoding, LanguageModel, TextStream
+from tiny_align.runtime.llm import Cache, Decoding, LanguageModel, TextStream, loops
 
 TOLERANCE = 0.1  # largest difference of a logit, in standard deviations of the logits
 TEXT = "what is the time"
@@ -142,6 +142,18 @@ def test_the_prompt_is_read_once_and_then_one_token_at_a_time(scripted, prompt):
     model = scripted([7])
     list(model.generate(prompt, Decoding(max_tokens=4)))
     assert model._runner.fed[:4] == [len(prompt), 1, 1, 1]
+
+
+@pytest.mark.parametrize(("phrase", "longest"), [([7], 24), ([7, 8, 9], 24), ([7] * 7 + [8], 24)])
+def test_an_answer_that_goes_round_in_a_circle_ends(scripted, prompt, phrase, longest):
+    assert len(list(scripted(phrase * 20).generate(prompt, Decoding(max_tokens=80)))) == longest
+    assert len(list(scripted(phrase * 20).generate(prompt, Decoding(max_tokens=80, loop_tokens=0)))) == 80
+
+
+def test_what_is_repeated_a_few_times_is_no_loop():
+    assert not loops([5, 5, 5, 5, 5, 5, 5, 5, 1, 2, 3, 4] * 2, 24)  # twice is not over and over
+    assert not loops([7] * 23, 24) and not loops([], 24) and not loops([7] * 40, 0)
+    assert loops([1, 2, 3, *[7, 8] * 12], 24)
 
 
 def test_an_answer_ends_where_the_context_does(scripted, llm):

@@ -1,0 +1,28 @@
+"""Sounds without a word: finite, audible, different from each other, and the same again with their seed."""
+
+import numpy as np
+import pytest
+
+from tiny_align.align.silence import KINDS, LEAST_S, MOST_S, nothing_said
+from tiny_align.runtime.audio import check_audio
+
+RATE = 16_000
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_sound_can_be_heard_and_fed(seed):
+    sound = nothing_said(np.random.default_rng(seed), RATE)
+    check_audio(sound, RATE)
+    assert LEAST_S * RATE - 1 <= len(sound) <= MOST_S * RATE and sound.dtype == np.float32
+
+
+def test_a_seed_determines_the_sound():
+    one, again, other = (nothing_said(np.random.default_rng(s), RATE) for s in (3, 3, 4))
+    assert np.array_equal(one, again) and len(one) != len(other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_fills_any_length(kind):
+    for n in (2, 999, RATE):
+        sound = kind(np.random.default_rng(0), n, RATE)
+        assert sound.shape == (n,) and np.isfinite(sound).all() and sound.any()
