@@ -6,10 +6,11 @@ STAGES = ("runtime", "align", "export", "engines", "reference")
 
 RUNTIME = ["numpy>=1.24", "onnxruntime>=1.20", "tokenizers>=0.20", "soundfile>=0.12", "soxr>=0.3"]
 ALIGN = ["torch>=2.4", "safetensors>=0.4", "tqdm>=4.60", "rouge-score>=0.1.2", "jiwer>=3.0"]
+ENROLL = [*ALIGN, "matplotlib>=3.6", "sounddevice>=0.4.6"]  # the curve as a picture, and the microphone
 EXPORT = [*ALIGN, "transformers>=5.2", "onnx>=1.17", "onnxscript>=0.5", "onnx-ir>=0.1"]
 TRT = ["polygraphy>=0.49.24", "onnx>=1.17", "tqdm>=4.60"]  # TensorRT itself comes with JetPack, or as tensorrt-rtx
 DEMO = ALIGN
-DEV = [*EXPORT, *TRT, "tensorrt-rtx>=1.2; platform_machine=='x86_64'", "pytest>=8", "ruff>=0.6", "build>=1.2"]
+DEV = [*EXPORT, *ENROLL, *TRT, "tensorrt-rtx>=1.2; platform_machine=='x86_64'", "pytest>=8", "ruff>=0.6", "build>=1.2"]
 
 setup(
     name="tiny-align",
@@ -19,10 +20,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=[f"tiny_align.{stage}" for stage in STAGES],
+    packages=[*(f"tiny_align.{stage}" for stage in STAGES), "tiny_align.align.objectives"],
     package_dir={f"tiny_align.{stage}": stage for stage in STAGES},
     package_data={"tiny_align.reference": ["bundle/**", "voice/**"]},
     install_requires=RUNTIME,
-    extras_require={"align": ALIGN, "export": EXPORT, "trt": TRT, "demo": DEMO, "dev": DEV},
+    extras_require={"align": ALIGN, "enroll": ENROLL, "export": EXPORT, "trt": TRT, "demo": DEMO, "dev": DEV},
     entry_points={"console_scripts": ["tiny-align=tiny_align.runtime.cli:main"]},
 )

@@ -5,6 +5,7 @@ Models come from local folders or hub ids, as transformers' `from_pretrained` ta
 
 import dataclasses
 import json
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,7 @@ class ExportOptions:
     encoder: str
     llm: str
     encoder_layers: tuple[int, ...] = (-1,)  # hidden states that make the features; -1 is the last layer's
+    sentences: str | None = None  # a text file: what a person may be asked to read, one sentence per line
     projector: str | None = None  # a safetensors file; None: an untrained one
     precision: str = "int4"  # of the LLM: "int4" or "fp32"
     name: str = "bundle"
@@ -90,6 +92,8 @@ def _write(folder: Path, options, encoder, front_end, llm, tokenizer, projector,
     table = llm.get_input_embeddings().weight.detach().numpy().astype(np.float16)
     np.save(folder / "token_embeddings.npy", table)
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    if options.sentences:
+        shutil.copyfile(options.sentences, folder / "sentences.txt")
     frame_s = encoder.config.subsampling_factor * front_end.hop_samples / front_end.sample_rate
     llm_sizes = llm_spec(llm, tokenizer, options.max_context)
     context = llm_sizes.max_context

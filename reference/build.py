@@ -7,7 +7,7 @@ import argparse
 import json
 from pathlib import Path
 
-from tiny_align.reference import projector, recordings
+from tiny_align.reference import corpus, projector, recordings
 
 
 def main(argv=None) -> int:
@@ -18,8 +18,15 @@ def main(argv=None) -> int:
     from tiny_align.export.bundle import ExportOptions, export_bundle
 
     weights, bundle = args.reference / "weights", args.reference / "bundle"
+    args.work.mkdir(parents=True, exist_ok=True)
+    sentences = args.work / "sentences.txt"  # what a person may be asked to read
+    sentences.write_text("".join(f"{s.text}\n" for s in corpus.sentences(600, 5)), encoding="utf-8")
     options = ExportOptions(
-        encoder=str(weights / "encoder"), encoder_layers=(3, -1), llm=str(weights / "llm"), name="reference"
+        encoder=str(weights / "encoder"),
+        encoder_layers=(3, -1),
+        llm=str(weights / "llm"),
+        sentences=str(sentences),
+        name="reference",
     )
     manifest = export_bundle(options, bundle)
     out = weights / "projector.safetensors"

@@ -1,0 +1,176 @@
+"""`tiny-align enroll`: get to know a person. Sentences to read, recordings checked at once, then training.
+
+From a microphone, or from recordings made elsewhere (`--data`); `--list` only writes the sentences to read. The
+recordings of a microphone are kept as a data set beside the person, so that more can be added later.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from tiny_align.align.personalise import Effort, add_training_arguments, personalise
+from tiny_align.runtime.errors import AudioError, DataError, TinyAlignError
+
+SENTENCES = "sentences.txt"  # of a bundle: what a person may be asked to read
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--user", required=True, help="the person's name")
+    parser.add_argument("--out", type=Path, help="folder for users/NAME (default: the bundle)")
+    parser.add_argument("--data", type=Path, help="recordings made elsewhere (default: the microphone)")
+    parser.add_argument("--speaker", help="speaker code, for CHAT transcripts")
+    parser.add_argument("--sentences", type=int, default=25, help="how many to read (default: 25)")
+    parser.add_argument("--texts", type=Path, help="sentences to choose from, one per line (default: the bundle's)")
+    parser.add_argument("--device", help="microphone, by name or number (default: the system's)")
+    parser.add_argument("--list", action="store_true", help="only show the sentences to read")
+    add_training_arguments(parser)
+
+
+def run(args) -> dict:
+    from tiny_align.runtime.bundle import Bundle
+
+    bundle = Bundle.open(args.bundle)
+    users = (args.out or args.bundle) / "users"
+    bundle.user_folder(args.user, users)  # refuses a bad name before anything is recorded
+    if args.list:
+        return _list(bundle, args)
+    show = sys.stderr if args.json else sys.stdout
+    utterances = _check_all(bundle, _given(args) if args.data else _recorded(bundle, users, args), show)
+    result, _, _ = personalise(args.bundle, utterances, args.user, users, Effort.of(args))
+    curve = json.loads((Path(result["path"]) / "user.json").read_text())["training"]["curve"]
+    print(drawn(curve), file=show)
+    return result | {"curve": str(write_curve(curve, Path(result["path"]) / "curve.png", args.user))}
+
+
+def sentences(bundle, texts: Path | None, n: int) -> tuple[list[str], float]:
+    """The `n` sentences to read and the share of all sounds and tokens they cover.
+
+    Raises:
+        TinyAlignError: no sentences to choose from.
+    """
+    from tokenizers import Tokenizer
+
+    from tiny_align.align.sentences import choose, coverage
+
+    path = texts or bundle.path / SENTENCES
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TinyAlignError(f"no sentences to read: {path} ({error}). Give a text file with --texts") from error
+    candidates = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if n < 1 or not candidates:
+        raise TinyAlignError(f"{n} of the {len(candidates)} sentences in {path} were asked for: give at least 1 of 1")
+    tokenizer = Tokenizer.from_file(str(bundle.tokenizer))
+    encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
+    chosen = choose(candidates, n, encode)
+    return chosen, coverage(chosen, candidates, encode)
+
+
+def _list(bundle, args) -> dict:
+    chosen, share = sentences(bundle, args.texts, args.sentences)
+    if not args.json:
+        print("\n".join(f"{i:3d}  {text}" for i, text in enumerate(chosen, 1)))
+    return {"sentences": chosen, "coverage": round(share, 3)}
+
+
+def _given(args) -> list:
+    from tiny_align.align.datasets import load_dataset
+
+    return load_dataset(args.data, args.speaker)
+
+
+def _recorded(bundle, users: Path, args) -> list:
+    """Record the sentences one by one, each until it is good -> utterances; kept in users/NAME.recordings."""
+    from tiny_align.align.datasets import load_dataset
+    from tiny_align.align.microphone import Microphone
+
+    folder = users / f"{args.user}.recordings"
+    before = _said_before(folder)
+    chosen, _ = sentences(bundle, args.texts, args.sentences + len(before))
+    left = [text for text in chosen if text not in before][: args.sentences]
+    device = int(args.device) if args.device and args.device.isdigit() else args.device
+    with Microphone(bundle.manifest.front_end.sample_rate, device) as microphone:
+        for i, text in enumerate(left, 1):
+            _keep(folder, text, _until_good(microphone, text, f"{i}/{len(left)}"), microphone.sample_rate)
+    return load_dataset(folder)
+
+
+def _said_before(folder: Path) -> set[str]:
+    path = folder / "metadata.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return {json.loads(line)["transcription"] for line in lines}
+
+
+def _until_good(microphone, text: str, where: str) -> np.ndarray:
+    from tiny_align.align.recording import check_recording
+
+    while True:
+        print(f"\n[{where}] press Enter, read aloud, press Enter:\n    {text}", file=sys.stderr)
+        input()
+        audio = microphone.record(input)
+        report = check_recording(audio, microphone.sample_rate, text)
+        if not report.remedy:
+            print(f"    good: {report.seconds:.1f} s, {report.speech_db:.0f} dBFS", file=sys.stderr)
+            return audio
+        print(f"    once more, please: {report.remedy}", file=sys.stderr)
+
+
+def _keep(folder: Path, text: str, audio: np.ndarray, sample_rate: int) -> None:
+    """Add one recording to the data set: the sound first, then its line."""
+    import soundfile
+
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{len(_said_before(folder)):04d}.flac"
+    soundfile.write(folder / name, np.clip(audio, -1, 1), sample_rate, subtype="PCM_16")
+    with open(folder / "metadata.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"file_name": name, "transcription": text}, ensure_ascii=False) + "\n")
+
+
+def _check_all(bundle, utterances: list, show) -> list:
+    """The recordings that are good enough; says of each other one what is wrong with it.
+
+    Raises:
+        DataError: none is.
+    """
+    from tiny_align.align.recording import check_recording
+
+    rate, good = bundle.manifest.front_end.sample_rate, []
+    for utterance in utterances:
+        try:
+            remedy = check_recording(utterance.load(rate), rate, utterance.text).remedy
+        except AudioError as error:
+            remedy = str(error)
+        if remedy:
+            print(f"left out {utterance.audio.name}: {remedy}", file=show)
+        else:
+            good.append(utterance)
+    if not good:
+        raise DataError(f"none of the {len(utterances)} recordings can be used: record them again, see above")
+    return good
+
+
+def drawn(curve: list[dict], width: int = 60) -> str:
+    """The held-out loss over the steps, as one line of blocks."""
+    losses = np.array([entry["held_out"] for entry in curve])
+    losses = losses[np.linspace(0, len(losses) - 1, min(width, len(losses))).round().astype(int)]
+    share = (losses - losses.min()) / max(float(np.ptp(losses)), 1e-9)
+    bars = "".join("▁▂▃▄▅▆▇█"[int(round(7 * s))] for s in share)
+    return f"held-out loss {losses[0]:.3f} {bars} {losses[-1]:.3f}, best {losses.min():.3f}"
+
+
+def write_curve(curve: list[dict], path: Path, user: str) -> Path:
+    """The learning curve as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss", title=f"training of {user}")
+    steps = [entry["step"] for entry in curve]
+    axes.plot(steps, [entry["held_out"] for entry in curve], "k-o", markersize=3, label="held out")
+    axes.plot(steps[1:], [entry["loss"] for entry in curve[1:]], "k:", label="trained on")
+    axes.legend()
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, format="png", dpi=120)
+    return temporary.replace(path)
