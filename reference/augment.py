@@ -49,22 +49,16 @@ def stretch(x: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch
     return torch.where(silent.unsqueeze(-1), torch.tensor(PAD), out), new_lengths
 
 
-def _mel(hz: torch.Tensor) -> torch.Tensor:
-    """Slaney's mel scale: 15 mels up to 1 kHz, logarithmic above."""
-    return torch.where(hz < 1000, hz * 0.015, 15 + 27 / math.log(6.4) * torch.log(hz.clamp(min=1000) / 1000))
+def warp_tract(x: torch.Tensor, slope=(0.84, 1.2), shift: float = 2.5, wobble: float = 0.7) -> torch.Tensor:
+    """Other vocal tracts: the mel axis read stretched, shifted and, formant by formant, a little elsewhere.
 
-
-def _hz(mel: torch.Tensor) -> torch.Tensor:
-    return torch.where(mel < 15, mel / 0.015, 1000 * torch.exp((mel - 15) * math.log(6.4) / 27))
-
-
-def warp_tract(x: torch.Tensor, low: float = 0.78, high: float = 1.22, wobble: float = 1.0) -> torch.Tensor:
-    """Other vocal tracts: frequencies scaled as by its length, and formants moved about (`wobble`, in mel bands)."""
-    n_mels = x.shape[2]
-    per_band = _mel(torch.tensor(8000.0)) / (n_mels + 1)
-    centre = _hz(torch.arange(1, n_mels + 1) * per_band)
-    where = _mel(centre * _uniform(len(x), low, high).unsqueeze(1)) / per_band - 1
-    where = where + _smooth_curve(len(x), n_mels, 5, wobble)
+    On Slaney's scale a shorter tract is a stretch below 1 kHz and a shift above; the two are drawn freely.
+    `shift` and `wobble` are in mel bands.
+    """
+    n, _, n_mels = x.shape
+    band, pivot = torch.arange(n_mels).float(), n_mels / 4  # about 800 Hz
+    where = (band - pivot) * _uniform(n, *slope).unsqueeze(1) + pivot + _uniform(n, -shift, shift).unsqueeze(1)
+    where = where + _smooth_curve(n, n_mels, 5, wobble)
     return _resample(x.transpose(1, 2), where).transpose(1, 2)
 
 

@@ -2,28 +2,34 @@
 
 The projector says for every frame which token is spoken there, if any (Graves et al. 2006, "Connectionist Temporal
 Classification"); the runtime collapses runs to one soft token each, so that the LLM sees speech as it sees text.
-Only the transcript's tokens and the normaliser enter the loss, the normaliser in chunks of the vocabulary that are
-computed again in the backward pass: a table of 128,256 tokens costs no more memory than a small one.
+Only the transcript's tokens and the normaliser enter the loss. Over a large vocabulary the normaliser is estimated: the
+batch's own tokens count in full, a random sample stands for all others (sampled softmax, arXiv 1412.2007), so that
+a table of 128,256 tokens takes little more time and memory than a small one.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-CHUNK = 8192  # tokens of the vocabulary at once
+EXACT = 8192  # tokens; a larger vocabulary is sampled
+SAMPLE = 1024  # tokens that stand for those which no transcript of the batch holds
 
 
 def log_normaliser(frames: Tensor, table: Tensor, scale: float) -> Tensor:
     """(B, N', D + 1) -> (B, N'): log of the summed exponentials over every token's logit and the blank's."""
-    parts = [frames[..., -1]]
-    for chunk in table.split(CHUNK):
-        parts.append(checkpoint(_log_sum, frames[..., :-1], chunk, scale, use_reentrant=False))
-    return torch.stack(parts).logsumexp(dim=0)
+    logits = frames[..., :-1] @ table.T * scale
+    return torch.logaddexp(logits.logsumexp(dim=-1), frames[..., -1])
 
 
-def _log_sum(hidden: Tensor, table: Tensor, scale: float) -> Tensor:
-    return (hidden @ table.T * scale).logsumexp(dim=-1)
+def sampled_log_normaliser(frames: Tensor, table: Tensor, scale: float, own: Tensor, seed: int) -> Tensor:
+    """An estimate of `log_normaliser`: the tokens `own` (K,) in full, SAMPLE others for all the rest."""
+    drawn = torch.randint(len(table), (SAMPLE,), generator=torch.Generator().manual_seed(seed))
+    others = drawn[~torch.isin(drawn, own)]
+    weight = math.log((len(table) - len(own)) / len(others))
+    rest = (frames[..., :-1] @ table[others].T * scale).logsumexp(dim=-1) + weight
+    return torch.logaddexp(log_normaliser(frames, table[own], scale), rest)
 
 
 def _library_surplus(log_probs: Tensor, lengths: Tensor, possible: Tensor) -> Tensor:
@@ -44,7 +50,7 @@ class Ctc:
         self.table, self.scale = table, scale
 
     def __call__(self, frames: Tensor, lengths: Tensor, examples: list, step: int) -> Tensor:
-        log_probs, labels = self.log_probs(frames, [e.tokens for e in examples])
+        log_probs, labels = self.log_probs(frames, [e.tokens for e in examples], step)
         sizes = torch.tensor([len(e.tokens) for e in examples])
         loss = F.ctc_loss(
             log_probs.transpose(0, 1), torch.cat(labels), lengths, sizes, blank=0, reduction="none", zero_infinity=True
@@ -52,7 +58,7 @@ class Ctc:
         loss = loss - _library_surplus(log_probs, lengths, possible=loss.detach() > 0)
         return loss.sum() / sizes.sum().clamp(min=1)
 
-    def log_probs(self, frames: Tensor, transcripts: list[list[int]]) -> tuple[Tensor, list[Tensor]]:
+    def log_probs(self, frames: Tensor, transcripts: list[list[int]], step: int) -> tuple[Tensor, list[Tensor]]:
         """Log-probabilities of the blank (0) and of each transcript's own tokens, and the transcripts in those numbers.
 
         Args:
@@ -64,4 +70,9 @@ class Ctc:
         used = torch.nn.utils.rnn.pad_sequence([tokens for tokens, _ in own], batch_first=True)  # (B, K)
         logits = torch.einsum("bnd,bkd->bnk", frames[..., :-1], self.table[used]) * self.scale
         logits = torch.cat([frames[..., -1:], logits], dim=-1)
-        return logits - log_normaliser(frames, self.table, self.scale)[..., None], [labels + 1 for _, labels in own]
+        return logits - self._normaliser(frames, used.unique(), step)[..., None], [labels + 1 for _, labels in own]
+
+    def _normaliser(self, frames: Tensor, own: Tensor, step: int) -> Tensor:
+        if len(self.table) <= EXACT:
+            return log_normaliser(frames, self.table, self.scale)
+        return sampled_log_normaliser(frames, self.table, self.scale, own, step)
