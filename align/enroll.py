@@ -157,7 +157,7 @@ def drawn(curve: list[dict], width: int = 60) -> str:
     losses = np.array([entry["held_out"] for entry in curve])
     losses = losses[np.linspace(0, len(losses) - 1, min(width, len(losses))).round().astype(int)]
     share = (losses - losses.min()) / max(float(np.ptp(losses)), 1e-9)
-    bars = "".join("▁▂▃▄▅▆▇█"[int(round(7 * s))] for s in share)
+    bars = "".join("▁▂▃▄▅▆▇█"[round(7 * float(s))] for s in share)
     return f"held-out loss {losses[0]:.3f} {bars} {losses[-1]:.3f}, best {losses.min():.3f}"
 
 

@@ -51,7 +51,7 @@ class Example:
     tokens: list[int]
     token_lengths: list[int]  # letters
     variations: tuple[np.ndarray, ...] = ()  # features of the same words said differently; training only
-    answer: tuple[int, ...] = ()  # the LLM's typed answer, end token included; for "end-to-end" only
+    answers: tuple[tuple[int, ...], ...] = ()  # typed ones, end tokens included, one per prompt of "end-to-end"
 
     def take(self, rng: np.random.Generator | None) -> Tensor:
         """(N, Da): the recording itself or, with `rng`, one of its variations too."""
@@ -222,5 +222,5 @@ def _fingerprint(projector, examples: list[Example], table: Tensor, options: Tra
     for example in examples:
         for take in (example.features, *example.variations):
             digest.update(take.tobytes())
-        digest.update(repr((example.tokens, example.token_lengths, example.answer)).encode())
+        digest.update(repr((example.tokens, example.token_lengths, example.answers)).encode())
     return digest.hexdigest()

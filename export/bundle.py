@@ -65,6 +65,7 @@ def export_bundle(options: ExportOptions, out: Path) -> Manifest:
         TinyAlignError: a model that cannot be loaded or is of no supported architecture, a graph that differs
             from PyTorch by more than parity.TOLERANCE, or an `out` with something else in it.
     """
+    _check_sizes(options)
     _check_out(Path(out))
     encoder, front_end = load_encoder(options.encoder, options.encoder_layers)
     llm, tokenizer = load_llm(options.llm)
@@ -81,6 +82,13 @@ def _check_out(out: Path) -> None:
         raise TinyAlignError(f"{out} is there, is not a bundle and not empty: give another --out")
     if users := sorted(p.parent.name for p in out.glob(f"users/*/{USER_RECORD}")):
         raise TinyAlignError(f"{out} holds the projectors of {', '.join(users)}: move {out / 'users'} away first")
+
+
+def _check_sizes(options: ExportOptions) -> None:
+    for name, least in (("max_context", 32), ("soft_tokens", 1)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise TinyAlignError(f"--{name.replace('_', '-')} is {value}: give at least {least}")
 
 
 def _write(folder: Path, options, encoder, front_end, llm, tokenizer, projector, prompt) -> Manifest:
@@ -230,6 +238,8 @@ def load_llm(path: str):
 def _pretrained(kind, path: str, **options):
     from safetensors import SafetensorError
 
+    if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).is_dir():  # no hub id looks so
+        raise TinyAlignError(f"there is no model folder {path}: give one, or a hub id (ORGANISATION/NAME)")
     try:
         return kind.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -246,9 +256,7 @@ def make_projector(encoder, llm, options: ExportOptions):
 
     torch.manual_seed(options.seed)
     sizes = {"feature_size": encoder.feature_size, "embedding_size": llm.config.hidden_size}
-    projector = build_projector(
-        {**sizes, "soft_tokens": options.soft_tokens, "kind": options.projector_kind}
-    ).eval()
+    projector = build_projector({**sizes, "soft_tokens": options.soft_tokens, "kind": options.projector_kind}).eval()
     if options.projector:
         try:
             projector.load_state_dict(load_file(options.projector))

@@ -128,8 +128,8 @@ def test_the_gradient_reaches_every_place_and_training_reduces_the_loss():
 # --- the paper's two readings ---
 
 
-def utterance(tokens, lengths=None, answer=()):
-    return Example(np.zeros((1, 1), np.float32), tokens, lengths or [1] * len(tokens), answer=answer)
+def utterance(tokens, lengths=None, answers=()):
+    return Example(np.zeros((1, 1), np.float32), tokens, lengths or [1] * len(tokens), answers=answers)
 
 
 def test_padded_targets_stand_one_token_per_place():
@@ -209,7 +209,9 @@ def test_the_normaliser_of_a_large_vocabulary_is_estimated_from_a_sample():
 
 def test_a_large_vocabulary_is_sampled_and_a_small_one_is_not():
     frames, said, n = torch.randn(1, 5, 5, requires_grad=True), [utterance([1, 2])], torch.tensor([5])
-    small, large = (Ctc(torch.randn(size, 4, generator=torch.Generator().manual_seed(0)), 1.0) for size in (EXACT, EXACT + 1))
+    small, large = (
+        Ctc(torch.randn(size, 4, generator=torch.Generator().manual_seed(0)), 1.0) for size in (EXACT, EXACT + 1)
+    )
     assert small(frames, n, said, 0).item() == small(frames, n, said, 1).item()
     one, again, other = (large(frames, n, said, step).item() for step in (0, 0, 1))
     assert one == again != other and one == pytest.approx(other, rel=0.1)
@@ -224,18 +226,18 @@ def small_llm():
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=20, **sizes)).eval()
-    return FrozenLlm(model, before=torch.randn(3, 16), after=torch.randn(2, 16))
+    return FrozenLlm(model, [torch.randn(3, 16), torch.randn(4, 16)], after=torch.randn(2, 16))
 
 
 def test_end_to_end_is_the_cross_entropy_of_the_answer(small_llm):
     soft_tokens = torch.randn(2, 4, 16, requires_grad=True)
-    said = [utterance([1], answer=(5, 6, 7)), utterance([1], answer=(8, 9))]
+    said = [utterance([1], answers=((5, 6, 7), (3,))), utterance([1], answers=((2,), (8, 9)))]
     loss = EndToEnd(small_llm)(soft_tokens, torch.tensor([4, 4]), said, 0)
     costs = []
-    for soft, u in zip(soft_tokens, said):
-        answer = torch.tensor(u.answer)
+    for turn, (soft, u) in enumerate(zip(soft_tokens, said)):  # the prompts take turns
+        answer = torch.tensor(u.answers[turn])
         embedded = small_llm.model.get_input_embeddings()(answer)
-        row = torch.cat([small_llm.before, soft, small_llm.after, embedded])
+        row = torch.cat([small_llm.prompts[turn], soft, small_llm.after, embedded])
         log_probs = small_llm.model(inputs_embeds=row[None]).logits[0].log_softmax(-1)
         costs += [-log_probs[len(row) - len(answer) - 1 + i, token] for i, token in enumerate(answer)]
     assert loss.item() == pytest.approx(torch.stack(costs).mean().item(), rel=1e-5)

@@ -361,7 +361,15 @@ def test_an_unsupported_architecture_is_refused(run_cli, models, bert, tmp_path,
 @pytest.mark.parametrize("kind", ["encoder", "llm"])
 def test_a_path_that_is_not_there_is_refused(run_cli, models, tmp_path, kind):
     sentence = refused(run_cli, models, tmp_path / "out", **{kind: tmp_path / "nothing/here"})
-    assert "nothing/here cannot be loaded as a model folder or hub id" in sentence
+    assert "there is no model folder" in sentence and "nothing/here" in sentence
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("option", "value"), [("--max-context", 0), ("--max-context", -5), ("--soft-tokens", 0)])
+def test_sizes_that_make_no_sense_are_refused(run_cli, models, tmp_path, option, value):
+    arguments = ("--encoder", models["encoder"], "--llm", models["llm"], "--out", tmp_path / "out", option, value)
+    done = run_cli("export", *arguments)
+    assert done.status == 2 and f"{option} is {value}: give at least" in done.stderr
     assert not list(tmp_path.iterdir())
 
 
