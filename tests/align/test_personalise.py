@@ -112,13 +112,14 @@ def test_the_record_holds_hashes_and_the_training(personalised, bundle_path):
     assert record["files"] == {str(p): h for p, h in contents(folder).items() if p.name != "user.json"}
     training = record["training"]
     assert training["steps"] == STEPS and training["train_seconds"] == personalised["train_seconds"]
-    assert [entry["step"] for entry in training["curve"]] == [25, 50, 60]
+    assert [entry["step"] for entry in training["curve"]] == [0, 25, 50, 60]
     assert training["best_loss"] == min(entry["held_out"] for entry in training["curve"])
 
 
-def test_nothing_but_the_person_is_left(personalised):
+def test_nothing_but_the_person_and_the_features_is_left(personalised):
     folder = user_path(personalised)
-    assert written_names(folder.parent) == ["ana"]
+    assert written_names(folder.parent) == [".ana.align", "ana"]
+    assert written_names(folder.parent / ".ana.align") == ["features"]
     assert written_names(folder) == ["projector.onnx", "projector.onnx.data", "user.json"]
 
 
@@ -139,6 +140,28 @@ def test_without_out_the_person_lies_in_the_bundle_which_stays_whole(run_cli, bu
 
 def test_only_the_first_recordings_on_request(align):
     assert align("--steps", 2, "--utterances", 2).document["utterances"] == 2
+
+
+def test_a_person_who_is_known_is_trained_on_from_their_own(align, bundle_path, tmp_path):
+    """And nobody's recordings are encoded twice."""
+    manifest, users = Bundle.open(bundle_path).manifest, tmp_path / "out/users"
+    assert align("--steps", 30).document["improved"]
+    first, features = check_user(users / "bo", manifest)["training"], contents(users / ".bo.align")
+    align("--steps", 30)
+    again = check_user(users / "bo", manifest)["training"]
+    assert again["curve"][0]["held_out"] == pytest.approx(first["best_loss"], rel=1e-4)
+    assert again["best_loss"] <= first["best_loss"] * 1.0001
+    assert contents(users / ".bo.align") == features
+
+
+def test_what_gets_no_better_stays_as_it_was(align, bundle_path, tmp_path, monkeypatch):
+    """A training that only spoils: the person's projector is still the one before."""
+    users = tmp_path / "out/users"
+    align("--steps", 30)
+    before = sha256(users / "bo/projector.onnx.data")
+    monkeypatch.setattr(Trainer, "_rate", lambda trainer: 1.0)
+    assert not align("--steps", 30, "--seed", 1).document["improved"]
+    assert sha256(users / "bo/projector.onnx.data") == before
 
 
 # --- the written projector ---
@@ -172,7 +195,8 @@ def test_onnx_runtime_agrees_with_pytorch_on_a_trained_projector(personalised, b
     graph = bundle.projector("ana", user_path(personalised).parent)
     trained, general = load_projector(bundle, graph), load_projector(bundle, bundle.graph("projector"))
     assert_agree(bundle, trained.eval(), graph, 40)
-    assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), general.parameters()))
+    changed = any(not torch.equal(a, b) for a, b in zip(trained.parameters(), general.parameters()))
+    assert changed == personalised["improved"]
 
 
 def assert_agree(bundle, projector, graph, n_frames):
@@ -206,10 +230,10 @@ def test_a_killed_training_leaves_the_old_person_and_is_resumed(
 
     outcome = run_cli(*arguments)
     assert outcome.status == 0 and outcome.document["steps"] == steps
-    assert steps_taken[0] in range(CHECK_EVERY, steps, CHECK_EVERY) and steps_taken[-1] == steps - 1
+    assert steps_taken[0] in range(0, steps, CHECK_EVERY) and steps_taken[-1] == steps - 1
     training = check_user(folder, Bundle.open(bundle_path).manifest)["training"]
-    assert [entry["step"] for entry in training["curve"]] == list(range(CHECK_EVERY, steps + 1, CHECK_EVERY))
-    assert contents(folder) != old and not state.exists() and written_names(users) == ["bo"]
+    assert [entry["step"] for entry in training["curve"]] == list(range(0, steps + 1, CHECK_EVERY))
+    assert contents(folder) != old and not state.exists() and written_names(users) == [".bo.align", "bo"]
 
 
 def kill_when_there(arguments, path, patience_s=300):
