@@ -9,6 +9,8 @@ sentence against its transcript. The chance level scores every answer against an
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+
 from tiny_align.runtime.assistant import Assistant
 
 
@@ -50,24 +52,48 @@ class Quality:
     rows: tuple[dict, ...]
 
 
-def evaluate(assistant: Assistant, utterances: list, instruction: str | None = None, *, quiet: bool = False) -> Quality:
-    """Answer and repeat every utterance.
+@dataclass(frozen=True)
+class Heard:
+    """An utterance up to the projector, and what it is measured against."""
 
-    Args:
-        instruction: for the ROUGE answers; None: the bundle's own. The repeats always use the bundle's.
+    text: str
+    features: np.ndarray  # (N, Da)
+    typed: str  # the LLM's answer to the typed text
+
+
+def evaluate(assistant: Assistant, utterances: list, instruction: str | None = None, *, quiet: bool = False) -> Quality:
+    """`hear`, then `score`."""
+    return score(assistant, hear(assistant, utterances, instruction, quiet=quiet), instruction, quiet=quiet)
+
+
+def hear(assistant: Assistant, utterances: list, instruction: str | None = None, *, quiet: bool = False) -> list[Heard]:
+    """What is the same for every projector: features and typed answers.
+
     Raises:
         AudioError: a recording that cannot be used.
         DataError: a transcript outside the tokenizer.
     """
+    check_transcripts(assistant, utterances)
+    return [
+        Heard(
+            u.text,
+            assistant.features(u.load(assistant.sample_rate)),
+            assistant.answer_text(u.text, instruction).text,
+        )
+        for u in _shown(utterances, "hear", quiet)
+    ]
+
+
+def score(assistant: Assistant, heard: list[Heard], instruction: str | None = None, *, quiet: bool = False) -> Quality:
+    """Answer and repeat every utterance with the projector the assistant has.
+
+    Args:
+        instruction: for the ROUGE answers; None: the bundle's own. The repeats always use the bundle's.
+    """
     import jiwer
     from rouge_score import rouge_scorer
-    from tqdm import tqdm
 
-    check_transcripts(assistant, utterances)
-    rows = [
-        _row(assistant, u, instruction)
-        for u in tqdm(utterances, desc="evaluate", unit="utt", disable=quiet, mininterval=0.5)
-    ]
+    rows = [_row(assistant, h, instruction) for h in _shown(heard, "evaluate", quiet)]
     spoken, typed = [r["spoken"] for r in rows], [r["typed"] for r in rows]
     scorer = rouge_scorer.RougeScorer(["rouge1", "rougeL"])
     scores = [scorer.score(t, s) for t, s in zip(typed, spoken)]
@@ -90,13 +116,18 @@ def check_transcripts(assistant: Assistant, utterances: list) -> None:
         assistant.llm.encode_words(utterance.text, f"the transcript of {utterance.audio.name}, {utterance.text!r},")
 
 
-def _row(assistant: Assistant, utterance, instruction: str | None) -> dict:
-    audio = utterance.load(assistant.sample_rate)
-    soft_tokens = assistant.soft_tokens(assistant.features(audio))
+def _shown(items: list, what: str, quiet: bool):
+    from tqdm import tqdm
+
+    return tqdm(items, desc=what, unit="utt", disable=quiet, mininterval=0.5)
+
+
+def _row(assistant: Assistant, heard: Heard, instruction: str | None) -> dict:
+    soft_tokens = assistant.soft_tokens(heard.features)
     repeat = assistant.bundle.manifest.prompt.repeat_instruction
     return {
-        "text": utterance.text,
-        "typed": assistant.answer_text(utterance.text, instruction).text,
+        "text": heard.text,
+        "typed": heard.typed,
         "spoken": assistant.answer_soft_tokens(soft_tokens, instruction).text,
         "repeated": assistant.answer_soft_tokens(soft_tokens, repeat).text,
     }

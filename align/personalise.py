@@ -74,7 +74,7 @@ def personalise(bundle_path: Path, utterances: list, user: str, users: Path, eff
         BundleError, UserError, AudioError, DataError: nothing was written; the person's old projector stays.
     """
     from tiny_align.align.datasets import split_of
-    from tiny_align.align.evaluate import check_transcripts, evaluate
+    from tiny_align.align.evaluate import check_transcripts, hear, score
     from tiny_align.align.users import load_projector, write_user
     from tiny_align.runtime.assistant import Assistant
 
@@ -84,15 +84,16 @@ def personalise(bundle_path: Path, utterances: list, user: str, users: Path, eff
     if len(training) < 2:
         raise DataError(f"{len(training)} recordings to train on: give at least 2, better 25 or more")
     with Assistant.load(bundle, threads=effort.threads) as assistant:
-        check_transcripts(assistant, training + test)
-        before = evaluate(assistant, test, quiet=quiet)
+        check_transcripts(assistant, training)
+        heard = hear(assistant, test, quiet=quiet)
+        before = score(assistant, heard, quiet=quiet)
         start = load_projector(bundle, _own_or_general(bundle, user, users))
         trained = _train(assistant, start, training, work, effort, quiet)
         summary = {k: trained.record[k] for k in ("steps", "train_seconds", "utterances", "improved")}
         write_user(bundle, folder, trained.weights, trained.record)
         (work / "state.safetensors").unlink(missing_ok=True)  # the features stay for the next time
         assistant.swap_projector(bundle.projector(user, users))
-        after = evaluate(assistant, test, quiet=quiet)
+        after = score(assistant, heard, quiet=quiet)
     result = {"user": user, "path": str(folder), **summary, "backend": assistant.backend, "n_test": after.n}
     for name in ("rouge1", "rougeL", "wer", "cer"):
         result |= {f"{name}_before": getattr(before, name), f"{name}_after": getattr(after, name)}
