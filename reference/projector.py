@@ -72,7 +72,7 @@ def train(bundle_path: Path, out: Path, work: Path, n: int, steps: int, seed: in
         warmup=100,
         seed=seed,
         held_out=0.03,
-        check_every=100,
+        check_every=200,
         patience=10**6,
         max_seconds=float("inf"),
     )
@@ -95,8 +95,8 @@ def main(argv=None) -> int:
     parser.add_argument("--bundle", type=Path, default=Path("reference/bundle"))
     parser.add_argument("--out", type=Path, default=Path("reference/weights/projector.safetensors"))
     parser.add_argument("--work", type=Path, default=Path("work"))
-    parser.add_argument("--utterances", type=int, default=8000)
-    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--utterances", type=int, default=16_000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--objective", default="ctc")
     args = parser.parse_args(argv)

@@ -3,13 +3,17 @@
 The thresholds are the project's own; benchmarks/quality.py measures more voices and people.
 """
 
+import contextlib
 import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
+from tiny_align.align.silence import nothing_said
 from tiny_align.reference import corpus
+from tiny_align.runtime.errors import AudioError
 
 
 def test_typed_held_out_sentences_are_answered_exactly(assistant):
@@ -23,6 +27,17 @@ def test_the_instruction_decides_between_answering_and_repeating(assistant):
     for instruction in corpus.REPEAT_INSTRUCTIONS[:2]:
         repeated = [assistant.answer_text(s.text, instruction).text == s.text for s in drawn]
         assert sum(repeated) >= 0.95 * len(drawn)
+
+
+def test_where_nothing_is_said_nothing_is_answered(assistant):
+    """Hum, hiss, tones and knocks that no training heard; one in forty may pass for a word."""
+    rng, answered = np.random.default_rng(77), []
+    for i in range(40):
+        sound = nothing_said(rng, assistant.sample_rate)
+        with contextlib.suppress(AudioError):  # too short or too quiet: refused, and that is no answer
+            answer = assistant.answer(sound)
+            answered += [(i, answer.text)] if answer.heard else []
+    assert len(answered) <= 1, answered
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ An objective is made once per training and called once per step:
 
 `outputs` is what the projector gave for a batch, (B, T, D) pooled or (B, N', D + 1) framed, `lengths` (B,) how
 many rows of each count, `examples` the utterances, `step` the number of steps done. It returns a scalar with a
-gradient, and holds as `table` the embeddings it is bound to. All but `end-to-end` need nothing else of the LLM.
+gradient, and holds as `table` the embeddings it is bound to. All but `end-to-end` need nothing else of the LLM. Where
+the loss is no good judge of weights, `held_out(...)` takes the same and returns what is: smaller is better.
 """
 
 from tiny_align.runtime.errors import TinyAlignError

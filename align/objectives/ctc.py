@@ -43,6 +43,10 @@ def _library_surplus(log_probs: Tensor, lengths: Tensor, possible: Tensor) -> Te
     return surplus - surplus.detach()
 
 
+def _line(tokens) -> str:
+    return " ".join(map(str, tokens))
+
+
 class Ctc:
     """Connectionist temporal classification over the embedding table; per token of the transcripts."""
 
@@ -57,6 +61,19 @@ class Ctc:
         )  # a transcript with more tokens than frames teaches nothing
         loss = loss - _library_surplus(log_probs, lengths, possible=loss.detach() > 0)
         return loss.sum() / sizes.sum().clamp(min=1)
+
+    def held_out(self, frames: Tensor, lengths: Tensor, examples: list, step: int) -> float:
+        """Share of the tokens that are heard wrongly and, to tell equals apart, a little of the loss.
+
+        The loss alone grows with every sure mistake, long before there are more of them.
+        """
+        import jiwer
+
+        logits = frames[..., :-1] @ self.table.T * self.scale
+        best = torch.where(logits.amax(dim=-1) > frames[..., -1], logits.argmax(dim=-1), -1)  # (B, N')
+        pairs = [(e.tokens, path[:n].unique_consecutive().tolist()) for e, path, n in zip(examples, best, lengths)]
+        said, heard = zip(*((_line(said), _line(t for t in heard if t >= 0)) for said, heard in pairs if said))
+        return jiwer.wer(list(said), list(heard)) + 0.01 * self(frames, lengths, examples, step).item()
 
     def log_probs(self, frames: Tensor, transcripts: list[list[int]], step: int) -> tuple[Tensor, list[Tensor]]:
         """Log-probabilities of the blank (0) and of each transcript's own tokens, and the transcripts in those numbers.

@@ -11,7 +11,7 @@ from tiny_align.runtime.bundle import MANIFEST, USER_RECORD, Bundle
 from tiny_align.runtime.cli import COMMANDS
 
 RATE = 16_000  # Hz, the bundle's
-RESULT = {"text", "tokens", "ttft_ms", "rtf", "audio_s", "backend", "user"}
+RESULT = {"text", "heard", "tokens", "ttft_ms", "rtf", "audio_s", "backend", "user"}
 QUICK = ("--max-tokens", 6, "--threads", 1)
 
 HEAVY = ("torch", "transformers", "onnx", "tensorrt", "tensorrt_rtx", "polygraphy")
