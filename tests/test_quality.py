@@ -55,7 +55,6 @@ def test_the_demo_personalises_within_two_minutes(demo):
     assert demo["rougeL_after"] > 3 * demo["rougeL_chance"]
 
 
-@pytest.mark.xfail(strict=True, reason="the encoder hears too little of a new voice; see the README's table")
 def test_the_demo_reaches_its_target(demo):
     assert demo["rougeL_after"] >= 0.80
 
