@@ -4,6 +4,7 @@ The state of an interrupted training is two files in the work folder, safetensor
 with the same data goes on from there. Nothing here runs an encoder or the LLM.
 """
 
+import copy
 import hashlib
 import json
 import logging
@@ -40,6 +41,7 @@ class TrainOptions:
     check_every: int = 25  # steps
     patience: int = 10  # checks without a better held-out figure
     max_seconds: float = 90.0
+    average: float = 0.98  # share that the running mean of the weights, which is what is kept, retains at each step
     hide: float = 0.2  # share of feature frames hidden in training
 
 
@@ -85,6 +87,7 @@ class Trainer:
         self.n_utterances, self.used = len(examples), self.used + list(silence)
         self.fingerprint = _fingerprint(projector, self.held + self.used, objective.table, options)
         self.start = [p.detach().clone() for p in projector.parameters()]
+        self.mean = copy.deepcopy(projector).eval()
         self.optimiser = torch.optim.AdamW(projector.parameters(), options.rate, weight_decay=0.0)
         self.step, self.curve, self.spent_s = 0, [], 0.0
         self.best_loss, self.best, self.since_best = float("inf"), None, 0
@@ -132,44 +135,46 @@ class Trainer:
         with torch.no_grad():
             for now, start in zip(self.projector.parameters(), self.start):
                 now.lerp_(start, self._rate() * self.options.weight_decay)
+            for mean, now in zip(self.mean.parameters(), self.projector.parameters()):
+                mean.lerp_(now, 1 - self.options.average)
         return loss.item()
 
     def _loss(self, examples: list[Example], rng: np.random.Generator) -> Tensor:
-        return self.objective(*self._outputs(examples, rng), examples, self.step)
+        return self.objective(*self._outputs(self.projector, examples, rng), examples, self.step)
 
-    def _outputs(self, examples: list[Example], rng: np.random.Generator | None) -> tuple[Tensor, Tensor]:
-        """What the projector gives, and its lengths; with `rng`, of a take with a share of its frames hidden."""
+    def _outputs(self, projector, examples: list[Example], rng: np.random.Generator | None) -> tuple[Tensor, Tensor]:
+        """What a projector gives, and its lengths; with `rng`, of a take with a share of its frames hidden."""
         takes = [e.take(rng) for e in examples]
         n_frames = torch.tensor([len(take) for take in takes])
         features = torch.nn.utils.rnn.pad_sequence(takes, batch_first=True)
         if rng:
             seen = torch.from_numpy(rng.random(features.shape[:2]) >= self.options.hide)  # (B, N)
             features = features * seen.unsqueeze(-1)
-        return self.projector(features, n_frames), self.projector.output_lengths(n_frames)
+        return projector(features, n_frames), projector.output_lengths(n_frames)
 
     @torch.no_grad()
     def _held_out_figure(self) -> float:
-        """What decides which weights are the best: the objective's own measure of them, or its loss."""
+        """What decides which mean weights are the best: the objective's own measure of them, or its loss."""
         examples = self.held or self.used
         measure = getattr(self.objective, "held_out", self.objective)
-        return float(measure(*self._outputs(examples, None), examples, self.step))
+        return float(measure(*self._outputs(self.mean, examples, None), examples, self.step))
 
     @torch.no_grad()
     def _check(self, loss: float | None) -> None:
         """Held-out loss, the best weights so far, and the state on disk."""
-        self.projector.eval()
         held = self._held_out_figure()
         if not np.isfinite(held):
             raise DataError(f"the training diverged: its loss is {held} after {self.step} steps. Check the recordings")
         self.curve.append({"step": self.step, "seconds": round(self.spent_s, 2), "loss": loss, "held_out": held})
         self.since_best += 1
         if held < self.best_loss:
-            self.best_loss, self.best, self.since_best = held, _weights(self.projector), 0
+            self.best_loss, self.best, self.since_best = held, _weights(self.mean), 0
         if self.work:
             self._save()
 
     def _save(self) -> None:
         tensors = {f"now.{k}": v for k, v in _weights(self.projector).items()}
+        tensors |= {f"mean.{k}": v for k, v in _weights(self.mean).items()}
         tensors |= {f"best.{k}": v for k, v in self.best.items()}
         for i, state in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{i}.{k}": v for k, v in state.items()}
@@ -184,6 +189,7 @@ class Trainer:
         if numbers.get("fingerprint") != self.fingerprint:
             return
         self.projector.load_state_dict(_under("now.", tensors))
+        self.mean.load_state_dict(_under("mean.", tensors))
         self.best = _under("best.", tensors)
         optimiser = self.optimiser.state_dict()
         for name, value in _under("optimiser.", tensors).items():

@@ -194,7 +194,7 @@ def test_the_weights_are_those_of_the_best_check():
     """A rate far too high: later checks are worse than an early one."""
     run = trainer(replace(OPTIONS, rate=0.3, warmup=1, check_every=5))
     trained = run.run(quiet=True)
-    run.projector.load_state_dict(trained.weights)
+    run.mean.load_state_dict(trained.weights)
     assert run._held_out_figure() == pytest.approx(min(e["held_out"] for e in trained.record["curve"]), rel=1e-6)
 
 
