@@ -52,7 +52,6 @@ class ExportOptions:
     instruction: str = "Answer the user."
     repeat_instruction: str = "Repeat what the user says."
     max_context: int = 256
-    projector_kind: str = "bridgeformer"  # one of align.projector.PROJECTORS
     soft_tokens: int | None = None  # the projector pools to so many; None: length follows the speech
     merge_cosine: float | None = 0.85  # where it pools, see runtime/readout.py
     seed: int = 0
@@ -256,7 +255,7 @@ def make_projector(encoder, llm, options: ExportOptions):
 
     torch.manual_seed(options.seed)
     sizes = {"feature_size": encoder.feature_size, "embedding_size": llm.config.hidden_size}
-    projector = build_projector({**sizes, "soft_tokens": options.soft_tokens, "kind": options.projector_kind}).eval()
+    projector = build_projector({**sizes, "soft_tokens": options.soft_tokens, "kind": "bridgeformer"}).eval()
     if options.projector:
         try:
             projector.load_state_dict(load_file(options.projector))
