@@ -80,6 +80,8 @@ def personalise(bundle_path: Path, utterances: list, user: str, users: Path, eff
     from tiny_align.runtime.assistant import Assistant
 
     bundle = _open(bundle_path, effort.threads)
+    if effort.objective:
+        check(effort.objective, bundle.manifest.projector["soft_tokens"])
     folder, work = bundle.user_folder(user, users), bundle.user_folder(user, users).with_name(f".{user}.align")
     training, test = split_of(utterances, "train")[: effort.utterances], split_of(utterances, "test")
     if len(training) < 2:
@@ -125,7 +127,6 @@ def _train(assistant, projector, utterances: list, work: Path, effort: Effort, q
 
     chosen = {name: getattr(effort, name) for name in ("steps", "max_seconds", "seed")}
     chosen["objective"] = effort.objective or default_for(projector.config.soft_tokens)
-    check(chosen["objective"], projector.config.soft_tokens)
     options = TrainOptions(**{k: v for k, v in chosen.items() if v is not None})
     objective = make(options, embedding_table(assistant), assistant.bundle.manifest.readout.scale)
     began = time.perf_counter()
@@ -133,8 +134,8 @@ def _train(assistant, projector, utterances: list, work: Path, effort: Effort, q
         cached_features(assistant, utterances, work / "features", quiet, variation=k) for k in range(VARIATIONS + 1)
     ]
     examples = [make_example(assistant.llm, u.text, *t) for u, t in zip(utterances, zip(*takes))]
-    encode_seconds = time.perf_counter() - began
     silence = quiet_examples(assistant, SILENCES, options.seed) if options.objective == "ctc" else []
+    encode_seconds = time.perf_counter() - began
     trained = Trainer(projector, examples, objective, options, work, silence).run(quiet)
     trained.record["encode_seconds"] = encode_seconds
     trained.record["train_seconds"] += encode_seconds  # what the person waits
