@@ -13,8 +13,6 @@ import numpy as np
 from tiny_align.align.personalise import Effort, add_training_arguments, personalise
 from tiny_align.runtime.errors import AudioError, DataError, TinyAlignError
 
-SENTENCES = "sentences.txt"  # of a bundle: what a person may be asked to read
-
 
 def add_arguments(parser) -> None:
     parser.add_argument("--bundle", type=Path, required=True)
@@ -37,6 +35,8 @@ def run(args) -> dict:
     bundle.user_folder(args.user, users)  # refuses a bad name before anything is recorded
     if args.list:
         return _list(bundle, args)
+    import matplotlib.figure  # noqa: F401 - drawn with at the end; if it is missing, say so before the training
+
     show = sys.stderr if args.json else sys.stdout
     utterances = _check_all(bundle, _given(args) if args.data else _recorded(bundle, users, args), show)
     result, _, _ = personalise(args.bundle, utterances, args.user, users, Effort.of(args))
@@ -55,14 +55,14 @@ def sentences(bundle, texts: Path | None, n: int) -> tuple[list[str], float]:
 
     from tiny_align.align.sentences import choose, coverage
 
-    path = texts or bundle.path / SENTENCES
+    path = texts or bundle.sentences
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise TinyAlignError(f"no sentences to read: {path} ({error}). Give a text file with --texts") from error
     candidates = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if n < 1 or not candidates:
-        raise TinyAlignError(f"{n} of the {len(candidates)} sentences in {path} were asked for: give at least 1 of 1")
+        raise TinyAlignError(f"{n} of the {len(candidates)} sentences in {path} were asked for: at least 1 is needed")
     tokenizer = Tokenizer.from_file(str(bundle.tokenizer))
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
     chosen = choose(candidates, n, encode)
@@ -153,7 +153,7 @@ def _check_all(bundle, utterances: list, show) -> list:
 
 
 def drawn(curve: list[dict], width: int = 60) -> str:
-    """The held-out loss over the steps, as one line of blocks."""
+    """The objective's held-out figure over the steps, as one line of blocks."""
     losses = np.array([entry["held_out"] for entry in curve])
     losses = losses[np.linspace(0, len(losses) - 1, min(width, len(losses))).round().astype(int)]
     share = (losses - losses.min()) / max(float(np.ptp(losses)), 1e-9)

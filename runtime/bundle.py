@@ -163,6 +163,11 @@ class Bundle:
     def embeddings(self) -> Path:
         return self.path / "token_embeddings.npy"
 
+    @property
+    def sentences(self) -> Path:
+        """What a person may be asked to read, one sentence per line; not every bundle has them."""
+        return self.path / "sentences.txt"
+
     def graph(self, name: str) -> Path:
         if name not in self.manifest.graphs:
             raise BundleError(
