@@ -330,6 +330,12 @@ def test_a_recording_that_is_no_audio_exits_with_2_and_leaves_the_old_person(
     assert contents(folder) == old
 
 
+def test_an_objective_for_another_projector_exits_with_2_before_anything_is_heard(align, few_recordings, tmp_path):
+    (few_recordings / "train-000.flac").write_bytes(b"never read")
+    refused(align("--steps", 2, "--objective", "paper"), "'paper' is not for this bundle", "choose ctc")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("user", ["general", "../elsewhere", ".hidden", "a" * 65, ""])
 def test_a_name_that_cannot_be_a_persons_exits_with_2(align, tmp_path, user):
     refused(align("--steps", 2, user=user), repr(user))
