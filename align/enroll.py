@@ -154,11 +154,11 @@ def _check_all(bundle, utterances: list, show) -> list:
 
 def drawn(curve: list[dict], width: int = 60) -> str:
     """The objective's held-out figure over the steps, as one line of blocks."""
-    losses = np.array([entry["held_out"] for entry in curve])
-    losses = losses[np.linspace(0, len(losses) - 1, min(width, len(losses))).round().astype(int)]
-    share = (losses - losses.min()) / max(float(np.ptp(losses)), 1e-9)
+    errors = np.array([entry["held_out"] for entry in curve])
+    errors = errors[np.linspace(0, len(errors) - 1, min(width, len(errors))).round().astype(int)]
+    share = (errors - errors.min()) / max(float(np.ptp(errors)), 1e-9)
     bars = "".join("▁▂▃▄▅▆▇█"[round(7 * float(s))] for s in share)
-    return f"held-out loss {losses[0]:.3f} {bars} {losses[-1]:.3f}, best {losses.min():.3f}"
+    return f"held-out error {errors[0]:.3f} {bars} {errors[-1]:.3f}"
 
 
 def write_curve(curve: list[dict], path: Path, user: str) -> Path:
@@ -166,7 +166,7 @@ def write_curve(curve: list[dict], path: Path, user: str) -> Path:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="loss", title=f"training of {user}")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss, or share of wrong tokens", title=f"training of {user}")
     steps = [entry["step"] for entry in curve]
     axes.plot(steps, [entry["held_out"] for entry in curve], "k-o", markersize=3, label="held out")
     axes.plot(steps[1:], [entry["loss"] for entry in curve[1:]], "k:", label="trained on")

@@ -65,6 +65,7 @@ def train(bundle_path: Path, out: Path, work: Path, n: int, steps: int, seed: in
     bundle = Bundle.open(bundle_path)
     options = TrainOptions(
         objective=objective,
+        parts=(),
         flat_start=500,
         steps=steps,
         batch=32,
@@ -73,7 +74,6 @@ def train(bundle_path: Path, out: Path, work: Path, n: int, steps: int, seed: in
         seed=seed,
         held_out=0.03,
         check_every=200,
-        patience=10**6,
         max_seconds=float("inf"),
     )
     state = work / f"projector-{objective}"
@@ -103,7 +103,7 @@ def main(argv=None) -> int:
     record = train(args.bundle, args.out, args.work, args.utterances, args.steps, args.seed, args.objective)
     report = vars(args) | record
     args.out.with_suffix(".json").write_text(json.dumps(report, indent=1, default=str) + "\n")
-    print(json.dumps({k: record[k] for k in ("steps", "train_seconds", "best_loss")}))
+    print(json.dumps({k: record[k] for k in ("steps", "train_seconds", "improved")}))
     return 0
 
 

@@ -28,8 +28,17 @@ def sampled_log_normaliser(frames: Tensor, table: Tensor, scale: float, own: Ten
     drawn = torch.randint(len(table), (SAMPLE,), generator=torch.Generator().manual_seed(seed))
     others = drawn[~torch.isin(drawn, own)]
     weight = math.log((len(table) - len(own)) / len(others))
-    rest = (frames[..., :-1] @ table[others].T * scale).logsumexp(dim=-1) + weight
-    return torch.logaddexp(log_normaliser(frames, table[own], scale), rest)
+    rest = (frames[..., :-1] @ table[others].to(frames.dtype).T * scale).logsumexp(dim=-1) + weight
+    return torch.logaddexp(log_normaliser(frames, table[own].to(frames.dtype), scale), rest)
+
+
+def best_path(frames: Tensor, table: Tensor, scale: float) -> Tensor:
+    """(B, N', D + 1) -> (B, N'): each frame's best token, -1 for the blank; a large table is read in pieces."""
+    best, token = frames[..., -1], torch.full(frames.shape[:-1], -1)
+    for start in range(0, len(table), EXACT):
+        value, index = (frames[..., :-1] @ table[start : start + EXACT].to(frames.dtype).T * scale).max(dim=-1)
+        best, token = torch.maximum(best, value), torch.where(value > best, index + start, token)
+    return token
 
 
 def _library_surplus(log_probs: Tensor, lengths: Tensor, possible: Tensor) -> Tensor:
@@ -48,7 +57,10 @@ def _line(tokens) -> str:
 
 
 class Ctc:
-    """Connectionist temporal classification over the embedding table; per token of the transcripts."""
+    """Connectionist temporal classification over the embedding table (V, D); per token of the transcripts.
+
+    The table may be float16 and memory-mapped: only the rows that a batch needs are read.
+    """
 
     def __init__(self, table: Tensor, scale: float):
         self.table, self.scale = table, scale
@@ -69,9 +81,10 @@ class Ctc:
         """
         import jiwer
 
-        logits = frames[..., :-1] @ self.table.T * self.scale
-        best = torch.where(logits.amax(dim=-1) > frames[..., -1], logits.argmax(dim=-1), -1)  # (B, N')
-        pairs = [(e.tokens, path[:n].unique_consecutive().tolist()) for e, path, n in zip(examples, best, lengths)]
+        pairs = [
+            (e.tokens, path[:n].unique_consecutive().tolist())
+            for e, path, n in zip(examples, best_path(frames, self.table, self.scale), lengths)
+        ]
         said, heard = zip(*((_line(said), _line(t for t in heard if t >= 0)) for said, heard in pairs if said))
         return jiwer.wer(list(said), list(heard)) + 0.01 * self(frames, lengths, examples, step).item()
 
@@ -85,7 +98,7 @@ class Ctc:
         """
         own = [torch.tensor(tokens, dtype=torch.long).unique(return_inverse=True) for tokens in transcripts]
         used = torch.nn.utils.rnn.pad_sequence([tokens for tokens, _ in own], batch_first=True)  # (B, K)
-        logits = torch.einsum("bnd,bkd->bnk", frames[..., :-1], self.table[used]) * self.scale
+        logits = torch.einsum("bnd,bkd->bnk", frames[..., :-1], self.table[used].to(frames.dtype)) * self.scale
         logits = torch.cat([frames[..., -1:], logits], dim=-1)
         return logits - self._normaliser(frames, used.unique(), step)[..., None], [labels + 1 for _, labels in own]
 

@@ -117,7 +117,7 @@ def test_recordings_are_checked_and_learnt_from(run_cli, bundle_path, recordings
     done = run_cli("enroll", "--bundle", bundle_path, "--user", "ana", "--data", recordings, "--out", out, *QUICK)
     assert done.status == 0, done.stderr
     assert "left out 0.wav: it is too quiet" in done.stdout and "left out 1.wav: it is clipped" in done.stdout
-    assert done.document["utterances"] == 7 and "held-out loss" in done.stdout
+    assert done.document["utterances"] == 7 and "held-out error" in done.stdout
     assert (out / "users/ana/curve.png").read_bytes()[:4] == b"\x89PNG"
 
 
