@@ -62,6 +62,21 @@ def warp_tract(x: torch.Tensor, slope=(0.84, 1.2), shift: float = 2.5, wobble: f
     return _resample(x.transpose(1, 2), where).transpose(1, 2)
 
 
+def _smooth_field(n: int, length: int, n_mels: int, scale: torch.Tensor) -> torch.Tensor:
+    """(n, length, n_mels): random surfaces through normal points every 0.15 s and 13 mels, `scale` (n,) of each."""
+    knots = torch.randn(n, 1, max(2, length // 15), max(2, n_mels // 13)) * scale[:, None, None, None]
+    return F.interpolate(knots, size=(length, n_mels), mode="bilinear", align_corners=True)[:, 0]
+
+
+def realise(x: torch.Tensor, shift: float = 1.2, gain_db: float = 4.0) -> torch.Tensor:
+    """Every sound made a little differently: formants move and swell from moment to moment, by up to `shift` mels
+    and `gain_db` (standard deviations). A synthesiser makes a sound one way; people don't."""
+    n, length, n_mels = x.shape
+    where = torch.arange(n_mels).float() + _smooth_field(n, length, n_mels, _uniform(n, 0, shift))
+    x = _resample(x.flatten(0, 1).unsqueeze(-1), where.flatten(0, 1)).view(n, length, n_mels)
+    return x + _smooth_field(n, length, n_mels, _uniform(n, 0, gain_db) * DB)
+
+
 def color(x: torch.Tensor) -> torch.Tensor:
     """A microphone's response, a sharper or duller voice, and smoother transitions for some."""
     x = x + _smooth_curve(len(x), x.shape[2], 7, 5 * DB).unsqueeze(1)
@@ -110,7 +125,7 @@ def telephone(x: torch.Tensor, odds: float = 0.4) -> torch.Tensor:
 def augment(log_mel: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, T, M) log-mel and (B,) frame counts -> another (B, T', M) and its frame counts."""
     x, lengths = stretch(log_mel, lengths)
-    x = color(warp_tract(x))
+    x = color(realise(warp_tract(x)))
     mask = (torch.arange(x.shape[1]).unsqueeze(0) < lengths.unsqueeze(1)).unsqueeze(-1)
     power = echo(torch.exp(x) * mask)
     power = noise(power, lengths)
@@ -129,12 +144,12 @@ def normalise(x: torch.Tensor, lengths: torch.Tensor, floor_db: float | None) ->
     return (x - mean) / (var.sqrt() + 1e-5) * mask
 
 
-def spec_augment(x: torch.Tensor, lengths: torch.Tensor, n_masks: int = 2) -> torch.Tensor:
+def spec_augment(x: torch.Tensor, lengths: torch.Tensor, n_masks: int = 3) -> torch.Tensor:
     """SpecAugment (arXiv 1904.08779): hide some bands and some moments; zero is the mean here."""
     n, length, n_mels = x.shape
     time, band = torch.arange(length).unsqueeze(0), torch.arange(n_mels).unsqueeze(0)
     for _ in range(n_masks):
-        start, width = torch.rand(n) * lengths, _uniform(n, 0, 12)
+        start, width = torch.rand(n) * lengths, _uniform(n, 0, 16)
         x = x.masked_fill(((time >= start[:, None]) & (time < (start + width)[:, None])).unsqueeze(-1), 0.0)
         start, width = torch.rand(n) * n_mels, _uniform(n, 0, 14)
         x = x.masked_fill(((band >= start[:, None]) & (band < (start + width)[:, None])).unsqueeze(1), 0.0)

@@ -120,17 +120,22 @@ def build_model():
 
 
 def _shifted_depthwise(conv, x):
-    """A depthwise convolution as shifted products: its backward pass is 5x faster on a CPU, same result."""
+    """A depthwise convolution as shifted products of the input's phases: same result, a backward pass 5x faster here.
+
+    The input is first split into `step` x `step` phases, so that what a shift leaves out stays small.
+    """
     import torch.nn.functional as F
 
     (rows, columns), (step, _), (pad, _) = conv.kernel_size, conv.stride, conv.padding
-    x = F.pad(x, (pad, pad, pad, pad))
-    height, width = (x.shape[2] - rows) // step + 1, (x.shape[3] - columns) // step + 1
+    height, width = ((n + 2 * pad - k) // step + 1 for n, k in zip(x.shape[2:], conv.kernel_size))
+    x = F.pad(x, (pad, pad + -(x.shape[3] + 2 * pad) % step, pad, pad + -(x.shape[2] + 2 * pad) % step))
+    b, c, h, w = x.shape
+    phases = x.view(b, c, h // step, step, w // step, step).permute(3, 5, 0, 1, 2, 4).flatten(0, 1).unbind()
     out = conv.bias[:, None, None]
     for i in range(rows):
         for j in range(columns):
-            window = x[:, :, i : i + step * (height - 1) + 1 : step, j : j + step * (width - 1) + 1 : step]
-            out = out + window * conv.weight[:, :, i, j, None]
+            phase, top, left = phases[i % step * step + j % step], i // step, j // step
+            out = out + phase[:, :, top : top + height, left : left + width] * conv.weight[:, :, i, j, None]
     return out
 
 
@@ -166,7 +171,7 @@ def ctc_step(model, log_mel, lengths, texts, inter_layer: int = 3, inter_weight:
     sizes = torch.tensor([len(t) for t in targets])
     loss = 0.0
     for hidden, weight in ((out.last_hidden_state, 1 - inter_weight), (out.hidden_states[inter_layer], inter_weight)):
-        log_probs = F.log_softmax(model.ctc_head(hidden), dim=-1).transpose(0, 1)
+        log_probs = F.log_softmax(model.ctc_head(hidden).float(), dim=-1).transpose(0, 1)
         ctc = F.ctc_loss(log_probs, torch.cat(targets), n_frames, sizes, blank=BLANK, zero_infinity=True)
         loss = loss + weight * ctc
     return loss
@@ -195,7 +200,7 @@ def check_sets(n: int = 40) -> dict[str, tuple[list[np.ndarray], list[str]]]:
     return sets | {v: ([flite(t, v) for t in texts], texts) for v in HELD_OUT_VOICES if v != "kal"}
 
 
-def rate_at(step: int, steps: int, warmup: int = 300, decay: float = 0.25) -> float:
+def rate_at(step: int, steps: int, warmup: int = 300, decay: float = 0.4) -> float:
     """Share of the peak rate: rises, stays, and falls to nothing over the last `decay` of the steps.
 
     A checkpoint from before the fall (encoder-stable.pt) can go on to any larger number of steps.
@@ -203,17 +208,20 @@ def rate_at(step: int, steps: int, warmup: int = 300, decay: float = 0.25) -> fl
     return min(1.0, step / warmup, max(0.0, (steps - step) / (decay * steps)))
 
 
-def train(work: Path, out: Path, steps: int, batch: int, n_speech: int, seed: int, rate: float) -> dict:
+def train(args) -> dict:
+    """Trains as `args` (main) says, from the beginning, from `args.start`'s weights or from the checkpoint in work."""
     import torch
+    from transformers import ParakeetForCTC
 
     from tiny_align.reference.augment import augment, normalise, spec_augment
 
-    items = sorted(speak(work, n_speech), key=lambda item: len(item[0]))
+    work, out, steps, seed = args.work, args.out, args.steps, args.seed
+    items = sorted(speak(work, args.speech), key=lambda item: len(item[0]))
     checks = check_sets()
     torch.manual_seed(seed)
-    model = build_model()
+    model = ParakeetForCTC.from_pretrained(args.start) if args.start else build_model()
     _speed_up(model)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-2, betas=(0.9, 0.98))
+    optimiser = torch.optim.AdamW(model.parameters(), lr=args.rate, weight_decay=1e-2, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, functools.partial(rate_at, steps=steps))
     checkpoint, done, log = work / "encoder.pt", 0, []
     if checkpoint.exists():
@@ -227,10 +235,11 @@ def train(work: Path, out: Path, steps: int, batch: int, n_speech: int, seed: in
     model.train()
     bar = tqdm(range(done, steps), initial=done, total=steps, file=sys.stderr, mininterval=10)
     for step in bar:
-        mels, lengths, texts = _batch(items, rng, batch)
+        mels, lengths, texts = _batch(items, rng, args.batch)
         mels, lengths = augment(mels, lengths)
         mels = spec_augment(normalise(mels, lengths, FRONT_END.floor_db), lengths)
-        loss = ctc_step(model, mels, lengths, texts)
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            loss = ctc_step(model, mels, lengths, texts)
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -262,8 +271,10 @@ def main(argv=None) -> int:
     parser.add_argument("--speech", type=int, default=N_SPEECH, help="recordings to synthesise")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate")
+    parser.add_argument("--start", type=Path, help="trained weights to begin with (default: random)")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 products: faster where the CPU has them")
     args = parser.parse_args(argv)
-    report = train(args.work, args.out, args.steps, args.batch, args.speech, args.seed, args.rate)
+    report = train(args)
     (args.out / "training.json").write_text(json.dumps(vars(args) | report, indent=1, default=str) + "\n")
     print(json.dumps(report))
     return 0
