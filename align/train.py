@@ -230,7 +230,7 @@ def _read_state(path: Path) -> tuple[dict, dict[str, Tensor]]:
 def _fingerprint(projector, examples: list[Example], table: Tensor, options: TrainOptions) -> str:
     """Identifies a training: start weights, examples, targets and options. Another one must not be resumed."""
     digest = hashlib.sha256(repr(options).encode())
-    digest.update(table.detach().contiguous().numpy())
+    digest.update(table.detach().contiguous().view(torch.uint8).numpy())
     for value in projector.state_dict().values():
         digest.update(value.detach().numpy().tobytes())
     for example in examples:

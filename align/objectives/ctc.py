@@ -19,7 +19,7 @@ SAMPLE = 1024  # tokens that stand for those which no transcript of the batch ho
 
 def log_normaliser(frames: Tensor, table: Tensor, scale: float) -> Tensor:
     """(B, N', D + 1) -> (B, N'): log of the summed exponentials over every token's logit and the blank's."""
-    logits = frames[..., :-1] @ table.T * scale
+    logits = frames[..., :-1] @ table.to(frames.dtype).T * scale
     return torch.logaddexp(logits.logsumexp(dim=-1), frames[..., -1])
 
 
@@ -29,7 +29,7 @@ def sampled_log_normaliser(frames: Tensor, table: Tensor, scale: float, own: Ten
     others = drawn[~torch.isin(drawn, own)]
     weight = math.log((len(table) - len(own)) / len(others))
     rest = (frames[..., :-1] @ table[others].to(frames.dtype).T * scale).logsumexp(dim=-1) + weight
-    return torch.logaddexp(log_normaliser(frames, table[own].to(frames.dtype), scale), rest)
+    return torch.logaddexp(log_normaliser(frames, table[own], scale), rest)
 
 
 def best_path(frames: Tensor, table: Tensor, scale: float) -> Tensor:

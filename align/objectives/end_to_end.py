@@ -42,5 +42,5 @@ class EndToEnd:
         """The embeddings the LLM reads and what it should say at each, -100 where it says nothing."""
         said = torch.tensor(example.answers[turn])
         embedded = self.llm.model.get_input_embeddings()(said)
-        row = torch.cat([self.llm.prompts[turn], soft_tokens, self.llm.after, embedded])
+        row = torch.cat([self.llm.prompts[turn], soft_tokens, self.llm.after, embedded]).to(self.table.dtype)
         return row, torch.cat([torch.full((len(row) - len(said),), -100), said])

@@ -1,0 +1,189 @@
+"""What one training step costs without the LLM and through it: seconds and peak memory at real LLM sizes.
+
+    python -m benchmarks.training_cost [--shapes llama-3.2-1b llama-3.2-3b] [--json]
+
+Random weights of the named shapes; the same projector, batch and utterance lengths on both sides. Every
+measurement is a process of its own, so that its peak memory is its own. Writes benchmarks/results/training_cost.json;
+the last line of stdout is the same document.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from tiny_align.runtime.files import write_json
+from tiny_align.runtime.machine import describe
+
+RESULTS = Path(__file__).parent / "results" / "training_cost.json"
+COMMAND = "python -m benchmarks.training_cost"
+BATCH, FRAMES, WORDS, SOFT_TOKENS, PROMPT, ANSWER = 16, 80, 8, 24, 12, 12  # a short sentence and its answer
+FEATURES = 768  # wav2vec2-base's
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama's sizes."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    mlp: int
+    vocabulary: int
+    head_size: int
+
+
+SHAPES = {  # the reference bundle's LLM, and two of https://huggingface.co/meta-llama
+    "reference": Shape(192, 4, 6, 3, 512, 800, 32),
+    "llama-3.2-1b": Shape(2048, 16, 32, 8, 8192, 128_256, 64),
+    "llama-3.2-3b": Shape(3072, 28, 24, 8, 8192, 128_256, 128),
+}
+FORMS = {  # what is trained: (objective, the LLM's precision, steps)
+    "ctc": ("ctc", "float32", 30),
+    "end-to-end": ("end-to-end", "float32", 2),
+    "end-to-end bf16": ("end-to-end", "bfloat16", 2),
+}
+
+
+def build_llm(shape: Shape, dtype):
+    """transformers' Llama with random weights, made in place in `dtype`."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.mlp,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_size,
+        tie_word_embeddings=True,
+    )
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(default)
+
+
+def mapped_table(shape: Shape, folder: Path):
+    """(V, D) float16 memory-mapped, as a bundle keeps its embedding table."""
+    import torch
+
+    path = folder / "table.npy"
+    rng, table = (
+        np.random.default_rng(0),
+        np.lib.format.open_memmap(path, "w+", np.float16, (shape.vocabulary, shape.hidden)),
+    )
+    for start in range(0, shape.vocabulary, 8192):
+        rows = table[start : start + 8192]
+        rows[:] = 0.02 * rng.standard_normal(rows.shape, np.float32)
+    table.flush()
+    return torch.from_numpy(np.load(path, mmap_mode="c"))
+
+
+def make_objective(options, shape: Shape, dtype, folder: Path):
+    import torch
+
+    from tiny_align.align.objectives import make
+    from tiny_align.align.objectives.end_to_end import FrozenLlm
+    from tiny_align.runtime.readout import ctc_scale
+
+    if options.objective == "end-to-end":
+        prompt = torch.zeros(PROMPT, shape.hidden)
+        return make(options, None, llm=FrozenLlm(build_llm(shape, dtype), [prompt], prompt[:1]))
+    table = mapped_table(shape, folder)
+    return make(options, table, ctc_scale(table[:4096].numpy()))
+
+
+def utterances(shape: Shape) -> list:
+    """A batch of them: noise for features, random words."""
+    from tiny_align.align.train import Example
+
+    rng = np.random.default_rng(0)
+
+    def tokens(n: int) -> list[int]:
+        return rng.integers(shape.vocabulary, size=n).tolist()
+
+    def one() -> Example:
+        features = rng.standard_normal((FRAMES, FEATURES)).astype(np.float32)
+        return Example(features, tokens(WORDS), [5] * WORDS, answers=(tuple(tokens(ANSWER)),))
+
+    return [one() for _ in range(BATCH + 1)]  # one is held out
+
+
+def measure(shape_name: str, form: str, threads: int) -> dict:
+    """Seconds per step and peak memory of one form; a training of one step before warms up."""
+    import torch
+
+    from tiny_align.align.projector import build_projector
+    from tiny_align.align.train import Trainer, TrainOptions
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    shape, (objective, precision, steps) = SHAPES[shape_name], FORMS[form]
+    options = TrainOptions(
+        objective=objective, parts=(), batch=BATCH, held_out=0.0, max_seconds=float("inf"), check_every=10**6
+    )
+    soft_tokens = None if objective == "ctc" else SOFT_TOKENS
+    sizes = {"feature_size": FEATURES, "embedding_size": shape.hidden, "soft_tokens": soft_tokens}
+    projector, examples = build_projector({**sizes, "kind": "bridgeformer"}), utterances(shape)
+    with tempfile.TemporaryDirectory() as folder:
+        target = make_objective(options, shape, getattr(torch, precision), Path(folder))
+        for n in (1, steps):
+            record = Trainer(projector, examples, target, replace(options, steps=n), None).run(quiet=True).record
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"step_s": record["train_seconds"] / steps, "steps": steps, "peak_gb": peak / 1e9}
+
+
+def compare(shape_name: str, threads: int) -> dict:
+    """Every form in a process of its own, and end-to-end's step over ours."""
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        forms = {form: pool.apply(measure, (shape_name, form, threads)) for form in FORMS}
+    ratios = {form: row["step_s"] / forms["ctc"]["step_s"] for form, row in forms.items() if form != "ctc"}
+    return {"forms": forms, "step_ratio": ratios}
+
+
+def table(report: dict) -> str:
+    """The report as the README's table."""
+    lines = ["| LLM's shape | training | seconds per step | end-to-end / ours | peak memory |", "|---|---|---|---|---|"]
+    for name, shape in report["shapes"].items():
+        for form, row in shape["forms"].items():
+            ratio = shape["step_ratio"].get(form)
+            shown = f"{ratio:.0f}x" if ratio else ""
+            lines.append(f"| {name} | {form} | {row['step_s']:.3f} | {shown} | {row['peak_gb']:.1f} GB |")
+    return "\n".join(lines)
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args(argv)
+    report = {"machine": describe(), "date": str(date.today()), "command": COMMAND, "threads": args.threads}
+    report |= {"batch": BATCH, "frames": FRAMES, "words": WORDS, "soft_tokens": SOFT_TOKENS, "answer": ANSWER}
+    report["shapes"] = {}
+    for name in tqdm(args.shapes, desc="shapes"):
+        report["shapes"][name] = compare(name, args.threads)
+    write_json(args.out, report)
+    print(table(report), file=sys.stderr if args.json else sys.stdout)
+    print(json.dumps(report))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
