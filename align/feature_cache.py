@@ -47,7 +47,4 @@ def cached_features(
 
 def _encode(assistant: Assistant, utterance: Utterance, rng: np.random.Generator, varied: bool) -> np.ndarray:
     audio = utterance.load(assistant.sample_rate)
-    if not varied:
-        return assistant.features(audio)
-    front_end = assistant.bundle.manifest.front_end
-    return assistant.encode_mel(front_end.finish(vary(front_end.log_mel(audio), rng)))
+    return assistant.features(vary(audio, assistant.sample_rate, rng) if varied else audio)

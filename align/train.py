@@ -10,7 +10,7 @@ import json
 import logging
 import time
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,14 +32,14 @@ class TrainOptions:
     objective: str = "ctc"  # one of align.objectives.FRAMED and POOLED
     flat_start: int = 0  # steps before "aligned" trusts the projector's own output; a general one is trained from 500
     parts: tuple[str, ...] = ("enter",)  # of the projector, that are trained: where a voice comes in; (): all
-    steps: int = 250
+    steps: int | None = None  # None: as many as suit the number of utterances (`steps_for`)
     batch: int = 16
     rate: float = 1e-3
     warmup: int = 20
     weight_decay: float = 1e-2  # towards the weights the training began with, so that nobody else is forgotten
     seed: int = 0
     held_out: float = 0.12  # share of the utterances that judges the training
-    check_every: int = 25  # steps
+    check_every: int = 50  # steps
     max_seconds: float = 90.0
     average: float = 0.98  # share that the running mean of the weights, which is what is kept, retains at each step
     hide: float = 0.2  # share of feature frames hidden in training
@@ -52,13 +52,17 @@ class Example:
     features: np.ndarray  # (N, Da) float32
     tokens: list[int]
     token_lengths: list[int]  # letters
-    variations: tuple[np.ndarray, ...] = ()  # features of the same words said differently; training only
+    variations: tuple[np.ndarray, ...] = ()  # features of the recording made a little differently
     answers: tuple[tuple[int, ...], ...] = ()  # typed ones, end tokens included, one per prompt of "end-to-end"
 
     def take(self, rng: np.random.Generator | None) -> Tensor:
         """(N, Da): the recording itself or, with `rng`, one of its variations too."""
         takes = (self.features, *self.variations)
         return torch.from_numpy(takes[rng.integers(len(takes)) if rng else 0])
+
+    def takes(self) -> list["Example"]:
+        """The recording and each variation as an example of its own."""
+        return [replace(self, features=features, variations=()) for features in (self.features, *self.variations)]
 
 
 @dataclass
@@ -88,7 +92,9 @@ class Trainer:
         """`silence`: utterances without a word; trained on, never held out."""
         self.projector, self.objective, self.options, self.work = projector, objective, options, work
         self.held, self.used = held_out(examples, options.held_out)
+        self.judges = [take for e in self.held or self.used for take in e.takes()]
         self.n_utterances, self.used = len(examples), self.used + list(silence)
+        self.steps = options.steps or steps_for(len(self.used), options.batch)
         self.fingerprint = _fingerprint(projector, self.held + self.used, objective.table, options)
         self.start, self.mean = copy.deepcopy(projector).eval(), copy.deepcopy(projector).eval()
         for name, parameter in projector.named_parameters():
@@ -102,7 +108,7 @@ class Trainer:
         if not self.curve:
             self._check(None)  # what is to be improved on
         began = time.perf_counter() - self.spent_s
-        bar = tqdm(total=self.options.steps, initial=self.step, desc="align", disable=quiet, mininterval=0.5)
+        bar = tqdm(total=self.steps, initial=self.step, desc="align", disable=quiet, mininterval=0.5)
         while not self._finished():
             loss = self._train_step()
             self.step += 1
@@ -118,12 +124,12 @@ class Trainer:
         return Trained(_weights(self.mean if improved else self.start), record)
 
     def _finished(self) -> bool:
-        return self.step >= self.options.steps or self.spent_s > self.options.max_seconds
+        return self.step >= self.steps or self.spent_s > self.options.max_seconds
 
     def _rate(self) -> float:
         """Warm-up, then a cosine to a twentieth."""
         warm = min(1.0, (self.step + 1) / self.options.warmup)
-        return self.options.rate * warm * (0.05 + 0.95 * 0.5 * (1 + np.cos(np.pi * self.step / self.options.steps)))
+        return self.options.rate * warm * (0.05 + 0.95 * 0.5 * (1 + np.cos(np.pi * self.step / self.steps)))
 
     def _train_step(self) -> float:
         self.projector.train()
@@ -159,9 +165,8 @@ class Trainer:
     @torch.no_grad()
     def _held_out_figure(self) -> float:
         """How good the mean weights are: the objective's own measure of them, or its loss."""
-        examples = self.held or self.used
         measure = getattr(self.objective, "held_out", self.objective)
-        return float(measure(*self._outputs(self.mean, examples, None), examples, self.step))
+        return float(measure(*self._outputs(self.mean, self.judges, None), self.judges, self.step))
 
     @torch.no_grad()
     def _check(self, loss: float | None) -> None:
@@ -197,6 +202,11 @@ class Trainer:
         self.optimiser.load_state_dict(optimiser)
         for name, value in numbers.items():
             setattr(self, name, value)
+
+
+def steps_for(n_utterances: int, batch: int) -> int:
+    """Forty passes over the utterances, within 50 and 250 steps: more of few is learning them by heart."""
+    return min(250, max(50, 40 * n_utterances // batch))
 
 
 def held_out(examples: list[Example], share: float) -> tuple[list[Example], list[Example]]:

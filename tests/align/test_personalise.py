@@ -26,7 +26,7 @@ from tiny_align.runtime.bundle import Bundle, check_user
 from tiny_align.runtime.cli import main
 from tiny_align.runtime.files import sha256
 
-STEPS, CHECK_EVERY = 60, 25
+STEPS, CHECK_EVERY = 60, 50
 MEASURES = ("rouge1", "rougeL", "wer", "cer")
 
 
@@ -112,7 +112,7 @@ def test_the_record_holds_hashes_and_the_training(personalised, bundle_path):
     assert record["files"] == {str(p): h for p, h in contents(folder).items() if p.name != "user.json"}
     training = record["training"]
     assert training["steps"] == STEPS and training["train_seconds"] == personalised["train_seconds"]
-    assert [entry["step"] for entry in training["curve"]] == [0, 25, 50, 60]
+    assert [entry["step"] for entry in training["curve"]] == [0, 50, 60]
     assert training["improved"] == (training["curve"][-1]["held_out"] < training["curve"][0]["held_out"])
 
 
@@ -254,14 +254,14 @@ def test_ctrl_c_exits_with_130_and_the_same_command_goes_on(
 ):
     folder, old = make_old_user(make_user, bundle_path, tmp_path / "out/users")
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", stop_at(30, Trainer._train_step))
-        outcome = align("--steps", 40)
+        patch.setattr(Trainer, "_train_step", stop_at(60, Trainer._train_step))
+        outcome = align("--steps", 90)
     assert (outcome.status, outcome.stdout) == (130, "") and "interrupted" in outcome.stderr
     assert contents(folder) == old
 
     steps_taken.clear()
-    assert align("--steps", 40).document["steps"] == 40
-    assert steps_taken == list(range(CHECK_EVERY, 40))
+    assert align("--steps", 90).document["steps"] == 90
+    assert steps_taken == list(range(CHECK_EVERY, 90))
 
 
 def stop_at(step, train_step):

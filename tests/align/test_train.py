@@ -140,6 +140,11 @@ def test_training_learns_which_token_was_said(objective):
     assert before < 0.2 < 0.5 < nearest_token_accuracy(projector.eval(), unseen, options.objective)
 
 
+@pytest.mark.parametrize(("n", "steps"), [(2, 50), (25, 62), (60, 150), (100, 250), (5000, 250)])
+def test_few_recordings_are_not_gone_through_for_ever(n, steps):
+    assert train.steps_for(n, batch=16) == steps
+
+
 def test_training_never_sees_what_is_held_out():
     examples, silence = sentences(400), [replace(sentences(1)[0], tokens=[])]
     run = Trainer(new_projector(), examples, make(OPTIONS, TABLE), OPTIONS, None, silence)

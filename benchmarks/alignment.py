@@ -1,0 +1,538 @@
+"""How well each objective and projector aligns speech with the LLM, at the same wall-clock budget.
+
+    python -m benchmarks.alignment [--digits FOLDER] [--objectives ctc paper ...] [--processes 2] [--json]
+
+Three parts. The table: {projector} x {objective}, each trained from nothing on voices the encoder knows, then for each
+new voice on 100 of its utterances, with the learning rate tuned per cell; beside the typed ceiling, the transcript
+cascade and the chance level. The few-shot curve and the noise curve: the shipped bundle, personalised. Medians over the
+seeds. What is done already is kept (WORK/alignment.json), so that a long run can be interrupted. Needs espeak-ng and
+flite. Writes benchmarks/results/alignment.json and its plots; the last line of stdout is the same document.
+"""
+
+import argparse
+import json
+import multiprocessing
+import random
+import resource
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from tqdm import tqdm
+
+from tiny_align.align.datasets import load_dataset, split_of
+from tiny_align.align.demo import shipped
+from tiny_align.align.evaluate import Heard, hear, score
+from tiny_align.align.feature_cache import cached_features
+from tiny_align.align.objectives import FRAMED, POOLED
+from tiny_align.align.personalise import VARIATIONS, embedding_table, make_example, quiet_examples
+from tiny_align.align.projector import PROJECTORS, build_projector
+from tiny_align.align.silence import hiss
+from tiny_align.align.train import Trainer, TrainOptions
+from tiny_align.align.users import load_projector
+from tiny_align.reference import corpus, recordings, speech
+from tiny_align.runtime.assistant import Assistant
+from tiny_align.runtime.bundle import Bundle
+from tiny_align.runtime.files import write_json, written_folder
+from tiny_align.runtime.machine import describe
+from tiny_align.runtime.readout import collapse, ctc_scale, merge_similar
+
+RESULTS = Path(__file__).parent / "results" / "alignment.json"
+VOICES = ("slt", "awb", "kal16")
+SOFT_TOKENS, MERGE_COSINE = 24, 0.85  # where a projector pools
+RATES = (5e-4, 1.5e-3, 4e-3)
+FEW = (10, 25, 50, 100, 200)  # utterances
+SNR_DB = (None, 20, 10, 5, 0)
+N_TEST = 40
+FIGURES = ("rouge1", "rougeL", "wer")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run is; a result is kept for the same setting only."""
+
+    bundle: str
+    work: str
+    budget_s: float  # of training from nothing, on one core
+    personal_s: float  # of training for a voice
+    known: int  # utterances by voices the encoder knows
+    seeds: int
+
+
+@dataclass
+class Speaking:
+    """An assistant whose projector is still in PyTorch; `align.evaluate.score` takes it."""
+
+    assistant: Assistant
+    projector: object
+
+    def __post_init__(self):
+        self.bundle, self.answer_soft_tokens = self.assistant.bundle, self.assistant.answer_soft_tokens
+        self.table = self.assistant.llm.table
+
+    def soft_tokens(self, features: np.ndarray) -> np.ndarray:
+        import torch
+
+        with torch.no_grad():
+            out = self.projector(torch.from_numpy(features)[None])[0].numpy()
+        if self.projector.config.soft_tokens:
+            return merge_similar(out, MERGE_COSINE)
+        return collapse(out, self.table, ctc_scale(self.table))
+
+
+# --- data ---
+
+
+def write_known(out: Path, n: int) -> None:
+    """`n` training sentences and N_TEST held-out ones by random espeak-ng voices, as a data set."""
+    espeak, rng = speech.Espeak(seed=0), random.Random(31)
+    drawn = [("train", s) for s in corpus.sentences(n, 31)]
+    drawn += [("test", s) for s in corpus.sentences(N_TEST, 31, held_out=True)]
+    with written_folder(out) as folder:
+        rows = []
+        for i, (split, sentence) in enumerate(tqdm(drawn, desc="known voices")):
+            name = f"{i:05d}.flac"
+            soundfile.write(folder / name, espeak.say_as_someone(sentence.text, rng), speech.SAMPLE_RATE)
+            rows.append({"file_name": name, "transcription": sentence.text, "split": split})
+        (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def prepare(setting: Setting) -> None:
+    """Every recording and its features, in the work folder."""
+    work = Path(setting.work)
+    work.mkdir(parents=True, exist_ok=True)
+    if not (work / "known").exists():
+        write_known(work / "known", setting.known)
+    for voice in VOICES:
+        if not (work / voice).exists():
+            recordings.write_voice(voice, work / voice, max(FEW), N_TEST)
+    with Assistant.load(setting.bundle) as assistant:
+        for name in ("known", *VOICES):
+            examples_of(assistant, work / name)
+
+
+def examples_of(assistant: Assistant, folder: Path, n: int | None = None) -> list:
+    """The first `n` of a data set's train split, with variations and, for end-to-end, both answers."""
+    utterances = split_of(load_dataset(folder), "train")[:n]
+    takes = [cached_features(assistant, utterances, folder / "features", variation=k) for k in range(VARIATIONS + 1)]
+    replies, llm = answers(), assistant.llm
+    end = assistant.bundle.manifest.llm.end_tokens[0]
+    return [
+        replace(
+            make_example(llm, u.text, *t),
+            answers=tuple((*llm.encode(text), end) for text in (replies[u.text], u.text)),
+        )
+        for u, t in zip(utterances, zip(*takes))
+    ]
+
+
+def answers() -> dict[str, str]:
+    """Every sentence that is trained on, and the answer to it."""
+    drawn = corpus.sentences(10_000, 31) + corpus.sentences(max(FEW), 11)
+    return {s.text: s.answer for s in drawn}
+
+
+def test_of(assistant: Assistant, folder: Path) -> list[Heard]:
+    return hear(assistant, split_of(load_dataset(folder), "test"), quiet=True)
+
+
+# --- the table ---
+
+
+def frozen_llm(assistant: Assistant):
+    """The reference LLM in PyTorch, with the prompts of the two instructions, for end-to-end training."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tiny_align.align.objectives.end_to_end import FrozenLlm
+
+    llm, prompt = assistant.llm, assistant.bundle.manifest.prompt
+    asked = (prompt.instruction, prompt.repeat_instruction)
+    befores = [llm.embed(llm.encode(prompt.before + wanted + prompt.between)) for wanted in asked]
+    model = AutoModelForCausalLM.from_pretrained(Path("reference/weights/llm")).eval()
+    return FrozenLlm(
+        model, [torch.from_numpy(b) for b in befores], torch.from_numpy(llm.embed(llm.encode(prompt.after)))
+    )
+
+
+@dataclass
+class Cell:
+    """One projector trained for one objective."""
+
+    setting: Setting
+    kind: str
+    objective: str
+
+    def run(self) -> dict:
+        import torch
+
+        torch.set_num_threads(1)
+        with Assistant.load(self.setting.bundle, threads=1) as self.assistant:
+            return self._measure()
+
+    def _measure(self) -> dict:
+        work = Path(self.setting.work)
+        self.llm = frozen_llm(self.assistant) if self.objective == "end-to-end" else None
+        self.silence = quiet_examples(self.assistant, 40, 0) if self.objective in FRAMED else []
+        known, self.known_test = examples_of(self.assistant, work / "known"), test_of(self.assistant, work / "known")
+        voices = {v: (examples_of(self.assistant, work / v, 100), test_of(self.assistant, work / v)) for v in VOICES}
+        rate, step_s = self._tune(known)
+        row = {"projector": self.kind, "objective": self.objective, "rate": rate, "step_s": step_s}
+        row["budget_curve"] = self._budget_curve(known, rate, step_s)
+        row["seeds"] = [self._one_seed(known, voices, rate, step_s, seed) for seed in range(self.setting.seeds)]
+        row["budget_curve"].append({"seconds": self.setting.budget_s, "rougeL": row["seeds"][0]["known"]["rougeL"]})
+        best = max(point["rougeL"] for point in row["budget_curve"])
+        row["seconds_to_95"] = min(p["seconds"] for p in row["budget_curve"] if p["rougeL"] >= 0.95 * best)
+        row["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        return row
+
+    def _train(self, projector, examples: list, rate: float, steps: int, seed: int, parts: tuple = ()):
+        from tiny_align.align.objectives import make
+
+        options = TrainOptions(
+            objective=self.objective, parts=parts, flat_start=steps // 8, steps=steps, rate=rate, seed=seed,
+            check_every=10**6, max_seconds=float("inf"),
+        )  # fmt: skip
+        table = embedding_table(self.assistant)
+        target = make(options, table, ctc_scale(table.numpy()), self.llm)
+        trained = Trainer(projector, examples, target, options, None, self.silence).run(quiet=True)
+        projector.load_state_dict(trained.weights)
+        return trained.record
+
+    def _new(self, seed: int):
+        import torch
+
+        torch.manual_seed(seed)
+        manifest = self.assistant.bundle.manifest
+        sizes = {
+            k: manifest.projector[k] for k in ("feature_size", "embedding_size", "hidden_size", "n_layers", "n_heads")
+        }
+        return build_projector(
+            {**sizes, "kind": self.kind, "soft_tokens": None if self.objective in FRAMED else SOFT_TOKENS}
+        )
+
+    def _tune(self, known: list) -> tuple[float, float]:
+        """The rate with the best held-out figure after an eighth of the budget, and seconds per step."""
+        record = self._train(self._new(99), known, RATES[0], 10, seed=99)
+        step_s = record["train_seconds"] / 10
+        figures = {}
+        for rate in RATES:
+            record = self._train(self._new(99), known, rate, self._steps(self.setting.budget_s / 8, step_s), seed=99)
+            figures[rate], step_s = record["curve"][-1]["held_out"], record["train_seconds"] / record["steps"]
+        return min(figures, key=figures.get), step_s
+
+    def _steps(self, seconds: float, step_s: float) -> int:
+        return max(10, round(seconds / step_s))
+
+    def _budget_curve(self, known: list, rate: float, step_s: float) -> list[dict]:
+        """Known voices' ROUGE-L after shorter trainings, each with a schedule of its own."""
+        curve = []
+        for share in (1 / 8, 1 / 4, 1 / 2):
+            projector = self._new(0)
+            self._train(projector, known, rate, self._steps(share * self.setting.budget_s, step_s), seed=0)
+            quality = score(Speaking(self.assistant, projector), self.known_test, quiet=True)
+            curve.append({"seconds": share * self.setting.budget_s, "rougeL": quality.rougeL})
+        return curve
+
+    def _one_seed(self, known: list, voices: dict, rate: float, step_s: float, seed: int) -> dict:
+        projector = self._new(seed)
+        record = self._train(projector, known, rate, self._steps(self.setting.budget_s, step_s), seed)
+        out = {"train_seconds": record["train_seconds"], "known": self._quality(projector, self.known_test)}
+        start = {k: v.clone() for k, v in projector.state_dict().items()}
+        for voice, (examples, test) in voices.items():
+            projector.load_state_dict(start)
+            out[voice] = {"before": self._quality(projector, test)}
+            steps = self._steps(self.setting.personal_s, step_s)
+            record = self._train(projector, examples, TrainOptions.rate, steps, seed, TrainOptions().parts)
+            out[voice] |= {"train_seconds": record["train_seconds"], "after": self._quality(projector, test)}
+            without = score(Speaking(self.assistant, projector), test, "", quiet=True)
+            out[voice]["without_instruction"] = {name: getattr(without, name) for name in ("rouge1", "rougeL")}
+        return out
+
+    def _quality(self, projector, test: list[Heard]) -> dict:
+        quality = score(Speaking(self.assistant, projector.eval()), test, quiet=True)
+        return {name: getattr(quality, name) for name in (*FIGURES, "rougeL_chance")}
+
+
+# --- the shipped bundle ---
+
+
+@dataclass
+class Shipped:
+    """The shipped general projector, personalised for one voice or person: from few utterances to many, in noise."""
+
+    setting: Setting
+    name: str
+    data: str  # a data set's folder
+
+    def run(self) -> dict:
+        import torch
+
+        torch.set_num_threads(1)
+        folder, known = Path(self.data), Path(self.setting.work) / "known"
+        with Assistant.load(self.setting.bundle, threads=1) as self.assistant:
+            self.silence = quiet_examples(self.assistant, 8, 0)
+            self.n_train = len(split_of(load_dataset(folder), "train"))
+            self.examples, self.known_test = self._examples(folder), test_of(self.assistant, known)
+            self.tests = {db: noisy(self.assistant, folder, db) for db in SNR_DB}
+            return self._measure()
+
+    def _examples(self, folder: Path) -> list:
+        began = time.perf_counter()
+        utterances = split_of(load_dataset(folder), "train")
+        cache = Path(self.setting.work) / self.name / "features"
+        takes = [cached_features(self.assistant, utterances, cache, variation=k) for k in range(VARIATIONS + 1)]
+        self.encode_s = (time.perf_counter() - began) / len(utterances)  # each; little where they were cached
+        return [make_example(self.assistant.llm, u.text, *t) for u, t in zip(utterances, zip(*takes))]
+
+    def _measure(self) -> dict:
+        general = load_projector(self.assistant.bundle, self.assistant.bundle.graph("projector"))
+        out = {
+            "general": self._quality(general, self.tests[None]),
+            "general_known": self._quality(general, self.known_test),
+            "general_noise": {str(db): self._quality(general, test) for db, test in self.tests.items()},
+            "few": {},
+            "noise": {},
+        }
+        for n in sorted({min(n, self.n_train) for n in FEW}):
+            runs = [self._personalised(n, seed) for seed in range(self.setting.seeds)]
+            out["few"][str(n)] = [
+                {**self._quality(p, self.tests[None]), "train_seconds": seconds} for p, seconds in runs
+            ]
+            if n == min(100, self.n_train):
+                out["known"] = [self._quality(projector, self.known_test) for projector, _ in runs]
+                for db, test in self.tests.items():
+                    out["noise"][str(db)] = [self._quality(projector, test) for projector, _ in runs]
+        return out
+
+    def _personalised(self, n: int, seed: int):
+        from tiny_align.align.objectives import make
+
+        options = TrainOptions(seed=seed)
+        projector = load_projector(self.assistant.bundle, self.assistant.bundle.graph("projector"))
+        target = make(options, embedding_table(self.assistant), self.assistant.bundle.manifest.readout.scale)
+        trained = Trainer(projector, self.examples[:n], target, options, None, self.silence).run(quiet=True)
+        projector.load_state_dict(trained.weights)
+        return projector, trained.record["train_seconds"]
+
+    def _quality(self, projector, test: list[Heard]) -> dict:
+        quality = score(Speaking(self.assistant, projector.eval()), test, quiet=True)
+        return {name: getattr(quality, name) for name in (*FIGURES, "rougeL_chance")}
+
+
+def noisy(assistant: Assistant, folder: Path, snr_db: float | None) -> list[Heard]:
+    """The test split with coloured noise under it."""
+    rng, rate = np.random.default_rng(5), assistant.sample_rate
+    heard = []
+    for utterance in split_of(load_dataset(folder), "test"):
+        audio = utterance.load(rate)
+        if snr_db is not None:
+            sound = hiss(rng, len(audio), rate)
+            sound *= np.sqrt(np.mean(audio**2) / np.mean(sound**2)) * 10 ** (-snr_db / 20)
+            audio = (audio + sound).astype(np.float32)
+            audio /= max(1.0, np.abs(audio).max())
+        heard.append(Heard(utterance.text, assistant.features(audio), assistant.answer_text(utterance.text).text))
+    return heard
+
+
+def cascade(assistant: Assistant, folder: Path) -> dict:
+    """The encoder's own letters, read by the LLM as text: what there is without a projector."""
+    import torch
+    from rouge_score import rouge_scorer
+    from transformers import ParakeetForCTC
+
+    from tiny_align.reference.encoder import FRONT_END, decode_letters
+
+    model = ParakeetForCTC.from_pretrained(Path("reference/weights/encoder")).eval()
+    scorer, scores = rouge_scorer.RougeScorer(["rougeL"]), []
+    for utterance in split_of(load_dataset(folder), "test"):
+        with torch.no_grad():
+            letters = model(torch.from_numpy(FRONT_END(utterance.load(speech.SAMPLE_RATE)))[None]).logits[0].argmax(-1)
+        spoken = assistant.answer_text(decode_letters(letters.numpy()) or " ").text
+        scores.append(scorer.score(assistant.answer_text(utterance.text).text, spoken)["rougeL"].fmeasure)
+    return {"rougeL": sum(scores) / len(scores), "n": len(scores)}
+
+
+# --- the run ---
+
+
+def jobs_of(args, setting: Setting) -> dict[str, Cell | Shipped]:
+    jobs: dict[str, Cell | Shipped] = {
+        f"shipped/{v}": Shipped(setting, v, str(args.work / v)) for v in (VOICES if "curves" in args.parts else ())
+    }
+    if "curves" in args.parts and args.digits:
+        for person in sorted(args.digits.glob("*/metadata.jsonl")):
+            jobs[f"shipped/{person.parent.name}"] = Shipped(setting, person.parent.name, str(person.parent))
+    if "table" in args.parts:
+        cells = [Cell(setting, kind, objective) for objective in args.objectives for kind in args.projectors]
+        jobs |= {
+            f"{cell.objective}/{cell.kind}": cell for cell in sorted(cells, key=lambda c: c.kind != "bridgeformer")
+        }
+    return jobs
+
+
+def run_all(jobs: dict, kept: Path, setting: Setting, processes: int) -> dict:
+    """Every job in a process of its own; what `kept` has of this setting is not done again."""
+    state = json.loads(kept.read_text()) if kept.exists() else {}
+    key = asdict(setting) | {"bundle": Bundle.open(setting.bundle).manifest.files}
+    results = state["results"] if state.get("setting") == key else {}
+    missing = {name: job for name, job in jobs.items() if name not in results}
+    bar = tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc="alignment")
+    with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=1) as pool:
+        for name, result in pool.imap_unordered(_run, missing.items()):
+            results[name] = result
+            write_json(kept, {"setting": key, "results": results})
+            bar.update()
+    return {name: results[name] for name in jobs}
+
+
+def _run(job: tuple) -> tuple[str, dict]:
+    return job[0], job[1].run()
+
+
+def measure(args) -> dict:
+    setting = Setting(str(args.bundle), str(args.work), args.budget, args.personal, args.known, args.seeds)
+    prepare(setting)
+    report = {"machine": describe(), "date": str(date.today()), "command": "python -m benchmarks.alignment"}
+    report["command"] += " --digits FOLDER" if args.digits else ""
+    with Assistant.load(args.bundle) as assistant:
+        report["cascade"] = {name: cascade(assistant, args.work / name) for name in ("known", *VOICES)}
+    report |= {"setting": {k: v for k, v in asdict(setting).items() if k not in ("bundle", "work")}}
+    report["results"] = run_all(jobs_of(args, setting), args.work / "alignment.json", setting, args.processes)
+    return report
+
+
+# --- the report ---
+
+
+def median(values) -> float:
+    return statistics.median(list(values))
+
+
+def over_voices(row: dict, *path: str) -> float:
+    """Median over seeds of the mean over the new voices."""
+    return median(sum(_at(seed[v], path) for v in VOICES) / len(VOICES) for seed in row["seeds"])
+
+
+def _at(value: dict, path: tuple):
+    for name in path:
+        value = value[name]
+    return value
+
+
+def table(report: dict) -> str:
+    """The README's table of projectors and objectives."""
+    head = ["projector", "objective", "known ROUGE-L", "new voice before", "after: ROUGE-1", "ROUGE-L", "WER"]
+    head += ["no instruction", "rate", "s per step", "s to 95 %", "peak GB"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    chance = []
+    for name, row in report["results"].items():
+        if name.startswith("shipped/"):
+            continue
+        chance.append(over_voices(row, "after", "rougeL_chance"))
+        figures = [over_voices(row, "after", name) for name in FIGURES]
+        cells = [row["projector"], row["objective"], f"{median(s['known']['rougeL'] for s in row['seeds']):.3f}"]
+        cells += [f"{over_voices(row, 'before', 'rougeL'):.3f}", *(f"{f:.3f}" for f in figures)]
+        cells += [f"{over_voices(row, 'without_instruction', 'rougeL'):.3f}", f"{row['rate']:g}"]
+        cells += [f"{row['step_s']:.3f}", f"{row['seconds_to_95']:.0f}", f"{row['peak_gb']:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    heard = sum(report["cascade"][v]["rougeL"] for v in VOICES) / len(VOICES)
+    blank = " |" * (len(head) - 6)
+    lines.append(f"| typed | | 1.000 | | 1.000 | 1.000 |{blank}")
+    lines.append(f"| cascade | | {report['cascade']['known']['rougeL']:.3f} | {heard:.3f} | | {heard:.3f} |{blank}")
+    if chance:
+        lines.append(f"| chance | | | | | {median(chance):.3f} |{blank}")
+    return "\n".join(lines)
+
+
+def curves(report: dict) -> str:
+    """The README's table of the shipped bundle: few utterances, noise, what is forgotten."""
+    people = {n.split("/")[1]: r for n, r in report["results"].items() if n.startswith("shipped/")}
+    few, snr = [str(n) for n in FEW], [str(db) for db in SNR_DB]
+    head = ["who", "general", *(f"{n} utt." for n in few), "WER at most utt.", "training"]
+    head += [f"{db} dB" if db != "None" else "clean" for db in snr] + ["known voices: general", "personalised"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for name, row in people.items():
+        most = row["few"][max(row["few"], key=int)]
+        cells = [name, f"{row['general']['rougeL']:.3f}"]
+        cells += [f"{median(r['rougeL'] for r in row['few'][n]):.3f}" if n in row["few"] else "" for n in few]
+        cells += [f"{median(r['wer'] for r in most):.3f}", f"{median(r['train_seconds'] for r in most):.0f} s"]
+        cells += [f"{median(r['rougeL'] for r in row['noise'][db]):.3f}" for db in snr]
+        cells += [f"{row['general_known']['rougeL']:.3f}", f"{median(r['rougeL'] for r in row['known']):.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(report: dict, folder: Path) -> list[str]:
+    """PNG pictures: few utterances, noise, quality over training time."""
+    people = {n.split("/")[1]: r for n, r in report["results"].items() if n.startswith("shipped/")}
+    cells = [
+        r for n, r in report["results"].items() if not n.startswith("shipped/") and r["projector"] == "bridgeformer"
+    ]
+    few = {
+        name: (
+            [0, *map(int, r["few"])],
+            [r["general"]["rougeL"], *(median(x["rougeL"] for x in v) for v in r["few"].values())],
+        )
+        for name, r in people.items()
+    }
+    noise = {
+        name: (
+            [30 if db is None else db for db in SNR_DB],
+            [median(x["rougeL"] for x in r["noise"][str(db)]) for db in SNR_DB],
+        )
+        for name, r in people.items()
+    }
+    time_ = {r["objective"]: tuple(zip(*((p["seconds"], p["rougeL"]) for p in r["budget_curve"]))) for r in cells}
+    drawn = {
+        "few": ("utterances trained on", few),
+        "noise": ("signal to noise, dB (30: clean)", noise),
+        "time": ("seconds of training, known voices", time_),
+    }
+    return [_draw(folder / f"alignment-{name}.png", label, lines) for name, (label, lines) in drawn.items() if lines]
+
+
+def _draw(path: Path, label: str, lines: dict) -> str:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel=label, ylabel="ROUGE-L", ylim=(0, 1))
+    for name, (x, y) in lines.items():
+        axes.plot(x, y, "-o", markersize=3, label=name)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    return path.name
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle", type=Path, default=shipped("bundle"))
+    parser.add_argument("--work", type=Path, default=Path("work/alignment"), help="recordings, features, what is done")
+    parser.add_argument("--digits", type=Path, help="a folder of speakers, each with metadata.jsonl")
+    parser.add_argument("--parts", nargs="+", choices=("curves", "table"), default=("curves", "table"))
+    parser.add_argument("--objectives", nargs="+", choices=FRAMED + POOLED, default=FRAMED + POOLED)
+    parser.add_argument("--projectors", nargs="+", choices=PROJECTORS, default=tuple(PROJECTORS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--budget", type=float, default=60.0, help="seconds of training from nothing, one core")
+    parser.add_argument("--personal", type=float, default=15.0, help="seconds of training for a voice, one core")
+    parser.add_argument("--known", type=int, default=2000, help="utterances by known voices to train on")
+    parser.add_argument("--processes", type=int, default=1, help="jobs at once, a core each")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args(argv)
+    report = measure(args)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    report["plots"] = plot(report, args.out.parent)
+    write_json(args.out, report)
+    print(f"{table(report)}\n\n{curves(report)}", file=sys.stderr if args.json else sys.stdout)
+    print(json.dumps(report))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
