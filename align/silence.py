@@ -1,6 +1,6 @@
-"""Sounds in which nothing is said: hum, hiss, tones, knocks. A projector that hears words in them invents answers.
+"""Sounds in which nothing is said: hum, hiss, tones, sweeps, knocks, gusts.
 
-They are made, not recorded, so that they cost nothing to ship; training takes them as utterances without a word.
+A projector that hears words in them invents answers. They are made, not recorded, so that they cost nothing to ship; training takes them as utterances without a word.
 Kinds, ranges and levels are our choices.
 """
 
@@ -51,7 +51,26 @@ def knocks(rng: np.random.Generator, n: int, sample_rate: int) -> np.ndarray:
     return out + 1e-3 * hiss(rng, n, sample_rate)
 
 
-KINDS = (hiss, hum, tones, knocks)
+def sweeps(rng: np.random.Generator, n: int, sample_rate: int) -> np.ndarray:
+    """Sirens, whistles, birds: a tone that glides, with harmonics or without, and breaks off."""
+    corners = rng.integers(3, 12)
+    pitch = np.interp(np.arange(n), np.linspace(0, n, corners), 2 ** rng.uniform(7, 11.5, corners))  # 128..2900 Hz
+    phase = 2 * np.pi * np.cumsum(pitch) / sample_rate
+    sound = sum(np.sin(k * phase) / k for k in range(1, rng.integers(2, 5)))
+    return sound * np.interp(np.arange(n), np.linspace(0, n, 16), rng.random(16) > 0.3)
+
+
+def gusts(rng: np.random.Generator, n: int, sample_rate: int) -> np.ndarray:
+    """Noise of a few bands that comes and goes at the pace of syllables: wind, breath, cloth, an engine."""
+    frequency, band = np.fft.rfftfreq(n, 1 / sample_rate), 0.0
+    for centre in 2 ** rng.uniform(7.5, 12, rng.integers(1, 4)):
+        band = band + np.exp(-0.5 * ((frequency - centre) / (centre * rng.uniform(0.05, 0.5))) ** 2)
+    sound = np.fft.irfft(np.fft.rfft(rng.standard_normal(n)) * band, n)
+    pace = rng.uniform(1, 8) * n / sample_rate  # bursts in all
+    return sound * np.abs(np.sin(np.pi * pace * np.arange(n) / n + rng.random())) ** rng.uniform(0.5, 4)
+
+
+KINDS = (hiss, hum, tones, sweeps, knocks, gusts)
 
 
 def nothing_said(rng: np.random.Generator, sample_rate: int) -> np.ndarray:

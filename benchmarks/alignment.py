@@ -43,6 +43,7 @@ from tiny_align.runtime.machine import describe
 from tiny_align.runtime.readout import collapse, ctc_scale, merge_similar
 
 RESULTS = Path(__file__).parent / "results" / "alignment.json"
+WEIGHTS = Path(__file__).parents[1] / "reference" / "weights"
 VOICES = ("slt", "awb", "kal16")
 SOFT_TOKENS, MERGE_COSINE = 24, 0.85  # where a projector pools
 RATES = (5e-4, 1.5e-3, 4e-3)
@@ -144,7 +145,7 @@ def test_of(assistant: Assistant, folder: Path) -> list[Heard]:
 # --- the table ---
 
 
-def frozen_llm(assistant: Assistant):
+def frozen_llm(assistant: Assistant, weights: Path = WEIGHTS / "llm"):
     """The reference LLM in PyTorch, with the prompts of the two instructions, for end-to-end training."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -154,7 +155,7 @@ def frozen_llm(assistant: Assistant):
     llm, prompt = assistant.llm, assistant.bundle.manifest.prompt
     asked = (prompt.instruction, prompt.repeat_instruction)
     befores = [llm.embed(llm.encode(prompt.before + wanted + prompt.between)) for wanted in asked]
-    model = AutoModelForCausalLM.from_pretrained(Path("reference/weights/llm")).eval()
+    model = AutoModelForCausalLM.from_pretrained(weights).eval()
     return FrozenLlm(
         model, [torch.from_numpy(b) for b in befores], torch.from_numpy(llm.embed(llm.encode(prompt.after)))
     )
@@ -348,7 +349,7 @@ def cascade(assistant: Assistant, folder: Path) -> dict:
 
     from tiny_align.reference.encoder import FRONT_END, decode_letters
 
-    model = ParakeetForCTC.from_pretrained(Path("reference/weights/encoder")).eval()
+    model = ParakeetForCTC.from_pretrained(WEIGHTS / "encoder").eval()
     scorer, scores = rouge_scorer.RougeScorer(["rougeL"]), []
     for utterance in split_of(load_dataset(folder), "test"):
         with torch.no_grad():

@@ -82,7 +82,7 @@ def train(bundle_path: Path, out: Path, work: Path, n: int, steps: int, seed: in
         examples = [make_example(assistant.llm, t, f) for f, t in zip(features, texts)]
         projector = load_projector(bundle, bundle.graph("projector"))
         target = make(options, embedding_table(assistant), bundle.manifest.readout.scale)
-        silence = quiet_examples(assistant, n // 20, seed)
+        silence = quiet_examples(assistant, n // 8, seed)
         trained = Trainer(projector, examples, target, options, state, silence).run()
     save_file(trained.weights, out)
     write_weights(bundle.path / data_file(bundle), bundle.manifest, trained.weights)

@@ -1,0 +1,58 @@
+"""The benchmarks measure what is deployed, and their tables say what was measured."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from benchmarks import alignment, training_cost
+from tiny_align.align.users import load_projector
+
+
+@pytest.fixture(scope="module")
+def voice(voice_path, tmp_path_factory):
+    """Two of the shipped recordings to train on and three to test."""
+    folder = tmp_path_factory.mktemp("voice")
+    lines = (voice_path / "metadata.jsonl").read_text().splitlines()
+    for line in (chosen := lines[:2] + lines[-3:]):
+        name = json.loads(line)["file_name"]
+        shutil.copyfile(voice_path / name, folder / name)
+    (folder / "metadata.jsonl").write_text("\n".join(chosen))
+    return folder
+
+
+def test_a_projector_in_pytorch_is_read_as_the_deployed_one_is(assistant):
+    projector = load_projector(assistant.bundle, assistant.bundle.graph("projector")).eval()
+    features = np.random.default_rng(0).standard_normal((61, projector.config.feature_size)).astype(np.float32)
+    spoken = alignment.Speaking(assistant, projector).soft_tokens(features)
+    np.testing.assert_allclose(spoken, assistant.soft_tokens(features), atol=1e-3)
+
+
+def test_end_to_end_training_reads_the_prompt_the_runtime_assembles(assistant):
+    llm = alignment.frozen_llm(assistant)
+    prompt = assistant.bundle.manifest.prompt
+    speech = np.zeros((2, llm.after.shape[1]), np.float32)
+    for before, instruction in zip(llm.prompts, (prompt.instruction, prompt.repeat_instruction)):
+        ours = np.concatenate([before.numpy(), speech, llm.after.numpy()])
+        np.testing.assert_array_equal(ours, assistant.llm.assemble(speech, instruction))
+
+
+def test_every_sentence_that_is_trained_on_has_its_answer(assistant, voice):
+    examples = alignment.examples_of(assistant, voice)
+    assert [len(e.answers) for e in examples] == [2, 2]
+    end = assistant.bundle.manifest.llm.end_tokens[0]
+    for example in examples:
+        assert example.answers[1] == (*example.tokens, end)
+
+
+@pytest.mark.parametrize("snr_db", [20, 0])
+def test_noise_changes_what_is_heard_but_not_what_was_said(assistant, voice, snr_db):
+    clean, noisy = (alignment.noisy(assistant, voice, db) for db in (None, snr_db))
+    assert [(h.text, h.typed) for h in clean] == [(h.text, h.typed) for h in noisy]
+    assert all(not np.array_equal(a.features, b.features) for a, b in zip(clean, noisy))
+
+
+def test_a_training_step_of_the_smallest_shape_is_measured():
+    row = training_cost.measure("reference", "ctc", threads=1)
+    assert 0 < row["step_s"] < 10 and 0.1 < row["peak_gb"] < 8
