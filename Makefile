@@ -20,6 +20,8 @@ lint: $(STAMPS)/dev
 
 bench: $(STAMPS)/dev  ## every measurement of the README
 	$(BIN)/python -m benchmarks.quality
+	$(BIN)/python -m benchmarks.alignment
+	$(BIN)/python -m benchmarks.training_cost
 
 reference: $(STAMPS)/dev  ## train and export the reference bundle again; resumable, hours (needs espeak-ng and flite)
 	$(BIN)/python -m tiny_align.reference.encoder

@@ -1,7 +1,7 @@
 """Sounds in which nothing is said: hum, hiss, tones, sweeps, knocks, gusts.
 
-A projector that hears words in them invents answers. They are made, not recorded, so that they cost nothing to ship; training takes them as utterances without a word.
-Kinds, ranges and levels are our choices.
+A projector that hears words in them invents answers. They are made, not recorded, so that they cost nothing to
+ship; training takes them as utterances without a word. Kinds, ranges and levels are our choices.
 """
 
 import numpy as np

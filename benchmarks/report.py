@@ -8,12 +8,17 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks import quality
+from benchmarks import alignment, quality, training_cost
 from tiny_align.runtime.files import write_text
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-TABLES = {"quality": (quality.RESULTS, quality.table)}
+TABLES = {
+    "quality": (quality.RESULTS, quality.table),
+    "curves": (alignment.RESULTS, alignment.curves),
+    "alignment": (alignment.RESULTS, alignment.table),
+    "training_cost": (training_cost.RESULTS, training_cost.table),
+}
 
 
 def render(text: str) -> str:

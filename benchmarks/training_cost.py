@@ -102,7 +102,7 @@ def make_objective(options, shape: Shape, dtype, folder: Path):
     from tiny_align.runtime.readout import ctc_scale
 
     if options.objective == "end-to-end":
-        prompt = torch.zeros(PROMPT, shape.hidden)
+        prompt = 0.02 * torch.randn(PROMPT, shape.hidden)
         return make(options, None, llm=FrozenLlm(build_llm(shape, dtype), [prompt], prompt[:1]))
     table = mapped_table(shape, folder)
     return make(options, table, ctc_scale(table[:4096].numpy()))

@@ -275,6 +275,8 @@ def main(argv=None) -> int:
     parser.add_argument("--bf16", action="store_true", help="bfloat16 products: faster where the CPU has them")
     args = parser.parse_args(argv)
     report = train(args)
+    if args.start:
+        report["started_from"] = json.loads((args.start / "training.json").read_text())
     (args.out / "training.json").write_text(json.dumps(vars(args) | report, indent=1, default=str) + "\n")
     print(json.dumps(report))
     return 0
