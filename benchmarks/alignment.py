@@ -30,7 +30,7 @@ from tiny_align.align.demo import shipped
 from tiny_align.align.evaluate import Heard, hear, score
 from tiny_align.align.feature_cache import cached_features
 from tiny_align.align.objectives import FRAMED, POOLED
-from tiny_align.align.personalise import VARIATIONS, embedding_table, make_example, quiet_examples
+from tiny_align.align.personalise import SILENCES, VARIATIONS, embedding_table, make_example, quiet_examples
 from tiny_align.align.projector import PROJECTORS, build_projector
 from tiny_align.align.silence import hiss
 from tiny_align.align.train import Trainer, TrainOptions
@@ -49,7 +49,7 @@ SOFT_TOKENS, MERGE_COSINE = 24, 0.85  # where a projector pools
 RATES = (5e-4, 1.5e-3, 4e-3)
 FEW = (10, 25, 50, 100, 200)  # utterances
 SNR_DB = (None, 20, 10, 5, 0)
-N_TEST = 40
+N_TEST, N_WORDLESS = 40, 60
 FIGURES = ("rouge1", "rougeL", "wer")
 
 
@@ -277,10 +277,11 @@ class Shipped:
         torch.set_num_threads(1)
         folder, known = Path(self.data), Path(self.setting.work) / "known"
         with Assistant.load(self.setting.bundle, threads=1) as self.assistant:
-            self.silence = quiet_examples(self.assistant, 8, 0)
+            self.silence = quiet_examples(self.assistant, SILENCES, 0)
             self.n_train = len(split_of(load_dataset(folder), "train"))
             self.examples, self.known_test = self._examples(folder), test_of(self.assistant, known)
             self.tests = {db: noisy(self.assistant, folder, db) for db in SNR_DB}
+            self.wordless = [e.features for e in quiet_examples(self.assistant, N_WORDLESS, seed=1)]
             return self._measure()
 
     def _examples(self, folder: Path) -> list:
@@ -297,6 +298,7 @@ class Shipped:
             "general": self._quality(general, self.tests[None]),
             "general_known": self._quality(general, self.known_test),
             "general_noise": {str(db): self._quality(general, test) for db, test in self.tests.items()},
+            "general_invented": self._invented(general),
             "few": {},
             "noise": {},
         }
@@ -306,6 +308,7 @@ class Shipped:
                 {**self._quality(p, self.tests[None]), "train_seconds": seconds} for p, seconds in runs
             ]
             if n == min(100, self.n_train):
+                out["invented"] = [self._invented(projector) for projector, _ in runs]
                 out["known"] = [self._quality(projector, self.known_test) for projector, _ in runs]
                 for db, test in self.tests.items():
                     out["noise"][str(db)] = [self._quality(projector, test) for projector, _ in runs]
@@ -320,6 +323,11 @@ class Shipped:
         trained = Trainer(projector, self.examples[:n], target, options, None, self.silence).run(quiet=True)
         projector.load_state_dict(trained.weights)
         return projector, trained.record["train_seconds"]
+
+    def _invented(self, projector) -> int:
+        """In how many of N_WORDLESS sounds a word is heard."""
+        speaking = Speaking(self.assistant, projector.eval())
+        return sum(len(speaking.soft_tokens(features)) > 0 for features in self.wordless)
 
     def _quality(self, projector, test: list[Heard]) -> dict:
         quality = score(Speaking(self.assistant, projector.eval()), test, quiet=True)
@@ -457,6 +465,7 @@ def curves(report: dict) -> str:
     few, snr = [str(n) for n in FEW], [str(db) for db in SNR_DB]
     head = ["who", "general", *(f"{n} utt." for n in few), "WER at most utt.", "training"]
     head += [f"{db} dB" if db != "None" else "clean" for db in snr] + ["known voices: general", "personalised"]
+    head += [f"of {N_WORDLESS} sounds without a word answered"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for name, row in people.items():
         most = row["few"][max(row["few"], key=int)]
@@ -465,6 +474,7 @@ def curves(report: dict) -> str:
         cells += [f"{median(r['wer'] for r in most):.3f}", f"{median(r['train_seconds'] for r in most):.0f} s"]
         cells += [f"{median(r['rougeL'] for r in row['noise'][db]):.3f}" for db in snr]
         cells += [f"{row['general_known']['rougeL']:.3f}", f"{median(r['rougeL'] for r in row['known']):.3f}"]
+        cells += [f"{median(row['invented']):.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
