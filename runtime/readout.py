@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+FEW, SURE = 2, 0.7  # so few tokens, none of them this likely in any frame, are a noise that was taken for a word
+
 
 @dataclass(frozen=True)
 class Readout:
@@ -30,15 +32,20 @@ def collapse(frames: np.ndarray, table: np.ndarray, scale: float) -> np.ndarray:
         frames: (N, D + 1) float32; the last column is the blank's logit.
         table: (V, D) float32, as the LLM sees its tokens.
     Returns:
-        (T', D) float32; no row where nothing was said.
+        (T', D) float32; no row where nothing was said, or so little and so doubtful that it was a noise.
     """
     logits = frames[:, :-1] @ table.T * np.float32(scale)  # (N, V)
     best = np.where(logits.max(axis=1) > frames[:, -1], logits.argmax(axis=1), -1)
     starts = np.flatnonzero((best >= 0) & (best != np.concatenate([[-1], best[:-1]])))
     if not len(starts):
         return np.zeros((0, table.shape[1]), np.float32)
-    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-    weights /= weights.sum(axis=1, keepdims=True)
+    top = logits.max(axis=1, keepdims=True)
+    weights = np.exp(logits - top)  # 1 for the best
+    total = weights.sum(axis=1, keepdims=True)
+    likely = 1 / (total + np.exp((frames[:, -1:] - top).clip(max=80)))  # (N, 1) the best token's probability
+    if len(starts) <= FEW and likely.max() < SURE:
+        return np.zeros((0, table.shape[1]), np.float32)
+    weights /= total
     run = np.concatenate([[0], np.cumsum(best[1:] != best[:-1])])  # (N,) which run a frame is in
     return np.stack([weights[run == run[start]].mean(axis=0) @ table for start in starts]).astype(np.float32)
 

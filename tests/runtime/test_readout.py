@@ -46,6 +46,17 @@ def test_a_doubtful_frame_gives_a_mixture():
     assert min(np.abs(soft_token - TABLE[1]).max(), np.abs(soft_token - TABLE[3]).max()) > 0.1
 
 
+@pytest.mark.parametrize(("path", "kept"), [([1], 0), ([1, BLANK, 4], 0), ([1, BLANK, 4, BLANK, 2], 3)])
+def test_a_doubtful_word_alone_is_a_noise(path, kept):
+    """Of three doubtful words each may be wrong, but something was said."""
+    frames = frames_of(path)
+    for frame, token in zip(frames, path):
+        if token is not BLANK:
+            frame[-1] = np.log(np.exp(frame[:-1] @ TABLE.T * SCALE).sum()) - 0.1  # the blank is as likely
+            assert SCALE * (frame[:-1] @ TABLE[token]) > frame[-1]
+    assert len(collapse(frames, TABLE, SCALE)) == kept
+
+
 @pytest.mark.parametrize("path", [[], [BLANK], [BLANK] * 5])
 def test_nothing_said_is_no_soft_token(path):
     frames = frames_of(path).reshape(len(path), 33)
