@@ -388,7 +388,7 @@ def jobs_of(args, setting: Setting) -> dict[str, Cell | Shipped]:
 def run_all(jobs: dict, kept: Path, setting: Setting, processes: int) -> dict:
     """Every job in a process of its own; what `kept` has of this setting is not done again."""
     state = json.loads(kept.read_text()) if kept.exists() else {}
-    key = asdict(setting) | {"bundle": Bundle.open(setting.bundle).manifest.files}
+    key = _shown(setting) | {"bundle": Bundle.open(setting.bundle).manifest.files}
     results = state["results"] if state.get("setting") == key else {}
     missing = {name: job for name, job in jobs.items() if name not in results}
     bar = tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc="alignment")
@@ -398,6 +398,11 @@ def run_all(jobs: dict, kept: Path, setting: Setting, processes: int) -> dict:
             write_json(kept, {"setting": key, "results": results})
             bar.update()
     return {name: results[name] for name in jobs}
+
+
+def _shown(setting: Setting) -> dict:
+    """All but where things lie."""
+    return {k: v for k, v in asdict(setting).items() if k not in ("bundle", "work")}
 
 
 def _run(job: tuple) -> tuple[str, dict]:
@@ -411,7 +416,7 @@ def measure(args) -> dict:
     report["command"] += " --digits FOLDER" if args.digits else ""
     with Assistant.load(args.bundle) as assistant:
         report["cascade"] = {name: cascade(assistant, args.work / name) for name in ("known", *VOICES)}
-    report |= {"setting": {k: v for k, v in asdict(setting).items() if k not in ("bundle", "work")}}
+    report["setting"] = _shown(setting)
     report["results"] = run_all(jobs_of(args, setting), args.work / "alignment.json", setting, args.processes)
     return report
 

@@ -30,14 +30,14 @@ def test_the_instruction_decides_between_answering_and_repeating(assistant):
 
 
 def test_where_nothing_is_said_nothing_is_answered(assistant):
-    """Hum, hiss, tones and knocks that no training heard; one in forty may pass for a word."""
+    """Hum, hiss, tones, sweeps, knocks and gusts that no training heard."""
     rng, answered = np.random.default_rng(77), []
     for i in range(40):
         sound = nothing_said(rng, assistant.sample_rate)
         with contextlib.suppress(AudioError):  # too short or too quiet: refused, and that is no answer
             answer = assistant.answer(sound)
             answered += [(i, answer.text)] if answer.heard else []
-    assert len(answered) <= 1, answered
+    assert not answered, answered
 
 
 @pytest.fixture(scope="module")
@@ -48,15 +48,16 @@ def demo(tmp_path_factory) -> dict:
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def test_the_demo_personalises_within_two_minutes(demo):
-    assert demo["train_seconds"] < 120
+def test_the_demo_personalises_within_a_minute(demo):
+    """On a quiet machine in about twenty seconds."""
+    assert demo["train_seconds"] < 60
     assert demo["rougeL_after"] > demo["rougeL_before"] + 0.05
     assert demo["wer_after"] < demo["wer_before"]
     assert demo["rougeL_after"] > 3 * demo["rougeL_chance"]
 
 
 def test_the_demo_reaches_its_target(demo):
-    assert demo["rougeL_after"] >= 0.80
+    assert demo["rougeL_after"] >= 0.85
 
 
 def test_every_shipped_graph_computes_what_pytorch_does(assistant):
