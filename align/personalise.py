@@ -13,7 +13,7 @@ from tiny_align.align.objectives import LLM_FREE, check, default_for, make
 from tiny_align.runtime.errors import AudioError, DataError, TinyAlignError, UserError
 
 VARIATIONS = 3  # of every recording, beside itself
-SILENCES = 12  # sounds without a word that the projector is trained on too
+SILENCES = 40  # sounds without a word that the projector is trained on too
 
 
 @dataclass(frozen=True)

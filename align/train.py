@@ -36,7 +36,7 @@ class TrainOptions:
     batch: int = 16
     rate: float = 1e-3
     warmup: int = 20
-    weight_decay: float = 1e-2  # towards the weights the training began with, so that nobody else is forgotten
+    weight_decay: float = 10.0  # towards the weights the training began with, so that nobody else is forgotten
     seed: int = 0
     held_out: float = 0.12  # share of the utterances that judges the training
     check_every: int = 50  # steps
@@ -94,7 +94,7 @@ class Trainer:
         self.held, self.used = held_out(examples, options.held_out)
         self.judges = [take for e in self.held or self.used for take in e.takes()]
         self.n_utterances, self.used = len(examples), self.used + list(silence)
-        self.steps = options.steps or steps_for(len(self.used), options.batch)
+        self.steps = options.steps or steps_for(len(examples), options.batch)
         self.fingerprint = _fingerprint(projector, self.held + self.used, objective.table, options)
         self.start, self.mean = copy.deepcopy(projector).eval(), copy.deepcopy(projector).eval()
         for name, parameter in projector.named_parameters():

@@ -70,6 +70,7 @@ def train(bundle_path: Path, out: Path, work: Path, n: int, steps: int, seed: in
         steps=steps,
         batch=32,
         rate=1e-3,
+        weight_decay=1e-2,
         warmup=100,
         seed=seed,
         held_out=0.03,

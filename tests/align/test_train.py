@@ -18,7 +18,7 @@ from tiny_align.runtime.readout import collapse, ctc_scale
 
 CONFIG = ProjectorConfig(feature_size=12, embedding_size=16, soft_tokens=8, hidden_size=32, n_layers=1, n_heads=2)
 VOCABULARY, FRAMES_PER_TOKEN, LETTERS = 20, 4, 3
-OPTIONS = TrainOptions("paper", parts=(), steps=60, batch=8, rate=2e-3, warmup=5, check_every=15)
+OPTIONS = TrainOptions("paper", parts=(), steps=60, batch=8, rate=2e-3, warmup=5, weight_decay=0.0, check_every=15)
 OBJECTIVES = {  # as keywords of TrainOptions
     "ctc": {"objective": "ctc"},
     "paper": {"objective": "paper"},
