@@ -416,6 +416,8 @@ def measure(args) -> dict:
     report["command"] += " --digits FOLDER" if args.digits else ""
     with Assistant.load(args.bundle) as assistant:
         report["cascade"] = {name: cascade(assistant, args.work / name) for name in ("known", *VOICES)}
+        for person in sorted(args.digits.glob("*/metadata.jsonl")) if args.digits else []:
+            report["cascade"][person.parent.name] = cascade(assistant, person.parent)
     report["setting"] = _shown(setting)
     report["results"] = run_all(jobs_of(args, setting), args.work / "alignment.json", setting, args.processes)
     return report
@@ -468,13 +470,14 @@ def curves(report: dict) -> str:
     """The README's table of the shipped bundle: few utterances, noise, what is forgotten."""
     people = {n.split("/")[1]: r for n, r in report["results"].items() if n.startswith("shipped/")}
     few, snr = [str(n) for n in FEW], [str(db) for db in SNR_DB]
-    head = ["who", "general", *(f"{n} utt." for n in few), "WER at most utt.", "training"]
+    head = ["who", "cascade", "general", *(f"{n} utt." for n in few), "WER at most utt.", "training"]
     head += [f"{db} dB" if db != "None" else "clean" for db in snr] + ["known voices: general", "personalised"]
     head += [f"of {N_WORDLESS} sounds without a word answered"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for name, row in people.items():
         most = row["few"][max(row["few"], key=int)]
-        cells = [name, f"{row['general']['rougeL']:.3f}"]
+        heard = report["cascade"].get(name)
+        cells = [name, f"{heard['rougeL']:.3f}" if heard else "", f"{row['general']['rougeL']:.3f}"]
         cells += [f"{median(r['rougeL'] for r in row['few'][n]):.3f}" if n in row["few"] else "" for n in few]
         cells += [f"{median(r['wer'] for r in most):.3f}", f"{median(r['train_seconds'] for r in most):.0f} s"]
         cells += [f"{median(r['rougeL'] for r in row['noise'][db]):.3f}" for db in snr]

@@ -16,7 +16,6 @@ README = ROOT / "README.md"
 TABLES = {
     "quality": (quality.RESULTS, quality.table),
     "curves": (alignment.RESULTS, alignment.curves),
-    "alignment": (alignment.RESULTS, alignment.table),
     "training_cost": (training_cost.RESULTS, training_cost.table),
 }
 
