@@ -414,6 +414,7 @@ def measure(args) -> dict:
     prepare(setting)
     report = {"machine": describe(), "date": str(date.today()), "command": "python -m benchmarks.alignment"}
     report["command"] += " --digits FOLDER" if args.digits else ""
+    report["command"] += f" --parts {args.parts[0]}" if len(args.parts) == 1 else ""
     with Assistant.load(args.bundle) as assistant:
         report["cascade"] = {name: cascade(assistant, args.work / name) for name in ("known", *VOICES)}
         for person in sorted(args.digits.glob("*/metadata.jsonl")) if args.digits else []:
