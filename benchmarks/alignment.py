@@ -16,7 +16,6 @@ import random
 import resource
 import statistics
 import sys
-import time
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -84,6 +83,12 @@ class Speaking:
         if self.projector.config.soft_tokens:
             return merge_similar(out, MERGE_COSINE)
         return collapse(out, self.table, ctc_scale(self.table))
+
+
+def figures(assistant: Assistant, projector, test: list[Heard]) -> dict:
+    """FIGURES and the chance level of a projector in PyTorch."""
+    quality = score(Speaking(assistant, projector.eval()), test, quiet=True)
+    return {name: getattr(quality, name) for name in (*FIGURES, "rougeL_chance")}
 
 
 # --- data ---
@@ -221,11 +226,11 @@ class Cell:
         """The rate with the best held-out figure after an eighth of the budget, and seconds per step."""
         record = self._train(self._new(99), known, RATES[0], 10, seed=99)
         step_s = record["train_seconds"] / 10
-        figures = {}
+        held_out = {}
         for rate in RATES:
             record = self._train(self._new(99), known, rate, self._steps(self.setting.budget_s / 8, step_s), seed=99)
-            figures[rate], step_s = record["curve"][-1]["held_out"], record["train_seconds"] / record["steps"]
-        return min(figures, key=figures.get), step_s
+            held_out[rate], step_s = record["curve"][-1]["held_out"], record["train_seconds"] / record["steps"]
+        return min(held_out, key=held_out.get), step_s
 
     def _steps(self, seconds: float, step_s: float) -> int:
         return max(10, round(seconds / step_s))
@@ -256,8 +261,7 @@ class Cell:
         return out
 
     def _quality(self, projector, test: list[Heard]) -> dict:
-        quality = score(Speaking(self.assistant, projector.eval()), test, quiet=True)
-        return {name: getattr(quality, name) for name in (*FIGURES, "rougeL_chance")}
+        return figures(self.assistant, projector, test)
 
 
 # --- the shipped bundle ---
@@ -285,11 +289,9 @@ class Shipped:
             return self._measure()
 
     def _examples(self, folder: Path) -> list:
-        began = time.perf_counter()
         utterances = split_of(load_dataset(folder), "train")
         cache = Path(self.setting.work) / self.name / "features"
         takes = [cached_features(self.assistant, utterances, cache, variation=k) for k in range(VARIATIONS + 1)]
-        self.encode_s = (time.perf_counter() - began) / len(utterances)  # each; little where they were cached
         return [make_example(self.assistant.llm, u.text, *t) for u, t in zip(utterances, zip(*takes))]
 
     def _measure(self) -> dict:
@@ -330,8 +332,7 @@ class Shipped:
         return sum(len(speaking.soft_tokens(features)) > 0 for features in self.wordless)
 
     def _quality(self, projector, test: list[Heard]) -> dict:
-        quality = score(Speaking(self.assistant, projector.eval()), test, quiet=True)
-        return {name: getattr(quality, name) for name in (*FIGURES, "rougeL_chance")}
+        return figures(self.assistant, projector, test)
 
 
 def noisy(assistant: Assistant, folder: Path, snr_db: float | None) -> list[Heard]:
@@ -452,9 +453,9 @@ def table(report: dict) -> str:
         if name.startswith("shipped/"):
             continue
         chance.append(over_voices(row, "after", "rougeL_chance"))
-        figures = [over_voices(row, "after", name) for name in FIGURES]
+        shown = [over_voices(row, "after", name) for name in FIGURES]
         cells = [row["projector"], row["objective"], f"{median(s['known']['rougeL'] for s in row['seeds']):.3f}"]
-        cells += [f"{over_voices(row, 'before', 'rougeL'):.3f}", *(f"{f:.3f}" for f in figures)]
+        cells += [f"{over_voices(row, 'before', 'rougeL'):.3f}", *(f"{f:.3f}" for f in shown)]
         cells += [f"{over_voices(row, 'without_instruction', 'rougeL'):.3f}", f"{row['rate']:g}"]
         cells += [f"{row['step_s']:.3f}", f"{row['seconds_to_95']:.0f}", f"{row['peak_gb']:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
