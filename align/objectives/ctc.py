@@ -59,7 +59,7 @@ def _line(tokens) -> str:
 class Ctc:
     """Connectionist temporal classification over the embedding table (V, D); per token of the transcripts.
 
-    The table may be float16 and memory-mapped: only the rows that a batch needs are read.
+    The table may be float16 and memory-mapped: a training step on a large one reads only the rows it needs.
     """
 
     def __init__(self, table: Tensor, scale: float):
