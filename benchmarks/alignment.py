@@ -21,7 +21,6 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
-import soundfile
 from tqdm import tqdm
 
 from tiny_align.align.datasets import load_dataset, split_of
@@ -37,7 +36,7 @@ from tiny_align.align.users import load_projector
 from tiny_align.reference import corpus, recordings, speech
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.bundle import Bundle
-from tiny_align.runtime.files import write_json, written_folder
+from tiny_align.runtime.files import write_json
 from tiny_align.runtime.machine import describe
 from tiny_align.runtime.readout import collapse, ctc_scale, merge_similar
 
@@ -97,15 +96,7 @@ def figures(assistant: Assistant, projector, test: list[Heard]) -> dict:
 def write_known(out: Path, n: int) -> None:
     """`n` training sentences and N_TEST held-out ones by random espeak-ng voices, as a data set."""
     espeak, rng = speech.Espeak(seed=0), random.Random(31)
-    drawn = [("train", s) for s in corpus.sentences(n, 31)]
-    drawn += [("test", s) for s in corpus.sentences(N_TEST, 31, held_out=True)]
-    with written_folder(out) as folder:
-        rows = []
-        for i, (split, sentence) in enumerate(tqdm(drawn, desc="known voices")):
-            name = f"{i:05d}.flac"
-            soundfile.write(folder / name, espeak.say_as_someone(sentence.text, rng), speech.SAMPLE_RATE)
-            rows.append({"file_name": name, "transcription": sentence.text, "split": split})
-        (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recordings.write_recordings(out, n, N_TEST, 31, lambda text: espeak.say_as_someone(text, rng))
 
 
 def prepare(setting: Setting) -> None:
@@ -184,7 +175,7 @@ class Cell:
     def _measure(self) -> dict:
         work = Path(self.setting.work)
         self.llm = frozen_llm(self.assistant) if self.objective == "end-to-end" else None
-        self.silence = quiet_examples(self.assistant, 40, 0) if self.objective in FRAMED else []
+        self.silence = quiet_examples(self.assistant, SILENCES, 0) if self.objective in FRAMED else []
         known, self.known_test = examples_of(self.assistant, work / "known"), test_of(self.assistant, work / "known")
         voices = {v: (examples_of(self.assistant, work / v, 100), test_of(self.assistant, work / v)) for v in VOICES}
         rate, step_s = self._tune(known)

@@ -18,13 +18,18 @@ from tiny_align.runtime.files import written_folder
 
 def write_voice(voice: str, out: Path, n_train: int, n_test: int, seed: int = 11) -> None:
     """`n_train` + `n_test` sentences in one of flite's voices."""
+    write_recordings(out, n_train, n_test, seed, lambda text: flite(text, voice))
+
+
+def write_recordings(out: Path, n_train: int, n_test: int, seed: int, say) -> None:
+    """Sentences of both splits as `say` speaks them: text -> (S,) float32 at SAMPLE_RATE."""
     drawn = [("train", s) for s in corpus.sentences(n_train, seed)]
     drawn += [("test", s) for s in corpus.sentences(n_test, seed, held_out=True)]
     with written_folder(out) as folder:
         rows = []
         for i, (split, sentence) in enumerate(drawn):
             name = f"{split}-{i:03d}.flac"
-            soundfile.write(folder / name, flite(sentence.text, voice), SAMPLE_RATE, subtype="PCM_16")
+            soundfile.write(folder / name, say(sentence.text), SAMPLE_RATE, subtype="PCM_16")
             rows.append({"file_name": name, "transcription": sentence.text, "split": split})
         (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
