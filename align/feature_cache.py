@@ -13,10 +13,7 @@ from tiny_align.runtime.assistant import Assistant
 
 def utterance_key(assistant: Assistant, utterance: Utterance) -> str:
     """Names an utterance's features: front end, encoder (graph and weights), the recording and its part of it."""
-    manifest = assistant.bundle.manifest
-    graph = manifest.graphs["encoder"].file
-    encoder = [digest for name, digest in sorted(manifest.files.items()) if name.startswith(graph)]
-    digest = hashlib.sha256(f"{manifest.front_end} {encoder}".encode())
+    digest = hashlib.sha256(assistant.bundle.manifest.encoder_key.encode())
     digest.update(utterance.audio.read_bytes())
     digest.update(f"{utterance.start_s} {utterance.end_s}".encode())
     return digest.hexdigest()[:32]

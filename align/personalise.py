@@ -13,7 +13,7 @@ from tiny_align.align.objectives import LLM_FREE, check, default_for, make
 from tiny_align.runtime.errors import AudioError, DataError, TinyAlignError, UserError
 
 VARIATIONS = 3  # of every recording, beside itself
-SILENCES = 40  # sounds without a word that the projector is trained on too
+SILENCES = 64  # sounds without a word that the projector is trained on too
 
 
 @dataclass(frozen=True)
@@ -134,9 +134,9 @@ def _train(assistant, projector, utterances: list, work: Path, effort: Effort, q
         cached_features(assistant, utterances, work / "features", quiet, variation=k) for k in range(VARIATIONS + 1)
     ]
     examples = [make_example(assistant.llm, u.text, *t) for u, t in zip(utterances, zip(*takes))]
-    silence = quiet_examples(assistant, SILENCES, options.seed) if options.objective == "ctc" else []
+    company = company_of(assistant, options.objective)
     encode_seconds = time.perf_counter() - began
-    trained = Trainer(projector, examples, objective, options, work, silence).run(quiet)
+    trained = Trainer(projector, examples, objective, options, work, company).run(quiet)
     trained.record["encode_seconds"] = encode_seconds
     trained.record["train_seconds"] += encode_seconds  # what the person waits
     return trained
@@ -148,6 +148,15 @@ def make_example(llm, text: str, features, *variations):
 
     tokens = llm.encode_words(text)
     return Example(features, tokens, [len(llm.tokenizer.decode([t]).strip()) for t in tokens], variations)
+
+
+def company_of(assistant, objective: str) -> list:
+    """What a person's training goes over beside their recordings: the bundle's replay or, without one, SILENCES."""
+    from tiny_align.align.replay import read_replay
+
+    if objective == "ctc":
+        return read_replay(assistant.bundle.replay) or quiet_examples(assistant, SILENCES, seed=0)
+    return [e for e in read_replay(assistant.bundle.replay) if e.tokens]  # a pooled projector always says something
 
 
 def quiet_examples(assistant, n: int, seed: int) -> list:

@@ -34,9 +34,10 @@ class TrainOptions:
     parts: tuple[str, ...] = ("enter",)  # of the projector, that are trained: where a voice comes in; (): all
     steps: int | None = None  # None: as many as suit the number of utterances (`steps_for`)
     batch: int = 16
+    company: int = 10  # utterances of other people and of nobody that are gone over in every step, beside the batch
     rate: float = 1e-3
     warmup: int = 20
-    weight_decay: float = 10.0  # towards the weights the training began with, so that nobody else is forgotten
+    weight_decay: float = 1.0  # towards the weights the training began with
     seed: int = 0
     held_out: float = 0.12  # share of the utterances that judges the training
     check_every: int = 50  # steps
@@ -87,15 +88,15 @@ class Trainer:
         objective,
         options: TrainOptions,
         work: Path | None,
-        silence: list[Example] = (),
+        company: list[Example] = (),
     ):
-        """`silence`: utterances without a word; trained on, never held out."""
+        """`company`: other people's utterances, and sounds without a word; `options.company` of them in every step."""
         self.projector, self.objective, self.options, self.work = projector, objective, options, work
         self.held, self.used = held_out(examples, options.held_out)
         self.judges = [take for e in self.held or self.used for take in e.takes()]
-        self.n_utterances, self.used = len(examples), self.used + list(silence)
+        self.n_utterances, self.company = len(examples), list(company)
         self.steps = options.steps or steps_for(len(examples), options.batch)
-        self.fingerprint = _fingerprint(projector, self.held + self.used, objective.table, options)
+        self.fingerprint = _fingerprint(projector, self.held + self.used + self.company, objective.table, options)
         self.start, self.mean = copy.deepcopy(projector).eval(), copy.deepcopy(projector).eval()
         for name, parameter in projector.named_parameters():
             parameter.requires_grad_(not options.parts or name.startswith(options.parts))
@@ -136,8 +137,7 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = self._rate()
         rng = np.random.default_rng((self.options.seed, self.step))
-        chosen = [self.used[i] for i in rng.integers(len(self.used), size=min(self.options.batch, len(self.used)))]
-        loss = self._loss(chosen, rng)
+        loss = self._loss(self._chosen(rng), rng)
         self.optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.projector.parameters(), 1.0)
@@ -148,6 +148,11 @@ class Trainer:
                 now.lerp_(start, self._rate() * self.options.weight_decay)
                 mean.lerp_(now, 1 - self.options.average)
         return loss.item()
+
+    def _chosen(self, rng: np.random.Generator) -> list[Example]:
+        own = [self.used[i] for i in rng.integers(len(self.used), size=min(self.options.batch, len(self.used)))]
+        beside = min(self.options.company, len(self.company))
+        return own + [self.company[i] for i in rng.integers(len(self.company) or 1, size=beside)]
 
     def _loss(self, examples: list[Example], rng: np.random.Generator) -> Tensor:
         return self.objective(*self._outputs(self.projector, examples, rng), examples, self.step)

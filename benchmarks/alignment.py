@@ -1,12 +1,13 @@
 """How well each objective and projector aligns speech with the LLM, at the same wall-clock budget.
 
-    python -m benchmarks.alignment [--digits FOLDER] [--objectives ctc paper ...] [--processes 2] [--json]
+    python -m benchmarks.alignment [--digits FOLDER] [--parts table] [--objectives ctc paper] [--processes 2] [--json]
 
-Three parts. The table: {projector} x {objective}, each trained from nothing on voices the encoder knows, then for each
-new voice on 100 of its utterances, with the learning rate tuned per cell; beside the typed ceiling, the transcript
-cascade and the chance level. The few-shot curve and the noise curve: the shipped bundle, personalised. Medians over the
-seeds. What is done already is kept (WORK/alignment.json), so that a long run can be interrupted. Needs espeak-ng and
-flite. Writes benchmarks/results/alignment.json and its plots; the last line of stdout is the same document.
+Two parts. `table`: {projector} x {objective}, each trained from nothing on voices the encoder knows, then for each
+new voice on 100 of its utterances, both learning rates tuned per cell; beside the typed ceiling, the transcript
+cascade and the chance level. `curves`: the shipped bundle personalised, from few utterances to many, in noise, and what
+is forgotten. Medians over the seeds. What is done already is kept (WORK/PART.json), so that a long run can be
+interrupted, and a report shows all of it. Needs espeak-ng and flite. Writes benchmarks/results/alignment-PART.json and
+its plots; the last line of stdout holds both documents.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from tiny_align.align.demo import shipped
 from tiny_align.align.evaluate import Heard, hear, score
 from tiny_align.align.feature_cache import cached_features
 from tiny_align.align.objectives import FRAMED, POOLED
-from tiny_align.align.personalise import SILENCES, VARIATIONS, embedding_table, make_example, quiet_examples
+from tiny_align.align.personalise import VARIATIONS, company_of, embedding_table, make_example, quiet_examples
 from tiny_align.align.projector import PROJECTORS, build_projector
 from tiny_align.align.silence import hiss
 from tiny_align.align.train import Trainer, TrainOptions
@@ -40,11 +41,12 @@ from tiny_align.runtime.files import write_json
 from tiny_align.runtime.machine import describe
 from tiny_align.runtime.readout import collapse, ctc_scale, merge_similar
 
-RESULTS = Path(__file__).parent / "results" / "alignment.json"
+RESULTS = Path(__file__).parent / "results"
+PARTS = ("table", "curves")
 WEIGHTS = Path(__file__).parents[1] / "reference" / "weights"
 VOICES = ("slt", "awb", "kal16")
 SOFT_TOKENS, MERGE_COSINE = 24, 0.85  # where a projector pools
-RATES = (5e-4, 1.5e-3, 4e-3)
+RATES, PERSONAL_RATES = (5e-4, 1.5e-3, 4e-3), (3e-4, 1e-3, 3e-3)
 FEW = (10, 25, 50, 100, 200)  # utterances
 SNR_DB = (None, 20, 10, 5, 0)
 N_TEST, N_WORDLESS = 40, 60
@@ -175,13 +177,13 @@ class Cell:
     def _measure(self) -> dict:
         work = Path(self.setting.work)
         self.llm = frozen_llm(self.assistant) if self.objective == "end-to-end" else None
-        self.silence = quiet_examples(self.assistant, SILENCES, 0) if self.objective in FRAMED else []
+        self.company = company_of(self.assistant, self.objective)
         known, self.known_test = examples_of(self.assistant, work / "known"), test_of(self.assistant, work / "known")
         voices = {v: (examples_of(self.assistant, work / v, 100), test_of(self.assistant, work / v)) for v in VOICES}
         rate, step_s = self._tune(known)
         row = {"projector": self.kind, "objective": self.objective, "rate": rate, "step_s": step_s}
         row["budget_curve"] = self._budget_curve(known, rate, step_s)
-        row["seeds"] = [self._one_seed(known, voices, rate, step_s, seed) for seed in range(self.setting.seeds)]
+        row["seeds"] = [self._one_seed(known, voices, row, seed) for seed in range(self.setting.seeds)]
         row["budget_curve"].append({"seconds": self.setting.budget_s, "rougeL": row["seeds"][0]["known"]["rougeL"]})
         best = max(point["rougeL"] for point in row["budget_curve"])
         row["seconds_to_95"] = min(p["seconds"] for p in row["budget_curve"] if p["rougeL"] >= 0.95 * best)
@@ -197,7 +199,7 @@ class Cell:
         )  # fmt: skip
         table = embedding_table(self.assistant)
         target = make(options, table, ctc_scale(table.numpy()), self.llm)
-        trained = Trainer(projector, examples, target, options, None, self.silence).run(quiet=True)
+        trained = Trainer(projector, examples, target, options, None, self.company).run(quiet=True)
         projector.load_state_dict(trained.weights)
         return trained.record
 
@@ -214,12 +216,12 @@ class Cell:
         )
 
     def _tune(self, known: list) -> tuple[float, float]:
-        """The rate with the best held-out figure after an eighth of the budget, and seconds per step."""
+        """The rate with the best held-out figure after a quarter of the budget, and seconds per step."""
         record = self._train(self._new(99), known, RATES[0], 10, seed=99)
         step_s = record["train_seconds"] / 10
         held_out = {}
         for rate in RATES:
-            record = self._train(self._new(99), known, rate, self._steps(self.setting.budget_s / 8, step_s), seed=99)
+            record = self._train(self._new(99), known, rate, self._steps(self.setting.budget_s / 4, step_s), seed=99)
             held_out[rate], step_s = record["curve"][-1]["held_out"], record["train_seconds"] / record["steps"]
         return min(held_out, key=held_out.get), step_s
 
@@ -236,16 +238,27 @@ class Cell:
             curve.append({"seconds": share * self.setting.budget_s, "rougeL": quality.rougeL})
         return curve
 
-    def _one_seed(self, known: list, voices: dict, rate: float, step_s: float, seed: int) -> dict:
-        projector = self._new(seed)
-        record = self._train(projector, known, rate, self._steps(self.setting.budget_s, step_s), seed)
+    def _tune_personal(self, projector, start: dict, examples: list, steps: int) -> float:
+        """The rate with the best held-out figure of the first voice, from the first seed's general weights."""
+        held_out = {}
+        for rate in PERSONAL_RATES:
+            projector.load_state_dict(start)
+            record = self._train(projector, examples, rate, steps, 99, TrainOptions().parts)
+            held_out[rate] = record["curve"][-1]["held_out"]
+        return min(held_out, key=held_out.get)
+
+    def _one_seed(self, known: list, voices: dict, row: dict, seed: int) -> dict:
+        projector, step_s = self._new(seed), row["step_s"]
+        record = self._train(projector, known, row["rate"], self._steps(self.setting.budget_s, step_s), seed)
         out = {"train_seconds": record["train_seconds"], "known": self._quality(projector, self.known_test)}
         start = {k: v.clone() for k, v in projector.state_dict().items()}
+        steps = self._steps(self.setting.personal_s, step_s)
+        if "personal_rate" not in row:
+            row["personal_rate"] = self._tune_personal(projector, start, voices[VOICES[0]][0], steps)
         for voice, (examples, test) in voices.items():
             projector.load_state_dict(start)
             out[voice] = {"before": self._quality(projector, test)}
-            steps = self._steps(self.setting.personal_s, step_s)
-            record = self._train(projector, examples, TrainOptions.rate, steps, seed, TrainOptions().parts)
+            record = self._train(projector, examples, row["personal_rate"], steps, seed, TrainOptions().parts)
             out[voice] |= {"train_seconds": record["train_seconds"], "after": self._quality(projector, test)}
             without = score(Speaking(self.assistant, projector), test, "", quiet=True)
             out[voice]["without_instruction"] = {name: getattr(without, name) for name in ("rouge1", "rougeL")}
@@ -272,7 +285,7 @@ class Shipped:
         torch.set_num_threads(1)
         folder, known = Path(self.data), Path(self.setting.work) / "known"
         with Assistant.load(self.setting.bundle, threads=1) as self.assistant:
-            self.silence = quiet_examples(self.assistant, SILENCES, 0)
+            self.company = company_of(self.assistant, "ctc")
             self.n_train = len(split_of(load_dataset(folder), "train"))
             self.examples, self.known_test = self._examples(folder), test_of(self.assistant, known)
             self.tests = {db: noisy(self.assistant, folder, db) for db in SNR_DB}
@@ -313,7 +326,7 @@ class Shipped:
         options = TrainOptions(seed=seed)
         projector = load_projector(self.assistant.bundle, self.assistant.bundle.graph("projector"))
         target = make(options, embedding_table(self.assistant), self.assistant.bundle.manifest.readout.scale)
-        trained = Trainer(projector, self.examples[:n], target, options, None, self.silence).run(quiet=True)
+        trained = Trainer(projector, self.examples[:n], target, options, None, self.company).run(quiet=True)
         projector.load_state_dict(trained.weights)
         return projector, trained.record["train_seconds"]
 
@@ -362,23 +375,21 @@ def cascade(assistant: Assistant, folder: Path) -> dict:
 # --- the run ---
 
 
-def jobs_of(args, setting: Setting) -> dict[str, Cell | Shipped]:
-    jobs: dict[str, Cell | Shipped] = {
-        f"shipped/{v}": Shipped(setting, v, str(args.work / v)) for v in (VOICES if "curves" in args.parts else ())
-    }
-    if "curves" in args.parts and args.digits:
-        for person in sorted(args.digits.glob("*/metadata.jsonl")):
-            jobs[f"shipped/{person.parent.name}"] = Shipped(setting, person.parent.name, str(person.parent))
-    if "table" in args.parts:
+def jobs_of(args, part: str, setting: Setting) -> dict[str, Cell | Shipped]:
+    if part == "table":
         cells = [Cell(setting, kind, objective) for objective in args.objectives for kind in args.projectors]
-        jobs |= {
-            f"{cell.objective}/{cell.kind}": cell for cell in sorted(cells, key=lambda c: c.kind != "bridgeformer")
-        }
-    return jobs
+        return {f"{cell.objective}/{cell.kind}": cell for cell in sorted(cells, key=lambda c: c.kind != "bridgeformer")}
+    data = {voice: args.work / voice for voice in VOICES} | people(args.digits)
+    return {name: Shipped(setting, name, str(folder)) for name, folder in data.items()}
+
+
+def people(digits: Path | None) -> dict[str, Path]:
+    """A folder of speakers -> name and data set of each."""
+    return {p.parent.name: p.parent for p in sorted(digits.glob("*/metadata.jsonl"))} if digits else {}
 
 
 def run_all(jobs: dict, kept: Path, setting: Setting, processes: int) -> dict:
-    """Every job in a process of its own; what `kept` has of this setting is not done again."""
+    """Every job in a process of its own; what `kept` has of this setting is not done again, and returned too."""
     state = json.loads(kept.read_text()) if kept.exists() else {}
     key = _shown(setting) | {"bundle": Bundle.open(setting.bundle).manifest.files}
     results = state["results"] if state.get("setting") == key else {}
@@ -389,7 +400,7 @@ def run_all(jobs: dict, kept: Path, setting: Setting, processes: int) -> dict:
             results[name] = result
             write_json(kept, {"setting": key, "results": results})
             bar.update()
-    return {name: results[name] for name in jobs}
+    return results
 
 
 def _shown(setting: Setting) -> dict:
@@ -401,18 +412,20 @@ def _run(job: tuple) -> tuple[str, dict]:
     return job[0], job[1].run()
 
 
-def measure(args) -> dict:
+def measure(args, part: str) -> dict:
     setting = Setting(str(args.bundle), str(args.work), args.budget, args.personal, args.known, args.seeds)
     prepare(setting)
-    report = {"machine": describe(), "date": str(date.today()), "command": "python -m benchmarks.alignment"}
-    report["command"] += " --digits FOLDER" if args.digits else ""
-    report["command"] += f" --parts {args.parts[0]}" if len(args.parts) == 1 else ""
+    report = {"machine": describe(), "date": str(date.today())}
+    report["command"] = f"python -m benchmarks.alignment --parts {part}" + (" --digits FOLDER" if args.digits else "")
     with Assistant.load(args.bundle) as assistant:
-        report["cascade"] = {name: cascade(assistant, args.work / name) for name in ("known", *VOICES)}
-        for person in sorted(args.digits.glob("*/metadata.jsonl")) if args.digits else []:
-            report["cascade"][person.parent.name] = cascade(assistant, person.parent)
+        data = {name: args.work / name for name in ("known", *VOICES)} | people(args.digits)
+        report["cascade"] = {name: cascade(assistant, folder) for name, folder in data.items()}
+        report["encoder_key"] = assistant.bundle.manifest.encoder_key
     report["setting"] = _shown(setting)
-    report["results"] = run_all(jobs_of(args, setting), args.work / "alignment.json", setting, args.processes)
+    jobs = jobs_of(args, part, setting)
+    report["results"] = run_all(jobs, args.work / f"{part}.json", setting, args.processes)
+    if part == "table":
+        report["summary"] = summary(report["results"])
     return report
 
 
@@ -437,17 +450,18 @@ def _at(value: dict, path: tuple):
 def table(report: dict) -> str:
     """The README's table of projectors and objectives."""
     head = ["projector", "objective", "known ROUGE-L", "new voice before", "after: ROUGE-1", "ROUGE-L", "WER"]
-    head += ["no instruction", "rate", "s per step", "s to 95 %", "peak GB"]
+    head += ["no instruction", "rates", "s per step", "s to 95 %", "peak GB"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     chance = []
-    for name, row in report["results"].items():
-        if name.startswith("shipped/"):
-            continue
+    for row in report["results"].values():
         chance.append(over_voices(row, "after", "rougeL_chance"))
         shown = [over_voices(row, "after", name) for name in FIGURES]
         cells = [row["projector"], row["objective"], f"{median(s['known']['rougeL'] for s in row['seeds']):.3f}"]
         cells += [f"{over_voices(row, 'before', 'rougeL'):.3f}", *(f"{f:.3f}" for f in shown)]
-        cells += [f"{over_voices(row, 'without_instruction', 'rougeL'):.3f}", f"{row['rate']:g}"]
+        cells += [
+            f"{over_voices(row, 'without_instruction', 'rougeL'):.3f}",
+            f"{row['rate']:g}, {row['personal_rate']:g}",
+        ]
         cells += [f"{row['step_s']:.3f}", f"{row['seconds_to_95']:.0f}", f"{row['peak_gb']:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
     heard = sum(report["cascade"][v]["rougeL"] for v in VOICES) / len(VOICES)
@@ -461,13 +475,12 @@ def table(report: dict) -> str:
 
 def curves(report: dict) -> str:
     """The README's table of the shipped bundle: few utterances, noise, what is forgotten."""
-    people = {n.split("/")[1]: r for n, r in report["results"].items() if n.startswith("shipped/")}
     few, snr = [str(n) for n in FEW], [str(db) for db in SNR_DB]
     head = ["who", "cascade", "general", *(f"{n} utt." for n in few), "WER at most utt.", "training"]
     head += [f"{db} dB" if db != "None" else "clean" for db in snr] + ["known voices: general", "personalised"]
     head += [f"of {N_WORDLESS} sounds without a word answered"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for name, row in people.items():
+    for name, row in report["results"].items():
         most = row["few"][max(row["few"], key=int)]
         heard = report["cascade"].get(name)
         cells = [name, f"{heard['rougeL']:.3f}" if heard else "", f"{row['general']['rougeL']:.3f}"]
@@ -480,33 +493,54 @@ def curves(report: dict) -> str:
     return "\n".join(lines)
 
 
-def plot(report: dict, folder: Path) -> list[str]:
-    """PNG pictures: few utterances, noise, quality over training time."""
-    people = {n.split("/")[1]: r for n, r in report["results"].items() if n.startswith("shipped/")}
-    cells = [
-        r for n, r in report["results"].items() if not n.startswith("shipped/") and r["projector"] == "bridgeformer"
+def summary(results: dict) -> dict:
+    """BridgeFormer's objectives against each other: medians over seeds, means over the new voices."""
+    rows = {row["objective"]: row for row in results.values() if row["projector"] == "bridgeformer"}
+    after = {name: over_voices(row, "after", "rougeL") for name, row in rows.items()}
+    papers = [after[name] for name in ("paper", "paper-padded") if name in after]
+    out = {"rougeL": after}
+    if "ctc" in after and papers:
+        out["distance_to_typed_over_the_papers"] = (1 - after["ctc"]) / (1 - max(papers))
+    if "ctc" in after:
+        out["over_no_instruction"] = after["ctc"] / over_voices(rows["ctc"], "without_instruction", "rougeL")
+    if {"ctc", "end-to-end"} <= set(rows):
+        curves_ = [rows[name]["budget_curve"] for name in ("ctc", "end-to-end")]
+        level = 0.95 * min(max(p["rougeL"] for p in curve) for curve in curves_)
+        ours, theirs = (seconds_to(curve, level) for curve in curves_)
+        out["end_to_end"] = {"rougeL": level, "ours_s": ours, "end_to_end_s": theirs, "ratio": theirs / ours}
+    return out
+
+
+def seconds_to(curve: list[dict], level: float) -> float:
+    """Seconds of training until ROUGE-L `level`, between a budget curve's points by the straight line."""
+    before = {"seconds": 0.0, "rougeL": 0.0}
+    for point in curve:
+        if point["rougeL"] >= level:
+            share = (level - before["rougeL"]) / (point["rougeL"] - before["rougeL"])
+            return before["seconds"] + share * (point["seconds"] - before["seconds"])
+        before = point
+    raise ValueError(f"the curve ends at {before['rougeL']}, below {level}")
+
+
+def plot_table(report: dict, folder: Path) -> list[str]:
+    """A PNG picture: quality over training time, by objective."""
+    rows = [r for r in report["results"].values() if r["projector"] == "bridgeformer"]
+    lines = {r["objective"]: tuple(zip(*((p["seconds"], p["rougeL"]) for p in r["budget_curve"]))) for r in rows}
+    return [_draw(folder / "alignment-time.png", "seconds of training, known voices", lines)]
+
+
+def plot_curves(report: dict, folder: Path) -> list[str]:
+    """PNG pictures: few utterances, noise."""
+    few, noise = {}, {}
+    for name, row in report["results"].items():
+        medians = [median(x["rougeL"] for x in v) for v in row["few"].values()]
+        few[name] = ([0, *map(int, row["few"])], [row["general"]["rougeL"], *medians])
+        medians = [median(x["rougeL"] for x in row["noise"][str(db)]) for db in SNR_DB]
+        noise[name] = ([30 if db is None else db for db in SNR_DB], medians)
+    return [
+        _draw(folder / "alignment-few.png", "utterances trained on", few),
+        _draw(folder / "alignment-noise.png", "signal to noise, dB (30: clean)", noise),
     ]
-    few = {
-        name: (
-            [0, *map(int, r["few"])],
-            [r["general"]["rougeL"], *(median(x["rougeL"] for x in v) for v in r["few"].values())],
-        )
-        for name, r in people.items()
-    }
-    noise = {
-        name: (
-            [30 if db is None else db for db in SNR_DB],
-            [median(x["rougeL"] for x in r["noise"][str(db)]) for db in SNR_DB],
-        )
-        for name, r in people.items()
-    }
-    time_ = {r["objective"]: tuple(zip(*((p["seconds"], p["rougeL"]) for p in r["budget_curve"]))) for r in cells}
-    drawn = {
-        "few": ("utterances trained on", few),
-        "noise": ("signal to noise, dB (30: clean)", noise),
-        "time": ("seconds of training, known voices", time_),
-    }
-    return [_draw(folder / f"alignment-{name}.png", label, lines) for name, (label, lines) in drawn.items() if lines]
 
 
 def _draw(path: Path, label: str, lines: dict) -> str:
@@ -526,23 +560,26 @@ def main(argv=None) -> int:
     parser.add_argument("--bundle", type=Path, default=shipped("bundle"))
     parser.add_argument("--work", type=Path, default=Path("work/alignment"), help="recordings, features, what is done")
     parser.add_argument("--digits", type=Path, help="a folder of speakers, each with metadata.jsonl")
-    parser.add_argument("--parts", nargs="+", choices=("curves", "table"), default=("curves", "table"))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--objectives", nargs="+", choices=FRAMED + POOLED, default=FRAMED + POOLED)
     parser.add_argument("--projectors", nargs="+", choices=PROJECTORS, default=tuple(PROJECTORS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--budget", type=float, default=60.0, help="seconds of training from nothing, one core")
+    parser.add_argument("--budget", type=float, default=120.0, help="seconds of training from nothing, one core")
     parser.add_argument("--personal", type=float, default=15.0, help="seconds of training for a voice, one core")
     parser.add_argument("--known", type=int, default=2000, help="utterances by known voices to train on")
     parser.add_argument("--processes", type=int, default=1, help="jobs at once, a core each")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the documents and pictures")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
-    report = measure(args)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    report["plots"] = plot(report, args.out.parent)
-    write_json(args.out, report)
-    print(f"{table(report)}\n\n{curves(report)}", file=sys.stderr if args.json else sys.stdout)
-    print(json.dumps(report))
+    args.out.mkdir(parents=True, exist_ok=True)
+    reports = {}
+    for part in args.parts:
+        report = reports[part] = measure(args, part)
+        text, plot = {"table": (table, plot_table), "curves": (curves, plot_curves)}[part]
+        report["plots"] = plot(report, args.out)
+        write_json(args.out / f"alignment-{part}.json", report)
+        print(text(report), file=sys.stderr if args.json else sys.stdout)
+    print(json.dumps(reports))
     return 0
 
 

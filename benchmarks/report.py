@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 TABLES = {
     "quality": (quality.RESULTS, quality.table),
-    "curves": (alignment.RESULTS, alignment.curves),
+    "curves": (alignment.RESULTS / "alignment-curves.json", alignment.curves),
     "training_cost": (training_cost.RESULTS, training_cost.table),
 }
 

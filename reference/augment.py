@@ -42,7 +42,7 @@ def stretch(x: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch
     new_lengths = head + spoken + tail
     longest = int(new_lengths.max())
     position = torch.arange(longest).float() - head.unsqueeze(1)
-    wobble = _smooth_curve(n, longest, 6, 3.0)
+    wobble = _smooth_curve(n, longest, max(6, longest // 25), 4.0)
     where = position / spoken.unsqueeze(1) * lengths.unsqueeze(1) + wobble
     out = _resample(x, torch.minimum(where, (lengths - 1).unsqueeze(1)))
     silent = (position < 0) | (position >= spoken.unsqueeze(1))
@@ -112,6 +112,14 @@ def noise(power: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     return out + others * (10 ** (-talk_db / 10))[:, None, None]
 
 
+def gate(power: torch.Tensor, clean: torch.Tensor, odds: float = 0.25) -> torch.Tensor:
+    """Nothing between the words, as noise suppression and cut recordings leave it: `power` where `clean` is loud."""
+    n = len(power)
+    depth_db = torch.where(torch.rand(n) < odds, _uniform(n, 25, 45), torch.tensor(300.0))
+    edge = clean.amax(dim=(1, 2)) * 10 ** (-depth_db / 10)
+    return power * (clean.amax(dim=2) >= edge.unsqueeze(1)).unsqueeze(-1)
+
+
 def telephone(x: torch.Tensor, odds: float = 0.4) -> torch.Tensor:
     """Nothing above 3.3-4.2 kHz (of 80 Slaney mels up to 8 kHz), for some nothing below 200 Hz or so."""
     n, _, n_mels = x.shape
@@ -128,7 +136,7 @@ def augment(log_mel: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor,
     x = color(realise(warp_tract(x)))
     mask = (torch.arange(x.shape[1]).unsqueeze(0) < lengths.unsqueeze(1)).unsqueeze(-1)
     power = echo(torch.exp(x) * mask)
-    power = noise(power, lengths)
+    power = gate(noise(power, lengths), power)
     return telephone(torch.log(power + math.exp(PAD))), lengths
 
 

@@ -28,6 +28,7 @@ BLANK = len(LETTERS)
 FRONT_END = FrontEnd(floor_db=60.0, trim_share=0.2)
 N_SPEECH = 24_000  # recordings
 N_SHARDS = 6  # each shard has 200 random voices of its own
+HALTING = 0.3  # share of the recordings with pauses between the words
 
 
 def encode_letters(text: str) -> list[int]:
@@ -70,8 +71,10 @@ def _speak_shard(job: tuple[int, int, Path]) -> None:
     from tiny_align.reference.speech import Espeak
 
     rng, espeak = random.Random(1000 + shard), Espeak(seed=shard)
-    texts = encoder_texts(n, 100 + shard)
-    mels = [FRONT_END.log_mel(espeak.say_as_someone(t, rng)).astype(np.float16) for t in tqdm(texts, disable=shard > 0)]
+    texts, mels = encoder_texts(n, 100 + shard), []
+    for text in tqdm(texts, disable=shard > 0):
+        say = espeak.say_haltingly if rng.random() < HALTING else espeak.say_as_someone
+        mels.append(FRONT_END.log_mel(say(text, rng)).astype(np.float16))
     np.save(path.with_suffix(".partial.npy"), np.concatenate(mels))
     path.with_suffix(".json").write_text(json.dumps({"texts": texts, "frames": [len(m) for m in mels]}))
     path.with_suffix(".partial.npy").rename(path)

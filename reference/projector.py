@@ -19,6 +19,7 @@ from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.bundle import Bundle, write_manifest
 
 CHUNK = 32  # recordings augmented together
+REPLAYED = 64  # utterances whose features the bundle keeps for the training of a person
 
 
 def spoken_features(assistant: Assistant, work: Path, n: int, seed: int) -> tuple[list[np.ndarray], list[str]]:
@@ -58,7 +59,8 @@ def train(bundle_path: Path, out: Path, work: Path, n: int, steps: int, seed: in
     from safetensors.torch import save_file
 
     from tiny_align.align.objectives import make
-    from tiny_align.align.personalise import embedding_table, make_example, quiet_examples
+    from tiny_align.align.personalise import SILENCES, embedding_table, make_example, quiet_examples
+    from tiny_align.align.replay import write_replay
     from tiny_align.align.train import Trainer, TrainOptions
     from tiny_align.align.users import data_file, load_projector, write_weights
 
@@ -68,7 +70,8 @@ def train(bundle_path: Path, out: Path, work: Path, n: int, steps: int, seed: in
         parts=(),
         flat_start=500,
         steps=steps,
-        batch=32,
+        batch=28,
+        company=4,
         rate=1e-3,
         weight_decay=1e-2,
         warmup=100,
@@ -86,6 +89,7 @@ def train(bundle_path: Path, out: Path, work: Path, n: int, steps: int, seed: in
         silence = quiet_examples(assistant, n // 8, seed)
         trained = Trainer(projector, examples, target, options, state, silence).run()
     save_file(trained.weights, out)
+    write_replay(bundle.replay, examples[:REPLAYED] + silence[:SILENCES])
     write_weights(bundle.path / data_file(bundle), bundle.manifest, trained.weights)
     write_manifest(bundle.path, bundle.manifest)
     return trained.record

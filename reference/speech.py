@@ -180,6 +180,25 @@ class Espeak:
             pitch_range=rng.randint(15, 80),
         )
 
+    def say_haltingly(self, text: str, rng: random.Random, pause_s: tuple[float, float] = (0.03, 0.6)) -> np.ndarray:
+        """`say_as_someone` by one voice, a word or a few at a time with silence between, as people read digits."""
+        voice, words, pieces = rng.choice(self.voices), text.split(), []
+        rate, pitch = rng.randint(115, 230), rng.randint(25, 75)
+        while words:
+            n = rng.choice((1, 1, 1, 2, 3))
+            said = self.say(
+                " ".join(words[:n]),
+                voice,
+                rate=round(rate * rng.uniform(0.85, 1.15)),
+                pitch=pitch + rng.randint(-8, 8),
+                pitch_range=rng.randint(15, 80),
+            )
+            loud = np.flatnonzero(np.abs(said) > 0.01 * np.abs(said).max())
+            silence = np.zeros(int(rng.uniform(*pause_s) * SAMPLE_RATE), np.float32)
+            pieces += [said[loud[0] : loud[-1] + 1], silence]
+            words = words[n:]
+        return np.concatenate(pieces[:-1])
+
 
 def flite(text: str, voice: str) -> np.ndarray:
     """(S,) float32 at 16 kHz in one of flite's voices."""

@@ -5,6 +5,7 @@ dataclasses, read from and written to manifest.json.
 """
 
 import dataclasses
+import hashlib
 import json
 import re
 from dataclasses import dataclass, field
@@ -106,6 +107,21 @@ class Manifest:
     files: dict[str, str]  # every file of the bundle but this one -> SHA-256
     schema: int = SCHEMA
 
+    @property
+    def encoder_key(self) -> str:
+        """Names what features are: the front end and the encoder, graph and weights (hex SHA-256)."""
+        graph = self.graphs["encoder"].file
+        parts = [digest for name, digest in sorted(self.files.items()) if name.startswith(graph)]
+        return hashlib.sha256(f"{self.front_end} {parts}".encode()).hexdigest()
+
+    @property
+    def binding(self) -> dict[str, tuple[str, str]]:
+        """What a person's projector is made for: field of their record -> (its name, this bundle's value)."""
+        return {
+            "encoder_key": ("encoder", self.encoder_key),
+            "embeddings_sha256": ("LLM", self.embeddings_sha256),
+        }
+
     def to_json(self) -> dict:
         return dataclasses.asdict(self)
 
@@ -168,6 +184,11 @@ class Bundle:
         """What a person may be asked to read, one sentence per line; not every bundle has them."""
         return self.path / "sentences.txt"
 
+    @property
+    def replay(self) -> Path:
+        """Features of other people that a person's training goes over, so that nobody is forgotten; or no file."""
+        return self.path / "replay.npz"
+
     def graph(self, name: str) -> Path:
         if name not in self.manifest.graphs:
             raise BundleError(
@@ -223,7 +244,7 @@ def _inside(name) -> bool:
 
 
 def check_user(folder: Path, manifest: Manifest) -> dict:
-    """The person's record, after checking that it is whole and made for this LLM.
+    """The person's record, after checking that it is whole and made for this encoder and this LLM.
 
     Raises:
         UserError: nobody of that name, a changed file, or a projector trained for another bundle.
@@ -236,14 +257,15 @@ def check_user(folder: Path, manifest: Manifest) -> dict:
         )
     try:
         record = json.loads((folder / USER_RECORD).read_text(encoding="utf-8"))
-        files, bound_to = dict(record["files"]), str(record["embeddings_sha256"])
+        files, bound_to = dict(record["files"]), {name: str(record[name]) for name in manifest.binding}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / USER_RECORD} is damaged ({error}): train {folder.name!r} again") from error
-    if bound_to != manifest.embeddings_sha256:
-        raise UserError(
-            f"the projector of {folder.name!r} was trained for another LLM (embedding table {bound_to[:12]}, "
-            f"this bundle has {manifest.embeddings_sha256[:12]}): train it again with this bundle"
-        )
+    for name, (part, here) in manifest.binding.items():
+        if bound_to[name] != here:
+            raise UserError(
+                f"the projector of {folder.name!r} was trained for another {part} ({name} {bound_to[name][:12]}, "
+                f"this bundle has {here[:12]}): train it again with this bundle"
+            )
     for name in sorted({manifest.graphs["projector"].file, *files}):  # the graph, even if the record forgot it
         if not (folder / name).is_file() or sha256(folder / name) != files.get(name):
             raise UserError(f"{folder / name} is missing or has changed: train {folder.name!r} again")
@@ -253,7 +275,8 @@ def check_user(folder: Path, manifest: Manifest) -> dict:
 def write_user_record(folder: Path, manifest: Manifest, training: dict) -> None:
     """Describe the projector files that lie in `folder`: the last step of writing a person."""
     files = {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.name != USER_RECORD}
-    record = {"embeddings_sha256": manifest.embeddings_sha256, "training": training, "files": files}
+    bound_to = {name: here for name, (_, here) in manifest.binding.items()}
+    record = {**bound_to, "training": training, "files": files}
     write_json(folder / USER_RECORD, record)
 
 

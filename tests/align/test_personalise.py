@@ -109,6 +109,7 @@ def test_the_record_holds_hashes_and_the_training(personalised, bundle_path):
     manifest, folder = Bundle.open(bundle_path).manifest, user_path(personalised)
     record = check_user(folder, manifest)
     assert record["embeddings_sha256"] == manifest.embeddings_sha256
+    assert record["encoder_key"] == manifest.encoder_key
     assert record["files"] == {str(p): h for p, h in contents(folder).items() if p.name != "user.json"}
     training = record["training"]
     assert training["steps"] == STEPS and training["train_seconds"] == personalised["train_seconds"]

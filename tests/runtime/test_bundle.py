@@ -177,9 +177,10 @@ def test_nobody_may_be_called_general(bundle_path):
         Bundle.open(bundle_path, verify=False).user_folder(GENERAL)
 
 
-def test_a_projector_for_another_llm_is_refused(bundle_copy, user, edit_json):
-    edit_json(user / USER_RECORD, lambda r: r.update(embeddings_sha256="0" * 64))
-    with pytest.raises(UserError, match=r"'ana' was trained for another LLM \(embedding table 0{12}, this"):
+@pytest.mark.parametrize(("field", "part"), [("embeddings_sha256", "LLM"), ("encoder_key", "encoder")])
+def test_a_projector_for_another_bundle_is_refused(bundle_copy, user, edit_json, field, part):
+    edit_json(user / USER_RECORD, lambda r: r.update({field: "0" * 64}))
+    with pytest.raises(UserError, match=rf"'ana' was trained for another {part} \({field} 0{{12}}, this"):
         Bundle.open(bundle_copy).projector("ana")
 
 

@@ -1,0 +1,37 @@
+"""What a bundle ships of other people comes back as it was written, to float16."""
+
+import numpy as np
+
+from tiny_align.align.personalise import SILENCES, company_of
+from tiny_align.align.replay import read_replay, write_replay
+from tiny_align.align.train import Example
+
+
+def examples():
+    rng, tokens = np.random.default_rng(0), ([3, 1, 3], [], [7])
+    return [Example(rng.standard_normal((n, 4)).astype(np.float32), t, []) for n, t in zip((5, 9, 2), tokens)]
+
+
+def test_what_was_written_is_read(tmp_path):
+    write_replay(tmp_path / "replay.npz", examples())
+    got = read_replay(tmp_path / "replay.npz")
+    assert [e.tokens for e in got] == [[3, 1, 3], [], [7]]
+    for ours, theirs in zip(got, examples(), strict=True):
+        assert ours.features.dtype == np.float32
+        np.testing.assert_allclose(ours.features, theirs.features, atol=2e-3)
+
+
+def test_a_bundle_without_replay_has_none(tmp_path):
+    assert read_replay(tmp_path / "replay.npz") == []
+
+
+def test_the_reference_bundle_ships_people_and_sounds(assistant):
+    company = company_of(assistant, "ctc")
+    assert sum(not e.tokens for e in company) == SILENCES and sum(bool(e.tokens) for e in company) >= 50
+    assert all(e.tokens for e in company_of(assistant, "aligned"))
+
+
+def test_without_replay_the_company_is_sounds_without_a_word(assistant, monkeypatch, tmp_path):
+    monkeypatch.setattr(type(assistant.bundle), "replay", property(lambda _: tmp_path / "replay.npz"))
+    assert [e.tokens for e in company_of(assistant, "ctc")] == [[]] * SILENCES
+    assert company_of(assistant, "aligned") == []
