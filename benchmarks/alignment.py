@@ -195,7 +195,8 @@ class Cell:
 
         options = TrainOptions(
             objective=self.objective, parts=parts, flat_start=steps // 8, steps=steps, rate=rate, seed=seed,
-            weight_decay=TrainOptions.weight_decay if parts else 1e-2, check_every=10**6, max_seconds=float("inf"),
+            weight_decay=TrainOptions.weight_decay if parts else 1e-2, company=TrainOptions.company if parts else 3,
+            check_every=10**6, max_seconds=float("inf"),
         )  # fmt: skip
         table = embedding_table(self.assistant)
         target = make(options, table, ctc_scale(table.numpy()), self.llm)
