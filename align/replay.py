@@ -12,14 +12,14 @@ from tiny_align.align.train import Example
 
 
 def write_replay(path: Path, examples: list[Example]) -> None:
-    """Features as float16 and tokens, of each example's recording as it is; one .npz file."""
-    features, tokens = [e.features.astype(np.float16) for e in examples], [e.tokens for e in examples]
+    """Features as float16, tokens and their lengths, of each example's recording as it is; one .npz file."""
     np.savez_compressed(
         path,
-        features=np.concatenate(features),
-        feature_ends=np.cumsum([len(f) for f in features]),
-        tokens=np.concatenate([np.array(t, np.int32) for t in tokens]),
-        token_ends=np.cumsum([len(t) for t in tokens]),
+        features=np.concatenate([e.features for e in examples]).astype(np.float16),
+        feature_ends=np.cumsum([len(e.features) for e in examples]),
+        tokens=np.array([t for e in examples for t in e.tokens], np.int32),
+        token_lengths=np.array([n for e in examples for n in e.token_lengths], np.int32),
+        token_ends=np.cumsum([len(e.tokens) for e in examples]),
     )
 
 
@@ -29,5 +29,5 @@ def read_replay(path: Path) -> list[Example]:
         return []
     stored = np.load(path)
     features = np.split(stored["features"].astype(np.float32), stored["feature_ends"][:-1])
-    tokens = np.split(stored["tokens"], stored["token_ends"][:-1])
-    return [Example(f, t.tolist(), []) for f, t in zip(features, tokens)]
+    tokens, lengths = (np.split(stored[name], stored["token_ends"][:-1]) for name in ("tokens", "token_lengths"))
+    return [Example(f, t.tolist(), n.tolist()) for f, t, n in zip(features, tokens, lengths)]

@@ -9,13 +9,14 @@ from tiny_align.align.train import Example
 
 def examples():
     rng, tokens = np.random.default_rng(0), ([3, 1, 3], [], [7])
-    return [Example(rng.standard_normal((n, 4)).astype(np.float32), t, []) for n, t in zip((5, 9, 2), tokens)]
+    return [Example(rng.standard_normal((n, 4)).astype(np.float32), t, [4] * len(t)) for n, t in zip((5, 9, 2), tokens)]
 
 
 def test_what_was_written_is_read(tmp_path):
     write_replay(tmp_path / "replay.npz", examples())
     got = read_replay(tmp_path / "replay.npz")
     assert [e.tokens for e in got] == [[3, 1, 3], [], [7]]
+    assert [e.token_lengths for e in got] == [[4, 4, 4], [], [4]]
     for ours, theirs in zip(got, examples(), strict=True):
         assert ours.features.dtype == np.float32
         np.testing.assert_allclose(ours.features, theirs.features, atol=2e-3)
