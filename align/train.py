@@ -30,7 +30,7 @@ class TrainOptions:
     """How to train; the defaults suit one person's hundred utterances on one CPU core."""
 
     objective: str = "ctc"  # one of align.objectives.FRAMED and POOLED
-    flat_start: int = 0  # steps before "aligned" trusts the projector's own output; a general one is trained from 500
+    flat_start: int = 0  # steps with targets cast blindly, before "ctc" and "aligned" find the places themselves
     parts: tuple[str, ...] = ("enter",)  # of the projector, that are trained: where a voice comes in; (): all
     steps: int | None = None  # None: as many as suit the number of utterances (`steps_for`)
     batch: int = 16

@@ -45,7 +45,7 @@ def make(options, table, scale: float | None = None, llm=None):
     if name == "ctc":
         from tiny_align.align.objectives.ctc import Ctc
 
-        return Ctc(table, scale)
+        return Ctc(table, scale, options.flat_start)
     if name == "aligned":
         from tiny_align.align.objectives.aligned import Aligned
 

@@ -5,6 +5,9 @@ Classification"); the runtime collapses runs to one soft token each, so that the
 Only the transcript's tokens and the normaliser enter the loss. Over a large vocabulary the normaliser is estimated: the
 batch's own tokens count in full, a random sample stands for all others (sampled softmax, arXiv 1412.2007), so that
 a table of 128,256 tokens takes little more time and memory than a small one.
+
+From nothing, CTC spends long on giving only blanks. A flat start spares that: for some steps every frame is simply told
+the token that the paper's cast puts there, as speech recognisers were long begun with utterances cut evenly.
 """
 
 import math
@@ -12,6 +15,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tiny_align.align.objectives.paper import cast_places
 
 EXACT = 8192  # tokens; a larger vocabulary is sampled
 SAMPLE = 1024  # tokens that stand for those which no transcript of the batch holds
@@ -52,6 +57,13 @@ def _library_surplus(log_probs: Tensor, lengths: Tensor, possible: Tensor) -> Te
     return surplus - surplus.detach()
 
 
+def _cast(example, n_frames: int) -> Tensor:
+    """(N',): the token that the paper's cast puts at each frame, -1 where nothing is said."""
+    if not example.tokens:
+        return torch.full((n_frames,), -1)
+    return torch.tensor(example.tokens)[cast_places(example.token_lengths, n_frames)]
+
+
 def _line(tokens) -> str:
     return " ".join(map(str, tokens))
 
@@ -59,13 +71,16 @@ def _line(tokens) -> str:
 class Ctc:
     """Connectionist temporal classification over the embedding table (V, D); per token of the transcripts.
 
+    For the first `flat_start` steps it is the cross-entropy of every frame with the token cast there, per frame.
     The table may be float16 and memory-mapped: a training step on a large one reads only the rows it needs.
     """
 
-    def __init__(self, table: Tensor, scale: float):
-        self.table, self.scale = table, scale
+    def __init__(self, table: Tensor, scale: float, flat_start: int = 0):
+        self.table, self.scale, self.flat_start = table, scale, flat_start
 
     def __call__(self, frames: Tensor, lengths: Tensor, examples: list, step: int) -> Tensor:
+        if step < self.flat_start:
+            return self._flat(frames, lengths, examples, step)
         log_probs, labels = self.log_probs(frames, [e.tokens for e in examples], step)
         sizes = torch.tensor([len(e.tokens) for e in examples])
         loss = F.ctc_loss(
@@ -73,6 +88,16 @@ class Ctc:
         )  # a transcript with more tokens than frames teaches nothing
         loss = loss - _library_surplus(log_probs, lengths, possible=loss.detach() > 0)
         return loss.sum() / sizes.sum().clamp(min=1)
+
+    def _flat(self, frames: Tensor, lengths: Tensor, examples: list, step: int) -> Tensor:
+        cast = [_cast(e, int(n)) for e, n in zip(examples, lengths)]
+        places = torch.nn.utils.rnn.pad_sequence(cast, batch_first=True, padding_value=-1)  # (B, N'), -1: the blank
+        tokens = places.clamp(min=0)
+        logits = (frames[..., :-1] * self.table[tokens].to(frames.dtype)).sum(dim=-1) * self.scale
+        logits = torch.where(places >= 0, logits, frames[..., -1])
+        wrong = self._normaliser(frames, tokens.unique(), step) - logits
+        counted = torch.arange(places.shape[1]) < lengths[:, None]
+        return wrong[counted].mean()
 
     def held_out(self, frames: Tensor, lengths: Tensor, examples: list, step: int) -> float:
         """Share of the tokens that are heard wrongly. The loss grows with sure mistakes, long before there are more."""

@@ -191,6 +191,23 @@ def test_a_batch_is_the_mean_per_token_of_its_utterances():
     assert ctc(frames, torch.tensor([7, 4]), said, 0).item() == pytest.approx(sum(alone).item() / 4, rel=1e-5)
 
 
+def test_a_flat_start_is_the_cross_entropy_with_the_cast_tokens():
+    table, frames = torch.randn(9, 4), torch.randn(2, 6, 5, requires_grad=True)
+    said = [utterance([3, 7]), utterance([])]  # six frames, and four of nothing
+    loss = Ctc(table, 0.5, flat_start=2)(frames, torch.tensor([6, 4]), said, 1)
+    logits = torch.cat([frames[..., :-1] @ table.T * 0.5, frames[..., -1:]], dim=-1)
+    wanted = torch.tensor([3, 3, 3, 7, 7, 7, 9, 9, 9, 9])  # 9: the blank
+    expected = torch.nn.functional.cross_entropy(torch.cat([logits[0], logits[1, :4]]), wanted)
+    torch.testing.assert_close(loss, expected)
+    assert (torch.autograd.grad(loss, frames)[0][1, 4:] == 0).all()
+
+
+def test_after_a_flat_start_the_loss_is_ctc():
+    table, frames, said = torch.randn(9, 4), torch.randn(1, 6, 5), [utterance([3, 7])]
+    losses = [Ctc(table, 1.0, flat)(frames, torch.tensor([6]), said, 2) for flat in (0, 2)]
+    torch.testing.assert_close(*losses)
+
+
 def test_more_tokens_than_frames_teach_nothing():
     frames = torch.randn(1, 2, 5, requires_grad=True)
     loss = Ctc(torch.randn(9, 4), 1.0)(frames, torch.tensor([2]), [utterance([1, 2, 3])], 0)

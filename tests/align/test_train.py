@@ -21,6 +21,7 @@ VOCABULARY, FRAMES_PER_TOKEN, LETTERS = 20, 4, 3
 OPTIONS = TrainOptions("paper", parts=(), steps=60, batch=8, rate=2e-3, warmup=5, weight_decay=0.0, check_every=15)
 OBJECTIVES = {  # as keywords of TrainOptions
     "ctc": {"objective": "ctc"},
+    "ctc after a flat start": {"objective": "ctc", "flat_start": 20},
     "paper": {"objective": "paper"},
     "paper padded": {"objective": "paper-padded"},
     "aligned": {"objective": "aligned", "flat_start": 0},
