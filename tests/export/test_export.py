@@ -27,12 +27,11 @@ onnx = pytest.importorskip("onnx", reason="exported graphs are read with onnx")
 from tiny_align.export.bundle import (  # noqa: E402 - needs the packages above
     ExportOptions,
     _hold,
-    load_encoder,
-    load_front_end,
     load_llm,
     make_projector,
     prompt_spec,
 )
+from tiny_align.export.encoders import FAMILIES, load_encoder, load_front_end  # noqa: E402
 from tiny_align.export.graphs import OPSET  # noqa: E402
 from tiny_align.export.parity import TOLERANCE  # noqa: E402
 
@@ -351,7 +350,7 @@ def bert(tmp_path) -> Path:
 
 @pytest.mark.parametrize(
     ("kind", "supported"),
-    [("encoder", "supported encoders: parakeet_ctc, parakeet_encoder"), ("llm", "supported LLMs: llama")],
+    [("encoder", f"supported encoders: {', '.join(FAMILIES)}"), ("llm", "supported LLMs: llama")],
 )
 def test_an_unsupported_architecture_is_refused(run_cli, models, bert, tmp_path, kind, supported):
     sentence = refused(run_cli, models, tmp_path / "out", **{kind: bert})
@@ -468,7 +467,7 @@ def test_the_front_ends_additions_are_read(models, tmp_path):
     folder = changed(models, "encoder", tmp_path, lambda f: None)
     value = json.loads((folder / "preprocessor_config.json").read_text()) | {"floor_db": 55.0}
     (folder / "preprocessor_config.json").write_text(json.dumps(value))
-    assert load_front_end(str(folder)).floor_db == 55.0
+    assert load_front_end(str(folder), "ParakeetFeatureExtractor").floor_db == 55.0
 
 
 def test_the_prompt_is_the_template_cut_at_its_holes(models):
