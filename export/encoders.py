@@ -142,10 +142,11 @@ class LayeredEncoder(torch.nn.Module):
 
 def encoder_graph(encoder: LayeredEncoder) -> Graph:
     """input_features (1, frames, M) or input_values (1, samples) -> features (1, features, Da)."""
-    _, usual, _ = encoder.row_range
-    fixed = isinstance(encoder.input.shape[1], int)
-    rows = encoder.example(usual + (0 if fixed else EXAMPLE_EXTRA))
-    program = export_program(encoder, {"rows": rows}, not fixed, {"rows": {1: torch.export.Dim.AUTO}})
+    least, usual, greatest = encoder.row_range
+    fixed = least == greatest
+    rows = encoder.example(usual if fixed else usual + EXAMPLE_EXTRA)
+    length = torch.export.Dim.AUTO(min=least, max=greatest)
+    program = export_program(encoder, {"rows": rows}, dynamic=not fixed, dynamic_shapes={"rows": {1: length}})
     features = encoder.n_features(usual) if fixed else "features"
     return Graph(program, (encoder.input,), (TensorSpec("features", "float32", (1, features, encoder.feature_size)),))
 
@@ -248,8 +249,9 @@ def load_front_end(path: str, extractor: str) -> AnyFrontEnd:
             f"{path}: its preprocessor_config.json is a {value['feature_extractor_type']}'s, its encoder needs a "
             f"{extractor}'s: use the two of one checkpoint"
         )
+    numbers = {name: number for name, number in value.items() if isinstance(number, int | float)}
     try:
-        return FRONT_ENDS[extractor](value)
+        return FRONT_ENDS[extractor](numbers)
     except (KeyError, TypeError) as error:
         raise TinyAlignError(f"{path}: its preprocessor_config.json lacks {error}: use its encoder's") from error
 

@@ -366,6 +366,7 @@ DAMAGES = {
         "its preprocessor_config.json lacks 'feature_size' 1",
     ),
     "a value less": ("wav2vec2-bert", change(PREPROCESSOR, stride=None), "lacks 'stride'"),
+    "a text for a number": ("whisper", change(PREPROCESSOR, chunk_length="30"), "lacks 'chunk_length'"),
     "other mel bins": ("whisper", change(PREPROCESSOR, feature_size=128), "makes 128 values per frame"),
     "other rows": ("wav2vec2-bert", change(PREPROCESSOR, num_mel_bins=40), "makes 80 values per frame"),
     "too long a window": ("whisper", change(PREPROCESSOR, chunk_length=60), "needs 3000 positions"),
