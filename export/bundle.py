@@ -4,7 +4,6 @@ Models come from local folders or hub ids, as transformers' `from_pretrained` ta
 """
 
 import dataclasses
-import json
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -14,7 +13,9 @@ import numpy as np
 import onnx
 
 from tiny_align.export import parity
-from tiny_align.export.graphs import LayeredEncoder, encoder_graph, kv_shape, llm_graph, projector_graph
+from tiny_align.export.encoders import encoder_graph, load_encoder
+from tiny_align.export.graphs import kv_shape, llm_graph, projector_graph
+from tiny_align.export.pretrained import load_pretrained
 from tiny_align.export.quantise import quantise_int4
 from tiny_align.runtime.backend import load_runner
 from tiny_align.runtime.bundle import (
@@ -29,13 +30,10 @@ from tiny_align.runtime.bundle import (
     write_manifest,
 )  # fmt: skip
 from tiny_align.runtime.errors import TinyAlignError
-from tiny_align.runtime.features import FrontEnd
 from tiny_align.runtime.files import sha256, written_folder
 from tiny_align.runtime.readout import Readout, ctc_scale
 
-ENCODERS = ("parakeet_ctc", "parakeet_encoder")
 LLMS = ("llama",)
-MAX_SPEECH_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -101,22 +99,19 @@ def _write(folder: Path, options, encoder, front_end, llm, tokenizer, projector,
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     if options.sentences:
         shutil.copyfile(options.sentences, folder / "sentences.txt")
-    frame_s = encoder.config.subsampling_factor * front_end.hop_samples / front_end.sample_rate
     llm_sizes = llm_spec(llm, tokenizer, options.max_context)
     context = llm_sizes.max_context
-    longest = round(MAX_SPEECH_S * front_end.sample_rate / front_end.hop_samples)
     return Manifest(
         name=options.name,
         front_end=front_end,
-        encoder=EncoderSpec(encoder.feature_size, frame_s),
+        encoder=EncoderSpec(encoder.feature_size, encoder.frame_s),
         llm=llm_sizes,
         prompt=prompt,
         projector=dataclasses.asdict(projector.config),
         projector_weights=find_weights(folder / "projector.onnx", projector),
         graphs=graphs,
         dims={
-            "frames": (16, 300, longest),
-            "features": (2, 75, longest // encoder.config.subsampling_factor + 1),
+            **encoder.dims,
             "tokens": (1, min(32, context), context),
             "past": (0, min(48, context), context),
         },
@@ -185,64 +180,15 @@ def _find(name: str, value: np.ndarray, places: dict, blob: bytes) -> WeightSpec
     )
 
 
-def load_encoder(path: str, layers: tuple[int, ...] = (-1,)):
-    """The encoder in FP32 (without its CTC head) and its front end."""
-    import torch
-    from transformers import AutoConfig, AutoModel, AutoModelForCTC
-
-    config = _pretrained(AutoConfig, path)
-    if config.model_type not in ENCODERS:
-        raise TinyAlignError(f"{path} is a {config.model_type!r}; supported encoders: {', '.join(ENCODERS)}")
-    whole = config.model_type == "parakeet_ctc"
-    n_layers = (config.encoder_config if whole else config).num_hidden_layers
-    if not layers or any(not -n_layers <= layer <= n_layers for layer in layers):
-        raise TinyAlignError(f"{path} has {n_layers} layers; {list(layers)} was asked for: choose from 1 to {n_layers}")
-    model = _pretrained(AutoModelForCTC if whole else AutoModel, path, dtype=torch.float32).eval()
-    return LayeredEncoder(model.encoder if whole else model, layers).eval(), load_front_end(path)
-
-
-def load_front_end(path: str) -> FrontEnd:
-    """The front end of a preprocessor_config.json (a ParakeetFeatureExtractor's, and, if ours, floor and trim)."""
-    from transformers.utils import cached_file
-
-    try:
-        value = json.loads(Path(cached_file(path, "preprocessor_config.json")).read_text())
-    except (OSError, ValueError) as error:
-        raise TinyAlignError(f"{path} has no readable preprocessor_config.json: {error}") from error
-    try:
-        return FrontEnd(
-            sample_rate=value["sampling_rate"],
-            n_mels=value["feature_size"],
-            n_fft=value["n_fft"],
-            window_samples=value["win_length"],
-            hop_samples=value["hop_length"],
-            preemphasis=value["preemphasis"],
-            **{name: value[name] for name in ("floor_db", "trim_share", "trim_margin_frames") if name in value},
-        )
-    except (KeyError, TypeError) as error:
-        raise TinyAlignError(f"{path}: its preprocessor_config.json lacks {error}: use a log-mel encoder's") from error
-
-
 def load_llm(path: str):
     """The LLM in FP32 and its tokenizer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    config = _pretrained(AutoConfig, path)
+    config = load_pretrained(AutoConfig, path)
     if config.model_type not in LLMS:
         raise TinyAlignError(f"{path} is a {config.model_type!r}; supported LLMs: {', '.join(LLMS)}")
-    return _pretrained(AutoModelForCausalLM, path, dtype=torch.float32).eval(), _pretrained(AutoTokenizer, path)
-
-
-def _pretrained(kind, path: str, **options):
-    from safetensors import SafetensorError
-
-    if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).is_dir():  # no hub id looks so
-        raise TinyAlignError(f"there is no model folder {path}: give one, or a hub id (ORGANISATION/NAME)")
-    try:
-        return kind.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise TinyAlignError(f"{path} cannot be loaded as a model folder or hub id: {error}") from error
+    return load_pretrained(AutoModelForCausalLM, path, dtype=torch.float32).eval(), load_pretrained(AutoTokenizer, path)
 
 
 def make_projector(encoder, llm, options: ExportOptions):

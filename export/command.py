@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("--encoder", required=True, help="folder or hub id of the ASR encoder")
+    parser.add_argument("--encoder", required=True, help="folder or hub id of the ASR encoder: wav2vec2, Whisper, ...")
     parser.add_argument(
         "--encoder-layers",
         type=int,

@@ -1,4 +1,4 @@
-"""PyTorch modules -> ONNX graphs with the bundle's names: encoder, projector and LLM, in FP32.
+"""PyTorch modules -> ONNX graphs with the bundle's names: projector and LLM, in FP32; the encoders: encoders.py.
 
 Transformers models go through transformers' OnnxExporter. Graphs are plain ONNX (opset 21, batch 1), so that ONNX
 Runtime and TensorRT take the same file; what is static is written as a number. No quantisation here.
@@ -63,37 +63,16 @@ def _set_shape(value: onnx.ValueInfoProto, shape: tuple[int | str, ...]) -> None
             dim.dim_value = size
 
 
-def _export(model, inputs: dict) -> onnx_ir.Model:
+def export_program(model, inputs: dict, dynamic: bool = True, dynamic_shapes: dict | None = None) -> onnx_ir.Model:
+    """A transformers model, or a module with its `config`, as plain ONNX.
+
+    Args:
+        dynamic: whether any dimension is; without `dynamic_shapes` (as torch.export takes them) all are.
+    """
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
-    exported = OnnxExporter().export(model, inputs, config=OnnxConfig(dynamic=True, opset_version=OPSET))
-    return exported.program
-
-
-class LayeredEncoder(torch.nn.Module):
-    """An encoder whose features are several of its layers side by side.
-
-    Middle layers know more of how a voice sounds, the last one more of what it says; a projector for a person the
-    encoder never heard can use both.
-    """
-
-    def __init__(self, encoder, layers: tuple[int, ...]):
-        super().__init__()
-        self.encoder, self.layers, self.config = encoder, layers, encoder.config
-        self.feature_size = len(layers) * encoder.config.hidden_size  # Da
-
-    def forward(self, input_features):
-        """(B, frames, M) -> (B, N, Da)."""
-        hidden = self.encoder(input_features, output_hidden_states=True).hidden_states
-        return torch.cat([hidden[layer] for layer in self.layers], dim=-1)
-
-
-def encoder_graph(encoder: LayeredEncoder) -> Graph:
-    """A log-mel encoder: input_features (1, frames, M) -> features (1, features, Da)."""
-    mels, size = encoder.config.num_mel_bins, encoder.feature_size
-    program = _export(encoder, {"input_features": torch.randn(1, EXAMPLE_FRAMES, mels)})
-    inputs = (TensorSpec("input_features", "float32", (1, "frames", mels)),)
-    return Graph(program, inputs, (TensorSpec("features", "float32", (1, "features", size)),))
+    config = OnnxConfig(dynamic=dynamic, dynamic_shapes=dynamic_shapes, opset_version=OPSET)
+    return OnnxExporter().export(model, inputs, config=config).program
 
 
 def projector_graph(projector) -> Graph:
@@ -128,7 +107,7 @@ def llm_graph(llm) -> Graph:
     embeds = torch.randn(1, EXAMPLE_TOKENS, config.hidden_size)
     inputs = {"inputs_embeds": embeds, "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
     return Graph(
-        _export(llm, inputs),
+        export_program(llm, inputs),
         (TensorSpec("inputs_embeds", "float32", (1, "tokens", config.hidden_size)), *_kv_specs(config, "past", "past")),
         (TensorSpec("logits", "float32", (1, 1, config.vocab_size)), *_kv_specs(config, "present", "total")),
     )

@@ -5,7 +5,6 @@ import torch
 
 from tiny_align.export.graphs import kv_shape
 
-ENCODER_FRAMES = (20, 101, 300, 999)  # 10 ms each
 PROJECTOR_FRAMES = (3, 25, 75, 250)
 LLM_LENGTHS = ((1, 0), (24, 0), (1, 24), (9, 40), (64, 128))  # (tokens, past)
 TOLERANCE = 1e-3  # largest absolute difference of an FP32 graph
@@ -16,15 +15,18 @@ def _difference(got: np.ndarray, want: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def encoder_parity(runner, encoder, seed: int = 0) -> dict[str, float]:
-    """frames -> largest absolute difference of the features."""
-    rng, mels = np.random.default_rng(seed), encoder.config.num_mel_bins
+def encoder_parity(runner, encoder) -> dict[str, float]:
+    """input rows (frames or samples) -> largest absolute difference of the features."""
     out = {}
-    for n in ENCODER_FRAMES:
-        x = rng.standard_normal((1, n, mels)).astype(np.float32)
-        got = runner({"input_features": x})["features"]
-        out[str(n)] = _difference(got, encoder(torch.from_numpy(x)))
+    for n in _lengths(*encoder.row_range):
+        x = encoder.example(n, seed=n)
+        out[str(n)] = _difference(runner({encoder.input.name: x.numpy()})["features"], encoder(x))
     return out
+
+
+def _lengths(least: int, usual: int, greatest: int) -> tuple[int, ...]:
+    """The lengths to compare at, from the least to the greatest; one where there is only one."""
+    return tuple(sorted({least, (least + usual) // 2, usual, (usual + greatest) // 2, greatest}))
 
 
 @torch.no_grad()

@@ -57,11 +57,18 @@ class Assistant:
         self.llm = LanguageModel(bundle, llm)
         self._front_end, self._readout = bundle.manifest.front_end, bundle.manifest.readout
         self.sample_rate = self._front_end.sample_rate  # Hz
+        self._rows = bundle.manifest.graphs["encoder"].inputs[0]  # what the front end makes
+        self._row_s = self._front_end.row_samples / self.sample_rate
 
     @property
     def max_speech_s(self) -> float:
         """The longest utterance the encoder takes, in seconds."""
-        return self.bundle.manifest.dims["frames"][2] * self._front_end.hop_samples / self.sample_rate
+        return self._row_range()[2] * self._row_s
+
+    def _row_range(self) -> tuple[int, int, int]:
+        """Least, usual and greatest number of the encoder's input rows: frames, or samples."""
+        rows = self._rows.shape[1]
+        return (rows,) * 3 if isinstance(rows, int) else self.bundle.manifest.dims[rows]
 
     @classmethod
     def load(
@@ -94,17 +101,23 @@ class Assistant:
         return cls(bundle, *(load_runner(p, graphs[n], backend, threads) for n, p in paths.items()), backend, threads)
 
     def features(self, audio: np.ndarray) -> np.ndarray:
-        """(S,) float32 audio -> (N, Da) float32 encoder features."""
-        least = self.bundle.manifest.dims["frames"][0]
+        """(S,) float32 audio -> (N, Da) float32 encoder features, none of them after the end of the audio."""
+        least = self._row_range()[0]
         check_audio(audio, self.sample_rate, "the audio", max_s=self.max_speech_s)
-        mel = self._front_end(audio)  # (frames, M)
-        if len(mel) < least:
-            raise AudioError(f"the audio has {len(mel)} frames of 10 ms, at least {least} are needed: record longer")
-        return self.encode_mel(mel)
+        rows = self._front_end(audio)  # (frames, M) or (S,)
+        if len(rows) < least:
+            raise AudioError(
+                f"the audio has {len(rows) * self._row_s:.3f} s for the encoder, at least {least * self._row_s:.3f} s "
+                "are needed: record longer"
+            )
+        feature_samples = round(self.bundle.manifest.encoder.frame_s * self.sample_rate)
+        return self.encode(rows)[: -(-len(audio) // feature_samples)]  # an encoder may want silence after the speech
 
-    def encode_mel(self, mel: np.ndarray) -> np.ndarray:
-        """(frames, M) normalised log-mel -> (N, Da) float32 encoder features."""
-        return self._encoder({"input_features": np.ascontiguousarray(mel[None])})["features"][0]
+    def encode(self, rows: np.ndarray) -> np.ndarray:
+        """What the front end made, (frames, M) or (S,) -> (N, Da) float32 encoder features."""
+        return self._encoder({self._rows.name: np.ascontiguousarray(rows[None])})["features"][0]
+
+    encode_mel = encode  # as reference/ calls it
 
     def soft_tokens(self, features: np.ndarray) -> np.ndarray:
         """(N, Da) -> (T', D) float32 in the LLM's embedding space; no row where no word was heard."""

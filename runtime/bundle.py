@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 
 from tiny_align.runtime.errors import BundleError, UserError
-from tiny_align.runtime.features import FrontEnd
 from tiny_align.runtime.files import sha256, write_json
+from tiny_align.runtime.front_end import AnyFrontEnd, front_end_from
 from tiny_align.runtime.readout import Readout
 
 SCHEMA = 1
@@ -94,7 +94,7 @@ class Manifest:
     """Everything the runtime knows about a bundle without opening a graph."""
 
     name: str
-    front_end: FrontEnd
+    front_end: AnyFrontEnd
     encoder: EncoderSpec
     llm: LlmSpec
     prompt: PromptSpec
@@ -128,7 +128,7 @@ class Manifest:
     @classmethod
     def from_json(cls, value: dict) -> "Manifest":
         made = {
-            "front_end": FrontEnd(**value["front_end"]),
+            "front_end": front_end_from(value["front_end"]),
             "encoder": EncoderSpec(**value["encoder"]),
             "llm": LlmSpec(**{**value["llm"], "end_tokens": tuple(value["llm"]["end_tokens"])}),
             "prompt": PromptSpec(**value["prompt"]),

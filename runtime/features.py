@@ -1,4 +1,4 @@
-"""Log-mel front end in numpy: waveform -> (frames, mel bins), the encoder's input.
+"""NeMo's log-mel front end in numpy: waveform -> (frames, mel bins). The other front ends: front_end.py.
 
 The arithmetic is that of transformers' ParakeetFeatureExtractor (NeMo's FastConformer front end):
 pre-emphasis, centred Hann window, power spectrum, Slaney mel filters, log, per-bin normalisation over
@@ -7,10 +7,12 @@ digital silence does not dominate the normalisation, and silence before and afte
 It reads no files and resamples nothing; audio.py does.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
+
+from tiny_align.runtime.mel import cut, slaney_filters
 
 LOG_GUARD = 2.0**-24  # added before the logarithm, as the reference does
 STD_GUARD = 1e-5
@@ -20,6 +22,7 @@ STD_GUARD = 1e-5
 class FrontEnd:
     """Parameters of the front end, stored in the bundle's manifest."""
 
+    kind: str = field(default="nemo", init=False, repr=False)  # not in the repr: the feature cache's keys are older
     sample_rate: int = 16_000  # Hz
     n_mels: int = 80
     n_fft: int = 512
@@ -30,14 +33,23 @@ class FrontEnd:
     trim_share: float | None = None  # speech begins and ends above this share of the range of levels; None: no trim
     trim_margin_frames: int = 6
 
+    @property
+    def row_samples(self) -> int:
+        return self.hop_samples
+
+    @property
+    def row_size(self) -> int:
+        return self.n_mels
+
     def log_mel(self, audio: np.ndarray) -> np.ndarray:
         """(S,) float32 -> (S // hop_samples, n_mels) float32 log power, not normalised."""
         n_frames = len(audio) // self.hop_samples
         emphasised = np.concatenate([audio[:1], audio[1:] - self.preemphasis * audio[:-1]])
         padded = np.pad(emphasised, self.n_fft // 2)
-        frames = np.lib.stride_tricks.sliding_window_view(padded, self.n_fft)[:: self.hop_samples][:n_frames]
+        frames = cut(padded, self.n_fft, self.hop_samples, n_frames)
         power = np.abs(np.fft.rfft(frames * _window(self), axis=-1)) ** 2  # (N, n_fft // 2 + 1)
-        return np.log(power @ _mel_filters(self) + LOG_GUARD).astype(np.float32)
+        filters = slaney_filters(self.sample_rate, self.n_fft, self.n_mels).astype(np.float32)
+        return np.log(power @ filters + LOG_GUARD).astype(np.float32)
 
     def raise_to_floor(self, log_mel: np.ndarray) -> np.ndarray:
         """(frames, M) -> the same, nothing further than `floor_db` below the loudest."""
@@ -73,24 +85,3 @@ def _window(front: FrontEnd) -> np.ndarray:
     side = (front.n_fft - front.window_samples) // 2
     hann = np.hanning(front.window_samples)
     return np.pad(hann, (side, front.n_fft - front.window_samples - side)).astype(np.float32)
-
-
-def _hz_to_mel(hz: np.ndarray) -> np.ndarray:
-    """Slaney's scale: linear below 1 kHz, logarithmic above."""
-    return np.where(hz < 1000, hz * 3 / 200, 15 + 27 * np.log(np.maximum(hz, 1e-9) / 1000) / np.log(6.4))
-
-
-def _mel_to_hz(mel: np.ndarray) -> np.ndarray:
-    return np.where(mel < 15, mel * 200 / 3, 1000 * np.exp(np.log(6.4) * (mel - 15) / 27))
-
-
-@lru_cache
-def _mel_filters(front: FrontEnd) -> np.ndarray:
-    """(n_fft // 2 + 1, n_mels) triangles of equal area (Slaney)."""
-    top = _hz_to_mel(np.array(front.sample_rate / 2))
-    edges = _mel_to_hz(np.linspace(0, top, front.n_mels + 2))  # (n_mels + 2,)
-    bins = np.linspace(0, front.sample_rate / 2, front.n_fft // 2 + 1)[:, None]
-    rising = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
-    falling = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
-    triangles = np.maximum(0, np.minimum(rising, falling))
-    return (triangles * 2 / (edges[2:] - edges[:-2])).astype(np.float32)

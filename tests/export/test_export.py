@@ -4,12 +4,9 @@ Two exports of the same models are made once, with INT4 and with FP32 weights, b
 else looks at what they left. The weights fit float16, so the bundle's embedding table is exact.
 """
 
-import contextlib
-import io
 import json
 import shutil
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -17,7 +14,6 @@ import pytest
 from tiny_align.runtime import Assistant, Decoding
 from tiny_align.runtime.backend import load_runner
 from tiny_align.runtime.bundle import Bundle
-from tiny_align.runtime.cli import main
 from tiny_align.runtime.errors import TinyAlignError
 
 torch = pytest.importorskip("torch", reason="models are exported from torch")
@@ -27,17 +23,16 @@ onnx = pytest.importorskip("onnx", reason="exported graphs are read with onnx")
 from tiny_align.export.bundle import (  # noqa: E402 - needs the packages above
     ExportOptions,
     _hold,
-    load_encoder,
-    load_front_end,
     load_llm,
     make_projector,
     prompt_spec,
 )
+from tiny_align.export.encoders import FAMILIES, load_encoder, load_front_end  # noqa: E402
 from tiny_align.export.graphs import OPSET  # noqa: E402
 from tiny_align.export.parity import TOLERANCE  # noqa: E402
 
 GRAPHS = ("encoder", "projector", "llm")
-LAYERS, CONTEXT = 2, 128
+LAYERS, CONTEXT = 2, 128  # CONTEXT is of the LLM in conftest.py
 LINEARS = 7  # of a Llama layer: query, key, value, output, gate, up, down
 
 
@@ -51,72 +46,27 @@ def make_encoder(folder: Path) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(front_end))
 
 
-def make_tokenizer():
-    """The reference LLM's kind of tokenizer, from 200 sentences."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    from tiny_align.reference import corpus
-    from tiny_align.reference.llm import CHAT_TEMPLATE, SPECIAL
-
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
-    texts = [text for s in corpus.sentences(200, 0) for text in (s.text, s.answer)]
-    texts += corpus.ANSWER_INSTRUCTIONS + corpus.REPEAT_INSTRUCTIONS
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=list(SPECIAL), show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    names = {"unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<eos>"}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE, **names)
-
-
-def make_llm(folder: Path) -> None:
-    """LlamaForCausalLM, 2 layers x 64, lively enough not to say the same token for ever."""
-    tokenizer = make_tokenizer()
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
-    sizes |= {"num_key_value_heads": 2, "max_position_embeddings": CONTEXT, "initializer_range": 0.2}
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = transformers.LlamaConfig(vocab_size=len(tokenizer), **sizes, **ids, pad_token_id=tokenizer.eos_token_id)
-    transformers.LlamaForCausalLM(config).half().float().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 @pytest.fixture(scope="module")
-def models(tmp_path_factory) -> dict[str, Path]:
+def models(tmp_path_factory, tiny_llm) -> dict[str, Path]:
     """The folders of the two models."""
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     make_encoder(folder / "encoder")
-    make_llm(folder / "llm")
-    return {"encoder": folder / "encoder", "llm": folder / "llm"}
-
-
-class Exported(NamedTuple):
-    """A bundle just written and what the command printed."""
-
-    bundle: Bundle
-    stdout: str
-
-
-def export(models, out: Path, *options) -> Exported:
-    call = ["export", "--encoder", models["encoder"], "--llm", models["llm"], "--out", out, "--json", *options]
-    with contextlib.redirect_stdout(io.StringIO()) as stdout:
-        status = main([str(argument) for argument in call])
-    assert status == 0
-    return Exported(Bundle.open(out), stdout.getvalue())
+    return {"encoder": folder / "encoder", "llm": tiny_llm}
 
 
 @pytest.fixture(scope="module")
-def int4(models, tmp_path_factory) -> Exported:
+def int4(models, export, tmp_path_factory):
     return export(models, tmp_path_factory.mktemp("out") / "deep/int4")  # INT4 is the default
 
 
 @pytest.fixture(scope="module")
-def fp32(models, tmp_path_factory) -> Exported:
+def fp32(models, export, tmp_path_factory):
     return export(models, tmp_path_factory.mktemp("out") / "fp32", "--precision", "fp32", "--name", "exact")
 
 
 @pytest.fixture(scope="module", params=["int4", "fp32"])
-def exported(request) -> Exported:
+def exported(request):
     return request.getfixturevalue(request.param)
 
 
@@ -334,14 +284,6 @@ def test_a_trained_projector_is_taken(models, general, tmp_path):
 # --- what is refused, before anything is exported ---
 
 
-def refused(run_cli, models, out: Path, *options, **other) -> str:
-    """Try to export; returns the sentence."""
-    given = {**models, **other}
-    done = run_cli("export", "--encoder", given["encoder"], "--llm", given["llm"], "--out", out, *options)
-    assert done.status == 2 and done.stdout == "" and "Traceback" not in done.stderr
-    return next(line for line in done.stderr.splitlines() if line.startswith("tiny-align: "))
-
-
 @pytest.fixture
 def bert(tmp_path) -> Path:
     (tmp_path / "bert").mkdir()
@@ -351,16 +293,16 @@ def bert(tmp_path) -> Path:
 
 @pytest.mark.parametrize(
     ("kind", "supported"),
-    [("encoder", "supported encoders: parakeet_ctc, parakeet_encoder"), ("llm", "supported LLMs: llama")],
+    [("encoder", f"supported encoders: {', '.join(FAMILIES)}"), ("llm", "supported LLMs: llama")],
 )
-def test_an_unsupported_architecture_is_refused(run_cli, models, bert, tmp_path, kind, supported):
-    sentence = refused(run_cli, models, tmp_path / "out", **{kind: bert})
+def test_an_unsupported_architecture_is_refused(refused, models, bert, tmp_path, kind, supported):
+    sentence = refused(models, tmp_path / "out", **{kind: bert})
     assert f"{bert} is a 'bert'; {supported}" in sentence and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("kind", ["encoder", "llm"])
-def test_a_path_that_is_not_there_is_refused(run_cli, models, tmp_path, kind):
-    sentence = refused(run_cli, models, tmp_path / "out", **{kind: tmp_path / "nothing/here"})
+def test_a_path_that_is_not_there_is_refused(refused, models, tmp_path, kind):
+    sentence = refused(models, tmp_path / "out", **{kind: tmp_path / "nothing/here"})
     assert "there is no model folder" in sentence and "nothing/here" in sentence
     assert not list(tmp_path.iterdir())
 
@@ -409,17 +351,17 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize(("kind", "change", "sentence"), DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_model_is_refused(run_cli, models, tmp_path, kind, change, sentence):
+def test_a_damaged_model_is_refused(refused, models, tmp_path, kind, change, sentence):
     folder = changed(models, kind, tmp_path, change)
-    assert sentence in refused(run_cli, models, tmp_path / "out", **{kind: folder})
+    assert sentence in refused(models, tmp_path / "out", **{kind: folder})
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("content", [None, b"not safetensors", b""])
-def test_a_file_that_is_no_projector_is_refused(run_cli, models, tmp_path, content):
+def test_a_file_that_is_no_projector_is_refused(refused, models, tmp_path, content):
     if content is not None:
         (tmp_path / "p.safetensors").write_bytes(content)
-    sentence = refused(run_cli, models, tmp_path / "out", "--projector", tmp_path / "p.safetensors")
+    sentence = refused(models, tmp_path / "out", "--projector", tmp_path / "p.safetensors")
     assert "is no projector for this encoder and LLM" in sentence and not (tmp_path / "out").exists()
 
 
@@ -432,17 +374,17 @@ def test_a_projector_of_other_sizes_is_refused(models, tmp_path):
         make_projector(load_encoder(str(models["encoder"]))[0], load_llm(str(models["llm"]))[0], options)
 
 
-def test_a_folder_that_is_no_bundle_is_never_replaced(run_cli, models, tmp_path):
+def test_a_folder_that_is_no_bundle_is_never_replaced(refused, models, tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home/thesis.txt").write_text("years of work")
-    sentence = refused(run_cli, models, tmp_path / "home")
+    sentence = refused(models, tmp_path / "home")
     assert "is not a bundle and not empty" in sentence
     assert (tmp_path / "home/thesis.txt").read_text() == "years of work"
 
 
-def test_a_bundle_with_persons_is_never_replaced(run_cli, models, bundle_copy, make_user):
+def test_a_bundle_with_persons_is_never_replaced(refused, models, bundle_copy, make_user):
     make_user(Bundle.open(bundle_copy), bundle_copy / "users/ana")
-    assert "holds the projectors of ana" in refused(run_cli, models, bundle_copy)
+    assert "holds the projectors of ana" in refused(models, bundle_copy)
     assert Bundle.open(bundle_copy).projector("ana").is_file()
 
 
@@ -468,7 +410,7 @@ def test_the_front_ends_additions_are_read(models, tmp_path):
     folder = changed(models, "encoder", tmp_path, lambda f: None)
     value = json.loads((folder / "preprocessor_config.json").read_text()) | {"floor_db": 55.0}
     (folder / "preprocessor_config.json").write_text(json.dumps(value))
-    assert load_front_end(str(folder)).floor_db == 55.0
+    assert load_front_end(str(folder), "ParakeetFeatureExtractor").floor_db == 55.0
 
 
 def test_the_prompt_is_the_template_cut_at_its_holes(models):

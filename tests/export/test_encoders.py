@@ -1,0 +1,388 @@
+"""Every family of encoders, from a tiny checkpoint through the command to features, against transformers.
+
+Each family's model is random and small and lies on disk as the hub has it: config.json, weights, and the
+preprocessor_config.json of its own feature extractor. The LLM and the projector beside it are traced once.
+"""
+
+import functools
+import json
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from tiny_align.runtime import Assistant
+from tiny_align.runtime.audio import read_audio
+from tiny_align.runtime.bundle import Bundle
+from tiny_align.runtime.errors import AudioError
+
+torch = pytest.importorskip("torch", reason="models are exported from torch")
+transformers = pytest.importorskip("transformers", reason="models are exported from transformers")
+onnx = pytest.importorskip("onnx", reason="exported graphs are read with onnx")
+
+import tiny_align.export.bundle as export_bundle  # noqa: E402 - needs the packages above
+from tiny_align.export.encoders import FAMILIES, LEAST_FEATURES, load_encoder  # noqa: E402
+from tiny_align.export.graphs import OPSET  # noqa: E402
+from tiny_align.export.parity import TOLERANCE  # noqa: E402
+
+RATE = 16_000  # Hz
+FEATURES_TOLERANCE = 1e-4  # largest absolute difference, of features of size about 3: front end and graph together
+LAYERS, SIZE = 2, 32
+PREPROCESSOR = "preprocessor_config.json"
+FRAME_S = {"moonshine": 0.024, "parakeet": 0.08}  # all others: 20 ms
+
+COMMON = {"hidden_size": SIZE, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "intermediate_size": 48}
+POSITIONS = {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
+CONVOLUTIONS = POSITIONS | {"conv_dim": [16] * 3, "conv_kernel": [10, 8, 8], "conv_stride": [5, 8, 8]}  # quick to trace
+
+
+def wave(**options):
+    return transformers.Wav2Vec2FeatureExtractor(**options)
+
+
+def wav2vec2(**options):
+    """As wav2vec2-base, a checkpoint with its CTC head; the seven convolutions are those of all the real ones."""
+    config = transformers.Wav2Vec2Config(**COMMON, **POSITIONS, conv_dim=[16] * 7, vocab_size=30, **options)
+    return transformers.Wav2Vec2ForCTC(config), wave()
+
+
+def wav2vec2_layer_norm():
+    """As wav2vec2-large-lv60."""
+    options = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
+    model = transformers.Wav2Vec2Model(transformers.Wav2Vec2Config(**COMMON, **CONVOLUTIONS, **options))
+    return model, wave(return_attention_mask=True)
+
+
+def hubert():
+    return transformers.HubertModel(transformers.HubertConfig(**COMMON, **CONVOLUTIONS)), wave()
+
+
+def wavlm():
+    model = transformers.WavLMModel(transformers.WavLMConfig(**COMMON, **CONVOLUTIONS))
+    torch.nn.init.normal_(model.encoder.layers[0].attention.rel_attn_embed.weight)  # positions count
+    return model, wave(do_normalize=False)
+
+
+def data2vec():
+    sizes = CONVOLUTIONS | {"num_conv_pos_embeddings": 3, "conv_pos_kernel_size": 5}
+    return transformers.Data2VecAudioModel(transformers.Data2VecAudioConfig(**COMMON, **sizes)), wave()
+
+
+def moonshine():
+    sizes = {
+        f"{part}_num_{what}": 2 for part in ("encoder", "decoder") for what in ("hidden_layers", "attention_heads")
+    }
+    sizes |= {"hidden_size": SIZE, "intermediate_size": 48, "vocab_size": 50}
+    model = transformers.MoonshineForConditionalGeneration(transformers.MoonshineConfig(**sizes))
+    return model, wave(do_normalize=False)
+
+
+def whisper(n_mels=80):
+    sizes = {f"{part}_{what}": 2 for part in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    sizes |= {"d_model": SIZE, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": 60, "num_mel_bins": n_mels}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    model = transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**sizes, **ids))
+    return model, transformers.WhisperFeatureExtractor(feature_size=n_mels)
+
+
+def wav2vec2_bert(**options):
+    config = transformers.Wav2Vec2BertConfig(**COMMON, conv_depthwise_kernel_size=7, **options)
+    return transformers.Wav2Vec2BertModel(config), transformers.SeamlessM4TFeatureExtractor(padding_value=1)
+
+
+def parakeet():
+    sizes = {"conv_kernel_size": 5, "subsampling_conv_channels": 8, "num_mel_bins": 80}
+    config = transformers.ParakeetCTCConfig(vocab_size=29, pad_token_id=28, encoder_config=COMMON | sizes)
+    return transformers.ParakeetForCTC(config), transformers.ParakeetFeatureExtractor()
+
+
+MAKERS = {
+    "wav2vec2": wav2vec2,
+    "wav2vec2-layer-norm": wav2vec2_layer_norm,
+    "hubert": hubert,
+    "wavlm": wavlm,
+    "data2vec-audio": data2vec,
+    "moonshine": moonshine,
+    "whisper": whisper,
+    "wav2vec2-bert": wav2vec2_bert,
+    "parakeet": parakeet,
+}
+
+
+def save(folder: Path, made) -> Path:
+    for part in made:
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """checkpoint(family) -> its folder; made once, read only."""
+
+    @functools.cache
+    def make(family: str) -> Path:
+        torch.manual_seed(0)
+        return save(tmp_path_factory.mktemp("encoders") / family, MAKERS[family]())
+
+    return make
+
+
+class Case(NamedTuple):
+    family: str
+    folder: Path
+    bundle: Bundle
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint, tiny_llm, export, tmp_path_factory):
+    """exported(family) -> Case: the features are the first layer's and the last one's, side by side."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("llm_graph", "projector_graph"):  # the same for every encoder of these sizes
+            patch.setattr(export_bundle, name, traced_once(getattr(export_bundle, name)))
+
+        @functools.cache
+        def make(family: str) -> Case:
+            models = {"encoder": checkpoint(family), "llm": tiny_llm}
+            out = tmp_path_factory.mktemp("bundles") / family
+            options = ("--precision", "fp32", "--encoder-layers", 1, -1)
+            return Case(family, checkpoint(family), export(models, out, *options).bundle)
+
+        yield make
+
+
+def traced_once(trace):
+    made = []
+    return lambda module: made[0] if made else made.append(trace(module)) or made[0]
+
+
+@pytest.fixture(scope="module", params=MAKERS)
+def case(request, exported) -> Case:
+    return exported(request.param)
+
+
+@pytest.fixture(scope="module")
+def recordings(voice_path) -> list[np.ndarray]:
+    """(S,) float32 each, of several lengths: two whole ones, one cut short, three in a row."""
+    paths = sorted(voice_path.glob("*.flac"))
+    first, second, third = (read_audio(path, RATE) for path in paths[:3])
+    return [first, second[:-7], third[8_000:12_321], np.concatenate([first, second, third])]
+
+
+@torch.no_grad()
+def reference(case: Case, audio: np.ndarray) -> np.ndarray:
+    """(N, 2 Da) as transformers computes them: its feature extractor, its model; without those of padding."""
+    extract = transformers.AutoFeatureExtractor.from_pretrained(case.folder)
+    model = transformers.AutoModel.from_pretrained(case.folder).eval()
+    encoder = model.encoder if case.family in ("moonshine", "parakeet", "whisper") else model
+    inputs = extract(audio, sampling_rate=RATE, return_tensors="pt")
+    out = encoder(**inputs, output_hidden_states=True)
+    features = torch.cat([out.hidden_states[1], out.last_hidden_state], dim=-1)[0].numpy()
+    heard = {
+        "parakeet": lambda: int(out.attention_mask.sum()),
+        "wav2vec2-bert": lambda: int(inputs["attention_mask"].sum()),
+        "whisper": lambda: -(-len(audio) // 320),  # every 20 ms that has begun
+    }.get(case.family, lambda: len(features))
+    return features[: heard()]
+
+
+# --- features ---
+
+
+def test_features_are_transformers_own(case, recordings):
+    with Assistant.load(case.bundle, threads=1) as assistant:
+        for audio in recordings:
+            ours, theirs = assistant.features(audio), reference(case, audio)
+            assert ours.shape == theirs.shape and ours.dtype == np.float32
+            difference = np.abs(ours - theirs)
+            assert difference.max() <= FEATURES_TOLERANCE, (
+                f"{case.family}, {len(audio)} samples: max {difference.max():.2g}, mean {difference.mean():.2g}"
+            )
+            assert theirs.std() > 0.05 and np.abs(theirs[1:] - theirs[:-1]).max() > 0.05  # they tell frames apart
+
+
+def test_speech_goes_all_the_way(case, speech):
+    with Assistant.load(case.bundle, threads=1) as assistant:
+        rows = assistant.soft_tokens(assistant.features(speech))
+    assert rows.ndim == 2 and rows.shape[1] == case.bundle.manifest.llm.hidden_size
+
+
+# --- what the manifest says of it ---
+
+
+def test_the_manifest_has_the_encoders_sizes(case):
+    manifest, graph = case.bundle.manifest, case.bundle.manifest.graphs["encoder"]
+    assert manifest.encoder.feature_size == LAYERS * SIZE == graph.outputs[0].shape[2]
+    assert manifest.encoder.frame_s == pytest.approx(FRAME_S.get(case.family, 0.02))
+    rows = graph.inputs[0].shape[1]
+    assert rows == {"whisper": 3000, "wav2vec2-bert": "frames", "parakeet": "frames"}.get(case.family, "samples")
+    greatest = manifest.dims[rows][2] if isinstance(rows, str) else rows
+    assert greatest * manifest.front_end.row_samples == 30 * RATE
+
+
+def test_every_length_makes_as_many_features_as_the_convolutions_say(checkpoint):
+    for family in MAKERS:
+        encoder, _ = load_encoder(str(checkpoint(family)))
+        least, usual, greatest = encoder.row_range
+        assert encoder.n_features(least) == LEAST_FEATURES or least == greatest
+        for n_rows in {least, usual, usual + 1, greatest} - ({usual + 1} if least == greatest else set()):
+            with torch.no_grad():
+                assert encoder(encoder.example(n_rows)).shape == (1, encoder.n_features(n_rows), SIZE), (family, n_rows)
+
+
+def test_the_shortest_and_the_longest_recording(case):
+    noise = (0.1 * np.random.default_rng(0).standard_normal(30 * RATE + 1)).astype(np.float32)
+    greatest = case.bundle.manifest.dims["features"][2]
+    with Assistant.load(case.bundle, threads=1) as assistant:
+        assert assistant.max_speech_s == 30
+        assert 0 <= greatest - len(assistant.features(noise[:-1])) <= 1  # a filter bank's last row is not full
+        with pytest.raises(AudioError, match="at most 30 s"):
+            assistant.features(noise)
+        if case.family in ("moonshine", "parakeet"):
+            with pytest.raises(AudioError, match=r"at least .* needed: record longer"):
+                assistant.features(noise[: RATE // 10])
+
+
+def test_the_graph_is_plain_onnx_held_to_pytorch(case):
+    model, spec = onnx.load(str(case.bundle.graph("encoder"))), case.bundle.manifest.graphs["encoder"]
+    assert {(o.domain, o.version) for o in model.opset_import} == {("", OPSET)}
+    assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"} and not model.functions
+    figures = spec.parity["max_abs_diff_to_pytorch"]
+    assert len(figures) == (1 if case.family == "whisper" else 5)
+    assert all(0 <= figure < TOLERANCE for figure in figures.values())
+
+
+# --- what is left out, and what is cut to size ---
+
+
+def test_weights_that_are_computed_are_computed_once(checkpoint):
+    for family in ("wav2vec2", "hubert", "wavlm"):
+        encoder, _ = load_encoder(str(checkpoint(family)))
+        names = {name for name, _ in encoder.named_parameters() if "pos_conv_embed" in name}
+        assert not [n for n in names if "parametrizations" in n or n.endswith(("_g", "_v"))] and len(names) == 2
+
+
+@pytest.mark.parametrize("make", [wav2vec2, wav2vec2_bert])
+def test_an_adapter_is_left_out(make, tmp_path):
+    folder = save(tmp_path / "adapted", make(add_adapter=True, output_hidden_size=SIZE))
+    encoder, _ = load_encoder(str(folder))
+    with torch.no_grad():
+        n_rows = encoder.row_range[1]
+        assert encoder(encoder.example(n_rows)).shape[1] == encoder.n_features(n_rows)
+
+
+def test_whispers_window_is_the_checkpoints(checkpoint, edit_json, tmp_path):
+    folder = shutil.copytree(checkpoint("whisper"), tmp_path / "short")
+    edit_json(folder / "preprocessor_config.json", lambda v: v.update(chunk_length=5))
+    (whole, _), (short, front_end) = load_encoder(str(checkpoint("whisper"))), load_encoder(str(folder))
+    assert front_end.padded_samples == 5 * RATE and short.input.shape == (1, 500, 80)
+    assert torch.equal(short.encoder.embed_positions.weight, whole.encoder.embed_positions.weight[:250])
+    with torch.no_grad():
+        assert short(short.example(500)).shape == (1, 250, SIZE)
+
+
+def test_mel_bins_are_the_checkpoints(tmp_path):
+    encoder, front_end = load_encoder(str(save(tmp_path / "large", whisper(n_mels=128))))
+    assert front_end.n_mels == 128 and encoder.input.shape == (1, 3000, 128)
+
+
+def test_a_front_end_inside_a_processor_is_found(checkpoint, tmp_path):
+    """As newer checkpoints have it: one processor_config.json."""
+    folder = shutil.copytree(checkpoint("whisper"), tmp_path / "nested")
+    value = json.loads((folder / PREPROCESSOR).read_text()) | {"chunk_length": 10}
+    (folder / PREPROCESSOR).unlink()
+    (folder / "processor_config.json").write_text(json.dumps({"feature_extractor": value}))
+    assert load_encoder(str(folder))[1].padded_samples == 10 * RATE
+
+
+def test_older_checkpoints_are_read(checkpoint, tmp_path):
+    """pytorch_model.bin, and the names that normalised weights had."""
+    from safetensors.torch import load_file
+
+    folder = shutil.copytree(checkpoint("hubert"), tmp_path / "old")
+    names = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
+    weights = load_file(folder / "model.safetensors")
+    for new, old in names.items():
+        weights = {key.replace(new, old): value for key, value in weights.items()}
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    (now, _), (then, _) = load_encoder(str(checkpoint("hubert"))), load_encoder(str(folder))
+    with torch.no_grad():
+        assert torch.equal(now(now.example(16_000)), then(then.example(16_000)))
+
+
+# --- what is refused, before anything is exported ---
+
+
+def test_every_family_has_a_case(checkpoint):
+    covered = {json.loads((checkpoint(family) / "config.json").read_text())["model_type"] for family in MAKERS}
+    assert covered == set(FAMILIES) - {"parakeet_encoder"}  # a part of parakeet_ctc
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:1_000])
+
+
+def another_models_weights(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    save_file({f"student.{k}": v for k, v in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+
+
+def a_layer_less(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = {k: v for k, v in load_file(folder / "model.safetensors").items() if "layers.1." not in k}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def change(file: str, **values):
+    def do(folder: Path) -> None:
+        value = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps({k: v for k, v in (value | values).items() if v is not None}))
+
+    return do
+
+
+DAMAGES = {
+    "cut off": ("wav2vec2", lambda f: cut(f / "model.safetensors"), "cannot be loaded"),
+    "without weights": ("hubert", lambda f: (f / "model.safetensors").unlink(), "cannot be loaded"),
+    "another model's weights": ("wavlm", another_models_weights, "lacks the weights of"),
+    "a part of the weights": ("data2vec-audio", a_layer_less, "lacks the weights of encoder.layers.1."),
+    "a part of the encoder's weights": ("whisper", a_layer_less, "lacks the weights of encoder.layers.1."),
+    "other sizes": ("moonshine", change("config.json", hidden_size=64), "cannot be loaded"),
+    "no front end": ("whisper", lambda f: (f / PREPROCESSOR).unlink(), "has no readable preprocessor_config.json"),
+    "damaged front end": ("hubert", lambda f: cut(f / PREPROCESSOR) or (f / PREPROCESSOR).write_text("{"), "readable"),
+    "another family's front end": (
+        "whisper",
+        lambda f: wave().save_pretrained(f),
+        "is a Wav2Vec2FeatureExtractor's, its encoder needs a WhisperFeatureExtractor's",
+    ),
+    "another family's, unnamed": (
+        "wav2vec2",
+        change(PREPROCESSOR, feature_extractor_type=None, feature_size=80),
+        "its preprocessor_config.json lacks 'feature_size' 1",
+    ),
+    "a value less": ("wav2vec2-bert", change(PREPROCESSOR, stride=None), "lacks 'stride'"),
+    "a text for a number": ("whisper", change(PREPROCESSOR, chunk_length="30"), "lacks 'chunk_length'"),
+    "other mel bins": ("whisper", change(PREPROCESSOR, feature_size=128), "makes 128 values per frame"),
+    "other rows": ("wav2vec2-bert", change(PREPROCESSOR, num_mel_bins=40), "makes 80 values per frame"),
+    "too long a window": ("whisper", change(PREPROCESSOR, chunk_length=60), "needs 3000 positions"),
+}
+
+
+@pytest.mark.parametrize(("family", "damage", "sentence"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_is_refused(refused, checkpoint, tiny_llm, tmp_path, family, damage, sentence):
+    folder = shutil.copytree(checkpoint(family), tmp_path / "checkpoint")
+    damage(folder)
+    assert sentence in refused({"encoder": folder, "llm": tiny_llm}, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize("layers", [(3,), (-3,), (1, 9)])
+def test_a_layer_that_is_not_there_is_refused(refused, checkpoint, tiny_llm, tmp_path, layers):
+    models = {"encoder": checkpoint("moonshine"), "llm": tiny_llm}
+    assert "has 2 layers" in refused(models, tmp_path / "out", "--encoder-layers", *layers)
+    assert not list(tmp_path.iterdir())
