@@ -4,6 +4,7 @@ Models come from local folders or hub ids, as transformers' `from_pretrained` ta
 """
 
 import dataclasses
+import functools
 import json
 import shutil
 import tempfile
@@ -14,7 +15,10 @@ import numpy as np
 import onnx
 
 from tiny_align.export import parity
-from tiny_align.export.graphs import LayeredEncoder, encoder_graph, kv_shape, llm_graph, projector_graph
+from tiny_align.export.graphs import LayeredEncoder, encoder_graph, projector_graph
+from tiny_align.export.llms import embedding_table, llm_graph, llm_spec, load_llm
+from tiny_align.export.pretrained import load_pretrained
+from tiny_align.export.prompts import prompt_spec
 from tiny_align.export.quantise import quantise_int4
 from tiny_align.runtime.backend import load_runner
 from tiny_align.runtime.bundle import (
@@ -22,9 +26,7 @@ from tiny_align.runtime.bundle import (
     USER_RECORD,
     EncoderSpec,
     GraphSpec,
-    LlmSpec,
     Manifest,
-    PromptSpec,
     WeightSpec,
     write_manifest,
 )  # fmt: skip
@@ -34,7 +36,6 @@ from tiny_align.runtime.files import sha256, written_folder
 from tiny_align.runtime.readout import Readout, ctc_scale
 
 ENCODERS = ("parakeet_ctc", "parakeet_encoder")
-LLMS = ("llama",)
 MAX_SPEECH_S = 30.0
 
 
@@ -69,9 +70,10 @@ def export_bundle(options: ExportOptions, out: Path) -> Manifest:
     encoder, front_end = load_encoder(options.encoder, options.encoder_layers)
     llm, tokenizer = load_llm(options.llm)
     projector = make_projector(encoder, llm, options)
-    prompt = prompt_spec(tokenizer, options)  # refuses a template that cannot be cut, before the long part
+    prompt = prompt_spec(tokenizer, options.instruction, options.repeat_instruction)  # refuses before the long part
+    sizes = llm_spec(llm, tokenizer, options.max_context)
     with written_folder(Path(out)) as folder:
-        manifest = _write(folder, options, encoder, front_end, llm, tokenizer, projector, prompt)
+        manifest = _write(folder, options, encoder, front_end, llm, sizes, tokenizer, projector, prompt)
         return write_manifest(folder, manifest)
 
 
@@ -90,19 +92,18 @@ def _check_sizes(options: ExportOptions) -> None:
             raise TinyAlignError(f"--{name.replace('_', '-')} is {value}: give at least {least}")
 
 
-def _write(folder: Path, options, encoder, front_end, llm, tokenizer, projector, prompt) -> Manifest:
+def _write(folder: Path, options, encoder, front_end, llm, llm_sizes, tokenizer, projector, prompt) -> Manifest:
     graphs = {
         "encoder": _write_graph(folder, "encoder", encoder_graph(encoder), parity.encoder_parity, encoder),
         "projector": _write_graph(folder, "projector", projector_graph(projector), parity.projector_parity, projector),
-        "llm": _write_llm(folder, llm, options.precision),
+        "llm": _write_llm(folder, llm, options.precision, llm_sizes.max_context),
     }
-    table = llm.get_input_embeddings().weight.detach().numpy().astype(np.float16)
+    table = embedding_table(llm)
     np.save(folder / "token_embeddings.npy", table)
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     if options.sentences:
         shutil.copyfile(options.sentences, folder / "sentences.txt")
     frame_s = encoder.config.subsampling_factor * front_end.hop_samples / front_end.sample_rate
-    llm_sizes = llm_spec(llm, tokenizer, options.max_context)
     context = llm_sizes.max_context
     longest = round(MAX_SPEECH_S * front_end.sample_rate / front_end.hop_samples)
     return Manifest(
@@ -121,7 +122,7 @@ def _write(folder: Path, options, encoder, front_end, llm, tokenizer, projector,
             "past": (0, min(48, context), context),
         },
         embeddings_sha256=sha256(folder / "token_embeddings.npy"),
-        readout=make_readout(options, table),
+        readout=make_readout(options, table.astype(np.float32) * llm_sizes.embedding_scale),
         files={},
     )
 
@@ -143,16 +144,17 @@ def _hold(name: str, figures: dict[str, float]) -> None:
         )
 
 
-def _write_llm(folder: Path, llm, precision: str) -> GraphSpec:
+def _write_llm(folder: Path, llm, precision: str, max_context: int) -> GraphSpec:
     """The FP32 graph is checked in any case; in the bundle goes what `precision` says."""
+    check = functools.partial(parity.llm_parity, lengths=parity.llm_lengths(llm.config, max_context))
     if precision == "fp32":
-        return _write_graph(folder, "llm", llm_graph(llm), parity.llm_parity, llm)
+        return _write_graph(folder, "llm", llm_graph(llm), check, llm)
     with tempfile.TemporaryDirectory() as temporary:
-        exact = _write_graph(Path(temporary), "llm", llm_graph(llm), parity.llm_parity, llm)
+        exact = _write_graph(Path(temporary), "llm", llm_graph(llm), check, llm)
         quantise_int4(Path(temporary) / exact.file, folder / exact.file)
     spec = dataclasses.replace(exact, precision=precision)
     with load_runner(folder / spec.file, spec, "onnxruntime") as runner:
-        cost = parity.llm_parity(runner, llm)
+        cost = check(runner, llm)
     fp32 = exact.parity["max_abs_diff_to_pytorch"]
     return dataclasses.replace(spec, parity={"max_abs_diff_to_pytorch": fp32, "int4_max_abs_diff_to_pytorch": cost})
 
@@ -190,14 +192,14 @@ def load_encoder(path: str, layers: tuple[int, ...] = (-1,)):
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForCTC
 
-    config = _pretrained(AutoConfig, path)
+    config = load_pretrained(AutoConfig, path)
     if config.model_type not in ENCODERS:
         raise TinyAlignError(f"{path} is a {config.model_type!r}; supported encoders: {', '.join(ENCODERS)}")
     whole = config.model_type == "parakeet_ctc"
     n_layers = (config.encoder_config if whole else config).num_hidden_layers
     if not layers or any(not -n_layers <= layer <= n_layers for layer in layers):
         raise TinyAlignError(f"{path} has {n_layers} layers; {list(layers)} was asked for: choose from 1 to {n_layers}")
-    model = _pretrained(AutoModelForCTC if whole else AutoModel, path, dtype=torch.float32).eval()
+    model = load_pretrained(AutoModelForCTC if whole else AutoModel, path, dtype=torch.float32).eval()
     return LayeredEncoder(model.encoder if whole else model, layers).eval(), load_front_end(path)
 
 
@@ -223,28 +225,6 @@ def load_front_end(path: str) -> FrontEnd:
         raise TinyAlignError(f"{path}: its preprocessor_config.json lacks {error}: use a log-mel encoder's") from error
 
 
-def load_llm(path: str):
-    """The LLM in FP32 and its tokenizer."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    config = _pretrained(AutoConfig, path)
-    if config.model_type not in LLMS:
-        raise TinyAlignError(f"{path} is a {config.model_type!r}; supported LLMs: {', '.join(LLMS)}")
-    return _pretrained(AutoModelForCausalLM, path, dtype=torch.float32).eval(), _pretrained(AutoTokenizer, path)
-
-
-def _pretrained(kind, path: str, **options):
-    from safetensors import SafetensorError
-
-    if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).is_dir():  # no hub id looks so
-        raise TinyAlignError(f"there is no model folder {path}: give one, or a hub id (ORGANISATION/NAME)")
-    try:
-        return kind.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise TinyAlignError(f"{path} cannot be loaded as a model folder or hub id: {error}") from error
-
-
 def make_projector(encoder, llm, options: ExportOptions):
     """A projector between the two, with the weights of `options.projector` or random ones."""
     import torch
@@ -268,36 +248,7 @@ def make_projector(encoder, llm, options: ExportOptions):
 
 
 def make_readout(options: ExportOptions, table: np.ndarray) -> Readout:
+    """How the projector's output is read; table (V, D) as the LLM sees it."""
     if options.soft_tokens:
         return Readout("pooled", merge_cosine=options.merge_cosine)
     return Readout("ctc", scale=ctc_scale(table))
-
-
-def llm_spec(llm, tokenizer, max_context: int) -> LlmSpec:
-    heads, size = kv_shape(llm.config)
-    ends = (
-        llm.generation_config.eos_token_id if llm.generation_config.eos_token_id is not None else tokenizer.eos_token_id
-    )
-    return LlmSpec(
-        vocabulary=llm.config.vocab_size,
-        hidden_size=llm.config.hidden_size,
-        n_layers=llm.config.num_hidden_layers,
-        n_kv_heads=heads,
-        head_size=size,
-        end_tokens=tuple(ends if isinstance(ends, list) else [ends]),
-        max_context=min(max_context, llm.config.max_position_embeddings),
-    )
-
-
-def prompt_spec(tokenizer, options: ExportOptions) -> PromptSpec:
-    """The chat template, rendered with marks in its two holes and cut there."""
-    marks = ("INSTRUCTION-GOES-HERE", "SPEECH-GOES-HERE")
-    messages = [{"role": "system", "content": marks[0]}, {"role": "user", "content": marks[1]}]
-    if not tokenizer.chat_template:
-        raise TinyAlignError("the LLM's tokenizer has no chat template: use an instruction-tuned model")
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    if any(text.count(mark) != 1 for mark in marks):
-        raise TinyAlignError("the LLM's chat template does not take one system and one user message: it cannot be cut")
-    before, rest = text.split(marks[0])
-    between, after = rest.split(marks[1])
-    return PromptSpec(before, between, after, options.instruction, options.repeat_instruction)
