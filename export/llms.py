@@ -72,9 +72,7 @@ def end_tokens(llm, tokenizer) -> tuple[int, ...]:
     listed = listed if isinstance(listed, list) else [listed]
     found = [i for i in (*listed, tokenizer.eos_token_id, *turn_end(tokenizer)) if i is not None]
     if not found:
-        raise TinyAlignError(
-            "the LLM has no end token, neither in generation_config.json nor in its tokenizer: add one"
-        )
+        raise TinyAlignError("the LLM has no end token: name one in its generation_config.json (eos_token_id)")
     return tuple(dict.fromkeys(found))
 
 

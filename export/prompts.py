@@ -4,7 +4,7 @@ from tiny_align.runtime.bundle import PromptSpec
 from tiny_align.runtime.errors import TinyAlignError
 from tiny_align.runtime.llm import encode_around, encode_in_place
 
-INSTRUCTION, WORDS, ANSWER = "INSTRUCTION-GOES-HERE", "SPEECH-GOES-HERE", "ANSWER-GOES-HERE"
+INSTRUCTION, WORDS, ANSWER = "INSTRUCTION-goes-HERE", "SPEECH-goes-HERE", "ANSWER-goes-HERE"
 IN_ONE_TURN = "\n\n"  # between instruction and words where a template takes no system message
 SWITCHES = {"enable_thinking": False}  # an answer to speech is said at once; templates without the switch ignore it
 PROBES = ("what is the time", "Call my mother", "3 new e-mails, please!")  # nothing may change at a cut

@@ -11,6 +11,7 @@ import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+INSTRUCTION, ENDED_TEXT = "Repeat what the user says.", "what is the time"
 WINDOW, CONTEXT, LONGROPE_CONTEXT = 16, 160, 120  # positions
 WORDS = ("Answer the user.", "Repeat what the user says.", "what is the time", "Call my mother", "two three four")
 
@@ -26,7 +27,7 @@ CHATML = (
 )
 THINKING = CHATML.replace(
     "assistant\n{% endif %}",
-    "assistant\n{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}",
+    "assistant\n{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}",
 )
 NO_SYSTEM = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
@@ -99,7 +100,10 @@ def _pieces(special: list[str], pre_tokenizer) -> dict:
     if pre_tokenizer:
         tokenizer.pre_tokenizer = pre_tokenizer
     else:
-        tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Replace(" ", "▁"), pre_tokenizers.Split("▁", "merged_with_next")
+        tokenizer.normalizer, tokenizer.pre_tokenizer = (
+            normalizers.Replace(" ", "▁"),
+            pre_tokenizers.Split("▁", "merged_with_next"),
+        )
     return _model_of(_trained(tokenizer, [*special, *(f"<0x{i:02X}>" for i in range(256))], 430, []))
 
 
@@ -145,6 +149,7 @@ LONGROPE |= {"long_factor": [4.0 + n for n in range(9)], "original_max_position_
 LONGROPE |= {"partial_rotary_factor": 0.75}
 GEMMA3_ROPE = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}}
 GEMMA3_ROPE |= {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+QUARTER = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}
 BOTH = {"layer_types": ["sliding_attention", "full_attention"]}
 
 FAMILIES = {
@@ -218,7 +223,7 @@ FAMILIES = {
     ),
     "stablelm": Family(
         "StableLmConfig",
-        {"use_qkv_bias": True, "qk_layernorm": True, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}},
+        {"use_qkv_bias": True, "qk_layernorm": True, "rope_parameters": QUARTER},
         fast,
         IM,
         END_OF_TEXT,
@@ -252,5 +257,28 @@ def make_model(name: str, folder: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_config(config)
     for value in model.parameters():
         value.data += 0.1 * torch.randn_like(value)  # norms and biases too
+    if (scale := getattr(model.get_input_embeddings(), "embed_scale", 1.0)) != 1:
+        model.get_input_embeddings().weight.data /= 3 * scale  # or it says its last token for ever
     model.half().float().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    _end_somewhere(name, folder, ends)
+
+
+def typed(name: str, instruction: str, words: str) -> list[dict]:
+    """The messages of a typed prompt, as the family takes them."""
+    if not FAMILIES[name].takes_system:
+        return [{"role": "user", "content": f"{instruction}\n\n{words}"}]
+    return [{"role": "system", "content": instruction}, {"role": "user", "content": words}]
+
+
+def _end_somewhere(name: str, folder: Path, ends: list[int]) -> None:
+    """Among the end tokens goes one that the model says after a while in answer to ENDED_TEXT."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    messages = typed(name, INSTRUCTION, ENDED_TEXT)
+    options = {"enable_thinking": False, "return_dict": True, "return_tensors": "pt"}
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
+    model.generation_config.eos_token_id = None
+    said = model.generate(**prompt, do_sample=False, max_new_tokens=20)[0, prompt["input_ids"].shape[1] :].tolist()
+    model.generation_config.eos_token_id = [*ends, next(t for n, t in enumerate(said) if n > 5 and t not in said[:n])]
+    model.generation_config.save_pretrained(folder)

@@ -29,12 +29,12 @@ from tiny_align.export.bundle import (  # noqa: E402 - needs the packages above
     _hold,
     load_encoder,
     load_front_end,
-    load_llm,
     make_projector,
-    prompt_spec,
 )
 from tiny_align.export.graphs import OPSET  # noqa: E402
+from tiny_align.export.llms import LLMS, load_llm  # noqa: E402
 from tiny_align.export.parity import TOLERANCE  # noqa: E402
+from tiny_align.export.prompts import prompt_spec  # noqa: E402
 
 GRAPHS = ("encoder", "projector", "llm")
 LAYERS, CONTEXT = 2, 128
@@ -351,7 +351,7 @@ def bert(tmp_path) -> Path:
 
 @pytest.mark.parametrize(
     ("kind", "supported"),
-    [("encoder", "supported encoders: parakeet_ctc, parakeet_encoder"), ("llm", "supported LLMs: llama")],
+    [("encoder", "supported encoders: parakeet_ctc, parakeet_encoder"), ("llm", f"supported LLMs: {', '.join(LLMS)}")],
 )
 def test_an_unsupported_architecture_is_refused(run_cli, models, bert, tmp_path, kind, supported):
     sentence = refused(run_cli, models, tmp_path / "out", **{kind: bert})
@@ -473,8 +473,6 @@ def test_the_front_ends_additions_are_read(models, tmp_path):
 
 def test_the_prompt_is_the_template_cut_at_its_holes(models):
     _, tokenizer = load_llm(str(models["llm"]))
-    spec = prompt_spec(tokenizer, ExportOptions("", ""))
+    spec = prompt_spec(tokenizer, "Answer.", "Repeat.")
     assert (spec.before, spec.between, spec.after) == ("<bos>", "<user>", "<assistant>")
-    tokenizer.chat_template = "{{ messages[1]['content'] }}"  # no place for the instruction
-    with pytest.raises(TinyAlignError, match="does not take one system and one user message"):
-        prompt_spec(tokenizer, ExportOptions("", ""))
+    assert (spec.instruction, spec.repeat_instruction) == ("Answer.", "Repeat.")
