@@ -56,9 +56,11 @@ def _rendered(tokenizer, messages: list[dict]) -> str:
 
 def _cut(text: str) -> tuple[str, str, str] | None:
     """What stands before, between and after the marks; None unless each is there once, in order."""
-    before, *rest = text.split(INSTRUCTION)
-    between, *after = rest[0].split(WORDS) if len(rest) == 1 else ("",)
-    return (before, between, after[0]) if len(after) == 1 and WORDS not in before else None
+    if text.count(INSTRUCTION) != 1 or text.count(WORDS) != 1:
+        return None
+    before, _, rest = text.partition(INSTRUCTION)
+    between, mark, after = rest.partition(WORDS)
+    return (before, between, after) if mark else None
 
 
 def _check_cuts(tokenizer, spec: PromptSpec, turns) -> None:

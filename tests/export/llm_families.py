@@ -143,6 +143,7 @@ END_OF_TEXT = {"eos_token": "<|endoftext|>"}
 NEAR = {"sliding_window": WINDOW}
 LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
 LLAMA3_ROPE |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 40}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1 + 0.1 * n for n in range(9)]}
 LONGROPE |= {"long_factor": [4.0 + n for n in range(9)], "original_max_position_embeddings": LONGROPE_CONTEXT}
@@ -164,7 +165,7 @@ FAMILIES = {
     ),
     "smollm2": Family(
         "LlamaConfig",
-        {"tie_word_embeddings": True},
+        {"tie_word_embeddings": True, "rope_parameters": DYNAMIC},
         fast,
         IM,
         {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"},

@@ -21,7 +21,7 @@ from tiny_align.runtime.backend import load_runner
 from tiny_align.runtime.bundle import Bundle
 from tiny_align.runtime.cli import main
 from tiny_align.runtime.errors import TinyAlignError
-from tiny_align.runtime.llm import Cache, LanguageModel, encode_in_place
+from tiny_align.runtime.llm import Cache, LanguageModel, TextStream, encode_in_place
 
 torch = pytest.importorskip("torch", reason="models are exported from torch")
 transformers = pytest.importorskip("transformers", reason="models are exported from transformers")
@@ -186,6 +186,14 @@ def test_the_window_is_seen_in_the_tokens(endless, monkeypatch):
         assert (got != other) == window_matters
 
 
+def test_text_is_streamed_whole(exported):
+    """Whatever the tokenizer's kind, what was encoded comes out in pieces, also characters of several tokens."""
+    for text in ("what is the time", "né 日 😀!"):
+        stream = TextStream(exported.assistant.llm.tokenizer)
+        pieces = [stream.push(token) for token in exported.assistant.llm.encode_words(text)]
+        assert "".join(pieces) == text and len([p for p in pieces if p]) > 1
+
+
 # --- the bundle ---
 
 
@@ -277,6 +285,14 @@ def test_a_word_is_encoded_as_in_its_place(folders):
     assert alone != placed and tokenizer.convert_ids_to_tokens(placed)[0][0] == "w"
 
 
+def test_a_tokenizer_kept_with_truncation_and_padding_goes_without(folders):
+    tokenizer = tokenizer_of(folders, "smollm2")
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=9)
+    pieces_of(tokenizer)
+    assert tokenizer.backend_tokenizer.truncation is None and tokenizer.backend_tokenizer.padding is None
+
+
 def test_a_tokenizer_that_joins_words_and_template_is_refused(folders):
     tokenizer = tokenizer_of(folders, "smollm2")
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}"
@@ -338,7 +354,7 @@ def without_a_tensor(folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(folder / "model.safetensors")
-    for name in ("model.layers.1.mlp.up_proj.weight", "model.norm.weight"):
+    for name in ABSENT:
         del tensors[name]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
@@ -353,6 +369,7 @@ def edit(path: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+ABSENT = ("model.layers.1.mlp.up_proj.weight", "model.norm.weight")
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 CANNOT = "cannot be loaded as a model folder or hub id"
 DAMAGES = {
@@ -361,9 +378,9 @@ DAMAGES = {
     "the weights are cut off in the middle": (lambda f: cut(f / WEIGHTS, 0.5), CANNOT),
     "the weights are an empty file": (lambda f: cut(f / WEIGHTS, 0), CANNOT),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), CANNOT),
-    "tensors are missing": (without_a_tensor, "it lacks the weights of model.layers.1.mlp.up_proj.weight and 1 more"),
-    "tensors of another size": (lambda f: edit(f / CONFIG, intermediate_size=64), CANNOT),
-    "more layers than weights": (lambda f: edit(f / CONFIG, num_hidden_layers=3), "it lacks the weights of"),
+    "tensors are missing": (without_a_tensor, f"lacks the weights of {ABSENT[0]} and 1 more: download it again"),
+    "tensors of another size": (lambda f: edit(f / CONFIG, intermediate_size=64), "belong to different models"),
+    "more layers than weights": (lambda f: edit(f / CONFIG, num_hidden_layers=3), "lacks the weights of"),
     "nonsense in the configuration": (lambda f: edit(f / CONFIG, num_hidden_layers="two"), CANNOT),
     "a tokenizer cut off": (lambda f: cut(f / "tokenizer.json", 0.5), CANNOT),
     "a tokenizer that is none": (lambda f: (f / "tokenizer.json").write_text('{"version": "1.0"}'), CANNOT),
