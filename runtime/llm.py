@@ -46,8 +46,8 @@ def encode_around(tokenizer: Tokenizer, prompt: PromptSpec, instruction: str) ->
 
 def encode_in_place(tokenizer: Tokenizer, prompt: PromptSpec, words: str) -> list[int]:
     """Words -> token ids as in a prompt: some tokenizers put a space before the first word of a text only."""
-    before = encode(tokenizer, prompt.between)
-    ids = encode(tokenizer, prompt.between + words.strip())
+    around = prompt.before + prompt.between
+    before, ids = encode(tokenizer, around), encode(tokenizer, around + words.strip())
     return ids[len(before) :] if ids[: len(before)] == before else encode(tokenizer, words.strip())
 
 
