@@ -4,6 +4,7 @@ Models come from local folders or hub ids, as transformers' `from_pretrained` ta
 """
 
 import dataclasses
+import functools
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ import onnx
 
 from tiny_align.export import parity
 from tiny_align.export.encoders import encoder_graph, load_encoder
-from tiny_align.export.graphs import kv_shape, llm_graph, projector_graph
-from tiny_align.export.pretrained import load_pretrained
+from tiny_align.export.graphs import projector_graph
+from tiny_align.export.llms import embedding_table, llm_graph, llm_spec, load_llm
+from tiny_align.export.prompts import prompt_spec
 from tiny_align.export.quantise import quantise_int4
 from tiny_align.runtime.backend import load_runner
 from tiny_align.runtime.bundle import (
@@ -23,17 +25,13 @@ from tiny_align.runtime.bundle import (
     USER_RECORD,
     EncoderSpec,
     GraphSpec,
-    LlmSpec,
     Manifest,
-    PromptSpec,
     WeightSpec,
     write_manifest,
 )  # fmt: skip
 from tiny_align.runtime.errors import TinyAlignError
 from tiny_align.runtime.files import sha256, written_folder
 from tiny_align.runtime.readout import Readout, ctc_scale
-
-LLMS = ("llama",)
 
 
 @dataclass(frozen=True)
@@ -67,9 +65,10 @@ def export_bundle(options: ExportOptions, out: Path) -> Manifest:
     encoder, front_end = load_encoder(options.encoder, options.encoder_layers)
     llm, tokenizer = load_llm(options.llm)
     projector = make_projector(encoder, llm, options)
-    prompt = prompt_spec(tokenizer, options)  # refuses a template that cannot be cut, before the long part
+    prompt = prompt_spec(tokenizer, options.instruction, options.repeat_instruction)  # refuses before the long part
+    sizes = llm_spec(llm, tokenizer, options.max_context)
     with written_folder(Path(out)) as folder:
-        manifest = _write(folder, options, encoder, front_end, llm, tokenizer, projector, prompt)
+        manifest = _write(folder, options, encoder, front_end, llm, sizes, tokenizer, projector, prompt)
         return write_manifest(folder, manifest)
 
 
@@ -88,18 +87,17 @@ def _check_sizes(options: ExportOptions) -> None:
             raise TinyAlignError(f"--{name.replace('_', '-')} is {value}: give at least {least}")
 
 
-def _write(folder: Path, options, encoder, front_end, llm, tokenizer, projector, prompt) -> Manifest:
+def _write(folder: Path, options, encoder, front_end, llm, llm_sizes, tokenizer, projector, prompt) -> Manifest:
     graphs = {
         "encoder": _write_graph(folder, "encoder", encoder_graph(encoder), parity.encoder_parity, encoder),
         "projector": _write_graph(folder, "projector", projector_graph(projector), parity.projector_parity, projector),
-        "llm": _write_llm(folder, llm, options.precision),
+        "llm": _write_llm(folder, llm, options.precision, llm_sizes.max_context),
     }
-    table = llm.get_input_embeddings().weight.detach().numpy().astype(np.float16)
+    table = embedding_table(llm)
     np.save(folder / "token_embeddings.npy", table)
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     if options.sentences:
         shutil.copyfile(options.sentences, folder / "sentences.txt")
-    llm_sizes = llm_spec(llm, tokenizer, options.max_context)
     context = llm_sizes.max_context
     return Manifest(
         name=options.name,
@@ -116,7 +114,7 @@ def _write(folder: Path, options, encoder, front_end, llm, tokenizer, projector,
             "past": (0, min(48, context), context),
         },
         embeddings_sha256=sha256(folder / "token_embeddings.npy"),
-        readout=make_readout(options, table),
+        readout=make_readout(options, table.astype(np.float32) * llm_sizes.embedding_scale),
         files={},
     )
 
@@ -138,16 +136,17 @@ def _hold(name: str, figures: dict[str, float]) -> None:
         )
 
 
-def _write_llm(folder: Path, llm, precision: str) -> GraphSpec:
+def _write_llm(folder: Path, llm, precision: str, max_context: int) -> GraphSpec:
     """The FP32 graph is checked in any case; in the bundle goes what `precision` says."""
+    check = functools.partial(parity.llm_parity, lengths=parity.llm_lengths(llm.config, max_context))
     if precision == "fp32":
-        return _write_graph(folder, "llm", llm_graph(llm), parity.llm_parity, llm)
+        return _write_graph(folder, "llm", llm_graph(llm), check, llm)
     with tempfile.TemporaryDirectory() as temporary:
-        exact = _write_graph(Path(temporary), "llm", llm_graph(llm), parity.llm_parity, llm)
+        exact = _write_graph(Path(temporary), "llm", llm_graph(llm), check, llm)
         quantise_int4(Path(temporary) / exact.file, folder / exact.file)
     spec = dataclasses.replace(exact, precision=precision)
     with load_runner(folder / spec.file, spec, "onnxruntime") as runner:
-        cost = parity.llm_parity(runner, llm)
+        cost = check(runner, llm)
     fp32 = exact.parity["max_abs_diff_to_pytorch"]
     return dataclasses.replace(spec, parity={"max_abs_diff_to_pytorch": fp32, "int4_max_abs_diff_to_pytorch": cost})
 
@@ -180,17 +179,6 @@ def _find(name: str, value: np.ndarray, places: dict, blob: bytes) -> WeightSpec
     )
 
 
-def load_llm(path: str):
-    """The LLM in FP32 and its tokenizer."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    config = load_pretrained(AutoConfig, path)
-    if config.model_type not in LLMS:
-        raise TinyAlignError(f"{path} is a {config.model_type!r}; supported LLMs: {', '.join(LLMS)}")
-    return load_pretrained(AutoModelForCausalLM, path, dtype=torch.float32).eval(), load_pretrained(AutoTokenizer, path)
-
-
 def make_projector(encoder, llm, options: ExportOptions):
     """A projector between the two, with the weights of `options.projector` or random ones."""
     import torch
@@ -214,36 +202,7 @@ def make_projector(encoder, llm, options: ExportOptions):
 
 
 def make_readout(options: ExportOptions, table: np.ndarray) -> Readout:
+    """How the projector's output is read; table (V, D) as the LLM sees it."""
     if options.soft_tokens:
         return Readout("pooled", merge_cosine=options.merge_cosine)
     return Readout("ctc", scale=ctc_scale(table))
-
-
-def llm_spec(llm, tokenizer, max_context: int) -> LlmSpec:
-    heads, size = kv_shape(llm.config)
-    ends = (
-        llm.generation_config.eos_token_id if llm.generation_config.eos_token_id is not None else tokenizer.eos_token_id
-    )
-    return LlmSpec(
-        vocabulary=llm.config.vocab_size,
-        hidden_size=llm.config.hidden_size,
-        n_layers=llm.config.num_hidden_layers,
-        n_kv_heads=heads,
-        head_size=size,
-        end_tokens=tuple(ends if isinstance(ends, list) else [ends]),
-        max_context=min(max_context, llm.config.max_position_embeddings),
-    )
-
-
-def prompt_spec(tokenizer, options: ExportOptions) -> PromptSpec:
-    """The chat template, rendered with marks in its two holes and cut there."""
-    marks = ("INSTRUCTION-GOES-HERE", "SPEECH-GOES-HERE")
-    messages = [{"role": "system", "content": marks[0]}, {"role": "user", "content": marks[1]}]
-    if not tokenizer.chat_template:
-        raise TinyAlignError("the LLM's tokenizer has no chat template: use an instruction-tuned model")
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    if any(text.count(mark) != 1 for mark in marks):
-        raise TinyAlignError("the LLM's chat template does not take one system and one user message: it cannot be cut")
-    before, rest = text.split(marks[0])
-    between, after = rest.split(marks[1])
-    return PromptSpec(before, between, after, options.instruction, options.repeat_instruction)

@@ -1,4 +1,4 @@
-"""PyTorch modules -> ONNX graphs with the bundle's names: projector and LLM, in FP32; the encoders: encoders.py.
+"""PyTorch modules -> ONNX graphs with the bundle's names, in FP32: projector here; encoders.py, llms.py.
 
 Transformers models go through transformers' OnnxExporter. Graphs are plain ONNX (opset 21, batch 1), so that ONNX
 Runtime and TensorRT take the same file; what is static is written as a number. No quantisation here.
@@ -15,7 +15,7 @@ from tiny_align.runtime.bundle import GraphSpec, TensorSpec
 
 OPSET = 21
 INLINE_BYTES = 128  # shapes and scalars stay in the graph: shape inference reads them
-EXAMPLE_FRAMES, EXAMPLE_PAST, EXAMPLE_TOKENS = 217, 5, 7  # sizes that no other dimension has
+EXAMPLE_FRAMES = 217  # a size that no other dimension has
 
 
 @dataclass(frozen=True)
@@ -92,37 +92,3 @@ def projector_graph(projector) -> Graph:
     inputs = (TensorSpec("features", "float32", (1, "features", config.feature_size)),)
     outputs = (TensorSpec("soft_tokens", "float32", (1, config.soft_tokens or "moments", config.output_size)),)
     return Graph(program, inputs, outputs)
-
-
-def llm_graph(llm) -> Graph:
-    """inputs_embeds (1, tokens, D) and past keys and values -> the last position's logits, and all of them."""
-    from transformers import DynamicCache
-
-    config, cache = llm.config, DynamicCache(config=llm.config)
-    shape = kv_shape(config)
-    for layer in range(config.num_hidden_layers):
-        cache.update(
-            torch.randn(1, shape[0], EXAMPLE_PAST, shape[1]), torch.randn(1, shape[0], EXAMPLE_PAST, shape[1]), layer
-        )
-    embeds = torch.randn(1, EXAMPLE_TOKENS, config.hidden_size)
-    inputs = {"inputs_embeds": embeds, "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
-    return Graph(
-        export_program(llm, inputs),
-        (TensorSpec("inputs_embeds", "float32", (1, "tokens", config.hidden_size)), *_kv_specs(config, "past", "past")),
-        (TensorSpec("logits", "float32", (1, 1, config.vocab_size)), *_kv_specs(config, "present", "total")),
-    )
-
-
-def kv_shape(config) -> tuple[int, int]:
-    """(key-value heads, head size) of an LLM's configuration."""
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_key_value_heads, head
-
-
-def _kv_specs(config, prefix: str, length: str) -> tuple[TensorSpec, ...]:
-    heads, size = kv_shape(config)
-    return tuple(
-        TensorSpec(f"{prefix}.{layer}.{part}", "float32", (1, heads, length, size))
-        for layer in range(config.num_hidden_layers)
-        for part in ("key", "value")
-    )

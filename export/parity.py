@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from tiny_align.export.graphs import kv_shape
+from tiny_align.export.llms import embedding_scale, kv_shape, longest_context
 
 PROJECTOR_FRAMES = (3, 25, 75, 250)
 LLM_LENGTHS = ((1, 0), (24, 0), (1, 24), (9, 40), (64, 128))  # (tokens, past)
@@ -40,21 +40,28 @@ def projector_parity(runner, projector, seed: int = 0) -> dict[str, float]:
     return out
 
 
+def llm_lengths(config, max_context: int) -> tuple[tuple[int, int], ...]:
+    """(tokens, past) that the LLM can read, some beyond its sliding window where the bundle reaches so far."""
+    window = getattr(config, "sliding_window", None) or max_context
+    beyond = tuple((tokens, window) for tokens in (1, 4) if window + tokens <= max_context)
+    return tuple(n for n in (*LLM_LENGTHS, *beyond) if sum(n) <= longest_context(config))
+
+
 @torch.no_grad()
-def llm_parity(runner, llm, seed: int = 0) -> dict[str, float]:
+def llm_parity(runner, llm, seed: int = 0, lengths=LLM_LENGTHS) -> dict[str, float]:
     """tokens+past -> largest absolute difference over logits, keys and values."""
     rng = np.random.default_rng(seed)
-    return {f"{tokens}+{past}": _llm_difference(runner, llm, tokens, past, rng) for tokens, past in LLM_LENGTHS}
+    return {f"{tokens}+{past}": _llm_difference(runner, llm, tokens, past, rng) for tokens, past in lengths}
 
 
 def _llm_difference(runner, llm, tokens: int, past: int, rng) -> float:
     from transformers import DynamicCache
 
     (heads, size), layers = kv_shape(llm.config), range(llm.config.num_hidden_layers)
-    scale = float(llm.get_input_embeddings().weight.std())
+    scale = float(llm.get_input_embeddings().weight.std()) * embedding_scale(llm)
     embeds = (rng.standard_normal((1, tokens, llm.config.hidden_size)) * scale).astype(np.float32)
     feed = {"inputs_embeds": embeds}
-    cache = DynamicCache(config=llm.config)
+    cache = DynamicCache()  # without the configuration: every layer's past is whole, as in the graph
     for layer in layers:
         pair = [rng.standard_normal((1, heads, past, size)).astype(np.float32) for _ in range(2)]
         feed |= {f"past.{layer}.key": pair[0], f"past.{layer}.value": pair[1]}

@@ -27,12 +27,15 @@ def load_whole(kind, path: str, needed: Callable[[str], bool] = lambda name: Tru
     Args:
         needed: whether the parameter of that name is used.
     Raises:
-        TinyAlignError: as `load_pretrained`, or a tensor that the checkpoint lacks.
+        TinyAlignError: as `load_pretrained`, or a tensor that the checkpoint lacks or has in another size.
     """
-    model, report = load_pretrained(kind, path, output_loading_info=True, **options)
-    if missing := sorted(name for name in report["missing_keys"] if needed(name)):
+    model, report = load_pretrained(kind, path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    for name, given, expected in sorted(report["mismatched_keys"]):
         raise TinyAlignError(
-            f"{path} cannot be loaded as a model folder or hub id: it lacks the weights of {missing[0]}"
-            f"{f' and {len(missing) - 1} more' if missing[1:] else ''}. Download it again"
+            f"{path}: its {name} is {list(given)}, by its config.json it is {list(expected)}: "
+            "weights and configuration belong to different models"
         )
+    if missing := sorted(name for name in report["missing_keys"] if needed(name)):
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise TinyAlignError(f"{path} lacks the weights of {missing[0]}{more}: download it again")
     return model.eval()

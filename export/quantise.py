@@ -35,6 +35,6 @@ def _output_layer(model) -> list[str]:
     """The MatMul that makes the logits: it shares the embedding table and decides between near tokens."""
     made_by = {output: node for node in model.graph.node for output in node.output}
     name = next(o.name for o in model.graph.output if o.name == "logits")
-    while made_by[name].op_type != "MatMul":
-        name = made_by[name].input[0]
+    while made_by[name].op_type != "MatMul":  # back through a soft cap
+        name = next(i for i in made_by[name].input if i in made_by and made_by[i].op_type != "Constant")
     return [made_by[name].name]

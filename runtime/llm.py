@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from tiny_align.runtime.backend import Runner
-from tiny_align.runtime.bundle import Bundle
+from tiny_align.runtime.bundle import Bundle, PromptSpec
 from tiny_align.runtime.errors import DataError, TinyAlignError
 
 
@@ -34,6 +34,23 @@ class Cache:
     length: int = 0  # positions
 
 
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Text -> token ids, special tokens of the template understood, none added."""
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def encode_around(tokenizer: Tokenizer, prompt: PromptSpec, instruction: str) -> tuple[list[int], list[int]]:
+    """Token ids that stand before and after the words of a prompt, spoken or typed."""
+    return encode(tokenizer, prompt.before + instruction.strip() + prompt.between), encode(tokenizer, prompt.after)
+
+
+def encode_in_place(tokenizer: Tokenizer, prompt: PromptSpec, words: str) -> list[int]:
+    """Words -> token ids as in a prompt: some tokenizers put a space before the first word of a text only."""
+    around = prompt.before + prompt.between
+    before, ids = encode(tokenizer, around), encode(tokenizer, around + words.strip())
+    return ids[len(before) :] if ids[: len(before)] == before else encode(tokenizer, words.strip())
+
+
 class LanguageModel:
     """A bundle's LLM: typed text or soft tokens in, token ids out."""
 
@@ -46,19 +63,19 @@ class LanguageModel:
         self._past = [t.name for t in runner.spec.inputs if t.name.startswith("past.")]
         self._present = tuple(name.replace("past.", "present.") for name in self._past)
         self._special = {i for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
-        self._unknown = self.tokenizer.token_to_id("<unk>")
+        self._unknown = self.tokenizer.token_to_id(getattr(self.tokenizer.model, "unk_token", None) or "<unk>")
 
     def encode(self, text: str) -> list[int]:
         """Text -> token ids, special tokens of the template understood, none added."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return encode(self.tokenizer, text)
 
     def encode_words(self, text: str, where: str = "the text") -> list[int]:
-        """`encode` for a person's words.
+        """A person's words -> token ids, as they stand in the prompt; space around them counts for nothing.
 
         Raises:
             DataError: no words, a special token of the template, or characters the tokenizer does not know.
         """
-        ids = self.encode(text)
+        ids = encode_in_place(self.tokenizer, self.prompt, text)
         if special := self._special.intersection(ids) - {self._unknown}:
             named = ", ".join(sorted(self.tokenizer.id_to_token(i) for i in special))
             raise DataError(f"{where} holds the LLM's special token {named}: write the words only")
@@ -84,8 +101,8 @@ class LanguageModel:
     def assemble(self, speech: np.ndarray, instruction: str | None = None) -> np.ndarray:
         """Instruction injection: template and instruction around `speech` (T, D) -> (T', D)."""
         wanted = self.prompt.instruction if instruction is None else instruction
-        before = self.encode(self.prompt.before + wanted + self.prompt.between)
-        return np.concatenate([self.embed(before), speech, self.embed(self.encode(self.prompt.after))])
+        before, after = encode_around(self.tokenizer, self.prompt, wanted)
+        return np.concatenate([self.embed(before), speech, self.embed(after)])
 
     def prefill(self, embeddings: np.ndarray, cache: Cache) -> np.ndarray:
         """Read (T, D) embeddings into the cache; (V,) float32 logits of the last position."""

@@ -23,13 +23,13 @@ onnx = pytest.importorskip("onnx", reason="exported graphs are read with onnx")
 from tiny_align.export.bundle import (  # noqa: E402 - needs the packages above
     ExportOptions,
     _hold,
-    load_llm,
     make_projector,
-    prompt_spec,
 )
 from tiny_align.export.encoders import FAMILIES, load_encoder, load_front_end  # noqa: E402
 from tiny_align.export.graphs import OPSET  # noqa: E402
+from tiny_align.export.llms import LLMS, load_llm  # noqa: E402
 from tiny_align.export.parity import TOLERANCE  # noqa: E402
+from tiny_align.export.prompts import prompt_spec  # noqa: E402
 
 GRAPHS = ("encoder", "projector", "llm")
 LAYERS, CONTEXT = 2, 128  # CONTEXT is of the LLM in conftest.py
@@ -293,7 +293,10 @@ def bert(tmp_path) -> Path:
 
 @pytest.mark.parametrize(
     ("kind", "supported"),
-    [("encoder", f"supported encoders: {', '.join(FAMILIES)}"), ("llm", "supported LLMs: llama")],
+    [
+        ("encoder", f"supported encoders: {', '.join(FAMILIES)}"),
+        ("llm", f"supported LLMs: {', '.join(LLMS)}"),
+    ],
 )
 def test_an_unsupported_architecture_is_refused(refused, models, bert, tmp_path, kind, supported):
     sentence = refused(models, tmp_path / "out", **{kind: bert})
@@ -415,8 +418,6 @@ def test_the_front_ends_additions_are_read(models, tmp_path):
 
 def test_the_prompt_is_the_template_cut_at_its_holes(models):
     _, tokenizer = load_llm(str(models["llm"]))
-    spec = prompt_spec(tokenizer, ExportOptions("", ""))
+    spec = prompt_spec(tokenizer, "Answer.", "Repeat.")
     assert (spec.before, spec.between, spec.after) == ("<bos>", "<user>", "<assistant>")
-    tokenizer.chat_template = "{{ messages[1]['content'] }}"  # no place for the instruction
-    with pytest.raises(TinyAlignError, match="does not take one system and one user message"):
-        prompt_spec(tokenizer, ExportOptions("", ""))
+    assert (spec.instruction, spec.repeat_instruction) == ("Answer.", "Repeat.")

@@ -1,0 +1,166 @@
+"""LLMs of the supported families: loading, what the manifest says of them, and their graph.
+
+A family is not known by its name: what it does differently is in its configuration, its tokenizer or its modules, and
+the graph is traced from transformers' own code.
+"""
+
+import contextlib
+
+import numpy as np
+
+from tiny_align.export.graphs import Graph, export_program
+from tiny_align.export.pretrained import load_pretrained, load_whole
+from tiny_align.export.prompts import turn_end
+from tiny_align.runtime.bundle import LlmSpec, TensorSpec
+from tiny_align.runtime.errors import TinyAlignError
+
+LLMS = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "stablelm", "smollm3")  # SmolLM2 is a llama
+EXAMPLE_PAST, EXAMPLE_TOKENS = 5, 7  # sizes that no other dimension has
+
+
+def load_llm(path: str):
+    """The LLM in FP32 and its tokenizer.
+
+    Raises:
+        TinyAlignError: an unsupported architecture, an incomplete or damaged folder, or a tokenizer of another model.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = load_pretrained(AutoConfig, path)
+    if config.model_type not in LLMS:
+        raise TinyAlignError(f"{path} is a {config.model_type!r}; supported LLMs: {', '.join(LLMS)}")
+    tokenizer = load_pretrained(AutoTokenizer, path)
+    model = load_whole(AutoModelForCausalLM, path, dtype=torch.float32)
+    _check_tokenizer(path, tokenizer, len(model.get_input_embeddings().weight))
+    return model, tokenizer
+
+
+def _check_tokenizer(path: str, tokenizer, rows: int) -> None:
+    """Every token must have its row in the embedding table; more rows than tokens are padding."""
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise TinyAlignError(f"{path} has a tokenizer without a tokenizer.json: convert it with transformers first")
+    if (largest := max(tokenizer.get_vocab().values(), default=-1)) >= rows:
+        raise TinyAlignError(
+            f"{path}: its tokenizer goes up to token {largest}, its embedding table has {rows} rows: "
+            "they belong to different models"
+        )
+
+
+def llm_spec(llm, tokenizer, max_context: int) -> LlmSpec:
+    """What the runtime must know of the LLM."""
+    heads, size = kv_shape(llm.config)
+    return LlmSpec(
+        vocabulary=llm.config.vocab_size,
+        hidden_size=llm.config.hidden_size,
+        n_layers=llm.config.num_hidden_layers,
+        n_kv_heads=heads,
+        head_size=size,
+        end_tokens=end_tokens(llm, tokenizer),
+        max_context=min(max_context, longest_context(llm.config)),
+        embedding_scale=embedding_scale(llm),
+    )
+
+
+def end_tokens(llm, tokenizer) -> tuple[int, ...]:
+    """Tokens that end an answer: the generation configuration's, the tokenizer's and the chat template's.
+
+    Raises:
+        TinyAlignError: there is none, so that no answer would ever end.
+    """
+    listed = llm.generation_config.eos_token_id
+    listed = listed if isinstance(listed, list) else [listed]
+    found = [i for i in (*listed, tokenizer.eos_token_id, *turn_end(tokenizer)) if i is not None]
+    if not found:
+        raise TinyAlignError("the LLM has no end token: name one in its generation_config.json (eos_token_id)")
+    return tuple(dict.fromkeys(found))
+
+
+def longest_context(config) -> int:
+    """Positions that one set of rotary frequencies is for.
+
+    Longrope (Phi-3.5) changes to another set beyond its original context, for the keys in the cache as well: the
+    graph keeps to the first.
+    """
+    ropes = config.rope_parameters
+    ropes = [ropes] if "rope_type" in ropes else ropes.values()  # one for all layers, or one per kind of layer
+    original = [r["original_max_position_embeddings"] for r in ropes if r["rope_type"] == "longrope"]
+    return min([config.max_position_embeddings, *original])
+
+
+def embedding_scale(llm) -> float:
+    """What the LLM multiplies a row of its table by when it looks a token up (Gemma: the root of D)."""
+    import torch
+
+    embedding = llm.get_input_embeddings()
+    scale = float(getattr(embedding, "embed_scale", 1.0))
+    ids = torch.arange(min(8, len(embedding.weight)))
+    with torch.no_grad():
+        if not torch.allclose(embedding(ids), embedding.weight[ids] * scale, atol=0, rtol=1e-5):
+            raise TinyAlignError("the LLM's embedding is not its table times a number: it cannot be exported")
+    return scale
+
+
+def embedding_table(llm) -> np.ndarray:
+    """(V, D) float16: the rows as they are kept, before `embedding_scale`.
+
+    Raises:
+        TinyAlignError: a value that float16 cannot hold.
+    """
+    with np.errstate(over="ignore"):
+        table = llm.get_input_embeddings().weight.detach().numpy().astype(np.float16)
+    if not np.isfinite(table).all():
+        raise TinyAlignError("the LLM's embedding table has values beyond float16, or none: download it again")
+    return table
+
+
+def kv_shape(config) -> tuple[int, int]:
+    """(key-value heads, head size) of an LLM's configuration."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_key_value_heads, head
+
+
+def llm_graph(llm) -> Graph:
+    """inputs_embeds (1, tokens, D) and past keys and values -> the last position's logits, and all of them.
+
+    The past of every layer is whole, also where the layer looks through a sliding window: the mask applies it.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    config, cache = llm.config, DynamicCache()  # without the configuration: no layer forgets
+    heads, size = kv_shape(config)
+    for layer in range(config.num_hidden_layers):
+        cache.update(*torch.randn(2, 1, heads, EXAMPLE_PAST, size), layer)
+    embeds = torch.randn(1, EXAMPLE_TOKENS, config.hidden_size)
+    inputs = {"inputs_embeds": embeds, "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+    with _fixed_frequencies(llm):
+        program = export_program(llm, inputs)
+    return Graph(
+        program,
+        (TensorSpec("inputs_embeds", "float32", (1, "tokens", config.hidden_size)), *_kv_specs(config, "past", "past")),
+        (TensorSpec("logits", "float32", (1, 1, config.vocab_size)), *_kv_specs(config, "present", "total")),
+    )
+
+
+@contextlib.contextmanager
+def _fixed_frequencies(llm):
+    """Within `longest_context` no rotary frequency changes with the length: do not trace the question whether."""
+    modules = [m for m in llm.modules() if hasattr(m, "rope_type")]
+    kinds = [m.rope_type for m in modules]
+    for module, kind in zip(modules, kinds):
+        module.rope_type = dict.fromkeys(kind, "default") if isinstance(kind, dict) else "default"
+    try:
+        yield
+    finally:
+        for module, kind in zip(modules, kinds):
+            module.rope_type = kind
+
+
+def _kv_specs(config, prefix: str, length: str) -> tuple[TensorSpec, ...]:
+    heads, size = kv_shape(config)
+    return tuple(
+        TensorSpec(f"{prefix}.{layer}.{part}", "float32", (1, heads, length, size))
+        for layer in range(config.num_hidden_layers)
+        for part in ("key", "value")
+    )

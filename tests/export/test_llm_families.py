@@ -1,0 +1,404 @@
+"""`tiny-align export --llm` for every supported family: the runtime says what transformers says, token by token.
+
+Each family's tiny model (llm_families.py) is exported once, through the command, in FP32. The reference is
+transformers' own `generate` on the saved folder, where a sliding layer forgets; the runtime's cache is whole.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tiny_align.runtime import Assistant, Decoding
+from tiny_align.runtime.backend import load_runner
+from tiny_align.runtime.bundle import Bundle
+from tiny_align.runtime.cli import main
+from tiny_align.runtime.errors import TinyAlignError
+from tiny_align.runtime.llm import Cache, LanguageModel, TextStream, encode_in_place
+
+torch = pytest.importorskip("torch", reason="models are exported from torch")
+transformers = pytest.importorskip("transformers", reason="models are exported from transformers")
+onnx = pytest.importorskip("onnx", reason="exported graphs are read with onnx")
+
+from llm_families import (  # noqa: E402 - needs the packages above
+    CONTEXT,
+    ENDED_TEXT,
+    FAMILIES,
+    INSTRUCTION,
+    LONGROPE_CONTEXT,
+    WINDOW,
+    make_model,
+    typed,
+)
+from test_export import make_encoder  # noqa: E402
+
+from tiny_align.export import bundle as exporter  # noqa: E402
+from tiny_align.export.llms import LLMS, embedding_table, end_tokens, load_llm  # noqa: E402
+from tiny_align.export.parity import TOLERANCE, llm_lengths  # noqa: E402
+from tiny_align.export.prompts import prompt_spec  # noqa: E402
+from tiny_align.export.quantise import quantise_int4  # noqa: E402
+
+TEXTS = (ENDED_TEXT, "Call my mother", "  two three four ")
+N_TOKENS = 40
+DECODING = Decoding(max_tokens=N_TOKENS, loop_tokens=0)
+SLIDING = [name for name, family in FAMILIES.items() if "sliding_window" in family.sizes]
+
+
+@dataclasses.dataclass
+class Exported:
+    """A family's bundle, loaded, beside the model that it was made of."""
+
+    name: str
+    folder: Path
+    assistant: Assistant
+    model: torch.nn.Module
+    tokenizer: object
+
+    @property
+    def bundle(self) -> Bundle:
+        return self.assistant.bundle
+
+    def generate(self, **prompt) -> list[int]:
+        """transformers' greedy answer, without the end token."""
+        ends = [*(self.model.generation_config.eos_token_id or []), *self.ids(FAMILIES[self.name].also_ends)]
+        given = {"attention_mask": torch.ones(1, next(iter(prompt.values())).shape[1], dtype=torch.long), **prompt}
+        said = self.model.generate(
+            **given, do_sample=False, max_new_tokens=N_TOKENS, eos_token_id=ends or None, pad_token_id=0
+        )[0]
+        said = said[prompt["input_ids"].shape[1] if "input_ids" in prompt else 0 :].tolist()
+        return said[:-1] if said[-1] in ends else said
+
+    def ids(self, tokens) -> list[int]:
+        return [self.tokenizer.convert_tokens_to_ids(token) for token in tokens]
+
+    def prompt(self, n: int) -> np.ndarray:
+        """(n, D) float32: embeddings of any tokens."""
+        return self.assistant.llm.embed(np.random.default_rng(n).integers(0, len(self.tokenizer), n))
+
+    def template(self, text: str) -> torch.Tensor:
+        """(1, T): a typed prompt."""
+        options = {"enable_thinking": False, "return_dict": True, "return_tensors": "pt"}
+        messages = typed(self.name, INSTRUCTION, text)
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)["input_ids"]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> Path:
+    """An encoder's folder; it and the projector are traced once, not for every LLM."""
+    torch.manual_seed(0)
+    make_encoder(folder := tmp_path_factory.mktemp("encoder"))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("encoder_graph", "projector_graph"):
+            patch.setattr(exporter, name, once(getattr(exporter, name)))
+        yield folder
+
+
+def once(trace):
+    """The graph of the first module for every later one: they are equal, and each bundle's parity check holds that."""
+    graphs = []
+
+    def traced(module):
+        graphs.append(graphs[0] if graphs else trace(module))
+        return graphs[0]
+
+    return traced
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def exported(request, encoder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    make_model(request.param, folder / "llm")
+    call = ["export", "--encoder", encoder, "--llm", folder / "llm", "--out", folder / "out", "--json"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main([str(a) for a in (*call, "--precision", "fp32", "--max-context", CONTEXT)]) == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "llm", dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "llm")
+    with Assistant.load(folder / "out", threads=1) as assistant:
+        yield Exported(request.param, folder, assistant, model, tokenizer)
+
+
+@pytest.fixture
+def endless(exported, monkeypatch):
+    """No token ends an answer, neither transformers' nor the runtime's."""
+    monkeypatch.setattr(exported.assistant.llm, "spec", dataclasses.replace(exported.assistant.llm.spec, end_tokens=()))
+    monkeypatch.setattr(exported.model.generation_config, "eos_token_id", None)
+    monkeypatch.setitem(FAMILIES, exported.name, dataclasses.replace(FAMILIES[exported.name], also_ends=()))
+    return exported
+
+
+# --- token by token ---
+
+
+def test_embeddings_are_what_the_model_looks_up(exported):
+    ids = list(range(len(exported.tokenizer)))
+    with torch.no_grad():
+        wanted = exported.model.get_input_embeddings()(torch.tensor(ids)).numpy()
+    np.testing.assert_array_equal(exported.assistant.llm.embed(ids), wanted)
+
+
+@pytest.mark.parametrize("n_prompt", [3, WINDOW - 1, WINDOW, 3 * WINDOW])
+def test_generation_from_embeddings_is_transformers_own(endless, n_prompt):
+    prompt = endless.prompt(n_prompt)
+    got = list(endless.assistant.llm.generate(prompt, DECODING))
+    assert got == endless.generate(inputs_embeds=torch.from_numpy(prompt)[None])
+    assert len(got) == N_TOKENS and len(set(got)) > N_TOKENS / 4  # says more than one thing
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_typed_text_through_the_chat_template_is_transformers_own(endless, text):
+    got = endless.assistant.answer_text(text, INSTRUCTION, DECODING).tokens
+    assert list(got) == endless.generate(input_ids=endless.template(text.strip())) and len(got) == N_TOKENS
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_an_answer_ends_where_transformers_ends_it(exported, text):
+    got = exported.assistant.answer_text(text, INSTRUCTION, DECODING).tokens
+    assert list(got) == exported.generate(input_ids=exported.template(text.strip()))
+    assert text != ENDED_TEXT or len(got) < N_TOKENS // 2
+
+
+def test_a_prompt_in_parts_gives_the_whole_ones_logits(exported):
+    """Prefill in chunks, as a later loop may do it, beyond a window too."""
+    prompt, cache = exported.prompt(3 * WINDOW), Cache()
+    for part in np.split(prompt, [1, 7, 2 * WINDOW]):
+        logits = exported.assistant.llm.prefill(part, cache)
+    with torch.no_grad():
+        wanted = exported.model(inputs_embeds=torch.from_numpy(prompt)[None]).logits[0, -1].numpy()
+    assert np.abs(logits - wanted).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("exported", SLIDING, indirect=True)
+def test_the_window_is_seen_in_the_tokens(endless, monkeypatch):
+    """The tests above would notice a graph without the window: beyond it, and only there, the answer is another."""
+    monkeypatch.setattr(endless.model.config, "sliding_window", CONTEXT)
+    for n_prompt, window_matters in ((3, False), (3 * WINDOW, True)):
+        prompt = endless.prompt(n_prompt)
+        decoding = dataclasses.replace(DECODING, max_tokens=N_TOKENS if window_matters else WINDOW - n_prompt)
+        got = list(endless.assistant.llm.generate(prompt, decoding))
+        other = endless.generate(inputs_embeds=torch.from_numpy(prompt)[None])[: len(got)]
+        assert (got != other) == window_matters
+
+
+def test_text_is_streamed_whole(exported):
+    """Whatever the tokenizer's kind, what was encoded comes out in pieces, also characters of several tokens."""
+    for text in ("what is the time", "né 日 😀!"):
+        stream = TextStream(exported.assistant.llm.tokenizer)
+        pieces = [stream.push(token) for token in exported.assistant.llm.encode_words(text)]
+        assert "".join(pieces) == text and len([p for p in pieces if p]) > 1
+
+
+# --- the bundle ---
+
+
+def test_every_length_is_held_to_pytorch(exported):
+    figures = exported.bundle.manifest.graphs["llm"].parity["max_abs_diff_to_pytorch"]
+    assert len(figures) >= 4 and all(0 <= figure < TOLERANCE for figure in figures.values()), figures
+
+
+def test_the_manifest_says_what_the_model_is(exported):
+    spec, config = exported.bundle.manifest.llm, exported.model.config
+    scale = math.sqrt(config.hidden_size) if exported.name.startswith("gemma") else 1
+    assert spec.embedding_scale == pytest.approx(scale)
+    assert spec.head_size == FAMILIES[exported.name].sizes.get("head_dim", config.hidden_size // 4)
+    assert spec.vocabulary == config.vocab_size > len(exported.tokenizer)  # padding rows are none of the tokenizer's
+    family, listed = FAMILIES[exported.name], exported.model.generation_config.eos_token_id
+    assert set(spec.end_tokens) == {*listed, *exported.ids((*family.ends, *family.also_ends))}
+    assert spec.max_context == (LONGROPE_CONTEXT if exported.name == "phi3" else CONTEXT)
+
+
+def test_the_graph_is_plain_and_static_but_for_lengths(exported):
+    graph = onnx.load(str(exported.bundle.graph("llm")), load_external_data=False).graph
+    assert {node.domain for node in graph.node} <= {"", "ai.onnx"}
+    dims = {d.dim_param for v in (*graph.input, *graph.output) for d in v.type.tensor_type.shape.dim} - {""}
+    assert dims == {"tokens", "past", "total"}
+
+
+def test_the_readouts_scale_is_for_the_table_as_the_llm_sees_it(exported):
+    table, scale = exported.assistant.llm.table, exported.bundle.manifest.readout.scale
+    assert scale == pytest.approx(1 / (table.std() * math.sqrt(table.shape[1])), rel=1e-4)
+
+
+@pytest.mark.parametrize("exported", ["llama", "gemma2"], indirect=True)  # the latter caps its logits after the MatMul
+def test_int4_leaves_the_output_layer_alone(exported, tmp_path):
+    quantise_int4(exported.bundle.graph("llm"), tmp_path / "llm.onnx")
+    model = onnx.load(str(tmp_path / "llm.onnx"), load_external_data=False)
+    assert len([n for n in model.graph.node if n.op_type == "DequantizeLinear"]) == 2 * 7  # of two layers
+    kinds = {t.name: t.data_type for t in model.graph.initializer}
+    heads = [t for t in model.graph.initializer if exported.bundle.manifest.llm.vocabulary in t.dims]
+    assert [kinds[t.name] for t in heads] == [onnx.TensorProto.FLOAT]
+    with load_runner(tmp_path / "llm.onnx", exported.bundle.manifest.graphs["llm"], "onnxruntime", 1) as runner:
+        llm = LanguageModel(exported.bundle, runner)
+        assert len(list(llm.generate(exported.prompt(9), dataclasses.replace(DECODING, max_tokens=3)))) <= 3
+
+
+# --- prompts ---
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """folders(name) -> the folder of a family's model, made once; read only."""
+    return functools.cache(lambda name: make_model(name, folder := tmp_path_factory.mktemp(name)) or folder)
+
+
+def tokenizer_of(folders, name):
+    return transformers.AutoTokenizer.from_pretrained(folders(name))
+
+
+def pieces_of(tokenizer):
+    spec = prompt_spec(tokenizer, "Answer the user.", INSTRUCTION)
+    assert (spec.instruction, spec.repeat_instruction) == ("Answer the user.", INSTRUCTION)
+    return spec.before, spec.between, spec.after
+
+
+def test_a_template_without_a_system_message_has_the_instruction_in_the_users_turn(folders):
+    after = "<end_of_turn>\n<start_of_turn>model\n"
+    for name in ("gemma2", "gemma3"):
+        assert pieces_of(tokenizer_of(folders, name)) == ("<bos><start_of_turn>user\n", "\n\n", after)
+
+
+def test_a_template_that_drops_the_system_message_has_the_instruction_in_the_users_turn(folders):
+    tokenizer = tokenizer_of(folders, "smollm2")
+    tokenizer.chat_template = "<|im_start|>{{ messages[-1]['content'] }}<|im_end|>"
+    assert pieces_of(tokenizer) == ("<|im_start|>", "\n\n", "<|im_end|>")
+
+
+@pytest.mark.parametrize("name", ["qwen3", "smollm3"])
+def test_thinking_is_switched_off(folders, name):
+    before, _, after = pieces_of(tokenizer_of(folders, name))
+    assert after.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert name == "qwen3" or "/no_think" in before
+
+
+def test_a_word_is_encoded_as_in_its_place(folders):
+    """Phi's tokenizer puts a space before the first word of a text, and there is none in the prompt."""
+    tokenizer = tokenizer_of(folders, "phi3")
+    spec = prompt_spec(tokenizer, "", INSTRUCTION)
+    alone = tokenizer.backend_tokenizer.encode("what", add_special_tokens=False).ids
+    placed = encode_in_place(tokenizer.backend_tokenizer, spec, " what\n")
+    assert alone != placed and tokenizer.convert_ids_to_tokens(placed)[0][0] == "w"
+
+
+def test_a_tokenizer_kept_with_truncation_and_padding_goes_without(folders):
+    tokenizer = tokenizer_of(folders, "smollm2")
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=9)
+    pieces_of(tokenizer)
+    assert tokenizer.backend_tokenizer.truncation is None and tokenizer.backend_tokenizer.padding is None
+
+
+def test_a_tokenizer_that_joins_words_and_template_is_refused(folders):
+    tokenizer = tokenizer_of(folders, "smollm2")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}"
+    with pytest.raises(TinyAlignError, match="joins words and chat template into one token around"):
+        prompt_spec(tokenizer, "Answer.", "Repeat.")
+
+
+def test_a_template_without_places_is_refused(folders):
+    tokenizer = tokenizer_of(folders, "smollm2")
+    for template in ("hello", "{{ raise_exception('no') }}", "{% if %}", "{{ messages[0]['content'] | upper }}"):
+        tokenizer.chat_template = template
+        with pytest.raises(TinyAlignError, match="it cannot be cut"):
+            prompt_spec(tokenizer, "Answer.", "Repeat.")
+
+
+# --- end tokens and lengths ---
+
+
+def test_without_any_end_token_an_llm_is_refused(folders):
+    model, tokenizer = load_llm(str(folders("smollm2")))
+    model.generation_config.eos_token_id = tokenizer.eos_token = None
+    assert end_tokens(model, tokenizer) == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)  # the template's
+    tokenizer.chat_template = "{{ messages[-1]['content'] }}"
+    with pytest.raises(TinyAlignError, match="no end token: name one in its generation_config"):
+        end_tokens(model, tokenizer)
+
+
+def test_graphs_are_checked_beyond_the_window_and_never_beyond_the_context(folders):
+    config = transformers.AutoConfig.from_pretrained(folders("gemma3"))
+    config.sliding_window, config.max_position_embeddings = 512, 4096
+    assert {(1, 512), (4, 512)} <= set(llm_lengths(config, 1024))
+    assert all(sum(length) <= 256 for length in llm_lengths(config, 256))
+    config.max_position_embeddings = 100
+    assert all(sum(length) <= 100 for length in llm_lengths(config, 1024))
+
+
+def test_a_table_beyond_float16_is_refused(folders):
+    model, _ = load_llm(str(folders("smollm2")))
+    model.get_input_embeddings().weight.data[3, 4] = 1e5
+    with pytest.raises(TinyAlignError, match="values beyond float16"):
+        embedding_table(model)
+
+
+# --- what is refused ---
+
+
+def in_parts(folder: Path) -> Path:
+    """The weights as several files with an index, as a large model has them; returns one of the files."""
+    transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="200KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    return sorted(folder.glob("model-*.safetensors"))[1]
+
+
+def cut(path: Path, share: float) -> None:
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+
+def without_a_tensor(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    for name in ABSENT:
+        del tensors[name]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def with_more_tokens(folder: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<extra{n}>" for n in range(10)])
+    tokenizer.save_pretrained(folder)
+
+
+def edit(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+ABSENT = ("model.layers.1.mlp.up_proj.weight", "model.norm.weight")
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+CANNOT = "cannot be loaded as a model folder or hub id"
+DAMAGES = {
+    "a part of the weights is missing": (lambda f: in_parts(f).unlink(), CANNOT),
+    "a part of the weights is cut off": (lambda f: cut(in_parts(f), 0.7), CANNOT),
+    "the weights are cut off in the middle": (lambda f: cut(f / WEIGHTS, 0.5), CANNOT),
+    "the weights are an empty file": (lambda f: cut(f / WEIGHTS, 0), CANNOT),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), CANNOT),
+    "tensors are missing": (without_a_tensor, f"lacks the weights of {ABSENT[0]} and 1 more: download it again"),
+    "tensors of another size": (lambda f: edit(f / CONFIG, intermediate_size=64), "belong to different models"),
+    "more layers than weights": (lambda f: edit(f / CONFIG, num_hidden_layers=3), "lacks the weights of"),
+    "nonsense in the configuration": (lambda f: edit(f / CONFIG, num_hidden_layers="two"), CANNOT),
+    "a tokenizer cut off": (lambda f: cut(f / "tokenizer.json", 0.5), CANNOT),
+    "a tokenizer that is none": (lambda f: (f / "tokenizer.json").write_text('{"version": "1.0"}'), CANNOT),
+    "a tokenizer of another model": (with_more_tokens, "they belong to different models"),
+    "no chat template": (lambda f: (f / "chat_template.jinja").unlink(), "has no chat template: use an"),
+    "an encoder-only model": (lambda f: edit(f / CONFIG, model_type="bert"), f"supported LLMs: {', '.join(LLMS)}"),
+    "a kind nobody knows": (lambda f: edit(f / CONFIG, model_type="llama9"), CANNOT),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "sentence"), DAMAGES.values(), ids=DAMAGES)
+def test_what_cannot_be_used_is_one_sentence_and_nothing_is_written(
+    run_cli, encoder, folders, tmp_path, damage, sentence
+):
+    shutil.copytree(folders("smollm2"), tmp_path / "llm")
+    damage(tmp_path / "llm")
+    done = run_cli("export", "--encoder", encoder, "--llm", tmp_path / "llm", "--out", tmp_path / "out")
+    said = [line for line in done.stderr.splitlines() if line.startswith("tiny-align: ")]
+    assert (done.status, done.stdout) == (2, "") and "Traceback" not in done.stderr
+    assert len(said) == 1 and sentence in said[0]
+    assert [p.name for p in tmp_path.iterdir()] == ["llm"]
