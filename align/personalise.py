@@ -48,7 +48,7 @@ def add_arguments(parser) -> None:
 
 
 def add_training_arguments(parser) -> None:
-    parser.add_argument("--objective", choices=LLM_FREE, help="what to train for (default: ctc, or aligned)")
+    parser.add_argument("--objective", choices=LLM_FREE, help="what to train for (default: ctc; paper if pooled)")
     parser.add_argument("--steps", type=int, help="at most so many steps")
     parser.add_argument("--max-seconds", type=float, help="at most so many seconds of training")
     parser.add_argument("--utterances", type=int, help="use only the first so many of the train split")

@@ -267,7 +267,7 @@ def test_end_to_end_is_the_cross_entropy_of_the_answer(small_llm):
 
 
 def test_a_projector_has_objectives_of_its_form():
-    assert objectives.default_for(None) == "ctc" and objectives.default_for(32) == "aligned"
+    assert objectives.default_for(None) == "ctc" and objectives.default_for(32) == "paper"
     objectives.check("ctc", None)
     objectives.check("paper", 32)
     with pytest.raises(TinyAlignError, match="choose ctc, or export the bundle with --soft-tokens"):

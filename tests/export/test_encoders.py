@@ -352,7 +352,7 @@ DAMAGES = {
     "another model's weights": ("wavlm", another_models_weights, "lacks the weights of"),
     "a part of the weights": ("data2vec-audio", a_layer_less, "lacks the weights of encoder.layers.1."),
     "a part of the encoder's weights": ("whisper", a_layer_less, "lacks the weights of encoder.layers.1."),
-    "other sizes": ("moonshine", change("config.json", hidden_size=64), "cannot be loaded"),
+    "other sizes": ("moonshine", change("config.json", hidden_size=64), "belong to different models"),
     "no front end": ("whisper", lambda f: (f / PREPROCESSOR).unlink(), "has no readable preprocessor_config.json"),
     "damaged front end": ("hubert", lambda f: cut(f / PREPROCESSOR) or (f / PREPROCESSOR).write_text("{"), "readable"),
     "another family's front end": (
