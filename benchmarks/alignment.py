@@ -101,8 +101,8 @@ def write_known(out: Path, n: int) -> None:
     recordings.write_recordings(out, n, N_TEST, 31, lambda text: espeak.say_as_someone(text, rng))
 
 
-def prepare(setting: Setting) -> None:
-    """Every recording and its features, in the work folder."""
+def prepare(setting: Setting, part: str) -> None:
+    """Every recording and, for the table, its features, in the work folder."""
     work = Path(setting.work)
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "known").exists():
@@ -111,7 +111,7 @@ def prepare(setting: Setting) -> None:
         if not (work / voice).exists():
             recordings.write_voice(voice, work / voice, max(FEW), N_TEST)
     with Assistant.load(setting.bundle) as assistant:
-        for name in ("known", *VOICES):
+        for name in ("known", *VOICES) if part == "table" else ():  # which many processes read
             examples_of(assistant, work / name)
 
 
@@ -415,7 +415,7 @@ def _run(job: tuple) -> tuple[str, dict]:
 
 def measure(args, part: str) -> dict:
     setting = Setting(str(args.bundle), str(args.work), args.budget, args.personal, args.known, args.seeds)
-    prepare(setting)
+    prepare(setting, part)
     report = {"machine": describe(), "date": str(date.today())}
     report["command"] = f"python -m benchmarks.alignment --parts {part}" + (" --digits FOLDER" if args.digits else "")
     with Assistant.load(args.bundle) as assistant:

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 TABLES = {
     "quality": (quality.RESULTS, quality.table),
+    "objectives": (alignment.RESULTS / "alignment-table.json", alignment.table),
     "curves": (alignment.RESULTS / "alignment-curves.json", alignment.curves),
     "training_cost": (training_cost.RESULTS, training_cost.table),
 }
