@@ -32,14 +32,16 @@ def load_llm(path: str):
         raise TinyAlignError(f"{path} is a {config.model_type!r}; supported LLMs: {', '.join(LLMS)}")
     tokenizer = load_pretrained(AutoTokenizer, path)
     model = load_whole(AutoModelForCausalLM, path, dtype=torch.float32)
-    _check_tokenizer(path, tokenizer, len(model.get_input_embeddings().weight))
+    _prepare_tokenizer(path, tokenizer, len(model.get_input_embeddings().weight))
     return model, tokenizer
 
 
-def _check_tokenizer(path: str, tokenizer, rows: int) -> None:
-    """Every token must have its row in the embedding table; more rows than tokens are padding."""
+def _prepare_tokenizer(path: str, tokenizer, rows: int) -> None:
+    """Every token must have its row in the embedding table (more rows than tokens are padding); no text is cut."""
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise TinyAlignError(f"{path} has a tokenizer without a tokenizer.json: convert it with transformers first")
+    tokenizer.backend_tokenizer.no_truncation()  # some files keep the lengths of their training
+    tokenizer.backend_tokenizer.no_padding()
     if (largest := max(tokenizer.get_vocab().values(), default=-1)) >= rows:
         raise TinyAlignError(
             f"{path}: its tokenizer goes up to token {largest}, its embedding table has {rows} rows: "

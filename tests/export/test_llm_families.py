@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from tiny_align.runtime import Assistant, Decoding
 from tiny_align.runtime.backend import load_runner
@@ -285,11 +286,14 @@ def test_a_word_is_encoded_as_in_its_place(folders):
     assert alone != placed and tokenizer.convert_ids_to_tokens(placed)[0][0] == "w"
 
 
-def test_a_tokenizer_kept_with_truncation_and_padding_goes_without(folders):
-    tokenizer = tokenizer_of(folders, "smollm2")
-    tokenizer.backend_tokenizer.enable_truncation(4)
-    tokenizer.backend_tokenizer.enable_padding(length=9)
-    pieces_of(tokenizer)
+def test_a_tokenizer_kept_with_truncation_and_padding_goes_without(folders, tmp_path):
+    shutil.copytree(folders("smollm2"), tmp_path / "llm")
+    kept = Tokenizer.from_file(str(tmp_path / "llm/tokenizer.json"))
+    kept.enable_truncation(4)
+    kept.enable_padding(length=9)
+    kept.save(str(tmp_path / "llm/tokenizer.json"))
+    _, tokenizer = load_llm(str(tmp_path / "llm"))
+    assert pieces_of(tokenizer) == pieces_of(tokenizer_of(folders, "smollm2"))
     assert tokenizer.backend_tokenizer.truncation is None and tokenizer.backend_tokenizer.padding is None
 
 
