@@ -51,7 +51,7 @@ def _speak(assistant: Assistant, work: Path, n: int, seed: int) -> tuple[list[np
         mels = [torch.from_numpy(mel.astype(np.float32)) for mel, _ in items[start : start + CHUNK]]
         lengths = torch.tensor([len(m) for m in mels])
         padded, lengths = augment(torch.nn.utils.rnn.pad_sequence(mels, batch_first=True), lengths)
-        features += [assistant.encode_mel(front.finish(mel[:count])) for mel, count in zip(padded.numpy(), lengths)]
+        features += [assistant.encode(front.finish(mel[:count])) for mel, count in zip(padded.numpy(), lengths)]
     return features, [text for _, text in items]
 
 

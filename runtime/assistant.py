@@ -117,8 +117,6 @@ class Assistant:
         """What the front end made, (frames, M) or (S,) -> (N, Da) float32 encoder features."""
         return self._encoder({self._rows.name: np.ascontiguousarray(rows[None])})["features"][0]
 
-    encode_mel = encode  # as reference/ calls it
-
     def soft_tokens(self, features: np.ndarray) -> np.ndarray:
         """(N, Da) -> (T', D) float32 in the LLM's embedding space; no row where no word was heard."""
         out = self._projector({"features": features[None]})["soft_tokens"][0]
