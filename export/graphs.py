@@ -1,4 +1,4 @@
-"""PyTorch modules -> ONNX graphs with the bundle's names, in FP32: projector here; encoders.py, llms.py.
+"""PyTorch modules -> ONNX graphs with the bundle's names, in FP32; encoders.py and llms.py use it.
 
 Transformers models go through transformers' OnnxExporter. Graphs are plain ONNX (opset 21, batch 1), so that ONNX
 Runtime and TensorRT take the same file; what is static is written as a number. No quantisation here.
