@@ -62,13 +62,13 @@ def export_bundle(options: ExportOptions, out: Path) -> Manifest:
     """
     _check_sizes(options)
     _check_out(Path(out))
-    encoder, front_end = load_encoder(options.encoder, options.encoder_layers)
+    encoder = load_encoder(options.encoder, options.encoder_layers)
     llm, tokenizer = load_llm(options.llm)
     projector = make_projector(encoder, llm, options)
     prompt = prompt_spec(tokenizer, options.instruction, options.repeat_instruction)  # refuses before the long part
     sizes = llm_spec(llm, tokenizer, options.max_context)
     with written_folder(Path(out)) as folder:
-        manifest = _write(folder, options, encoder, front_end, llm, sizes, tokenizer, projector, prompt)
+        manifest = _write(folder, options, encoder, llm, sizes, tokenizer, projector, prompt)
         return write_manifest(folder, manifest)
 
 
@@ -87,7 +87,7 @@ def _check_sizes(options: ExportOptions) -> None:
             raise TinyAlignError(f"--{name.replace('_', '-')} is {value}: give at least {least}")
 
 
-def _write(folder: Path, options, encoder, front_end, llm, llm_sizes, tokenizer, projector, prompt) -> Manifest:
+def _write(folder: Path, options, encoder, llm, llm_sizes, tokenizer, projector, prompt) -> Manifest:
     graphs = {
         "encoder": _write_graph(folder, "encoder", encoder_graph(encoder), parity.encoder_parity, encoder),
         "projector": _write_graph(folder, "projector", projector_graph(projector), parity.projector_parity, projector),
@@ -101,7 +101,7 @@ def _write(folder: Path, options, encoder, front_end, llm, llm_sizes, tokenizer,
     context = llm_sizes.max_context
     return Manifest(
         name=options.name,
-        front_end=front_end,
+        front_end=encoder.front_end,
         encoder=EncoderSpec(encoder.feature_size, encoder.frame_s),
         llm=llm_sizes,
         prompt=prompt,

@@ -151,8 +151,8 @@ def encoder_graph(encoder: LayeredEncoder) -> Graph:
     return Graph(program, (encoder.input,), (TensorSpec("features", "float32", (1, features, encoder.feature_size)),))
 
 
-def load_encoder(path: str, layers: tuple[int, ...] = (-1,)) -> tuple[LayeredEncoder, AnyFrontEnd]:
-    """The encoder in FP32 and its front end.
+def load_encoder(path: str, layers: tuple[int, ...] = (-1,)) -> LayeredEncoder:
+    """The encoder in FP32, with its front end.
 
     Args:
         path: a local folder or a hub id.
@@ -174,7 +174,7 @@ def load_encoder(path: str, layers: tuple[int, ...] = (-1,)) -> tuple[LayeredEnc
     _check_rows(path, encoder.config, front_end)
     if isinstance(front_end, WhisperMel):
         _fit_window(path, encoder, front_end)
-    return LayeredEncoder(_plain(encoder), family, front_end, layers).eval(), front_end
+    return LayeredEncoder(_plain(encoder), family, front_end, layers).eval()
 
 
 def _load_model(path: str, family: Family):

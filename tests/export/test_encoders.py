@@ -223,7 +223,7 @@ def test_the_manifest_has_the_encoders_sizes(case):
 
 def test_every_length_makes_as_many_features_as_the_convolutions_say(checkpoint):
     for family in MAKERS:
-        encoder, _ = load_encoder(str(checkpoint(family)))
+        encoder = load_encoder(str(checkpoint(family)))
         least, usual, greatest = encoder.row_range
         assert encoder.n_features(least) == LEAST_FEATURES or least == greatest
         for n_rows in {least, usual, usual + 1, greatest} - ({usual + 1} if least == greatest else set()):
@@ -258,7 +258,7 @@ def test_the_graph_is_plain_onnx_held_to_pytorch(case):
 
 def test_weights_that_are_computed_are_computed_once(checkpoint):
     for family in ("wav2vec2", "hubert", "wavlm"):
-        encoder, _ = load_encoder(str(checkpoint(family)))
+        encoder = load_encoder(str(checkpoint(family)))
         names = {name for name, _ in encoder.named_parameters() if "pos_conv_embed" in name}
         assert not [n for n in names if "parametrizations" in n or n.endswith(("_g", "_v"))] and len(names) == 2
 
@@ -266,7 +266,7 @@ def test_weights_that_are_computed_are_computed_once(checkpoint):
 @pytest.mark.parametrize("make", [wav2vec2, wav2vec2_bert])
 def test_an_adapter_is_left_out(make, tmp_path):
     folder = save(tmp_path / "adapted", make(add_adapter=True, output_hidden_size=SIZE))
-    encoder, _ = load_encoder(str(folder))
+    encoder = load_encoder(str(folder))
     with torch.no_grad():
         n_rows = encoder.row_range[1]
         assert encoder(encoder.example(n_rows)).shape[1] == encoder.n_features(n_rows)
@@ -275,16 +275,16 @@ def test_an_adapter_is_left_out(make, tmp_path):
 def test_whispers_window_is_the_checkpoints(checkpoint, edit_json, tmp_path):
     folder = shutil.copytree(checkpoint("whisper"), tmp_path / "short")
     edit_json(folder / "preprocessor_config.json", lambda v: v.update(chunk_length=5))
-    (whole, _), (short, front_end) = load_encoder(str(checkpoint("whisper"))), load_encoder(str(folder))
-    assert front_end.padded_samples == 5 * RATE and short.input.shape == (1, 500, 80)
+    whole, short = load_encoder(str(checkpoint("whisper"))), load_encoder(str(folder))
+    assert short.front_end.padded_samples == 5 * RATE and short.input.shape == (1, 500, 80)
     assert torch.equal(short.encoder.embed_positions.weight, whole.encoder.embed_positions.weight[:250])
     with torch.no_grad():
         assert short(short.example(500)).shape == (1, 250, SIZE)
 
 
 def test_mel_bins_are_the_checkpoints(tmp_path):
-    encoder, front_end = load_encoder(str(save(tmp_path / "large", whisper(n_mels=128))))
-    assert front_end.n_mels == 128 and encoder.input.shape == (1, 3000, 128)
+    encoder = load_encoder(str(save(tmp_path / "large", whisper(n_mels=128))))
+    assert encoder.front_end.n_mels == 128 and encoder.input.shape == (1, 3000, 128)
 
 
 def test_a_front_end_inside_a_processor_is_found(checkpoint, tmp_path):
@@ -293,7 +293,7 @@ def test_a_front_end_inside_a_processor_is_found(checkpoint, tmp_path):
     value = json.loads((folder / PREPROCESSOR).read_text()) | {"chunk_length": 10}
     (folder / PREPROCESSOR).unlink()
     (folder / "processor_config.json").write_text(json.dumps({"feature_extractor": value}))
-    assert load_encoder(str(folder))[1].padded_samples == 10 * RATE
+    assert load_encoder(str(folder)).front_end.padded_samples == 10 * RATE
 
 
 def test_older_checkpoints_are_read(checkpoint, tmp_path):
@@ -307,7 +307,7 @@ def test_older_checkpoints_are_read(checkpoint, tmp_path):
         weights = {key.replace(new, old): value for key, value in weights.items()}
     (folder / "model.safetensors").unlink()
     torch.save(weights, folder / "pytorch_model.bin")
-    (now, _), (then, _) = load_encoder(str(checkpoint("hubert"))), load_encoder(str(folder))
+    now, then = load_encoder(str(checkpoint("hubert"))), load_encoder(str(folder))
     with torch.no_grad():
         assert torch.equal(now(now.example(16_000)), then(then.example(16_000)))
 

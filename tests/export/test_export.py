@@ -246,7 +246,7 @@ def assert_graph_is(path: Path, bundle: Bundle, projector) -> None:
 
 def test_the_general_projector_is_the_seeds(fp32, models, general):
     options = ExportOptions(str(models["encoder"]), str(models["llm"]))
-    made = make_projector(load_encoder(options.encoder)[0], load_llm(options.llm)[0], options)
+    made = make_projector(load_encoder(options.encoder), load_llm(options.llm)[0], options)
     assert all(torch.equal(value, general.state_dict()[name]) for name, value in made.state_dict().items())
     assert_graph_is(fp32.bundle.graph("projector"), fp32.bundle, general)
 
@@ -277,7 +277,7 @@ def test_a_trained_projector_is_taken(models, general, tmp_path):
 
     save_file({k: v + 1 for k, v in general.state_dict().items()}, tmp_path / "trained.safetensors")
     options = ExportOptions("", "", projector=str(tmp_path / "trained.safetensors"))
-    made = make_projector(load_encoder(str(models["encoder"]))[0], load_llm(str(models["llm"]))[0], options)
+    made = make_projector(load_encoder(str(models["encoder"])), load_llm(str(models["llm"]))[0], options)
     assert all(torch.equal(v, general.state_dict()[k] + 1) for k, v in made.state_dict().items())
 
 
@@ -374,7 +374,7 @@ def test_a_projector_of_other_sizes_is_refused(models, tmp_path):
     save_file({"enter.0.weight": torch.zeros(7)}, tmp_path / "p.safetensors")
     options = ExportOptions("", "", projector=str(tmp_path / "p.safetensors"))
     with pytest.raises(TinyAlignError, match="is no projector for this encoder and LLM"):
-        make_projector(load_encoder(str(models["encoder"]))[0], load_llm(str(models["llm"]))[0], options)
+        make_projector(load_encoder(str(models["encoder"])), load_llm(str(models["llm"]))[0], options)
 
 
 def test_a_folder_that_is_no_bundle_is_never_replaced(refused, models, tmp_path):
@@ -405,7 +405,7 @@ def test_models_kept_in_half_precision_are_exported_in_fp32(models, tmp_path):
     encoder = transformers.ParakeetForCTC.from_pretrained(models["encoder"]).bfloat16()
     encoder.save_pretrained(tmp_path / "half")
     shutil.copyfile(models["encoder"] / "preprocessor_config.json", tmp_path / "half/preprocessor_config.json")
-    loaded, _ = load_encoder(str(tmp_path / "half"))
+    loaded = load_encoder(str(tmp_path / "half"))
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
 
 
