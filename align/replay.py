@@ -27,7 +27,8 @@ def read_replay(path: Path) -> list[Example]:
     """The examples of `write_replay`; none where a bundle has no such file."""
     if not path.exists():
         return []
-    stored = np.load(path)
-    features = np.split(stored["features"].astype(np.float32), stored["feature_ends"][:-1])
-    tokens, lengths = (np.split(stored[name], stored["token_ends"][:-1]) for name in ("tokens", "token_lengths"))
-    return [Example(f, t.tolist(), n.tolist()) for f, t, n in zip(features, tokens, lengths)]
+    with np.load(path) as stored:
+        features = np.split(stored["features"].astype(np.float32), stored["feature_ends"][:-1])
+        ends = stored["token_ends"][:-1]
+        tokens, lengths = (np.split(stored[name], ends) for name in ("tokens", "token_lengths"))
+        return [Example(f, t.tolist(), n.tolist()) for f, t, n in zip(features, tokens, lengths)]
