@@ -4,10 +4,8 @@ Each family's tiny model (llm_families.py) is exported once, through the command
 transformers' own `generate` on the saved folder, where a sliding layer forgets; the runtime's cache is whole.
 """
 
-import contextlib
 import dataclasses
 import functools
-import io
 import json
 import math
 import shutil
@@ -20,7 +18,6 @@ from tokenizers import Tokenizer
 from tiny_align.runtime import Assistant, Decoding
 from tiny_align.runtime.backend import load_runner
 from tiny_align.runtime.bundle import Bundle
-from tiny_align.runtime.cli import main
 from tiny_align.runtime.errors import TinyAlignError
 from tiny_align.runtime.llm import Cache, LanguageModel, TextStream, encode_in_place
 
@@ -113,12 +110,11 @@ def once(trace):
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def exported(request, encoder, tmp_path_factory):
+def exported(request, encoder, export, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     make_model(request.param, folder / "llm")
-    call = ["export", "--encoder", encoder, "--llm", folder / "llm", "--out", folder / "out", "--json"]
-    with contextlib.redirect_stdout(io.StringIO()):
-        assert main([str(a) for a in (*call, "--precision", "fp32", "--max-context", CONTEXT)]) == 0
+    models = {"encoder": encoder, "llm": folder / "llm"}
+    export(models, folder / "out", "--precision", "fp32", "--max-context", CONTEXT)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "llm", dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "llm")
     with Assistant.load(folder / "out", threads=1) as assistant:
