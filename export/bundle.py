@@ -15,11 +15,13 @@ import onnx
 
 from tiny_align.export import parity
 from tiny_align.export.encoders import encoder_graph, load_encoder
+from tiny_align.export.fused import fused_llm_graph
 from tiny_align.export.graphs import projector_graph
 from tiny_align.export.llms import embedding_table, llm_graph, llm_spec, load_llm
+from tiny_align.export.packing import share_weights
 from tiny_align.export.prompts import prompt_spec
 from tiny_align.export.quantise import quantise_int4
-from tiny_align.runtime.backend import load_runner
+from tiny_align.runtime.backend import load_decoder, load_runner
 from tiny_align.runtime.bundle import (
     MANIFEST,
     USER_RECORD,
@@ -137,18 +139,34 @@ def _hold(name: str, figures: dict[str, float]) -> None:
 
 
 def _write_llm(folder: Path, llm, precision: str, max_context: int) -> GraphSpec:
-    """The FP32 graph is checked in any case; in the bundle goes what `precision` says."""
-    check = functools.partial(parity.llm_parity, lengths=parity.llm_lengths(llm.config, max_context))
-    if precision == "fp32":
-        return _write_graph(folder, "llm", llm_graph(llm), check, llm)
-    with tempfile.TemporaryDirectory() as temporary:
-        exact = _write_graph(Path(temporary), "llm", llm_graph(llm), check, llm)
-        quantise_int4(Path(temporary) / exact.file, folder / exact.file)
-    spec = dataclasses.replace(exact, precision=precision)
-    with load_runner(folder / spec.file, spec, "onnxruntime") as runner:
-        cost = check(runner, llm)
-    fp32 = exact.parity["max_abs_diff_to_pytorch"]
-    return dataclasses.replace(spec, parity={"max_abs_diff_to_pytorch": fp32, "int4_max_abs_diff_to_pytorch": cost})
+    """The plain graph and the one for ONNX Runtime, their weights stored once.
+
+    Both are checked in FP32 in any case; in the bundle goes what `precision` says.
+    """
+    lengths = parity.llm_lengths(llm.config, max_context)
+    plain = functools.partial(_checked, load_runner, parity.llm_parity, llm, lengths)
+    fused = functools.partial(_checked, load_decoder, parity.decoder_parity, llm, lengths)
+    specs = {}
+    for name, trace, check in (("llm", llm_graph, plain), ("llm.ort", fused_llm_graph, fused)):
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            source = Path(temporary) / f"{name}.onnx"
+            exact = trace(llm).save(source)
+            figures = {"max_abs_diff_to_pytorch": check(source, exact)}
+            _hold(name, figures["max_abs_diff_to_pytorch"])
+            if precision == "fp32":
+                for path in (source, source.with_name(f"{source.name}.data")):
+                    path.replace(folder / path.name)
+            else:
+                quantise_int4(source, folder / source.name)
+                figures[f"{precision}_max_abs_diff_to_pytorch"] = check(folder / source.name, exact)
+        specs[name] = dataclasses.replace(exact, precision=precision, parity=figures)
+    share_weights(folder / specs["llm"].file, folder / specs["llm.ort"].file)
+    return dataclasses.replace(specs["llm"], backends={"onnxruntime": specs["llm.ort"]})
+
+
+def _checked(load, check, llm, lengths, path: Path, spec: GraphSpec) -> dict[str, float]:
+    with load(path, spec, "onnxruntime") as loaded:
+        return check(loaded, llm, lengths=lengths)
 
 
 def find_weights(graph: Path, projector) -> tuple[WeightSpec, ...]:

@@ -63,15 +63,19 @@ def _set_shape(value: onnx.ValueInfoProto, shape: tuple[int | str, ...]) -> None
             dim.dim_value = size
 
 
-def export_program(model, inputs: dict, dynamic: bool = True, dynamic_shapes: dict | None = None) -> onnx_ir.Model:
-    """A transformers model, or a module with its `config`, as plain ONNX.
+def export_program(
+    model, inputs: dict, dynamic: bool = True, dynamic_shapes: dict | None = None, ort_fusions: str | None = None
+) -> onnx_ir.Model:
+    """A transformers model, or a module with its `config`, as ONNX.
 
     Args:
         dynamic: whether any dimension is; without `dynamic_shapes` (as torch.export takes them) all are.
+        ort_fusions: the ONNX Runtime provider whose own operators are wanted, "cpu" or "cuda"; None: plain ONNX.
     """
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
-    config = OnnxConfig(dynamic=dynamic, dynamic_shapes=dynamic_shapes, opset_version=OPSET)
+    options = {"dynamic": dynamic, "dynamic_shapes": dynamic_shapes, "ort_fusions": ort_fusions}
+    config = OnnxConfig(opset_version=OPSET, **options)
     return OnnxExporter().export(model, inputs, config=config).program
 
 

@@ -9,6 +9,7 @@ import contextlib
 import numpy as np
 
 from tiny_align.export.graphs import Graph, export_program
+from tiny_align.export.packing import pack_products
 from tiny_align.export.pretrained import load_pretrained, load_whole
 from tiny_align.export.prompts import turn_end
 from tiny_align.runtime.bundle import LlmSpec, TensorSpec
@@ -136,17 +137,18 @@ def llm_graph(llm) -> Graph:
         cache.update(*torch.randn(2, 1, heads, EXAMPLE_PAST, size), layer)
     embeds = torch.randn(1, EXAMPLE_TOKENS, config.hidden_size)
     inputs = {"inputs_embeds": embeds, "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
-    with _fixed_frequencies(llm):
+    with fixed_frequencies(llm):
         program = export_program(llm, inputs)
+    pack_products(program)
     return Graph(
         program,
-        (TensorSpec("inputs_embeds", "float32", (1, "tokens", config.hidden_size)), *_kv_specs(config, "past", "past")),
-        (TensorSpec("logits", "float32", (1, 1, config.vocab_size)), *_kv_specs(config, "present", "total")),
+        (TensorSpec("inputs_embeds", "float32", (1, "tokens", config.hidden_size)), *kv_specs(config, "past", "past")),
+        (TensorSpec("logits", "float32", (1, 1, config.vocab_size)), *kv_specs(config, "present", "total")),
     )
 
 
 @contextlib.contextmanager
-def _fixed_frequencies(llm):
+def fixed_frequencies(llm):
     """Within `longest_context` no rotary frequency changes with the length: do not trace the question whether."""
     modules = [m for m in llm.modules() if hasattr(m, "rope_type")]
     kinds = [m.rope_type for m in modules]
@@ -159,7 +161,7 @@ def _fixed_frequencies(llm):
             module.rope_type = kind
 
 
-def _kv_specs(config, prefix: str, length: str) -> tuple[TensorSpec, ...]:
+def kv_specs(config, prefix: str, length: str) -> tuple[TensorSpec, ...]:
     heads, size = kv_shape(config)
     return tuple(
         TensorSpec(f"{prefix}.{layer}.{part}", "float32", (1, heads, length, size))

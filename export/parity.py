@@ -75,3 +75,20 @@ def _llm_difference(runner, llm, tokens: int, past: int, rng) -> float:
         differences += [_difference(got[f"present.{layer}.key"], kept.keys)]
         differences += [_difference(got[f"present.{layer}.value"], kept.values)]
     return float(np.max(differences))  # NaN if any is
+
+
+@torch.no_grad()
+def decoder_parity(decoder, llm, seed: int = 0, lengths=LLM_LENGTHS) -> dict[str, float]:
+    """tokens+past -> largest absolute difference of the logits, the cache being what the decoder itself read before."""
+    rng, capacity = np.random.default_rng(seed), max(map(sum, lengths))
+    scale = float(llm.get_input_embeddings().weight.std()) * embedding_scale(llm)
+    out = {}
+    for tokens, past in lengths:
+        embeds = (rng.standard_normal((past + tokens, llm.config.hidden_size)) * scale).astype(np.float32)
+        cache = decoder.open_cache(capacity)
+        if past:
+            decoder.read(embeds[:past], cache, 0)
+        got = decoder.read(embeds[past:], cache, past)
+        want = llm(inputs_embeds=torch.from_numpy(embeds)[None], use_cache=False, logits_to_keep=1).logits
+        out[f"{tokens}+{past}"] = _difference(got, want[0, 0])
+    return out

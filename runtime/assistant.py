@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from tiny_align.runtime.audio import check_audio, read_audio
-from tiny_align.runtime.backend import load_runner
+from tiny_align.runtime.backend import load_decoder, load_runner
 from tiny_align.runtime.bundle import Bundle
 from tiny_align.runtime.errors import AudioError, TinyAlignError
 from tiny_align.runtime.llm import Decoding, LanguageModel, TextStream
@@ -53,7 +53,7 @@ class Assistant:
 
     def __init__(self, bundle: Bundle, encoder, projector, llm, backend: str, threads: int | None = None):
         self.bundle, self.backend, self._threads = bundle, backend, threads
-        self._encoder, self._projector, self._llm_runner = encoder, projector, llm
+        self._encoder, self._projector, self._decoder = encoder, projector, llm
         self.llm = LanguageModel(bundle, llm)
         self._front_end, self._readout = bundle.manifest.front_end, bundle.manifest.readout
         self.sample_rate = self._front_end.sample_rate  # Hz
@@ -92,13 +92,15 @@ class Assistant:
             BundleError, UserError, BackendError: see their messages.
         """
         bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        paths = {
-            "encoder": bundle.graph("encoder"),
-            "projector": bundle.projector(user, users),
-            "llm": bundle.graph("llm"),
-        }
-        graphs = bundle.manifest.graphs
-        return cls(bundle, *(load_runner(p, graphs[n], backend, threads) for n, p in paths.items()), backend, threads)
+        encoder, projector, llm = (bundle.manifest.graphs[name].on(backend) for name in ("encoder", "projector", "llm"))
+        return cls(
+            bundle,
+            load_runner(bundle.graph("encoder", backend), encoder, backend, threads),
+            load_runner(bundle.projector(user, users), projector, backend, threads),
+            load_decoder(bundle.graph("llm", backend), llm, backend, threads),
+            backend,
+            threads,
+        )
 
     def features(self, audio: np.ndarray) -> np.ndarray:
         """(S,) float32 audio -> (N, Da) float32 encoder features, none of them after the end of the audio."""
@@ -173,7 +175,7 @@ class Assistant:
         return Session(self, instruction, decoding)
 
     def close(self) -> None:
-        for runner in (self._encoder, self._projector, self._llm_runner):
+        for runner in (self._encoder, self._projector, self._decoder):
             runner.close()
 
     def __enter__(self) -> "Assistant":

@@ -1,8 +1,7 @@
-"""The one contract every backend fulfils: a graph that takes and gives named arrays.
+"""What every backend fulfils: `Runner`, a graph on named arrays, and `Decoder`, an LLM with its cache.
 
-`Runner.__call__` checks names, types and sizes once, here; a backend implements `_run`. Values of an
-output named in `keep` stay in the backend's own form and may be fed back, so that a KV cache is never copied
-through numpy.
+`Runner.__call__` checks names, types and sizes once, here; a backend implements `_run`. A decoder's cache is memory of
+the backend's own, laid out once for the whole context: nothing of it is copied through numpy.
 """
 
 from abc import ABC, abstractmethod
@@ -24,17 +23,14 @@ class Runner(ABC):
     def __init__(self, spec: GraphSpec):
         self.spec = spec
 
-    def __call__(self, feed: dict, keep: tuple[str, ...] = ()) -> dict:
-        """Run the graph.
+    def __call__(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run the graph: input name -> array to output name -> array.
 
-        Args:
-            feed: input name -> numpy array, or a value an earlier call kept.
-            keep: outputs to return in the backend's own form instead of as numpy arrays.
         Raises:
             BackendError: a missing or unknown input, a wrong dtype or a wrong size.
         """
         self._check(feed)
-        return self._run(feed, keep)
+        return self._run(feed)
 
     def _check(self, feed: dict) -> None:
         expected = [t.name for t in self.spec.inputs]
@@ -42,14 +38,41 @@ class Runner(ABC):
             raise BackendError(f"{self.spec.file} takes the inputs {expected}, given were {sorted(feed)}")
         for tensor in self.spec.inputs:
             value = feed[tensor.name]
-            if isinstance(value, np.ndarray) and not _fits(value, tensor):
+            if not _fits(value, tensor):
                 raise BackendError(
                     f"{self.spec.file}: input {tensor.name} must be {tensor.dtype} {list(tensor.shape)}, "
                     f"given was {value.dtype} {list(value.shape)}"
                 )
 
     @abstractmethod
-    def _run(self, feed: dict, keep: tuple[str, ...]) -> dict: ...
+    def _run(self, feed: dict) -> dict: ...
+
+    def close(self) -> None:  # noqa: B027 - optional
+        """Free what the graph holds."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+class Decoder(ABC):
+    """A loaded LLM; a context manager. It holds no conversation: a cache does, and there may be many."""
+
+    name = ""  # the backend's name, as --backend takes it
+
+    @abstractmethod
+    def open_cache(self, capacity: int):
+        """Memory for the keys and values of `capacity` positions."""
+
+    @abstractmethod
+    def read(self, embeddings: np.ndarray, cache, past: int) -> np.ndarray:
+        """Read embeddings (T, D) float32 after the first `past` positions of the cache.
+
+        Returns:
+            (V,) float32: the last position's logits, to be used before the next call with this cache.
+        """
 
     def close(self) -> None:  # noqa: B027 - optional
         """Free what the graph holds."""
@@ -73,4 +96,17 @@ def load_runner(path: Path, spec: GraphSpec, backend: str, threads: int | None =
         from tiny_align.runtime.ort import OrtRunner
 
         return OrtRunner(path, spec, threads)
-    raise BackendError(f"there is no backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+    raise _unknown(backend)
+
+
+def load_decoder(path: Path, spec: GraphSpec, backend: str, threads: int | None = None) -> Decoder:
+    """Load the LLM's graph for the named backend; never another one in its place."""
+    if backend == "onnxruntime":
+        from tiny_align.runtime.ort import OrtDecoder
+
+        return OrtDecoder(path, spec, threads)
+    raise _unknown(backend)
+
+
+def _unknown(backend: str) -> BackendError:
+    return BackendError(f"there is no backend {backend!r}: choose one of {', '.join(BACKENDS)}")

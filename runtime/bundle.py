@@ -43,17 +43,24 @@ class WeightSpec:
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """One ONNX graph of the bundle."""
+    """One ONNX graph of the bundle, and what stands in its place for a backend with operators of its own."""
 
     file: str
     precision: str  # "fp32", "int4"
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     parity: dict = field(default_factory=dict)  # max absolute difference to PyTorch, by length
+    backends: dict[str, "GraphSpec"] = field(default_factory=dict)  # backend -> its graph; the others take this one
 
     def __post_init__(self):
         for name in ("inputs", "outputs"):
             object.__setattr__(self, name, tuple(_tensor(t) for t in getattr(self, name)))
+        made = {name: g if isinstance(g, GraphSpec) else GraphSpec(**g) for name, g in self.backends.items()}
+        object.__setattr__(self, "backends", made)
+
+    def on(self, backend: str | None) -> "GraphSpec":
+        """The graph that this backend takes."""
+        return self.backends.get(backend, self)
 
 
 def _tensor(value) -> TensorSpec:
@@ -159,7 +166,8 @@ class Bundle:
         """
         path = Path(path)
         bundle = cls(path, _read_manifest(path))
-        unlisted = {g.file for g in bundle.manifest.graphs.values()} - set(bundle.manifest.files)
+        graphs = [g for one in bundle.manifest.graphs.values() for g in (one, *one.backends.values())]
+        unlisted = {g.file for g in graphs} - set(bundle.manifest.files)
         if unlisted:
             raise BundleError(f"{path / MANIFEST} lists no hash of {', '.join(unlisted)}: export the bundle again")
         for name, expected in bundle.manifest.files.items():
@@ -189,12 +197,13 @@ class Bundle:
         """Features of other people that a person's training goes over, so that nobody is forgotten; or no file."""
         return self.path / "replay.npz"
 
-    def graph(self, name: str) -> Path:
+    def graph(self, name: str, backend: str | None = None) -> Path:
+        """The file of a graph: the one `backend` takes, or the plain one."""
         if name not in self.manifest.graphs:
             raise BundleError(
                 f"{self.path} has no graph {name!r}, it has {', '.join(self.manifest.graphs)}: export the bundle again"
             )
-        return self.path / self.manifest.graphs[name].file
+        return self.path / self.manifest.graphs[name].on(backend).file
 
     def projector(self, user: str | None = None, users: Path | None = None) -> Path:
         """The projector graph of a person, or the general one for None. `users`: where persons are kept."""

@@ -1,18 +1,22 @@
 """The language model on embeddings: prompt assembly, KV-cached prefill, greedy and sampled decoding.
 
-The model holds no conversation: a `Cache` value does. Decoding is a generator of token ids.
+The model holds no conversation: a `Cache` value does. A prompt is read in chunks, so that its length costs no more
+memory than its place in the cache. Decoding is a generator of token ids.
 """
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from tiny_align.runtime.backend import Runner
+from tiny_align.runtime.backend import Decoder
 from tiny_align.runtime.bundle import Bundle, PromptSpec
 from tiny_align.runtime.errors import DataError, TinyAlignError
+
+CHUNK = 128  # positions of a prompt that are read at once
 
 
 @dataclass(frozen=True)
@@ -28,9 +32,9 @@ class Decoding:
 
 @dataclass
 class Cache:
-    """Keys and values of the positions read so far, in the backend's own form."""
+    """Keys and values of the positions read so far, for one conversation."""
 
-    values: dict = field(default_factory=dict)  # past input name -> value
+    memory: Any = None  # of the backend, laid out when the first position is read
     length: int = 0  # positions
 
 
@@ -54,14 +58,12 @@ def encode_in_place(tokenizer: Tokenizer, prompt: PromptSpec, words: str) -> lis
 class LanguageModel:
     """A bundle's LLM: typed text or soft tokens in, token ids out."""
 
-    def __init__(self, bundle: Bundle, runner: Runner):
-        self._runner = runner
+    def __init__(self, bundle: Bundle, decoder: Decoder):
+        self._decoder = decoder
         self.spec = bundle.manifest.llm
         self.prompt = bundle.manifest.prompt
         self.tokenizer = Tokenizer.from_file(str(bundle.tokenizer))
         self._table = np.load(bundle.embeddings, mmap_mode="r")  # (V, D) float16
-        self._past = [t.name for t in runner.spec.inputs if t.name.startswith("past.")]
-        self._present = tuple(name.replace("past.", "present.") for name in self._past)
         self._special = {i for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
         self._unknown = self.tokenizer.token_to_id(getattr(self.tokenizer.model, "unk_token", None) or "<unk>")
 
@@ -105,20 +107,23 @@ class LanguageModel:
         return np.concatenate([self.embed(before), speech, self.embed(after)])
 
     def prefill(self, embeddings: np.ndarray, cache: Cache) -> np.ndarray:
-        """Read (T, D) embeddings into the cache; (V,) float32 logits of the last position."""
+        """Read (T, D) float32 embeddings into the cache.
+
+        Returns:
+            (V,) float32 logits of the last position; the next reading into this cache overwrites them.
+        """
         if cache.length + len(embeddings) > self.spec.max_context:
             raise TinyAlignError(
                 f"the prompt needs {cache.length + len(embeddings)} positions, the bundle's LLM has "
                 f"{self.spec.max_context}: shorten the instruction or the recording"
             )
-        out = self._runner({"inputs_embeds": embeddings[None], **(cache.values or self._empty())}, keep=self._present)
-        cache.values = {past: out[present] for past, present in zip(self._past, self._present)}
-        cache.length += len(embeddings)
-        return out["logits"].reshape(-1)
-
-    def _empty(self) -> dict[str, np.ndarray]:
-        shape = (1, self.spec.n_kv_heads, 0, self.spec.head_size)
-        return {name: np.zeros(shape, np.float32) for name in self._past}
+        if cache.memory is None:
+            cache.memory = self._decoder.open_cache(self.spec.max_context)
+        for start in range(0, len(embeddings), CHUNK):
+            chunk = embeddings[start : start + CHUNK]
+            logits = self._decoder.read(chunk, cache.memory, cache.length)
+            cache.length += len(chunk)
+        return logits
 
     def generate(self, embeddings: np.ndarray, decoding: Decoding, cache: Cache | None = None) -> Iterator[int]:
         """Token ids of the answer to a prompt (T, D), until an end token, `max_tokens`, a full context or a loop."""

@@ -1,43 +1,103 @@
-"""The ONNX Runtime backend, on the CPU. Values that are kept stay OrtValues, so nothing is copied per token."""
+"""The ONNX Runtime backend, on the CPU."""
 
 from pathlib import Path
 
 import numpy as np
 
-from tiny_align.runtime.backend import Runner
-from tiny_align.runtime.bundle import GraphSpec
+from tiny_align.runtime.backend import Decoder, Runner
+from tiny_align.runtime.bundle import GraphSpec, TensorSpec
 from tiny_align.runtime.errors import BackendError
+
+INT8_PRODUCTS = "4"  # accuracy level of MatMulNBits: activations of block-quantised weights in int8
+
+
+def _session(path: Path, threads: int | None):
+    """A graph in an ONNX Runtime session; `threads` limits its intra-op threads (None: all cores)."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", INT8_PRODUCTS)
+    if threads:
+        options.intra_op_num_threads = threads
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has no common base class
+        raise BackendError(f"ONNX Runtime {ort.__version__} cannot load {path}: {error}") from error
+
+
+def _closed(spec: GraphSpec) -> BackendError:
+    return BackendError(f"{spec.file} is closed: load the bundle again")
 
 
 class OrtRunner(Runner):
-    """A graph in an ONNX Runtime session; `threads` limits its intra-op threads (None: all cores)."""
+    """A graph in an ONNX Runtime session."""
 
     name = "onnxruntime"
 
     def __init__(self, path: Path, spec: GraphSpec, threads: int | None = None):
         super().__init__(spec)
-        import onnxruntime as ort
-
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.add_session_config_entry(
-            "session.qdq_matmulnbits_accuracy_level", "4"
-        )  # INT4 weights: int8 dot products
-        if threads:
-            options.intra_op_num_threads = threads
-        try:
-            self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime has no common base class
-            raise BackendError(f"ONNX Runtime {ort.__version__} cannot load {path}: {error}") from error
-        self._value = ort.OrtValue.ortvalue_from_numpy
+        self._session = _session(path, threads)
         self._outputs = [o.name for o in self._session.get_outputs()]
 
-    def _run(self, feed: dict, keep: tuple[str, ...]) -> dict:
+    def _run(self, feed: dict) -> dict:
         if self._session is None:
-            raise BackendError(f"{self.spec.file} is closed: load the bundle again")
-        values = {n: self._value(v) if isinstance(v, np.ndarray) else v for n, v in feed.items()}
-        results = self._session.run_with_ort_values(self._outputs, values)
-        return {n: v if n in keep else v.numpy() for n, v in zip(self._outputs, results)}
+            raise _closed(self.spec)
+        return dict(zip(self._outputs, self._session.run(self._outputs, feed)))
 
     def close(self) -> None:
         self._session = None
+
+
+class OrtDecoder(Decoder):
+    """The LLM's fused graph (export/fused.py) on a cache that ONNX Runtime writes in place."""
+
+    name = "onnxruntime"
+
+    def __init__(self, path: Path, spec: GraphSpec, threads: int | None = None):
+        self._spec, self._session = spec, _session(path, threads)
+
+    def open_cache(self, capacity: int) -> "_OrtCache":
+        if self._session is None:
+            raise _closed(self._spec)
+        return _OrtCache(self._session, self._spec, capacity)
+
+    def read(self, embeddings: np.ndarray, cache: "_OrtCache", past: int) -> np.ndarray:
+        if self._session is None:
+            raise _closed(self._spec)
+        cache.prepare(embeddings, past)
+        self._session.run_with_iobinding(cache.binding)
+        return cache.logits
+
+    def close(self) -> None:
+        self._session = None
+
+
+class _OrtCache:
+    """Memory for one conversation, bound as the graph's inputs and outputs: what a layer writes lies where it reads."""
+
+    def __init__(self, session, spec: GraphSpec, capacity: int):
+        self.binding, self._alive = session.io_binding(), {}
+        self._length, *memory = (_zeros(tensor, capacity) for tensor in spec.inputs[1:])
+        logits = _zeros(spec.outputs[0], capacity)
+        self.logits = logits[0, 0]
+        for tensor, array in zip(spec.inputs[1:], (self._length, *memory), strict=True):
+            self._bind(self.binding.bind_ortvalue_input, tensor.name, array)
+        for tensor, array in zip(spec.outputs, (logits, *memory), strict=True):
+            self._bind(self.binding.bind_ortvalue_output, tensor.name, array)
+
+    def _bind(self, bind, name: str, array: np.ndarray) -> None:
+        """Bind the array itself, not a copy; a binding does not keep it alive."""
+        import onnxruntime as ort
+
+        self._alive[name] = ort.OrtValue.ortvalue_from_numpy(array)
+        bind(name, self._alive[name])
+
+    def prepare(self, embeddings: np.ndarray, past: int) -> None:
+        """What a step changes: the embeddings (T, D), and how many positions are in use after them."""
+        self._bind(self.binding.bind_ortvalue_input, "inputs_embeds", np.ascontiguousarray(embeddings[None]))
+        self._length[0] = past + len(embeddings)
+
+
+def _zeros(tensor: TensorSpec, capacity: int) -> np.ndarray:
+    return np.zeros([capacity if size == "capacity" else size for size in tensor.shape], tensor.dtype)

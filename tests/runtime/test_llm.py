@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from tiny_align.runtime.backend import Runner
+from tiny_align.runtime import llm as llm_module
+from tiny_align.runtime.backend import Decoder
 from tiny_align.runtime.errors import DataError, TinyAlignError
 from tiny_align.runtime.llm import Cache, Decoding, LanguageModel, TextStream, loops
 
@@ -36,31 +37,27 @@ def assert_close(got, want):
     assert share < TOLERANCE, f"max {difference.max():.2g}, mean {difference.mean():.2g}, spread {want.std():.2g}"
 
 
-class Scripted(Runner):
+class Scripted(Decoder):
     """Says the given tokens one after the other, whatever it is fed."""
 
-    def __init__(self, spec, tokens):
-        super().__init__(spec)
-        self.tokens, self.fed = list(tokens), []
+    def __init__(self, n_vocabulary, tokens):
+        self.n_vocabulary, self.tokens, self.fed = n_vocabulary, list(tokens), []
 
-    def _run(self, feed, keep):
-        n_vocabulary, n_new = self.spec.outputs[0].shape[-1], feed["inputs_embeds"].shape[1]
-        self.fed.append(n_new)
-        logits = np.zeros((1, 1, n_vocabulary), np.float32)
-        logits[0, 0, self.tokens[min(len(self.fed), len(self.tokens)) - 1]] = 9
-        past = {name: value for name, value in feed.items() if name.startswith("past.")}
-        grown = {
-            n: np.concatenate([v, np.zeros((1, v.shape[1], n_new, v.shape[3]), np.float32)], axis=2)
-            for n, v in past.items()
-        }
-        return {"logits": logits, **{name.replace("past.", "present."): value for name, value in grown.items()}}
+    def open_cache(self, capacity):
+        return capacity
+
+    def read(self, embeddings, cache, past):
+        assert past + len(embeddings) <= cache
+        self.fed.append(len(embeddings))
+        logits = np.zeros(self.n_vocabulary, np.float32)
+        logits[self.tokens[min(len(self.fed), len(self.tokens)) - 1]] = 9
+        return logits
 
 
 @pytest.fixture
 def scripted(assistant):
     """scripted(tokens) -> a language model that says them."""
-    spec = assistant.bundle.manifest.graphs["llm"]
-    return lambda tokens: LanguageModel(assistant.bundle, Scripted(spec, tokens))
+    return lambda tokens: LanguageModel(assistant.bundle, Scripted(assistant.llm.spec.vocabulary, tokens))
 
 
 # --- the cache ---
@@ -141,7 +138,20 @@ def test_an_end_token_ends_the_answer_and_is_not_said(scripted, llm, prompt):
 def test_the_prompt_is_read_once_and_then_one_token_at_a_time(scripted, prompt):
     model = scripted([7])
     list(model.generate(prompt, Decoding(max_tokens=4)))
-    assert model._runner.fed[:4] == [len(prompt), 1, 1, 1]
+    assert model._decoder.fed[:4] == [len(prompt), 1, 1, 1]
+
+
+def test_a_long_prompt_is_read_in_chunks(scripted, monkeypatch):
+    monkeypatch.setattr(llm_module, "CHUNK", 8)
+    model = scripted([7])
+    model.prefill(np.zeros((19, model.spec.hidden_size), np.float32), cache := Cache())
+    assert model._decoder.fed == [8, 8, 3] and cache.length == 19
+
+
+def test_chunks_read_as_the_whole(llm, prompt, monkeypatch):
+    whole = llm.prefill(prompt, Cache())
+    monkeypatch.setattr(llm_module, "CHUNK", 4)
+    assert_close(llm.prefill(prompt, Cache()), whole)
 
 
 @pytest.mark.parametrize(("phrase", "longest"), [([7], 24), ([7, 8, 9], 24), ([7] * 7 + [8], 24)])
@@ -166,7 +176,7 @@ def test_a_prompt_longer_than_the_context_is_refused(llm):
     most = llm.spec.max_context
     with pytest.raises(TinyAlignError, match=rf"needs {most + 1} positions, the bundle's LLM has {most}: shorten"):
         llm.prefill(long, cache)
-    assert cache.length == 0 and not cache.values
+    assert cache.length == 0 and cache.memory is None
     with pytest.raises(TinyAlignError, match="shorten the instruction or the recording"):
         next(llm.generate(long, Decoding()))
 
