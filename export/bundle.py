@@ -33,7 +33,10 @@ from tiny_align.runtime.bundle import (
 )  # fmt: skip
 from tiny_align.runtime.errors import TinyAlignError
 from tiny_align.runtime.files import sha256, written_folder
+from tiny_align.runtime.llm import encode_in_place
 from tiny_align.runtime.readout import Readout, ctc_scale
+
+LARGE_VOCABULARY = 8192  # rows of the embedding table; speech is read as some of a larger one
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,8 @@ def _write(folder: Path, options, encoder, llm, llm_sizes, tokenizer, projector,
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     if options.sentences:
         shutil.copyfile(options.sentences, folder / "sentences.txt")
+        if len(table) > LARGE_VOCABULARY:
+            np.save(folder / "speech_tokens.npy", _tokens_of(folder / "sentences.txt", tokenizer, prompt))
     context = llm_sizes.max_context
     return Manifest(
         name=options.name,
@@ -119,6 +124,13 @@ def _write(folder: Path, options, encoder, llm, llm_sizes, tokenizer, projector,
         readout=make_readout(options, table.astype(np.float32) * llm_sizes.embedding_scale),
         files={},
     )
+
+
+def _tokens_of(sentences: Path, tokenizer, prompt) -> np.ndarray:
+    """(K,) int32: the tokens that occur in the sentences of a text file, as they stand in a prompt."""
+    lines = sentences.read_text(encoding="utf-8").splitlines()
+    ids = (encode_in_place(tokenizer.backend_tokenizer, prompt, line) for line in lines if line.strip())
+    return np.unique(np.concatenate([np.array(i, np.int32) for i in ids]))
 
 
 def _write_graph(folder: Path, name: str, graph, check, module) -> GraphSpec:

@@ -193,6 +193,11 @@ class Bundle:
         return self.path / "sentences.txt"
 
     @property
+    def speech_tokens(self) -> Path:
+        """(K,) int32 in numpy's form: the tokens speech is read as; no file: all of the vocabulary."""
+        return self.path / "speech_tokens.npy"
+
+    @property
     def replay(self) -> Path:
         """Features of other people that a person's training goes over, so that nobody is forgotten; or no file."""
         return self.path / "replay.npz"
