@@ -116,6 +116,7 @@ def _write(folder: Path, options, encoder, llm, llm_sizes, tokenizer, projector,
         embeddings_sha256=sha256(folder / "token_embeddings.npy"),
         readout=make_readout(options, table.astype(np.float32) * llm_sizes.embedding_scale),
         files={},
+        projector_trained=options.projector is not None,
     )
 
 

@@ -281,6 +281,21 @@ def test_a_trained_projector_is_taken(models, general, tmp_path):
     assert all(torch.equal(v, general.state_dict()[k] + 1) for k, v in made.state_dict().items())
 
 
+def test_align_trains_a_general_projector_for_the_new_pair(int4, voice_path, make_user, run_cli, tmp_path):
+    """The bundle just exported, with a person in it, and sixty recordings."""
+    shutil.copytree(int4.bundle.path, tmp_path / "bundle")
+    make_user(int4.bundle, tmp_path / "bundle/users/ana")
+    assert not int4.bundle.manifest.projector_trained
+    data = ("--data", voice_path, "--utterances", 60, "--steps", 40, "--threads", 1)
+    done = run_cli("align", "--general", "--bundle", tmp_path / "bundle", *data)
+    assert done.status == 0, done.stderr
+    assert done.document["utterances"] == 60 and done.document["wer_after"] >= 0
+    bundle = Bundle.open(tmp_path / "bundle")
+    assert bundle.manifest.projector_trained and bundle.replay.is_file() and bundle.projector("ana").is_file()
+    weights = [data_of(b)[1] for b in (bundle, int4.bundle)]
+    assert weights[0] != weights[1]
+
+
 # --- what is refused, before anything is exported ---
 
 
