@@ -3,6 +3,7 @@
 Models come from local folders or hub ids, as transformers' `from_pretrained` takes them.
 """
 
+import contextlib
 import dataclasses
 import functools
 import shutil
@@ -32,11 +33,12 @@ from tiny_align.runtime.bundle import (
     write_manifest,
 )  # fmt: skip
 from tiny_align.runtime.errors import TinyAlignError
-from tiny_align.runtime.files import sha256, written_folder
+from tiny_align.runtime.files import sha256, writing, written_folder
 from tiny_align.runtime.llm import encode_in_place
 from tiny_align.runtime.readout import Readout, ctc_scale
 
 LARGE_VOCABULARY = 8192  # rows of the embedding table; speech is read as some of a larger one
+UNTRAINED = "Leave --projector out and train one with `tiny-align align --general`"
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,15 @@ def export_bundle(options: ExportOptions, out: Path) -> Manifest:
     """
     _check_sizes(options)
     _check_out(Path(out))
+    if options.sentences and not Path(options.sentences).is_file():
+        raise TinyAlignError(f"there is no file {options.sentences}: give --sentences a text file")
     encoder = load_encoder(options.encoder, options.encoder_layers)
     llm, tokenizer = load_llm(options.llm)
     projector = make_projector(encoder, llm, options)
     prompt = prompt_spec(tokenizer, options.instruction, options.repeat_instruction)  # refuses before the long part
     sizes = llm_spec(llm, tokenizer, options.max_context)
-    with written_folder(Path(out)) as folder:
+    _check_ends(options.llm, llm, tokenizer)
+    with writing(Path(out)), written_folder(Path(out)) as folder:
         manifest = _write(folder, options, encoder, llm, sizes, tokenizer, projector, prompt)
         return write_manifest(folder, manifest)
 
@@ -92,6 +97,17 @@ def _check_sizes(options: ExportOptions) -> None:
             raise TinyAlignError(f"--{name.replace('_', '-')} is {value}: give at least {least}")
 
 
+def _check_ends(path: str, llm, tokenizer) -> None:
+    """A tokenizer that knows no token which the model ends with is a smaller one, of another model."""
+    listed = llm.generation_config.eos_token_id
+    listed = listed if isinstance(listed, list) else [listed]
+    if listed != [None] and not set(listed) & set(tokenizer.get_vocab().values()):
+        raise TinyAlignError(
+            f"{path}: its model ends an answer with token {listed[0]}, its tokenizer goes up to token "
+            f"{max(tokenizer.get_vocab().values())}: they belong to different models"
+        )
+
+
 def _write(folder: Path, options, encoder, llm, llm_sizes, tokenizer, projector, prompt) -> Manifest:
     graphs = {
         "encoder": _write_graph(folder, "encoder", encoder_graph(encoder), parity.encoder_parity, encoder),
@@ -100,7 +116,9 @@ def _write(folder: Path, options, encoder, llm, llm_sizes, tokenizer, projector,
     }
     table = embedding_table(llm)
     np.save(folder / "token_embeddings.npy", table)
-    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    bound_to = sha256(folder / "token_embeddings.npy")
+    _check_binding(options.projector, bound_to)
+    (folder / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
     if options.sentences:
         shutil.copyfile(options.sentences, folder / "sentences.txt")
         if len(table) > LARGE_VOCABULARY:
@@ -120,9 +138,10 @@ def _write(folder: Path, options, encoder, llm, llm_sizes, tokenizer, projector,
             "tokens": (1, min(32, context), context),
             "past": (0, min(48, context), context),
         },
-        embeddings_sha256=sha256(folder / "token_embeddings.npy"),
+        embeddings_sha256=bound_to,
         readout=make_readout(options, table.astype(np.float32) * llm_sizes.embedding_scale),
         files={},
+        projector_trained=options.projector is not None,
     )
 
 
@@ -212,8 +231,6 @@ def _find(name: str, value: np.ndarray, places: dict, blob: bytes) -> WeightSpec
 def make_projector(encoder, llm, options: ExportOptions):
     """A projector between the two, with the weights of `options.projector` or random ones."""
     import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     from tiny_align.align.projector import build_projector
 
@@ -221,14 +238,43 @@ def make_projector(encoder, llm, options: ExportOptions):
     sizes = {"feature_size": encoder.feature_size, "embedding_size": llm.config.hidden_size}
     projector = build_projector({**sizes, "soft_tokens": options.soft_tokens, "kind": "bridgeformer"}).eval()
     if options.projector:
-        try:
-            projector.load_state_dict(load_file(options.projector))
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise TinyAlignError(f"{options.projector} is no projector for this encoder and LLM: {error}") from error
+        projector.load_state_dict(_fitting_weights(options.projector, projector.state_dict()))
     else:
         for value in projector.parameters():  # no two parameters alike, so that each is found in the graph
             value.data += torch.randn_like(value) * 1e-4
     return projector
+
+
+def _fitting_weights(path: str, wanted: dict) -> dict:
+    """The tensors of a safetensors file, which must have the names and sizes of those `wanted`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise TinyAlignError(f"{path} is no projector for this encoder and LLM: {error}") from error
+    for name in sorted(wanted.keys() | weights.keys()):
+        there, needed = (list(w[name].shape) if name in w else "absent" for w in (weights, wanted))
+        if there != needed:
+            raise TinyAlignError(
+                f"{path} is no projector for this encoder and LLM: its {name} is {there}, needed is {needed}. "
+                f"{UNTRAINED}"
+            )
+    return weights
+
+
+def _check_binding(path: str | None, embeddings_sha256: str) -> None:
+    """A projector's file may say which embedding table it was trained for; sizes alone do not tell."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") if path else contextlib.nullcontext() as file:
+        bound_to = ((file and file.metadata()) or {}).get("embeddings_sha256", embeddings_sha256)
+    if bound_to != embeddings_sha256:
+        raise TinyAlignError(
+            f"{path} was trained for another LLM (embeddings {bound_to[:12]}, this one has {embeddings_sha256[:12]}). "
+            f"{UNTRAINED}"
+        )
 
 
 def make_readout(options: ExportOptions, table: np.ndarray) -> Readout:

@@ -112,6 +112,7 @@ class Manifest:
     embeddings_sha256: str  # the LLM's embedding table; a projector is bound to it
     readout: Readout  # how the projector's output becomes soft tokens
     files: dict[str, str]  # every file of the bundle but this one -> SHA-256
+    projector_trained: bool = True  # False: the general projector is random still
     schema: int = SCHEMA
 
     @property
