@@ -18,7 +18,7 @@ from tiny_align.export.encoders import encoder_graph, load_encoder
 from tiny_align.export.graphs import projector_graph
 from tiny_align.export.llms import embedding_table, llm_graph, llm_spec, load_llm
 from tiny_align.export.prompts import prompt_spec
-from tiny_align.export.quantise import quantise_int4
+from tiny_align.export.quantise import BLOCKS, forms, quantise
 from tiny_align.runtime.backend import load_runner
 from tiny_align.runtime.bundle import (
     MANIFEST,
@@ -43,7 +43,9 @@ class ExportOptions:
     encoder_layers: tuple[int, ...] = (-1,)  # hidden states that make the features; -1 is the last layer's
     sentences: str | None = None  # a text file: what a person may be asked to read, one sentence per line
     projector: str | None = None  # a safetensors file; None: an untrained one
-    precision: str = "int4"  # of the LLM: "int4" or "fp32"
+    precision: str = "int4"  # of the LLM's weights: see quantise.BITS
+    head_precision: str | None = None  # of its output layer; None: "int8" with "int4", else the layers'
+    block_size: int = BLOCKS[0]  # weights in integers that share a scale
     name: str = "bundle"
     instruction: str = "Answer the user."
     repeat_instruction: str = "Repeat what the user says."
@@ -61,6 +63,7 @@ def export_bundle(options: ExportOptions, out: Path) -> Manifest:
             from PyTorch by more than parity.TOLERANCE, or an `out` with something else in it.
     """
     _check_sizes(options)
+    forms(options.precision, options.head_precision, options.block_size)
     _check_out(Path(out))
     encoder = load_encoder(options.encoder, options.encoder_layers)
     llm, tokenizer = load_llm(options.llm)
@@ -91,7 +94,7 @@ def _write(folder: Path, options, encoder, llm, llm_sizes, tokenizer, projector,
     graphs = {
         "encoder": _write_graph(folder, "encoder", encoder_graph(encoder), parity.encoder_parity, encoder),
         "projector": _write_graph(folder, "projector", projector_graph(projector), parity.projector_parity, projector),
-        "llm": _write_llm(folder, llm, options.precision, llm_sizes.max_context),
+        "llm": _write_llm(folder, llm, options, llm_sizes.max_context),
     }
     table = embedding_table(llm)
     np.save(folder / "token_embeddings.npy", table)
@@ -136,19 +139,19 @@ def _hold(name: str, figures: dict[str, float]) -> None:
         )
 
 
-def _write_llm(folder: Path, llm, precision: str, max_context: int) -> GraphSpec:
-    """The FP32 graph is checked in any case; in the bundle goes what `precision` says."""
+def _write_llm(folder: Path, llm, options: ExportOptions, max_context: int) -> GraphSpec:
+    """The FP32 graph is checked in any case; in the bundle goes what the options say."""
     check = functools.partial(parity.llm_parity, lengths=parity.llm_lengths(llm.config, max_context))
-    if precision == "fp32":
+    layers, head = forms(options.precision, options.head_precision, options.block_size)
+    if layers.bits == head.bits == 32:
         return _write_graph(folder, "llm", llm_graph(llm), check, llm)
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
         exact = _write_graph(Path(temporary), "llm", llm_graph(llm), check, llm)
-        quantise_int4(Path(temporary) / exact.file, folder / exact.file)
-    spec = dataclasses.replace(exact, precision=precision)
+        quantise(Path(temporary) / exact.file, folder / exact.file, layers, head)
+    spec = dataclasses.replace(exact, precision=options.precision)
     with load_runner(folder / spec.file, spec, "onnxruntime") as runner:
-        cost = check(runner, llm)
-    fp32 = exact.parity["max_abs_diff_to_pytorch"]
-    return dataclasses.replace(spec, parity={"max_abs_diff_to_pytorch": fp32, "int4_max_abs_diff_to_pytorch": cost})
+        cost = {f"{options.precision}_max_abs_diff_to_pytorch": check(runner, llm)}
+    return dataclasses.replace(spec, parity={**exact.parity, **cost})
 
 
 def find_weights(graph: Path, projector) -> tuple[WeightSpec, ...]:
