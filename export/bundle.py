@@ -21,7 +21,7 @@ from tiny_align.export.graphs import projector_graph
 from tiny_align.export.llms import embedding_table, llm_graph, llm_spec, load_llm
 from tiny_align.export.packing import share_weights
 from tiny_align.export.prompts import prompt_spec
-from tiny_align.export.quantise import quantise_int4
+from tiny_align.export.quantise import BLOCKS, forms, quantise
 from tiny_align.runtime.backend import load_decoder, load_runner
 from tiny_align.runtime.bundle import (
     MANIFEST,
@@ -50,7 +50,9 @@ class ExportOptions:
     encoder_layers: tuple[int, ...] = (-1,)  # hidden states that make the features; -1 is the last layer's
     sentences: str | None = None  # a text file: what a person may be asked to read, one sentence per line
     projector: str | None = None  # a safetensors file; None: an untrained one
-    precision: str = "int4"  # of the LLM: "int4" or "fp32"
+    precision: str = "int4"  # of the LLM's weights: see quantise.BITS
+    head_precision: str | None = None  # of its output layer; None: "int8" with "int4", else the layers'
+    block_size: int = BLOCKS[0]  # weights in integers that share a scale
     name: str = "bundle"
     instruction: str = "Answer the user."
     repeat_instruction: str = "Repeat what the user says."
@@ -68,6 +70,7 @@ def export_bundle(options: ExportOptions, out: Path) -> Manifest:
             from PyTorch by more than parity.TOLERANCE, or an `out` with something else in it.
     """
     _check_sizes(options)
+    forms(options.precision, options.head_precision, options.block_size)
     _check_out(Path(out))
     if options.sentences and not Path(options.sentences).is_file():
         raise TinyAlignError(f"there is no file {options.sentences}: give --sentences a text file")
@@ -112,7 +115,7 @@ def _write(folder: Path, options, encoder, llm, llm_sizes, tokenizer, projector,
     graphs = {
         "encoder": _write_graph(folder, "encoder", encoder_graph(encoder), parity.encoder_parity, encoder),
         "projector": _write_graph(folder, "projector", projector_graph(projector), parity.projector_parity, projector),
-        "llm": _write_llm(folder, llm, options.precision, llm_sizes.max_context),
+        "llm": _write_llm(folder, llm, options, llm_sizes.max_context),
     }
     table = embedding_table(llm)
     np.save(folder / "token_embeddings.npy", table)
@@ -169,28 +172,29 @@ def _hold(name: str, figures: dict[str, float]) -> None:
         )
 
 
-def _write_llm(folder: Path, llm, precision: str, max_context: int) -> GraphSpec:
+def _write_llm(folder: Path, llm, options: ExportOptions, max_context: int) -> GraphSpec:
     """The plain graph and the one for ONNX Runtime, their weights stored once.
 
-    Both are checked in FP32 in any case; in the bundle goes what `precision` says.
+    Both are checked in FP32 in any case; in the bundle goes what the options say.
     """
     lengths = parity.llm_lengths(llm.config, max_context)
     plain = functools.partial(_checked, load_runner, parity.llm_parity, llm, lengths)
     fused = functools.partial(_checked, load_decoder, parity.decoder_parity, llm, lengths)
+    layers, head = forms(options.precision, options.head_precision, options.block_size)
     specs = {}
     for name, trace, check in (("llm", llm_graph, plain), ("llm.ort", fused_llm_graph, fused)):
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:  # on the disk that must have room anyway
             source = Path(temporary) / f"{name}.onnx"
             exact = trace(llm).save(source)
             figures = {"max_abs_diff_to_pytorch": check(source, exact)}
             _hold(name, figures["max_abs_diff_to_pytorch"])
-            if precision == "fp32":
+            if layers.bits == head.bits == 32:
                 for path in (source, source.with_name(f"{source.name}.data")):
                     path.replace(folder / path.name)
             else:
-                quantise_int4(source, folder / source.name)
-                figures[f"{precision}_max_abs_diff_to_pytorch"] = check(folder / source.name, exact)
-        specs[name] = dataclasses.replace(exact, precision=precision, parity=figures)
+                quantise(source, folder / source.name, layers, head)
+                figures[f"{options.precision}_max_abs_diff_to_pytorch"] = check(folder / source.name, exact)
+        specs[name] = dataclasses.replace(exact, precision=options.precision, parity=figures)
     share_weights(folder / specs["llm"].file, folder / specs["llm.ort"].file)
     return dataclasses.replace(specs["llm"], backends={"onnxruntime": specs["llm.ort"]})
 

@@ -46,7 +46,7 @@ class GraphSpec:
     """One ONNX graph of the bundle, and what stands in its place for a backend with operators of its own."""
 
     file: str
-    precision: str  # "fp32", "int4"
+    precision: str  # "fp32", "fp16", "int8", "int4": of most of its weights
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     parity: dict = field(default_factory=dict)  # max absolute difference to PyTorch, by length

@@ -182,16 +182,14 @@ def test_the_llm_gives_the_last_positions_logits_only(exported):
     ]
 
 
-def test_the_llm_is_int4_but_for_its_output_layer(int4):
+def test_the_llm_is_int4_and_its_output_layer_int8(int4):
     model = read(int4.bundle, "llm")
     kinds = {t.name: t.data_type for t in model.graph.initializer}
-    quantised = [n for n in model.graph.node if n.op_type == "DequantizeLinear"]
-    assert len(quantised) == LINEARS * LAYERS
-    assert all(kinds[node.input[0]] == onnx.TensorProto.INT4 for node in quantised)
     made = {output: node for node in model.graph.node for output in node.output}
-    last = made["logits"]
-    assert last.op_type == "MatMul" and last.input[1] in kinds and kinds[last.input[1]] == onnx.TensorProto.FLOAT
-    assert int4.bundle.graph("llm").with_name("llm.onnx.data").stat().st_size < 0.5 * 4 * weights_of(model)
+    stored = {n.output[0]: kinds[n.input[0]] for n in model.graph.node if n.op_type == "DequantizeLinear"}
+    assert stored.pop(made["logits"].input[1]) == onnx.TensorProto.INT8
+    assert list(stored.values()) == [onnx.TensorProto.INT4] * LINEARS * LAYERS
+    assert int4.bundle.graph("llm").with_name("llm.onnx.data").stat().st_size < 0.25 * 4 * weights_of(model)
 
 
 def weights_of(model) -> int:
@@ -324,6 +322,12 @@ def test_an_unsupported_architecture_is_refused(refused, models, bert, tmp_path,
 def test_a_path_that_is_not_there_is_refused(refused, models, tmp_path, kind):
     sentence = refused(models, tmp_path / "out", **{kind: tmp_path / "nothing/here"})
     assert "there is no model folder" in sentence and "nothing/here" in sentence
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("option", "value"), [("precision", "int5"), ("head-precision", "best"), ("block-size", 48)])
+def test_a_precision_that_there_is_not_is_refused(refused, models, tmp_path, option, value):
+    assert f"--{option} is {value}: choose one of " in refused(models, tmp_path / "out", f"--{option}", value)
     assert not list(tmp_path.iterdir())
 
 

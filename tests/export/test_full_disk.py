@@ -37,7 +37,7 @@ WRITERS = {  # what is written when the disk is full: (where the writer is, its 
     "the encoder": (Graph, "save", of("encoder.onnx")),
     "the projector": (Graph, "save", of("projector.onnx")),
     "the LLM in FP32": (Graph, "save", of("llm.onnx")),
-    "the LLM in INT4": (exporter, "quantise_int4", lambda _: True),
+    "the LLM in INT4": (exporter, "quantise", lambda _: True),
     "the embedding table": (np, "save", of("token_embeddings.npy")),
     "the manifest": (exporter, "write_manifest", lambda _: True),
 }

@@ -41,7 +41,7 @@ from benchmarks.tiny_llms import (  # noqa: E402
 from tiny_align.export.llms import LLMS, embedding_table, end_tokens, load_llm  # noqa: E402
 from tiny_align.export.parity import TOLERANCE, llm_lengths  # noqa: E402
 from tiny_align.export.prompts import prompt_spec  # noqa: E402
-from tiny_align.export.quantise import quantise_int4  # noqa: E402
+from tiny_align.export.quantise import forms, quantise  # noqa: E402
 
 TEXTS = (ENDED_TEXT, "Call my mother", "  two three four ")
 DECODING = Decoding(max_tokens=N_TOKENS, loop_tokens=0)
@@ -166,14 +166,20 @@ def test_the_readouts_scale_is_for_the_table_as_the_llm_sees_it(exported):
     assert scale == pytest.approx(1 / (table.std() * math.sqrt(table.shape[1])), rel=1e-4)
 
 
-@pytest.mark.parametrize("exported", ["llama", "gemma2"], indirect=True)  # the latter caps its logits after the MatMul
-def test_int4_leaves_the_output_layer_alone(exported, tmp_path):
-    quantise_int4(exported.bundle.graph("llm"), tmp_path / "llm.onnx")
-    model = onnx.load(str(tmp_path / "llm.onnx"), load_external_data=False)
-    assert len([n for n in model.graph.node if n.op_type == "DequantizeLinear"]) == 2 * 7  # of two layers
-    kinds = {t.name: t.data_type for t in model.graph.initializer}
-    heads = [t for t in model.graph.initializer if exported.bundle.manifest.llm.vocabulary in t.dims]
-    assert [kinds[t.name] for t in heads] == [onnx.TensorProto.FLOAT]
+def test_every_weight_is_quantised_and_the_output_layer_is_found(exported, tmp_path):
+    """Gemma 2 caps its logits after the MatMul that makes them."""
+    quantise(exported.bundle.graph("llm"), tmp_path / "llm.onnx", *forms("int4"))
+    graph = onnx.load(str(tmp_path / "llm.onnx"), load_external_data=False).graph
+    kinds = {t.name: (t.data_type, tuple(t.dims)) for t in graph.initializer}
+    codes = [kinds[n.input[0]] for n in graph.node if n.op_type == "DequantizeLinear"]
+    large = [
+        n for n, (kind, dims) in kinds.items() if kind == onnx.TensorProto.FLOAT and len(dims) > 1 and max(dims) > 8
+    ]
+    assert all(name.endswith(".scales") for name in large)
+    heads = [kind for kind, (_, n) in codes if n == exported.bundle.manifest.llm.vocabulary]
+    assert heads == [onnx.TensorProto.INT8] and len(codes) == 1 + len(
+        [c for c in codes if c[0] == onnx.TensorProto.INT4]
+    )
     with load_runner(tmp_path / "llm.onnx", exported.bundle.manifest.graphs["llm"], "onnxruntime", 1) as runner:
         llm = LanguageModel(exported.bundle, runner)
         assert len(list(llm.generate(exported.prompt(9), dataclasses.replace(DECODING, max_tokens=3)))) <= 3
