@@ -93,14 +93,17 @@ class Assistant:
         """
         bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         encoder, projector, llm = (bundle.manifest.graphs[name].on(backend) for name in ("encoder", "projector", "llm"))
-        return cls(
+        path = bundle.projector(user, users)
+        assistant = cls(
             bundle,
             load_runner(bundle.graph("encoder", backend), encoder, backend, threads),
-            load_runner(bundle.projector(user, users), projector, backend, threads),
+            load_runner(path, projector, backend, threads),
             load_decoder(bundle.graph("llm", backend), llm, backend, threads),
             backend,
             threads,
         )
+        assistant.llm.read_speech_as(bundle.speech_tokens(path))
+        return assistant
 
     def features(self, audio: np.ndarray) -> np.ndarray:
         """(S,) float32 audio -> (N, Da) float32 encoder features, none of them after the end of the audio."""
@@ -127,9 +130,10 @@ class Assistant:
         return merge_similar(out, self._readout.merge_cosine)
 
     def swap_projector(self, path: Path) -> None:
-        """Use another person's projector graph from the next utterance on."""
+        """Use another person's projector graph, and the tokens they may say, from the next utterance on."""
         old, spec = self._projector, self.bundle.manifest.graphs["projector"]
         self._projector = load_runner(path, spec, self.backend, self._threads)
+        self.llm.read_speech_as(self.bundle.speech_tokens(path))
         old.close()
 
     def stream(

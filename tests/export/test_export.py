@@ -261,7 +261,7 @@ def test_a_persons_weights_reach_the_graph(fp32, general, tmp_path):
     person, before = build_projector(fp32.bundle.manifest.projector).eval(), data_of(fp32.bundle)
     for value in person.parameters():
         value.data += 0.1 * torch.randn_like(value)
-    write_user(fp32.bundle, tmp_path / "ana", person.state_dict(), {"steps": 1})
+    write_user(fp32.bundle, tmp_path / "ana", person.state_dict(), {"steps": 1}, fp32.bundle.speech_tokens())
     path = fp32.bundle.projector("ana", tmp_path)
     assert_graph_is(path, fp32.bundle, person)
     again = load_projector(fp32.bundle, path).state_dict()
