@@ -49,7 +49,7 @@ class ExportOptions:
     encoder: str
     llm: str
     encoder_layers: tuple[int, ...] = (-1,)  # hidden states that make the features; -1 is the last layer's
-    sentences: str | None = None  # a text file: what a person may be asked to read, one sentence per line
+    sentences: str | None = None  # a text file: what a person may be asked to read and may say, a sentence per line
     projector: str | None = None  # a safetensors file; None: an untrained one
     precision: str = "int4"  # of the LLM: "int4" or "fp32"
     name: str = "bundle"

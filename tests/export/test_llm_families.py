@@ -237,6 +237,21 @@ def test_a_tokenizer_kept_with_truncation_and_padding_goes_without(folders, tmp_
     assert tokenizer.backend_tokenizer.truncation is None and tokenizer.backend_tokenizer.padding is None
 
 
+def test_special_tokens_may_be_beyond_the_table_and_no_others(folders, tmp_path):
+    """As Gemma 3's text models have them: the token of an image, for which there is no row."""
+    shutil.copytree(folders("gemma3"), tmp_path / "llm")
+    tokenizer = tokenizer_of(folders, "gemma3")
+    rows = len(load_llm(str(folders("gemma3")))[0].get_input_embeddings().weight)
+    tokenizer.add_tokens([f"<soft {n}>" for n in range(rows - len(tokenizer) + 1)], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path / "llm")
+    _, loaded = load_llm(str(tmp_path / "llm"))
+    assert max(loaded.get_vocab().values()) == rows
+    tokenizer.add_tokens(["word"])
+    tokenizer.save_pretrained(tmp_path / "llm")
+    with pytest.raises(TinyAlignError, match=f"goes up to token {rows + 1}, its embedding table has {rows} rows"):
+        load_llm(str(tmp_path / "llm"))
+
+
 def test_a_tokenizer_that_joins_words_and_template_is_refused(folders):
     tokenizer = tokenizer_of(folders, "smollm2")
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}"
