@@ -15,7 +15,7 @@ import numpy as np
 
 from tiny_align.align.feature_cache import Stored, cached_file, kept
 from tiny_align.align.objectives import default_for, make
-from tiny_align.align.personalise import SILENCES, Effort, embedding_table, make_example, open_for
+from tiny_align.align.personalise import SILENCES, Effort, embedding_table, make_examples, open_for
 from tiny_align.align.silence import nothing_said
 from tiny_align.align.train import Example, Trained, Trainer, TrainOptions
 from tiny_align.align.users import load_projector, write_general
@@ -83,16 +83,16 @@ def stored_examples(assistant: Assistant, utterances: list, folder: Path, quiet:
     """Those that can be used, their features in `folder`; the log names each other one and what is wrong with it."""
     from tqdm import tqdm
 
-    examples = []
+    texts, features = [], []
     for utterance in tqdm(utterances, desc="encode", unit="utt", disable=quiet, mininterval=0.5):
         try:
             assistant.llm.encode_words(utterance.text)
-            features = Stored(cached_file(assistant, utterance, folder))
+            features.append(Stored(cached_file(assistant, utterance, folder)))
         except (AudioError, DataError) as error:
             log.warning("left out %s: %s", utterance.audio, error)
         else:
-            examples.append(make_example(assistant.llm, utterance.text, features))
-    return examples
+            texts.append(utterance.text)
+    return make_examples(assistant.llm, texts, [features])
 
 
 def train_general(
@@ -115,7 +115,7 @@ def train_general(
     trained = Trainer(projector, examples, target, options, work, silence).run(quiet, untrained=untrained)
     if trained.record["improved"] or untrained:
         spread = examples[:: max(1, len(examples) // REPLAYED)][:REPLAYED]  # of many people, where they come in turn
-        write_general(bundle, trained.weights, spread + silence[:SILENCES])
+        write_general(bundle, trained.weights, spread + silence[:SILENCES], assistant.llm.speech_tokens)
     (work / "state.safetensors").unlink(missing_ok=True)  # the features stay for the next time
     return trained
 

@@ -6,6 +6,7 @@ old projector as it was, and the same command resumes it. The bundle's own proje
 
 import contextlib
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,10 +98,12 @@ def personalise(bundle_path: Path, utterances: list, user: str, users: Path, eff
         check_transcripts(assistant, training)
         heard = hear(assistant, test, quiet=quiet)
         before = score(assistant, heard, quiet=quiet)
-        start = load_projector(bundle, _own_or_general(bundle, user, users))
+        own = _own_or_general(bundle, user, users)
+        start = load_projector(bundle, own)
+        extend_speech(assistant.llm, bundle.speech_tokens(own).tolist())
         trained = _train(assistant, start, training, work, effort, quiet)
         summary = {k: trained.record[k] for k in ("steps", "train_seconds", "utterances", "improved")}
-        write_user(bundle, folder, trained.weights, trained.record)
+        write_user(bundle, folder, trained.weights, trained.record, assistant.llm.speech_tokens)
         (work / "state.safetensors").unlink(missing_ok=True)  # the features stay for the next time
         assistant.swap_projector(bundle.projector(user, users))
         after = score(assistant, heard, quiet=quiet)
@@ -139,26 +142,43 @@ def _train(assistant, projector, utterances: list, work: Path, effort: Effort, q
     chosen = {name: getattr(effort, name) for name in ("steps", "max_seconds", "seed")}
     chosen["objective"] = effort.objective or default_for(projector.config.soft_tokens)
     options = TrainOptions(**{k: v for k, v in chosen.items() if v is not None})
-    objective = make(options, embedding_table(assistant), assistant.bundle.manifest.readout.scale)
     began = time.perf_counter()
     takes = [
         cached_features(assistant, utterances, work / "features", quiet, variation=k) for k in range(VARIATIONS + 1)
     ]
-    examples = [make_example(assistant.llm, u.text, *t) for u, t in zip(utterances, zip(*takes))]
+    examples = make_examples(assistant.llm, [u.text for u in utterances], takes)
     company = company_of(assistant, options.objective)
     encode_seconds = time.perf_counter() - began
+    objective = make(options, embedding_table(assistant), assistant.bundle.manifest.readout.scale)
     trained = Trainer(projector, examples, objective, options, work, company).run(quiet)
     trained.record["encode_seconds"] = encode_seconds
     trained.record["train_seconds"] += encode_seconds  # what the person waits
     return trained
 
 
-def make_example(llm, text: str, features, *variations):
-    """Transcript and features as the trainer takes them."""
+def make_examples(llm, texts: list[str], takes: list[list]) -> list:
+    """Transcripts and features as the trainer takes them, after the LLM's speech vocabulary has got their tokens.
+
+    Args:
+        takes: the features of every text's recording, then those of its first variation, and so on.
+    """
     from tiny_align.align.train import Example
 
-    tokens = llm.encode_words(text)
-    return Example(features, tokens, [len(llm.tokenizer.decode([t]).strip()) for t in tokens], variations)
+    lines = [llm.encode_words(text) for text in texts]
+    extend_speech(llm, (token for line in lines for token in line))
+    place = {token: i for i, token in enumerate(llm.speech_tokens.tolist())}
+    letters = {token: len(llm.tokenizer.decode([token]).strip()) for line in lines for token in line}
+    return [
+        Example(features, [place[t] for t in line], [letters[t] for t in line], tuple(variations))
+        for line, (features, *variations) in zip(lines, zip(*takes))
+    ]
+
+
+def extend_speech(llm, tokens: Iterable[int]) -> None:
+    """Put the tokens that the LLM's speech vocabulary lacks at its end: no place that is in use changes."""
+    import numpy as np
+
+    llm.read_speech_as(np.array(list(dict.fromkeys([*llm.speech_tokens.tolist(), *tokens])), np.int32))
 
 
 def company_of(assistant, objective: str) -> list:
@@ -185,7 +205,7 @@ def quiet_examples(assistant, n: int, seed: int) -> list:
 
 
 def embedding_table(assistant):
-    """(V, D) float32: what the LLM sees for every token."""
+    """(K, D) float32: what the LLM sees for every token of the speech vocabulary, once its examples are made."""
     import torch
 
-    return torch.from_numpy(assistant.llm.table)
+    return torch.from_numpy(assistant.llm.speech_table)

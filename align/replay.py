@@ -13,7 +13,7 @@ from tiny_align.align.train import Example
 
 
 def write_replay(path: Path, examples: list[Example]) -> None:
-    """Features as float16, tokens and their lengths, of each example's recording as it is; one .npz file."""
+    """Features as float16, tokens (places in the bundle's speech vocabulary) and their lengths, of each recording."""
     features = [array_of(e.features) for e in examples]
     np.savez_compressed(
         path,

@@ -55,10 +55,10 @@ class Example:
     """One utterance for training."""
 
     features: np.ndarray | Stored  # (N, Da) float32
-    tokens: list[int]
+    tokens: list[int]  # places in the speech vocabulary, which are rows of the objective's table
     token_lengths: list[int]  # letters
     variations: tuple[np.ndarray | Stored, ...] = ()  # features of the recording made a little differently
-    answers: tuple[tuple[int, ...], ...] = ()  # typed ones, end tokens included, one per prompt of "end-to-end"
+    answers: tuple[tuple[int, ...], ...] = ()  # token ids, the end's included, for each prompt of "end-to-end"
 
     def take(self, rng: np.random.Generator | None) -> Tensor:
         """(N, Da): the recording itself or, with `rng`, one of its variations too."""

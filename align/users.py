@@ -10,7 +10,14 @@ from torch import Tensor
 from tiny_align.align.projector import build_projector
 from tiny_align.align.replay import write_replay
 from tiny_align.align.train import Example
-from tiny_align.runtime.bundle import Bundle, Manifest, check_user, write_manifest, write_user_record
+from tiny_align.runtime.bundle import (
+    SPEECH_TOKENS,
+    Bundle,
+    Manifest,
+    check_user,
+    write_manifest,
+    write_user_record,
+)
 from tiny_align.runtime.files import link_tree, writing, written_folder
 
 
@@ -42,19 +49,31 @@ def write_weights(path: Path, manifest: Manifest, weights: dict[str, Tensor]) ->
             file.write(np.ascontiguousarray(array.T if spec.transposed else array).tobytes())
 
 
-def write_user(bundle: Bundle, folder: Path, weights: dict[str, Tensor], training: dict) -> dict:
-    """Write users/NAME: graph, weights and record appear together or not at all."""
+def write_speech_tokens(folder: Path, bundle: Bundle, tokens: np.ndarray) -> None:
+    """Write the speech vocabulary (K,) of a projector in `folder` unless it is the bundle's, which is there already."""
+    if not np.array_equal(tokens, bundle.speech_tokens()):
+        (folder / SPEECH_TOKENS).unlink(missing_ok=True)  # it may be a link
+        np.save(folder / SPEECH_TOKENS, tokens)
+
+
+def write_user(
+    bundle: Bundle, folder: Path, weights: dict[str, Tensor], training: dict, speech_tokens: np.ndarray
+) -> dict:
+    """Write users/NAME: graph, weights, speech vocabulary and record appear together or not at all."""
     graph = bundle.graph("projector")
     with writing(folder), written_folder(folder) as temporary:
         for name in (graph.name, data_file(bundle)):
             shutil.copyfile(graph.parent / name, temporary / name)
         write_weights(temporary / data_file(bundle), bundle.manifest, weights)
+        write_speech_tokens(temporary, bundle, speech_tokens)
         write_user_record(temporary, bundle.manifest, training)
     return check_user(folder, bundle.manifest)
 
 
-def write_general(bundle: Bundle, weights: dict[str, Tensor], replayed: list[Example]) -> None:
-    """Give a bundle another general projector and replay file, at once; persons and engines stay in it.
+def write_general(
+    bundle: Bundle, weights: dict[str, Tensor], replayed: list[Example], speech_tokens: np.ndarray
+) -> None:
+    """Give a bundle another general projector, speech vocabulary and replay file, at once; all else stays in it.
 
     Raises:
         TinyAlignError: the bundle's folder cannot be written; the bundle is as it was.
@@ -68,4 +87,5 @@ def write_general(bundle: Bundle, weights: dict[str, Tensor], replayed: list[Exa
         replay = temporary / bundle.replay.name
         replay.unlink(missing_ok=True)
         write_replay(replay, replayed)
+        write_speech_tokens(temporary, bundle, speech_tokens)
         write_manifest(temporary, dataclasses.replace(bundle.manifest, projector_trained=True))

@@ -29,7 +29,7 @@ from tiny_align.align.demo import shipped
 from tiny_align.align.evaluate import Heard, hear, score
 from tiny_align.align.feature_cache import cached_features
 from tiny_align.align.objectives import FRAMED, POOLED
-from tiny_align.align.personalise import VARIATIONS, company_of, embedding_table, make_example, quiet_examples
+from tiny_align.align.personalise import VARIATIONS, company_of, embedding_table, make_examples, quiet_examples
 from tiny_align.align.projector import PROJECTORS, build_projector
 from tiny_align.align.silence import hiss
 from tiny_align.align.train import Trainer, TrainOptions
@@ -74,7 +74,7 @@ class Speaking:
 
     def __post_init__(self):
         self.bundle, self.answer_soft_tokens = self.assistant.bundle, self.assistant.answer_soft_tokens
-        self.table = self.assistant.llm.table
+        self.table = self.assistant.llm.speech_table
 
     def soft_tokens(self, features: np.ndarray) -> np.ndarray:
         import torch
@@ -121,12 +121,10 @@ def examples_of(assistant: Assistant, folder: Path, n: int | None = None) -> lis
     takes = [cached_features(assistant, utterances, folder / "features", variation=k) for k in range(VARIATIONS + 1)]
     replies, llm = answers(), assistant.llm
     end = assistant.bundle.manifest.llm.end_tokens[0]
+    texts = [u.text for u in utterances]
     return [
-        replace(
-            make_example(llm, u.text, *t),
-            answers=tuple((*llm.encode(text), end) for text in (replies[u.text], u.text)),
-        )
-        for u, t in zip(utterances, zip(*takes))
+        replace(example, answers=tuple((*llm.encode(answer), end) for answer in (replies[text], text)))
+        for text, example in zip(texts, make_examples(llm, texts, takes))
     ]
 
 
@@ -297,7 +295,7 @@ class Shipped:
         utterances = split_of(load_dataset(folder), "train")
         cache = Path(self.setting.work) / self.name / "features"
         takes = [cached_features(self.assistant, utterances, cache, variation=k) for k in range(VARIATIONS + 1)]
-        return [make_example(self.assistant.llm, u.text, *t) for u, t in zip(utterances, zip(*takes))]
+        return make_examples(self.assistant.llm, [u.text for u in utterances], takes)
 
     def _measure(self) -> dict:
         general = load_projector(self.assistant.bundle, self.assistant.bundle.graph("projector"))

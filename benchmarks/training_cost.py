@@ -2,7 +2,8 @@
 
     python -m benchmarks.training_cost [--shapes llama-3.2-1b llama-3.2-3b] [--json]
 
-Random weights of the named shapes; the same projector, batch and utterance lengths on both sides. Every
+Random weights of the named shapes; the same projector, batch and utterance lengths on both sides. Without the LLM the
+table is that of the speech vocabulary, of a few thousand tokens and of as many as a large data set has. Every
 measurement is a process of its own, so that its peak memory is its own. Writes benchmarks/results/training_cost.json;
 the last line of stdout is the same document.
 """
@@ -12,7 +13,6 @@ import json
 import multiprocessing
 import resource
 import sys
-import tempfile
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -47,10 +47,12 @@ SHAPES = {  # the reference bundle's LLM, and two of https://huggingface.co/meta
     "llama-3.2-1b": Shape(2048, 16, 32, 8, 8192, 128_256, 64),
     "llama-3.2-3b": Shape(3072, 28, 24, 8, 8192, 128_256, 128),
 }
-FORMS = {  # what is trained: (objective, the LLM's precision, steps)
-    "ctc": ("ctc", "float32", 30),
-    "end-to-end": ("end-to-end", "float32", 2),
-    "end-to-end bf16": ("end-to-end", "bfloat16", 2),
+LARGEST = 20_000  # tokens of the speech vocabulary of a large data set
+FORMS = {  # what is trained: (objective, the LLM's precision, steps, tokens of the speech vocabulary)
+    "ctc": ("ctc", "float32", 30, 4000),
+    f"ctc, {LARGEST:,} tokens": ("ctc", "float32", 30, LARGEST),
+    "end-to-end": ("end-to-end", "float32", 2, None),
+    "end-to-end bf16": ("end-to-end", "bfloat16", 2, None),
 }
 
 
@@ -77,23 +79,7 @@ def build_llm(shape: Shape, dtype):
         torch.set_default_dtype(default)
 
 
-def mapped_table(shape: Shape, folder: Path):
-    """(V, D) float16 memory-mapped, as a bundle keeps its embedding table."""
-    import torch
-
-    path = folder / "table.npy"
-    rng, table = (
-        np.random.default_rng(0),
-        np.lib.format.open_memmap(path, "w+", np.float16, (shape.vocabulary, shape.hidden)),
-    )
-    for start in range(0, shape.vocabulary, 8192):
-        rows = table[start : start + 8192]
-        rows[:] = 0.02 * rng.standard_normal(rows.shape, np.float32)
-    table.flush()
-    return torch.from_numpy(np.load(path, mmap_mode="c"))
-
-
-def make_objective(options, shape: Shape, dtype, folder: Path):
+def make_objective(options, shape: Shape, dtype, n_tokens: int):
     import torch
 
     from tiny_align.align.objectives import make
@@ -103,22 +89,23 @@ def make_objective(options, shape: Shape, dtype, folder: Path):
     if options.objective == "end-to-end":
         prompt = 0.02 * torch.randn(PROMPT, shape.hidden)
         return make(options, None, llm=FrozenLlm(build_llm(shape, dtype), [prompt], prompt[:1]))
-    table = mapped_table(shape, folder)
-    return make(options, table, ctc_scale(table[:4096].numpy()))
+    table = 0.02 * torch.randn(n_tokens, shape.hidden)
+    return make(options, table, ctc_scale(table.numpy()))
 
 
-def utterances(shape: Shape) -> list:
-    """A batch of them: noise for features, random words."""
+def utterances(shape: Shape, n_tokens: int) -> list:
+    """A batch of them: noise for features, random words of the speech vocabulary."""
     from tiny_align.align.train import Example
 
     rng = np.random.default_rng(0)
 
-    def tokens(n: int) -> list[int]:
-        return rng.integers(shape.vocabulary, size=n).tolist()
+    def tokens(n: int, among: int) -> list[int]:
+        return rng.integers(among, size=n).tolist()
 
     def one() -> Example:
         features = rng.standard_normal((FRAMES, FEATURES)).astype(np.float32)
-        return Example(features, tokens(WORDS), [5] * WORDS, answers=(tuple(tokens(ANSWER)),))
+        answer = tuple(tokens(ANSWER, shape.vocabulary))
+        return Example(features, tokens(WORDS, n_tokens), [5] * WORDS, answers=(answer,))
 
     return [one() for _ in range(BATCH + 1)]  # one is held out
 
@@ -132,26 +119,31 @@ def measure(shape_name: str, form: str, threads: int) -> dict:
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    shape, (objective, precision, steps) = SHAPES[shape_name], FORMS[form]
+    shape, (objective, precision, steps, spoken) = SHAPES[shape_name], FORMS[form]
+    n_tokens = min(spoken or shape.vocabulary, shape.vocabulary)
     options = TrainOptions(
         objective=objective, parts=(), batch=BATCH, held_out=0.0, max_seconds=float("inf"), check_every=10**6
     )
     soft_tokens = None if objective == "ctc" else SOFT_TOKENS
     sizes = {"feature_size": FEATURES, "embedding_size": shape.hidden, "soft_tokens": soft_tokens}
-    projector, examples = build_projector({**sizes, "kind": "bridgeformer"}), utterances(shape)
-    with tempfile.TemporaryDirectory() as folder:
-        target = make_objective(options, shape, getattr(torch, precision), Path(folder))
-        for n in (1, steps):
-            record = Trainer(projector, examples, target, replace(options, steps=n), None).run(quiet=True).record
+    projector, examples = build_projector({**sizes, "kind": "bridgeformer"}), utterances(shape, n_tokens)
+    target = make_objective(options, shape, getattr(torch, precision), n_tokens)
+    for n in (1, steps):
+        record = Trainer(projector, examples, target, replace(options, steps=n), None).run(quiet=True).record
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"step_s": record["train_seconds"] / steps, "steps": steps, "peak_gb": peak / 1e9}
+
+
+def forms_of(shape: Shape) -> list[str]:
+    """All but those with more tokens than there are."""
+    return [form for form, (*_, spoken) in FORMS.items() if spoken != LARGEST or shape.vocabulary >= LARGEST]
 
 
 def compare(shape_name: str, threads: int) -> dict:
     """Every form in a process of its own, and end-to-end's step over ours."""
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        forms = {form: pool.apply(measure, (shape_name, form, threads)) for form in FORMS}
-    ratios = {form: row["step_s"] / forms["ctc"]["step_s"] for form, row in forms.items() if form != "ctc"}
+        forms = {form: pool.apply(measure, (shape_name, form, threads)) for form in forms_of(SHAPES[shape_name])}
+    ratios = {form: row["step_s"] / forms["ctc"]["step_s"] for form, row in forms.items() if not form.startswith("ctc")}
     return {"forms": forms, "step_ratio": ratios}
 
 

@@ -25,6 +25,7 @@ from tiny_align.export.quantise import BLOCKS, forms, quantise
 from tiny_align.runtime.backend import load_decoder, load_runner
 from tiny_align.runtime.bundle import (
     MANIFEST,
+    SPEECH_TOKENS,
     USER_RECORD,
     EncoderSpec,
     GraphSpec,
@@ -37,7 +38,7 @@ from tiny_align.runtime.files import sha256, writing, written_folder
 from tiny_align.runtime.llm import encode_in_place
 from tiny_align.runtime.readout import Readout, ctc_scale
 
-LARGE_VOCABULARY = 8192  # rows of the embedding table; speech is read as some of a larger one
+LARGE_VOCABULARY = 8192  # rows of the embedding table; of a larger one speech is read as listed tokens only
 UNTRAINED = "Leave --projector out and train one with `tiny-align align --general`"
 
 
@@ -48,7 +49,7 @@ class ExportOptions:
     encoder: str
     llm: str
     encoder_layers: tuple[int, ...] = (-1,)  # hidden states that make the features; -1 is the last layer's
-    sentences: str | None = None  # a text file: what a person may be asked to read, one sentence per line
+    sentences: str | None = None  # a text file: what a person may be asked to read and may say, a sentence per line
     projector: str | None = None  # a safetensors file; None: an untrained one
     precision: str = "int4"  # of the LLM's weights: see quantise.BITS
     head_precision: str | None = None  # of its output layer; None: "int8" with "int4", else the layers'
@@ -76,6 +77,7 @@ def export_bundle(options: ExportOptions, out: Path) -> Manifest:
         raise TinyAlignError(f"there is no file {options.sentences}: give --sentences a text file")
     encoder = load_encoder(options.encoder, options.encoder_layers)
     llm, tokenizer = load_llm(options.llm)
+    _check_words(options, llm)
     projector = make_projector(encoder, llm, options)
     prompt = prompt_spec(tokenizer, options.instruction, options.repeat_instruction)  # refuses before the long part
     sizes = llm_spec(llm, tokenizer, options.max_context)
@@ -111,6 +113,19 @@ def _check_ends(path: str, llm, tokenizer) -> None:
         )
 
 
+def _check_words(options: ExportOptions, llm) -> None:
+    """A trained projector may say what it was trained on; of a large vocabulary somebody must say what that was."""
+    if options.projector and not options.sentences and _is_large(llm):
+        raise TinyAlignError(
+            f"{options.projector} is a trained projector for a vocabulary of {llm.config.vocab_size} tokens: give its "
+            "training texts with --sentences, so that speech is read as their tokens only"
+        )
+
+
+def _is_large(llm) -> bool:
+    return len(llm.get_input_embeddings().weight) > LARGE_VOCABULARY
+
+
 def _write(folder: Path, options, encoder, llm, llm_sizes, tokenizer, projector, prompt) -> Manifest:
     graphs = {
         "encoder": _write_graph(folder, "encoder", encoder_graph(encoder), parity.encoder_parity, encoder),
@@ -124,8 +139,8 @@ def _write(folder: Path, options, encoder, llm, llm_sizes, tokenizer, projector,
     (folder / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
     if options.sentences:
         shutil.copyfile(options.sentences, folder / "sentences.txt")
-        if len(table) > LARGE_VOCABULARY:
-            np.save(folder / "speech_tokens.npy", _tokens_of(folder / "sentences.txt", tokenizer, prompt))
+    if _is_large(llm):
+        np.save(folder / SPEECH_TOKENS, _tokens_of(options.sentences, tokenizer, prompt))
     context = llm_sizes.max_context
     return Manifest(
         name=options.name,
@@ -148,11 +163,11 @@ def _write(folder: Path, options, encoder, llm, llm_sizes, tokenizer, projector,
     )
 
 
-def _tokens_of(sentences: Path, tokenizer, prompt) -> np.ndarray:
-    """(K,) int32: the tokens that occur in the sentences of a text file, as they stand in a prompt."""
-    lines = sentences.read_text(encoding="utf-8").splitlines()
+def _tokens_of(sentences: str | None, tokenizer, prompt) -> np.ndarray:
+    """(K,) int32: the tokens that occur in the sentences of a text file, as they stand in a prompt; none of no file."""
+    lines = Path(sentences).read_text(encoding="utf-8").splitlines() if sentences else []
     ids = (encode_in_place(tokenizer.backend_tokenizer, prompt, line) for line in lines if line.strip())
-    return np.unique(np.concatenate([np.array(i, np.int32) for i in ids]))
+    return np.array(sorted({token for line in ids for token in line}), np.int32)
 
 
 def _write_graph(folder: Path, name: str, graph, check, module) -> GraphSpec:

@@ -15,7 +15,7 @@ def add_arguments(parser) -> None:
         help="layers whose outputs are the features (default: last)",
     )
     parser.add_argument("--llm", required=True, help="folder or hub id of the LLM")
-    parser.add_argument("--sentences", help="text file: what a person may be asked to read, for `tiny-align enroll`")
+    parser.add_argument("--sentences", help="text file: what a person may be asked to read, and may say")
     parser.add_argument("--projector", help="safetensors file of a trained projector (default: an untrained one)")
     parser.add_argument("--soft-tokens", type=int, help="pool to so many, as the paper does (default: as many as said)")
     parser.add_argument("--out", type=Path, required=True, help="the bundle's folder")

@@ -38,12 +38,17 @@ def load_llm(path: str):
 
 
 def _prepare_tokenizer(path: str, tokenizer, rows: int) -> None:
-    """Every token must have its row in the embedding table (more rows than tokens are padding); no text is cut."""
+    """Every token of a text must have its row in the embedding table; no text is cut.
+
+    More rows than tokens are padding. Added special tokens may be beyond it, as Gemma 3's of an image is: they stand
+    in no words, and the runtime refuses them.
+    """
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise TinyAlignError(f"{path} has a tokenizer without a tokenizer.json: convert it with transformers first")
     tokenizer.backend_tokenizer.no_truncation()  # some files keep the lengths of their training
     tokenizer.backend_tokenizer.no_padding()
-    if (largest := max(tokenizer.get_vocab().values(), default=-1)) >= rows:
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if (largest := max(set(tokenizer.get_vocab().values()) - special, default=-1)) >= rows:
         raise TinyAlignError(
             f"{path}: its tokenizer goes up to token {largest}, its embedding table has {rows} rows: "
             "they belong to different models"

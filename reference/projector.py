@@ -23,20 +23,20 @@ CHUNK = 32  # recordings augmented together
 def spoken_examples(assistant: Assistant, work: Path, n: int, seed: int) -> list:
     """`n` recordings of the encoder's training, augmented anew, as examples; encoded once, resumably."""
     from tiny_align.align.feature_cache import Stored, kept
-    from tiny_align.align.personalise import make_example
+    from tiny_align.align.personalise import make_examples
 
     items = speak(work, N_SPEECH)
     items = [items[i] for i in random.Random(seed).sample(range(len(items)), n)]
     name = f"spoken-{assistant.bundle.manifest.encoder_key[:16]}-{n}-{seed}"
-    examples = []
+    stored = []
     for start in tqdm(range(0, n, CHUNK), desc="encode"):
         chunk = items[start : start + CHUNK]
         paths = [work / name / f"{name}-{start + i}.npy" for i in range(len(chunk))]
         if not all(path.exists() for path in paths):
             for path, features in zip(paths, _encode(assistant, [mel for mel, _ in chunk], seed + start)):
                 kept(path, lambda features=features: features)
-        examples += [make_example(assistant.llm, text, Stored(path)) for (_, text), path in zip(chunk, paths)]
-    return examples
+        stored += [Stored(path) for path in paths]
+    return make_examples(assistant.llm, [text for _, text in items], [stored])
 
 
 def _encode(assistant: Assistant, mels: list[np.ndarray], seed: int) -> list[np.ndarray]:

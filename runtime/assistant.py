@@ -97,7 +97,9 @@ class Assistant:
         llm = load_decoder(paths["llm"], specs["llm"], backend, threads)  # the largest first: loading takes more memory
         encoder = load_runner(paths["encoder"], specs["encoder"], backend, threads)
         projector = load_runner(own, specs["projector"], backend, threads)
-        return cls(bundle, encoder, projector, llm, backend, threads)
+        assistant = cls(bundle, encoder, projector, llm, backend, threads)
+        assistant.llm.read_speech_as(bundle.speech_tokens(own))
+        return assistant
 
     def features(self, audio: np.ndarray) -> np.ndarray:
         """(S,) float32 audio -> (N, Da) float32 encoder features, none of them after the end of the audio."""
@@ -124,9 +126,10 @@ class Assistant:
         return merge_similar(out, self._readout.merge_cosine)
 
     def swap_projector(self, path: Path) -> None:
-        """Use another person's projector graph from the next utterance on."""
+        """Use another person's projector graph, and the tokens they may say, from the next utterance on."""
         old, spec = self._projector, self.bundle.manifest.graphs["projector"]
         self._projector = load_runner(path, spec, self.backend, self._threads)
+        self.llm.read_speech_as(self.bundle.speech_tokens(path))
         old.close()
 
     def stream(

@@ -11,6 +11,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 
+import numpy as np
+
 from tiny_align.runtime.errors import BundleError, UserError
 from tiny_align.runtime.files import sha256, write_json
 from tiny_align.runtime.front_end import AnyFrontEnd, front_end_from
@@ -19,6 +21,7 @@ from tiny_align.runtime.readout import Readout
 SCHEMA = 1
 MANIFEST = "manifest.json"
 USER_RECORD = "user.json"
+SPEECH_TOKENS = "speech_tokens.npy"
 GENERAL = "general"  # the bundle's own projector, for everybody
 
 
@@ -194,11 +197,6 @@ class Bundle:
         return self.path / "sentences.txt"
 
     @property
-    def speech_tokens(self) -> Path:
-        """(K,) int32 in numpy's form: the tokens speech is read as; no file: all of the vocabulary."""
-        return self.path / "speech_tokens.npy"
-
-    @property
     def replay(self) -> Path:
         """Features of other people that a person's training goes over, so that nobody is forgotten; or no file."""
         return self.path / "replay.npz"
@@ -218,6 +216,20 @@ class Bundle:
         folder = self.user_folder(user, users)
         check_user(folder, self.manifest)
         return folder / self.manifest.graphs["projector"].file
+
+    def speech_tokens(self, projector: Path | None = None) -> np.ndarray:
+        """(K,) int32: the tokens that speech is read as with a projector, in the order in which training knows them.
+
+        They are listed in the folder of a person who has words of their own, or else in the bundle's; where neither
+        has a list they are the whole vocabulary.
+
+        Args:
+            projector: the file that `projector` gave; None: the general one.
+        """
+        for folder in (self.path if projector is None else projector.parent, self.path):
+            if (folder / SPEECH_TOKENS).is_file():
+                return np.load(folder / SPEECH_TOKENS)
+        return np.arange(self.manifest.llm.vocabulary, dtype=np.int32)
 
     def user_folder(self, user: str, users: Path | None = None) -> Path:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", user):

@@ -4,7 +4,6 @@ The model holds no conversation: a `Cache` value does. A prompt is read in chunk
 memory than its place in the cache. Decoding is a generator of token ids.
 """
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -64,7 +63,7 @@ class LanguageModel:
         self.prompt = bundle.manifest.prompt
         self.tokenizer = Tokenizer.from_file(str(bundle.tokenizer))
         self._table = np.load(bundle.embeddings, mmap_mode="r")  # (V, D) float16
-        self._speech_tokens = np.load(bundle.speech_tokens) if bundle.speech_tokens.is_file() else None
+        self.read_speech_as(bundle.speech_tokens())
         self._special = {i for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
         self._unknown = self.tokenizer.token_to_id(getattr(self.tokenizer.model, "unk_token", None) or "<unk>")
 
@@ -92,15 +91,16 @@ class LanguageModel:
             )
         return ids
 
-    @functools.cached_property
-    def table(self) -> np.ndarray:
-        """(V, D) float32: every token as the LLM sees it, in memory."""
-        return self.embed(range(self.spec.vocabulary))
+    def read_speech_as(self, tokens: np.ndarray) -> None:
+        """Speech is read as these tokens from now on: the speech vocabulary, (K,) int32."""
+        self.speech_tokens, self._speech_table = tokens, None
 
-    @functools.cached_property
+    @property
     def speech_table(self) -> np.ndarray:
-        """(K, D) float32: the tokens speech is read as, in memory; a large vocabulary is not."""
-        return self.table if self._speech_tokens is None else self.embed(self._speech_tokens)
+        """(K, D) float32: the speech vocabulary as the LLM sees it, in memory, where a large vocabulary never is."""
+        if self._speech_table is None:
+            self._speech_table = self.embed(self.speech_tokens)
+        return self._speech_table
 
     def embed(self, ids: list[int]) -> np.ndarray:
         """(T, D) float32 rows of the embedding table."""
@@ -110,6 +110,11 @@ class LanguageModel:
         """Instruction injection: template and instruction around `speech` (T, D) -> (T', D)."""
         wanted = self.prompt.instruction if instruction is None else instruction
         before, after = encode_around(self.tokenizer, self.prompt, wanted)
+        if strange := [i for i in before + after if i >= len(self._table)]:  # some special tokens have no embedding
+            raise DataError(
+                f"the prompt holds {self.tokenizer.id_to_token(strange[0])}, for which the LLM has no embedding: "
+                "write the instruction in words"
+            )
         return np.concatenate([self.embed(before), speech, self.embed(after)])
 
     def prefill(self, embeddings: np.ndarray, cache: Cache) -> np.ndarray:

@@ -21,7 +21,7 @@ class Readout:
 
 
 def ctc_scale(table: np.ndarray) -> float:
-    """The scale that gives a vector of unit variance logits of unit variance; table (V, D)."""
+    """The scale that gives a vector of unit variance logits of unit variance; table (K, D)."""
     return float(1 / (table.astype(np.float32).std() * np.sqrt(table.shape[1])))
 
 
@@ -30,10 +30,12 @@ def collapse(frames: np.ndarray, table: np.ndarray, scale: float) -> np.ndarray:
 
     Args:
         frames: (N, D + 1) float32; the last column is the blank's logit.
-        table: (K, D) float32, the tokens that speech may be, as the LLM sees them.
+        table: (K, D) float32, the speech vocabulary as the LLM sees it.
     Returns:
         (T', D) float32; no row where nothing was said, or so little and so doubtful that it was a noise.
     """
+    if not len(table):  # a large vocabulary of which nothing was trained on yet
+        return np.zeros((0, table.shape[1]), np.float32)
     logits = frames[:, :-1] @ table.T * np.float32(scale)  # (N, K)
     best = np.where(logits.max(axis=1) > frames[:, -1], logits.argmax(axis=1), -1)
     starts = np.flatnonzero((best >= 0) & (best != np.concatenate([[-1], best[:-1]])))

@@ -37,7 +37,7 @@ def make(options, table, scale: float | None = None, llm=None):
     """The objective that `options`, align.train.TrainOptions, names.
 
     Args:
-        table: (V, D) float32 tensor, the LLM's token embeddings.
+        table: (K, D) float32 tensor, the speech vocabulary's embeddings; the examples' tokens are its rows.
         scale: of the logits, for "ctc" (the manifest's readout.scale).
         llm: the frozen LLM and its prompt (end_to_end.FrozenLlm), for "end-to-end".
     """

@@ -2,9 +2,10 @@
 
 The projector says for every frame which token is spoken there, if any (Graves et al. 2006, "Connectionist Temporal
 Classification"); the runtime collapses runs to one soft token each, so that the LLM sees speech as it sees text.
-Only the transcript's tokens and the normaliser enter the loss. Over a large vocabulary the normaliser is estimated: the
-batch's own tokens count in full, a random sample stands for all others (sampled softmax, arXiv 1412.2007), so that
-a table of 128,256 tokens takes little more time and memory than a small one.
+Only the transcript's tokens and the normaliser enter the loss. Over a large speech vocabulary the normaliser is
+estimated: the batch's own tokens count in full, a random sample stands for all others (sampled softmax, arXiv
+1412.2007), so that the tens of thousands of tokens in the texts of many people take little more time and memory than
+one person's few hundred.
 
 From nothing, CTC spends long on giving only blanks. A flat start spares that: for some steps every frame is simply told
 the token that the paper's cast puts there, as speech recognisers were long begun with utterances cut evenly.
@@ -18,13 +19,13 @@ from torch import Tensor
 
 from tiny_align.align.objectives.paper import cast_places
 
-EXACT = 8192  # tokens; a larger vocabulary is sampled
+EXACT = 8192  # tokens; a larger speech vocabulary is sampled
 SAMPLE = 1024  # tokens that stand for those which no transcript of the batch holds
 
 
 def log_normaliser(frames: Tensor, table: Tensor, scale: float) -> Tensor:
     """(B, N', D + 1) -> (B, N'): log of the summed exponentials over every token's logit and the blank's."""
-    logits = frames[..., :-1] @ table.to(frames.dtype).T * scale
+    logits = frames[..., :-1] @ table.T * scale
     return torch.logaddexp(logits.logsumexp(dim=-1), frames[..., -1])
 
 
@@ -33,7 +34,7 @@ def sampled_log_normaliser(frames: Tensor, table: Tensor, scale: float, own: Ten
     drawn = torch.randint(len(table), (SAMPLE,), generator=torch.Generator().manual_seed(seed))
     others = drawn[~torch.isin(drawn, own)]
     weight = math.log((len(table) - len(own)) / len(others))
-    rest = (frames[..., :-1] @ table[others].to(frames.dtype).T * scale).logsumexp(dim=-1) + weight
+    rest = (frames[..., :-1] @ table[others].T * scale).logsumexp(dim=-1) + weight
     return torch.logaddexp(log_normaliser(frames, table[own], scale), rest)
 
 
@@ -41,7 +42,7 @@ def best_path(frames: Tensor, table: Tensor, scale: float) -> Tensor:
     """(B, N', D + 1) -> (B, N'): each frame's best token, -1 for the blank; a large table is read in pieces."""
     best, token = frames[..., -1], torch.full(frames.shape[:-1], -1)
     for start in range(0, len(table), EXACT):
-        value, index = (frames[..., :-1] @ table[start : start + EXACT].to(frames.dtype).T * scale).max(dim=-1)
+        value, index = (frames[..., :-1] @ table[start : start + EXACT].T * scale).max(dim=-1)
         best, token = torch.maximum(best, value), torch.where(value > best, index + start, token)
     return token
 
@@ -69,10 +70,9 @@ def _line(tokens) -> str:
 
 
 class Ctc:
-    """Connectionist temporal classification over the embedding table (V, D); per token of the transcripts.
+    """Connectionist temporal classification over the speech vocabulary's table (K, D); per token of the transcripts.
 
     For the first `flat_start` steps it is the cross-entropy of every frame with the token cast there, per frame.
-    The table may be float16 and memory-mapped: a training step on a large one reads only the rows it needs.
     """
 
     def __init__(self, table: Tensor, scale: float, flat_start: int = 0):
@@ -93,7 +93,7 @@ class Ctc:
         cast = [_cast(e, int(n)) for e, n in zip(examples, lengths)]
         places = torch.nn.utils.rnn.pad_sequence(cast, batch_first=True, padding_value=-1)  # (B, N'), -1: the blank
         tokens = places.clamp(min=0)
-        logits = (frames[..., :-1] * self.table[tokens].to(frames.dtype)).sum(dim=-1) * self.scale
+        logits = (frames[..., :-1] * self.table[tokens]).sum(dim=-1) * self.scale
         logits = torch.where(places >= 0, logits, frames[..., -1])
         wrong = self._normaliser(frames, tokens.unique(), step) - logits
         counted = torch.arange(places.shape[1]) < lengths[:, None]
@@ -120,7 +120,7 @@ class Ctc:
         """
         own = [torch.tensor(tokens, dtype=torch.long).unique(return_inverse=True) for tokens in transcripts]
         used = torch.nn.utils.rnn.pad_sequence([tokens for tokens, _ in own], batch_first=True)  # (B, K)
-        logits = torch.einsum("bnd,bkd->bnk", frames[..., :-1], self.table[used].to(frames.dtype)) * self.scale
+        logits = torch.einsum("bnd,bkd->bnk", frames[..., :-1], self.table[used]) * self.scale
         logits = torch.cat([frames[..., -1:], logits], dim=-1)
         return logits - self._normaliser(frames, used.unique(), step)[..., None], [labels + 1 for _, labels in own]
 

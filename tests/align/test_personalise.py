@@ -173,7 +173,7 @@ def written(tmp_path_factory, bundle_path):
     bundle, folder = Bundle.open(bundle_path), tmp_path_factory.mktemp("written") / "users/cy"
     torch.manual_seed(5)
     projector = build_projector(bundle.manifest.projector).eval()
-    write_user(bundle, folder, projector.state_dict(), {"steps": 0})
+    write_user(bundle, folder, projector.state_dict(), {"steps": 0}, bundle.speech_tokens())
     return bundle, projector, folder / bundle.graph("projector").name
 
 

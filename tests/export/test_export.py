@@ -25,6 +25,7 @@ from tiny_align.export.bundle import (  # noqa: E402 - needs the packages above
     ExportOptions,
     _check_binding,
     _hold,
+    _tokens_of,
     make_projector,
 )
 from tiny_align.export.encoders import FAMILIES, load_encoder, load_front_end  # noqa: E402
@@ -259,7 +260,7 @@ def test_a_persons_weights_reach_the_graph(fp32, general, tmp_path):
     person, before = build_projector(fp32.bundle.manifest.projector).eval(), data_of(fp32.bundle)
     for value in person.parameters():
         value.data += 0.1 * torch.randn_like(value)
-    write_user(fp32.bundle, tmp_path / "ana", person.state_dict(), {"steps": 1})
+    write_user(fp32.bundle, tmp_path / "ana", person.state_dict(), {"steps": 1}, fp32.bundle.speech_tokens())
     path = fp32.bundle.projector("ana", tmp_path)
     assert_graph_is(path, fp32.bundle, person)
     again = load_projector(fp32.bundle, path).state_dict()
@@ -294,6 +295,35 @@ def test_align_trains_a_general_projector_for_the_new_pair(int4, voice_path, mak
     assert bundle.manifest.projector_trained and bundle.replay.is_file() and bundle.projector("ana").is_file()
     weights = [data_of(b)[1] for b in (bundle, int4.bundle)]
     assert weights[0] != weights[1]
+
+
+def test_of_a_large_vocabulary_speech_is_what_was_trained_on(
+    models, fp32, export, refused, speech, tmp_path, monkeypatch
+):
+    """Nothing yet; `--sentences` say it where a trained projector is given. The graphs are those of another export."""
+
+    def written(folder: Path, name: str):
+        for path in fp32.bundle.path.glob(f"{name}.*"):
+            shutil.copyfile(path, folder / path.name)
+        return fp32.bundle.manifest.graphs[name]
+
+    monkeypatch.setattr("tiny_align.export.bundle._write_graph", lambda folder, name, *_: written(folder, name))
+    monkeypatch.setattr("tiny_align.export.bundle._write_llm", lambda folder, *_: written(folder, "llm"))
+    monkeypatch.setattr("tiny_align.export.bundle.LARGE_VOCABULARY", 100)
+    (tmp_path / "trained").touch()
+    assert "give its training texts with --sentences" in refused(
+        models, tmp_path / "out", "--projector", tmp_path / "trained"
+    )
+    bundle = export(models, tmp_path / "out", "--precision", "fp32").bundle
+    assert bundle.speech_tokens().tolist() == [] and "speech_tokens.npy" in bundle.manifest.files
+    with Assistant.load(bundle, threads=1) as assistant:
+        assert not assistant.answer(speech).heard
+
+    (tmp_path / "sentences.txt").write_text("turn on the light\n\nthe light\n", encoding="utf-8")
+    tokenizer = load_llm(str(models["llm"]))[1]
+    listed = _tokens_of(str(tmp_path / "sentences.txt"), tokenizer, bundle.manifest.prompt)
+    assert listed.dtype == np.int32
+    assert listed.tolist() == sorted(set(tokenizer.encode("turn on the light", add_special_tokens=False)))
 
 
 # --- what is refused, before anything is exported ---

@@ -162,7 +162,7 @@ def test_the_graph_is_plain_and_static_but_for_lengths(exported):
 
 
 def test_the_readouts_scale_is_for_the_table_as_the_llm_sees_it(exported):
-    table, scale = exported.assistant.llm.table, exported.bundle.manifest.readout.scale
+    table, scale = exported.assistant.llm.speech_table, exported.bundle.manifest.readout.scale
     assert scale == pytest.approx(1 / (table.std() * math.sqrt(table.shape[1])), rel=1e-4)
 
 
@@ -241,6 +241,21 @@ def test_a_tokenizer_kept_with_truncation_and_padding_goes_without(folders, tmp_
     _, tokenizer = load_llm(str(tmp_path / "llm"))
     assert pieces_of(tokenizer) == pieces_of(tokenizer_of(folders, "smollm2"))
     assert tokenizer.backend_tokenizer.truncation is None and tokenizer.backend_tokenizer.padding is None
+
+
+def test_special_tokens_may_be_beyond_the_table_and_no_others(folders, tmp_path):
+    """As Gemma 3's text models have them: the token of an image, for which there is no row."""
+    shutil.copytree(folders("gemma3"), tmp_path / "llm")
+    tokenizer = tokenizer_of(folders, "gemma3")
+    rows = len(load_llm(str(folders("gemma3")))[0].get_input_embeddings().weight)
+    tokenizer.add_tokens([f"<soft {n}>" for n in range(rows - len(tokenizer) + 1)], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path / "llm")
+    _, loaded = load_llm(str(tmp_path / "llm"))
+    assert max(loaded.get_vocab().values()) == rows
+    tokenizer.add_tokens(["word"])
+    tokenizer.save_pretrained(tmp_path / "llm")
+    with pytest.raises(TinyAlignError, match=f"goes up to token {rows + 1}, its embedding table has {rows} rows"):
+        load_llm(str(tmp_path / "llm"))
 
 
 def test_a_tokenizer_that_joins_words_and_template_is_refused(folders):

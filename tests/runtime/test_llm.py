@@ -228,6 +228,13 @@ def test_characters_outside_the_tokenizer_are_named(llm, strange):
         llm.encode_words(f"what is {strange}")
 
 
+def test_a_special_token_without_an_embedding_is_refused_in_an_instruction(scripted, llm):
+    model = scripted([1])
+    model.tokenizer.add_special_tokens(["<image>"])
+    with pytest.raises(DataError, match="holds <image>, for which the LLM has no embedding: write the instruction in"):
+        model.assemble(llm.embed([1, 2]), "Describe <image> to me.")
+
+
 def test_words_are_encoded_as_in_the_middle_of_a_prompt(llm):
     pieces = llm.prompt
     around = pieces.before + pieces.instruction + pieces.between
