@@ -22,6 +22,7 @@ bench: $(STAMPS)/dev  ## every measurement of the README
 	$(BIN)/python -m benchmarks.quality
 	$(BIN)/python -m benchmarks.alignment
 	$(BIN)/python -m benchmarks.training_cost
+	$(BIN)/python -m benchmarks.families
 
 reference: $(STAMPS)/dev  ## train and export the reference bundle again; resumable, hours (needs espeak-ng and flite)
 	$(BIN)/python -m tiny_align.reference.encoder

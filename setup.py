@@ -10,6 +10,7 @@ ENROLL = [*ALIGN, "matplotlib>=3.6", "sounddevice>=0.4.6"]  # the curve as a pic
 EXPORT = [*ALIGN, "transformers>=5.2", "onnx>=1.17", "onnxscript>=0.5", "onnx-ir>=0.1"]
 TRT = ["polygraphy>=0.49.24", "onnx>=1.17", "tqdm>=4.60"]  # TensorRT itself comes with JetPack, or as tensorrt-rtx
 DEMO = ALIGN
+PEERS = [*EXPORT, "llama-cpp-python>=0.3", "gguf>=0.10", "onnxruntime-genai>=0.5"]  # to measure beside us
 DEV = [*EXPORT, *ENROLL, *TRT, "tensorrt-rtx>=1.2; platform_machine=='x86_64'", "pytest>=8", "ruff>=0.6", "build>=1.2"]
 
 setup(
@@ -24,6 +25,14 @@ setup(
     package_dir={f"tiny_align.{stage}": stage for stage in STAGES},
     package_data={"tiny_align.reference": ["bundle/**", "voice/**"]},
     install_requires=RUNTIME,
-    extras_require={"align": ALIGN, "enroll": ENROLL, "export": EXPORT, "trt": TRT, "demo": DEMO, "dev": DEV},
+    extras_require={
+        "align": ALIGN,
+        "enroll": ENROLL,
+        "export": EXPORT,
+        "trt": TRT,
+        "demo": DEMO,
+        "peers": PEERS,
+        "dev": DEV,
+    },
     entry_points={"console_scripts": ["tiny-align=tiny_align.runtime.cli:main"]},
 )

@@ -1,6 +1,12 @@
-"""Encoder features on disk, computed once by the runtime's own encoder backend: we train on what is deployed."""
+"""Encoder features on disk, computed once by the runtime's own encoder backend: we train on what is deployed.
+
+One .npy file per recording, which appears whole: an encoding that was killed goes on with the next one. A person's
+features are read into memory; those of a large data set stay where they are (`Stored`).
+"""
 
 import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +15,34 @@ from tqdm import tqdm
 from tiny_align.align.datasets import Utterance
 from tiny_align.align.vary import vary
 from tiny_align.runtime.assistant import Assistant
+from tiny_align.runtime.files import written_file
+
+
+@dataclass(frozen=True)
+class Stored:
+    """(N, Da) float32 in a .npy file. Files whose name is the same hold the same features."""
+
+    path: Path
+
+
+def array_of(features: np.ndarray | Stored) -> np.ndarray:
+    """(N, Da) float32; stored ones are mapped into memory for as long as somebody holds the array."""
+    if isinstance(features, Stored):
+        return np.load(features.path, mmap_mode="c")  # as if writable: torch warns of arrays that are not
+    return features
+
+
+def kept(path: Path, make: Callable[[], np.ndarray]) -> Path:
+    """The .npy file `path`, made and written unless it is there.
+
+    Raises:
+        TinyAlignError: it cannot be written.
+    """
+    if not path.exists():
+        array = make()
+        with written_file(path) as temporary, open(temporary, "wb") as file:
+            np.save(file, array)
+    return path
 
 
 def utterance_key(assistant: Assistant, utterance: Utterance) -> str:
@@ -29,17 +63,16 @@ def cached_features(
     Raises:
         AudioError: a recording that cannot be used, named in the message.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    features = []
-    for utterance in tqdm(utterances, desc="encode", unit="utt", disable=quiet, mininterval=0.5):
-        key = utterance_key(assistant, utterance)
-        path = folder / (f"{key}-{variation}.npy" if variation else f"{key}.npy")
-        if not path.exists():
-            made = _encode(assistant, utterance, np.random.default_rng([variation, int(key[:8], 16)]), variation > 0)
-            np.save(path.with_suffix(".partial.npy"), made)
-            path.with_suffix(".partial.npy").replace(path)
-        features.append(np.load(path))
-    return features
+    shown = tqdm(utterances, desc="encode", unit="utt", disable=quiet, mininterval=0.5)
+    return [np.load(cached_file(assistant, u, folder, variation=variation)) for u in shown]
+
+
+def cached_file(assistant: Assistant, utterance: Utterance, folder: Path, *, variation: int = 0) -> Path:
+    """Where in `folder` an utterance's features lie, encoded and written there unless they are."""
+    key = utterance_key(assistant, utterance)
+    rng = np.random.default_rng([variation, int(key[:8], 16)])
+    path = folder / (f"{key}-{variation}.npy" if variation else f"{key}.npy")
+    return kept(path, lambda: _encode(assistant, utterance, rng, variation > 0))
 
 
 def _encode(assistant: Assistant, utterance: Utterance, rng: np.random.Generator, varied: bool) -> np.ndarray:

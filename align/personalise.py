@@ -1,7 +1,7 @@
 """`tiny-align align`: one person's projector, from their recordings to users/NAME, measured before and after.
 
 The person's `train` split is trained on, the `test` split only measured. A run that is killed leaves the person's
-old projector as it was, and the same command resumes it.
+old projector as it was, and the same command resumes it. The bundle's own projector (`--general`) is general.py's.
 """
 
 import contextlib
@@ -41,7 +41,9 @@ class Effort:
 def add_arguments(parser) -> None:
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True, help="metadata folder, NeMo manifest or CHAT transcripts")
-    parser.add_argument("--user", required=True, help="the person's name")
+    whose = parser.add_mutually_exclusive_group(required=True)
+    whose.add_argument("--user", help="the person's name")
+    whose.add_argument("--general", action="store_true", help="train the bundle's own projector, for everybody")
     parser.add_argument("--out", type=Path, help="folder for users/NAME (default: the bundle)")
     parser.add_argument("--speaker", help="speaker code, for CHAT transcripts")
     add_training_arguments(parser)
@@ -58,8 +60,15 @@ def add_training_arguments(parser) -> None:
 
 def run(args) -> dict:
     from tiny_align.align.datasets import load_dataset
+    from tiny_align.align.general import generalise
 
+    if args.general and args.out:
+        raise TinyAlignError(
+            "--out is for a person's projector, the general one is written into --bundle: leave it out"
+        )
     utterances = load_dataset(args.data, args.speaker)
+    if args.general:
+        return generalise(args.bundle, utterances, Effort.of(args))
     users = (args.out or args.bundle) / "users"
     result, _, _ = personalise(args.bundle, utterances, args.user, users, Effort.of(args))
     return result
@@ -79,9 +88,7 @@ def personalise(bundle_path: Path, utterances: list, user: str, users: Path, eff
     from tiny_align.align.users import load_projector, write_user
     from tiny_align.runtime.assistant import Assistant
 
-    bundle = _open(bundle_path, effort.threads)
-    if effort.objective:
-        check(effort.objective, bundle.manifest.projector["soft_tokens"])
+    bundle = open_for(bundle_path, effort)
     folder, work = bundle.user_folder(user, users), bundle.user_folder(user, users).with_name(f".{user}.align")
     training, test = split_of(utterances, "train")[: effort.utterances], split_of(utterances, "test")
     if len(training) < 2:
@@ -111,14 +118,18 @@ def _own_or_general(bundle, user: str, users: Path) -> Path:
         return bundle.graph("projector")
 
 
-def _open(path: Path, threads: int | None):
+def open_for(path: Path, effort: Effort):
+    """The bundle, if its projector can be trained for the objective; sets the number of threads."""
     import torch
 
     from tiny_align.runtime.bundle import Bundle
 
-    if threads:
-        torch.set_num_threads(threads)
-    return Bundle.open(path)
+    if effort.threads:
+        torch.set_num_threads(effort.threads)
+    bundle = Bundle.open(path)
+    if effort.objective:
+        check(effort.objective, bundle.manifest.projector["soft_tokens"])
+    return bundle
 
 
 def _train(assistant, projector, utterances: list, work: Path, effort: Effort, quiet: bool):

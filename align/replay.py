@@ -8,15 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
+from tiny_align.align.feature_cache import array_of
 from tiny_align.align.train import Example
 
 
 def write_replay(path: Path, examples: list[Example]) -> None:
     """Features as float16, tokens and their lengths, of each example's recording as it is; one .npz file."""
+    features = [array_of(e.features) for e in examples]
     np.savez_compressed(
         path,
-        features=np.concatenate([e.features for e in examples]).astype(np.float16),
-        feature_ends=np.cumsum([len(e.features) for e in examples]),
+        features=np.concatenate(features).astype(np.float16),
+        feature_ends=np.cumsum([len(f) for f in features]),
         tokens=np.array([t for e in examples for t in e.tokens], np.int32),
         token_lengths=np.array([n for e in examples for n in e.token_lengths], np.int32),
         token_ends=np.cumsum([len(e.tokens) for e in examples]),

@@ -16,11 +16,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
+from tiny_align.align.feature_cache import Stored, array_of
 from tiny_align.runtime.errors import DataError
+from tiny_align.runtime.files import written_file
+
+JUDGED = 64  # held-out recordings that are looked at together
 
 log = logging.getLogger(__name__)
 
@@ -50,16 +54,16 @@ class TrainOptions:
 class Example:
     """One utterance for training."""
 
-    features: np.ndarray  # (N, Da) float32
+    features: np.ndarray | Stored  # (N, Da) float32
     tokens: list[int]
     token_lengths: list[int]  # letters
-    variations: tuple[np.ndarray, ...] = ()  # features of the recording made a little differently
+    variations: tuple[np.ndarray | Stored, ...] = ()  # features of the recording made a little differently
     answers: tuple[tuple[int, ...], ...] = ()  # typed ones, end tokens included, one per prompt of "end-to-end"
 
     def take(self, rng: np.random.Generator | None) -> Tensor:
         """(N, Da): the recording itself or, with `rng`, one of its variations too."""
         takes = (self.features, *self.variations)
-        return torch.from_numpy(takes[rng.integers(len(takes)) if rng else 0])
+        return torch.from_numpy(array_of(takes[rng.integers(len(takes)) if rng else 0]))
 
     def takes(self) -> list["Example"]:
         """The recording and each variation as an example of its own."""
@@ -104,7 +108,8 @@ class Trainer:
         self.optimiser = torch.optim.AdamW(trained, options.rate, weight_decay=0.0)
         self.step, self.curve, self.spent_s = 0, [], 0.0
 
-    def run(self, quiet: bool = False) -> Trained:
+    def run(self, quiet: bool = False, *, untrained: bool = False) -> Trained:
+        """`untrained`: the weights it began with are worth nothing, so that the trained ones are kept in any case."""
         self._resume()
         if not self.curve:
             self._check(None)  # what is to be improved on
@@ -122,7 +127,7 @@ class Trainer:
         improved = self.curve[-1]["held_out"] < self.curve[0]["held_out"]
         record = {"steps": self.step, "train_seconds": self.spent_s, "improved": improved}
         record |= {"utterances": self.n_utterances, "options": asdict(self.options), "curve": self.curve}
-        return Trained(_weights(self.mean if improved else self.start), record)
+        return Trained(_weights(self.mean if improved or untrained else self.start), record)
 
     def _finished(self) -> bool:
         return self.step >= self.steps or self.spent_s > self.options.max_seconds
@@ -171,7 +176,9 @@ class Trainer:
     def _held_out_figure(self) -> float:
         """How good the mean weights are: the objective's own measure of them, or its loss."""
         measure = getattr(self.objective, "held_out", self.objective)
-        return float(measure(*self._outputs(self.mean, self.judges, None), self.judges, self.step))
+        parts = [self.judges[i : i + JUDGED] for i in range(0, len(self.judges), JUDGED)]
+        figures = [float(measure(*self._outputs(self.mean, part, None), part, self.step)) for part in parts]
+        return float(np.average(figures, weights=[sum(len(e.tokens) or 1 for e in part) for part in parts]))
 
     @torch.no_grad()
     def _check(self, loss: float | None) -> None:
@@ -189,9 +196,8 @@ class Trainer:
         for i, state in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{i}.{k}": v for k, v in state.items()}
         numbers = {k: getattr(self, k) for k in ("fingerprint", "step", "curve", "spent_s")}
-        self.work.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, self.work / "state.partial", metadata={"numbers": json.dumps(numbers)})
-        (self.work / "state.partial").replace(self.work / "state.safetensors")
+        with written_file(self.work / "state.safetensors") as temporary:
+            temporary.write_bytes(save(tensors, {"numbers": json.dumps(numbers)}))
 
     def _resume(self) -> None:
         path = self.work / "state.safetensors" if self.work else None
@@ -218,9 +224,14 @@ def held_out(examples: list[Example], share: float) -> tuple[list[Example], list
     """(held out, used): which is which depends on the recording alone, so that it stays so when others are added."""
     if len(examples) < 5:
         return [], list(examples)
-    lots = [zlib.crc32(e.features.tobytes()) / 2**32 for e in examples]
+    lots = [zlib.crc32(_identity(e.features)) / 2**32 for e in examples]
     edge = max(share, min(lots))  # one at least
     return [e for e, lot in zip(examples, lots) if lot <= edge], [e for e, lot in zip(examples, lots) if lot > edge]
+
+
+def _identity(features: np.ndarray | Stored) -> bytes:
+    """What tells features from others: they themselves, or the name of the file they lie in."""
+    return features.path.name.encode() if isinstance(features, Stored) else features.tobytes()
 
 
 def _weights(projector) -> dict[str, Tensor]:
@@ -250,6 +261,6 @@ def _fingerprint(projector, examples: list[Example], table: Tensor, options: Tra
         digest.update(value.detach().numpy().tobytes())
     for example in examples:
         for take in (example.features, *example.variations):
-            digest.update(take.tobytes())
+            digest.update(_identity(take))
         digest.update(repr((example.tokens, example.token_lengths, example.answers)).encode())
     return digest.hexdigest()

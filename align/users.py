@@ -1,5 +1,6 @@
-"""A person's projector on disk: the bundle's projector graph with other weights, written without an exporter."""
+"""Projectors on disk, a person's and the general one: the bundle's graph with other weights, without an exporter."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -7,8 +8,10 @@ import numpy as np
 from torch import Tensor
 
 from tiny_align.align.projector import build_projector
-from tiny_align.runtime.bundle import Bundle, Manifest, check_user, write_user_record
-from tiny_align.runtime.files import written_folder
+from tiny_align.align.replay import write_replay
+from tiny_align.align.train import Example
+from tiny_align.runtime.bundle import Bundle, Manifest, check_user, write_manifest, write_user_record
+from tiny_align.runtime.files import link_tree, writing, written_folder
 
 
 def data_file(bundle: Bundle) -> str:
@@ -42,9 +45,27 @@ def write_weights(path: Path, manifest: Manifest, weights: dict[str, Tensor]) ->
 def write_user(bundle: Bundle, folder: Path, weights: dict[str, Tensor], training: dict) -> dict:
     """Write users/NAME: graph, weights and record appear together or not at all."""
     graph = bundle.graph("projector")
-    with written_folder(folder) as temporary:
+    with writing(folder), written_folder(folder) as temporary:
         for name in (graph.name, data_file(bundle)):
             shutil.copyfile(graph.parent / name, temporary / name)
         write_weights(temporary / data_file(bundle), bundle.manifest, weights)
         write_user_record(temporary, bundle.manifest, training)
     return check_user(folder, bundle.manifest)
+
+
+def write_general(bundle: Bundle, weights: dict[str, Tensor], replayed: list[Example]) -> None:
+    """Give a bundle another general projector and replay file, at once; persons and engines stay in it.
+
+    Raises:
+        TinyAlignError: the bundle's folder cannot be written; the bundle is as it was.
+    """
+    path, data = bundle.path.resolve(), data_file(bundle)
+    with writing(path), written_folder(path) as temporary:
+        link_tree(path, temporary)
+        (temporary / data).unlink()
+        shutil.copyfile(path / data, temporary / data)
+        write_weights(temporary / data, bundle.manifest, weights)
+        replay = temporary / bundle.replay.name
+        replay.unlink(missing_ok=True)
+        write_replay(replay, replayed)
+        write_manifest(temporary, dataclasses.replace(bundle.manifest, projector_trained=True))

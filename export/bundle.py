@@ -3,6 +3,7 @@
 Models come from local folders or hub ids, as transformers' `from_pretrained` takes them.
 """
 
+import contextlib
 import dataclasses
 import functools
 import shutil
@@ -21,7 +22,7 @@ from tiny_align.export.int8 import multiply_int8, store_int8
 from tiny_align.export.llms import embedding_table, llm_graph, llm_spec, load_llm
 from tiny_align.export.packing import share_weights
 from tiny_align.export.prompts import prompt_spec
-from tiny_align.export.quantise import quantise_int4
+from tiny_align.export.quantise import BLOCKS, forms, quantise
 from tiny_align.runtime.backend import load_decoder, load_runner
 from tiny_align.runtime.bundle import (
     MANIFEST,
@@ -33,8 +34,12 @@ from tiny_align.runtime.bundle import (
     write_manifest,
 )  # fmt: skip
 from tiny_align.runtime.errors import TinyAlignError
-from tiny_align.runtime.files import sha256, written_folder
+from tiny_align.runtime.files import sha256, writing, written_folder
+from tiny_align.runtime.llm import encode_in_place
 from tiny_align.runtime.readout import Readout, ctc_scale
+
+LARGE_VOCABULARY = 8192  # rows of the embedding table; speech is read as some of a larger one
+UNTRAINED = "Leave --projector out and train one with `tiny-align align --general`"
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,9 @@ class ExportOptions:
     encoder_layers: tuple[int, ...] = (-1,)  # hidden states that make the features; -1 is the last layer's
     sentences: str | None = None  # a text file: what a person may be asked to read, one sentence per line
     projector: str | None = None  # a safetensors file; None: an untrained one
-    precision: str = "int4"  # of the LLM: "int4" or "fp32"
+    precision: str = "int4"  # of the LLM's weights: see quantise.BITS
+    head_precision: str | None = None  # of its output layer; None: "int8" with "int4", else the layers'
+    block_size: int = BLOCKS[0]  # weights in integers that share a scale
     name: str = "bundle"
     instruction: str = "Answer the user."
     repeat_instruction: str = "Repeat what the user says."
@@ -65,13 +72,17 @@ def export_bundle(options: ExportOptions, out: Path) -> Manifest:
             from PyTorch by more than parity.TOLERANCE, or an `out` with something else in it.
     """
     _check_sizes(options)
+    forms(options.precision, options.head_precision, options.block_size)
     _check_out(Path(out))
+    if options.sentences and not Path(options.sentences).is_file():
+        raise TinyAlignError(f"there is no file {options.sentences}: give --sentences a text file")
     encoder = load_encoder(options.encoder, options.encoder_layers)
     llm, tokenizer = load_llm(options.llm)
     projector = make_projector(encoder, llm, options)
     prompt = prompt_spec(tokenizer, options.instruction, options.repeat_instruction)  # refuses before the long part
     sizes = llm_spec(llm, tokenizer, options.max_context)
-    with written_folder(Path(out)) as folder:
+    _check_ends(options.llm, llm, tokenizer)
+    with writing(Path(out)), written_folder(Path(out)) as folder:
         manifest = _write(folder, options, encoder, llm, sizes, tokenizer, projector, prompt)
         return write_manifest(folder, manifest)
 
@@ -91,17 +102,32 @@ def _check_sizes(options: ExportOptions) -> None:
             raise TinyAlignError(f"--{name.replace('_', '-')} is {value}: give at least {least}")
 
 
+def _check_ends(path: str, llm, tokenizer) -> None:
+    """A tokenizer that knows no token which the model ends with is a smaller one, of another model."""
+    listed = llm.generation_config.eos_token_id
+    listed = listed if isinstance(listed, list) else [listed]
+    if listed != [None] and not set(listed) & set(tokenizer.get_vocab().values()):
+        raise TinyAlignError(
+            f"{path}: its model ends an answer with token {listed[0]}, its tokenizer goes up to token "
+            f"{max(tokenizer.get_vocab().values())}: they belong to different models"
+        )
+
+
 def _write(folder: Path, options, encoder, llm, llm_sizes, tokenizer, projector, prompt) -> Manifest:
     graphs = {
         "encoder": write_encoder(folder, encoder, options.encoder_precision),
         "projector": _write_graph(folder, "projector", projector_graph(projector), parity.projector_parity, projector),
-        "llm": _write_llm(folder, llm, options.precision, llm_sizes.max_context),
+        "llm": _write_llm(folder, llm, options, llm_sizes.max_context),
     }
     table = embedding_table(llm)
     np.save(folder / "token_embeddings.npy", table)
-    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    bound_to = sha256(folder / "token_embeddings.npy")
+    _check_binding(options.projector, bound_to)
+    (folder / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
     if options.sentences:
         shutil.copyfile(options.sentences, folder / "sentences.txt")
+        if len(table) > LARGE_VOCABULARY:
+            np.save(folder / "speech_tokens.npy", _tokens_of(folder / "sentences.txt", tokenizer, prompt))
     context = llm_sizes.max_context
     return Manifest(
         name=options.name,
@@ -117,10 +143,18 @@ def _write(folder: Path, options, encoder, llm, llm_sizes, tokenizer, projector,
             "tokens": (1, min(32, context), context),
             "past": (0, min(48, context), context),
         },
-        embeddings_sha256=sha256(folder / "token_embeddings.npy"),
+        embeddings_sha256=bound_to,
         readout=make_readout(options, table.astype(np.float32) * llm_sizes.embedding_scale),
         files={},
+        projector_trained=options.projector is not None,
     )
+
+
+def _tokens_of(sentences: Path, tokenizer, prompt) -> np.ndarray:
+    """(K,) int32: the tokens that occur in the sentences of a text file, as they stand in a prompt."""
+    lines = sentences.read_text(encoding="utf-8").splitlines()
+    ids = (encode_in_place(tokenizer.backend_tokenizer, prompt, line) for line in lines if line.strip())
+    return np.unique(np.concatenate([np.array(i, np.int32) for i in ids]))
 
 
 def _write_graph(folder: Path, name: str, graph, check, module) -> GraphSpec:
@@ -159,28 +193,29 @@ def _hold(name: str, figures: dict[str, float]) -> None:
         )
 
 
-def _write_llm(folder: Path, llm, precision: str, max_context: int) -> GraphSpec:
+def _write_llm(folder: Path, llm, options: ExportOptions, max_context: int) -> GraphSpec:
     """The plain graph and the one for ONNX Runtime, their weights stored once.
 
-    Both are checked in FP32 in any case; in the bundle goes what `precision` says.
+    Both are checked in FP32 in any case; in the bundle goes what the options say.
     """
     lengths = parity.llm_lengths(llm.config, max_context)
     plain = functools.partial(_checked, load_runner, parity.llm_parity, llm, lengths)
     fused = functools.partial(_checked, load_decoder, parity.decoder_parity, llm, lengths)
+    layers, head = forms(options.precision, options.head_precision, options.block_size)
     specs = {}
     for name, trace, check in (("llm", llm_graph, plain), ("llm.ort", fused_llm_graph, fused)):
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:  # on the disk that must have room anyway
             source = Path(temporary) / f"{name}.onnx"
             exact = trace(llm).save(source)
             figures = {"max_abs_diff_to_pytorch": check(source, exact)}
             _hold(name, figures["max_abs_diff_to_pytorch"])
-            if precision == "fp32":
+            if layers.bits == head.bits == 32:
                 for path in (source, source.with_name(f"{source.name}.data")):
                     path.replace(folder / path.name)
             else:
-                quantise_int4(source, folder / source.name)
-                figures[f"{precision}_max_abs_diff_to_pytorch"] = check(folder / source.name, exact)
-        specs[name] = dataclasses.replace(exact, precision=precision, parity=figures)
+                quantise(source, folder / source.name, layers, head)
+                figures[f"{options.precision}_max_abs_diff_to_pytorch"] = check(folder / source.name, exact)
+        specs[name] = dataclasses.replace(exact, precision=options.precision, parity=figures)
     share_weights(folder / specs["llm"].file, folder / specs["llm.ort"].file)
     return dataclasses.replace(specs["llm"], backends={"onnxruntime": specs["llm.ort"]})
 
@@ -221,8 +256,6 @@ def _find(name: str, value: np.ndarray, places: dict, blob: bytes) -> WeightSpec
 def make_projector(encoder, llm, options: ExportOptions):
     """A projector between the two, with the weights of `options.projector` or random ones."""
     import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     from tiny_align.align.projector import build_projector
 
@@ -230,14 +263,43 @@ def make_projector(encoder, llm, options: ExportOptions):
     sizes = {"feature_size": encoder.feature_size, "embedding_size": llm.config.hidden_size}
     projector = build_projector({**sizes, "soft_tokens": options.soft_tokens, "kind": "bridgeformer"}).eval()
     if options.projector:
-        try:
-            projector.load_state_dict(load_file(options.projector))
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise TinyAlignError(f"{options.projector} is no projector for this encoder and LLM: {error}") from error
+        projector.load_state_dict(_fitting_weights(options.projector, projector.state_dict()))
     else:
         for value in projector.parameters():  # no two parameters alike, so that each is found in the graph
             value.data += torch.randn_like(value) * 1e-4
     return projector
+
+
+def _fitting_weights(path: str, wanted: dict) -> dict:
+    """The tensors of a safetensors file, which must have the names and sizes of those `wanted`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise TinyAlignError(f"{path} is no projector for this encoder and LLM: {error}") from error
+    for name in sorted(wanted.keys() | weights.keys()):
+        there, needed = (list(w[name].shape) if name in w else "absent" for w in (weights, wanted))
+        if there != needed:
+            raise TinyAlignError(
+                f"{path} is no projector for this encoder and LLM: its {name} is {there}, needed is {needed}. "
+                f"{UNTRAINED}"
+            )
+    return weights
+
+
+def _check_binding(path: str | None, embeddings_sha256: str) -> None:
+    """A projector's file may say which embedding table it was trained for; sizes alone do not tell."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") if path else contextlib.nullcontext() as file:
+        bound_to = ((file and file.metadata()) or {}).get("embeddings_sha256", embeddings_sha256)
+    if bound_to != embeddings_sha256:
+        raise TinyAlignError(
+            f"{path} was trained for another LLM (embeddings {bound_to[:12]}, this one has {embeddings_sha256[:12]}). "
+            f"{UNTRAINED}"
+        )
 
 
 def make_readout(options: ExportOptions, table: np.ndarray) -> Readout:

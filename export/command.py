@@ -25,7 +25,11 @@ def add_arguments(parser) -> None:
     parser.add_argument("--projector", help="safetensors file of a trained projector (default: an untrained one)")
     parser.add_argument("--soft-tokens", type=int, help="pool to so many, as the paper does (default: as many as said)")
     parser.add_argument("--out", type=Path, required=True, help="the bundle's folder")
-    parser.add_argument("--precision", choices=("int4", "fp32"), default="int4", help="of the LLM's weights")
+    parser.add_argument("--precision", default="int4", help="of the LLM's weights: int4 (default), int8, fp16 or fp32")
+    parser.add_argument("--head-precision", help="of the LLM's output layer (default: int8 with int4, else the same)")
+    parser.add_argument(
+        "--block-size", type=int, default=32, help="weights in integers that share a scale (default: 32)"
+    )
     parser.add_argument("--name", help="the bundle's name (default: the folder's)")
     parser.add_argument("--max-context", type=int, default=256, help="positions of prompt and answer together")
 
@@ -33,8 +37,8 @@ def add_arguments(parser) -> None:
 def run(args) -> dict:
     from tiny_align.export.bundle import ExportOptions, export_bundle
 
-    names = ("encoder", "encoder_precision", "encoder_layers", "llm", "projector", "precision", "max_context")
-    names += ("soft_tokens", "sentences")
+    names = ("encoder", "encoder_layers", "encoder_precision", "llm", "projector", "precision", "head_precision")
+    names += ("block_size", "max_context", "soft_tokens", "sentences")
     options = ExportOptions(
         **{n: getattr(args, n) for n in names},
         name=args.name or args.out.name,

@@ -31,7 +31,7 @@ def _pack(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     product = ir.node("MatMul", [nodes[0].inputs[0], packed])
     split = ir.node("Split", [product.outputs[0], sizes], attributes={"axis": -1}, num_outputs=len(nodes))
     for value in (product.outputs[0], *split.outputs):
-        value.dtype = nodes[0].outputs[0].dtype
+        value.dtype = weights[0].dtype
     graph.insert_before(nodes[0], [product, split])
     for node, part, weight in zip(nodes, split.outputs, weights):
         part.shape = node.outputs[0].shape

@@ -17,8 +17,10 @@ def load_pretrained(kind, path: str, **options):
     try:
         return kind.from_pretrained(path, **options)
     except Exception as error:  # transformers, safetensors and tokenizers raise all kinds, a bare Exception too
-        said = " ".join(str(error).split())
-        raise TinyAlignError(f"{path} cannot be loaded as a model folder or hub id: {said}") from error
+        said = " ".join(str(error).split()).rstrip(".")
+        raise TinyAlignError(
+            f"{path} cannot be loaded as a model folder or hub id ({said}): download it again, or give another"
+        ) from error
 
 
 def load_whole(kind, path: str, needed: Callable[[str], bool] = lambda name: True, **options):

@@ -1,7 +1,7 @@
 """Trains the bundle's general projector on many synthetic voices and puts it into the bundle.
 
-The features come from the bundle's own encoder graph, over augmented speech of the voices the encoder
-was trained on; flite's voices and people are not among them.
+The training is `tiny-align align --general`'s; what is special is its recordings: augmented speech of the voices the
+encoder was trained on, made as log-mel frames. flite's voices and people are not among them.
 
     python -m tiny_align.reference.projector --bundle reference/bundle --out reference/weights/projector.safetensors
 """
@@ -16,82 +16,55 @@ from tqdm import tqdm
 
 from tiny_align.reference.encoder import N_SPEECH, speak
 from tiny_align.runtime.assistant import Assistant
-from tiny_align.runtime.bundle import Bundle, write_manifest
 
 CHUNK = 32  # recordings augmented together
-REPLAYED = 64  # utterances whose features the bundle keeps for the training of a person
 
 
-def spoken_features(assistant: Assistant, work: Path, n: int, seed: int) -> tuple[list[np.ndarray], list[str]]:
-    """`n` recordings of the encoder's training, augmented anew -> encoder features (N, Da) and texts."""
-    manifest = assistant.bundle.manifest
-    encoder = manifest.files[manifest.graphs["encoder"].file + ".data"][:12]  # another encoder, other features
-    path = work / f"features-{encoder}-{n}-{seed}.npz"
-    if not path.exists():
-        features, texts = _speak(assistant, work, n, seed)
-        edges = np.cumsum([0, *map(len, features)])
-        work.mkdir(parents=True, exist_ok=True)
-        np.savez(path.with_suffix(".partial.npz"), features=np.concatenate(features), edges=edges, texts=texts)
-        path.with_suffix(".partial.npz").rename(path)
-    stored = np.load(path)
-    everything, edges = stored["features"], stored["edges"]
-    return [everything[a:b] for a, b in zip(edges, edges[1:])], [str(t) for t in stored["texts"]]
+def spoken_examples(assistant: Assistant, work: Path, n: int, seed: int) -> list:
+    """`n` recordings of the encoder's training, augmented anew, as examples; encoded once, resumably."""
+    from tiny_align.align.feature_cache import Stored, kept
+    from tiny_align.align.personalise import make_example
+
+    items = speak(work, N_SPEECH)
+    items = [items[i] for i in random.Random(seed).sample(range(len(items)), n)]
+    name = f"spoken-{assistant.bundle.manifest.encoder_key[:16]}-{n}-{seed}"
+    examples = []
+    for start in tqdm(range(0, n, CHUNK), desc="encode"):
+        chunk = items[start : start + CHUNK]
+        paths = [work / name / f"{name}-{start + i}.npy" for i in range(len(chunk))]
+        if not all(path.exists() for path in paths):
+            for path, features in zip(paths, _encode(assistant, [mel for mel, _ in chunk], seed + start)):
+                kept(path, lambda features=features: features)
+        examples += [make_example(assistant.llm, text, Stored(path)) for (_, text), path in zip(chunk, paths)]
+    return examples
 
 
-def _speak(assistant: Assistant, work: Path, n: int, seed: int) -> tuple[list[np.ndarray], list[str]]:
+def _encode(assistant: Assistant, mels: list[np.ndarray], seed: int) -> list[np.ndarray]:
+    """(frames, M) each, augmented -> (N, Da) float32 each."""
     import torch
 
     from tiny_align.reference.augment import augment
 
-    items = speak(work, N_SPEECH)
-    items = [items[i] for i in random.Random(seed).sample(range(len(items)), n)]
-    front, features = assistant.bundle.manifest.front_end, []
     torch.manual_seed(seed)
-    for start in tqdm(range(0, n, CHUNK), desc="encode"):
-        mels = [torch.from_numpy(mel.astype(np.float32)) for mel, _ in items[start : start + CHUNK]]
-        lengths = torch.tensor([len(m) for m in mels])
-        padded, lengths = augment(torch.nn.utils.rnn.pad_sequence(mels, batch_first=True), lengths)
-        features += [assistant.encode(front.finish(mel[:count])) for mel, count in zip(padded.numpy(), lengths)]
-    return features, [text for _, text in items]
+    rows = [torch.from_numpy(mel.astype(np.float32)) for mel in mels]
+    lengths = torch.tensor([len(r) for r in rows])
+    padded, lengths = augment(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths)
+    finish = assistant.bundle.manifest.front_end.finish
+    return [assistant.encode(finish(mel[:count])) for mel, count in zip(padded.numpy(), lengths)]
 
 
-def train(bundle_path: Path, out: Path, work: Path, n: int, steps: int, seed: int, objective: str) -> dict:
+def train(bundle: Path, out: Path, work: Path, n: int, steps: int, seed: int, objective: str) -> dict:
     from safetensors.torch import save_file
 
-    from tiny_align.align.objectives import make
-    from tiny_align.align.personalise import SILENCES, embedding_table, make_example, quiet_examples
-    from tiny_align.align.replay import write_replay
-    from tiny_align.align.train import Trainer, TrainOptions
-    from tiny_align.align.users import data_file, load_projector, write_weights
+    from tiny_align.align.general import train_general
+    from tiny_align.align.personalise import Effort
 
-    bundle = Bundle.open(bundle_path)
-    options = TrainOptions(
-        objective=objective,
-        parts=(),
-        flat_start=500,
-        steps=steps,
-        batch=28,
-        company=4,
-        rate=1e-3,
-        weight_decay=1e-2,
-        warmup=100,
-        seed=seed,
-        held_out=0.03,
-        check_every=200,
-        max_seconds=float("inf"),
-    )
-    state = work / f"projector-{objective}"
+    effort = Effort(steps=steps, seed=seed, objective=objective)
     with Assistant.load(bundle) as assistant:
-        features, texts = spoken_features(assistant, work, n, seed)
-        examples = [make_example(assistant.llm, t, f) for f, t in zip(features, texts)]
-        projector = load_projector(bundle, bundle.graph("projector"))
-        target = make(options, embedding_table(assistant), bundle.manifest.readout.scale)
-        silence = quiet_examples(assistant, n // 8, seed)
-        trained = Trainer(projector, examples, target, options, state, silence).run()
-    save_file(trained.weights, out)
-    write_replay(bundle.replay, examples[:REPLAYED] + silence[:SILENCES])
-    write_weights(bundle.path / data_file(bundle), bundle.manifest, trained.weights)
-    write_manifest(bundle.path, bundle.manifest)
+        examples = spoken_examples(assistant, work, n, seed)
+        trained = train_general(assistant, examples, work / f"projector-{objective}", effort)
+        table = assistant.bundle.manifest.embeddings_sha256
+    save_file(trained.weights, out, {"embeddings_sha256": table})
     return trained.record
 
 

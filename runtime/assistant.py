@@ -123,7 +123,7 @@ class Assistant:
         """(N, Da) -> (T', D) float32 in the LLM's embedding space; no row where no word was heard."""
         out = self._projector({"features": features[None]})["soft_tokens"][0]
         if self._readout.kind == "ctc":
-            return collapse(out, self.llm.table, self._readout.scale)
+            return collapse(out, self.llm.speech_table, self._readout.scale)
         return merge_similar(out, self._readout.merge_cosine)
 
     def swap_projector(self, path: Path) -> None:

@@ -46,7 +46,7 @@ class GraphSpec:
     """One ONNX graph of the bundle, and what stands in its place for a backend with operators of its own."""
 
     file: str
-    precision: str  # "fp32", "int4"
+    precision: str  # "fp32", "fp16", "int8", "int4": of most of its weights
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     parity: dict = field(default_factory=dict)  # max absolute difference to PyTorch, by length
@@ -112,6 +112,7 @@ class Manifest:
     embeddings_sha256: str  # the LLM's embedding table; a projector is bound to it
     readout: Readout  # how the projector's output becomes soft tokens
     files: dict[str, str]  # every file of the bundle but this one -> SHA-256
+    projector_trained: bool = True  # False: the general projector is random still
     schema: int = SCHEMA
 
     @property
@@ -191,6 +192,11 @@ class Bundle:
     def sentences(self) -> Path:
         """What a person may be asked to read, one sentence per line; not every bundle has them."""
         return self.path / "sentences.txt"
+
+    @property
+    def speech_tokens(self) -> Path:
+        """(K,) int32 in numpy's form: the tokens speech is read as; no file: all of the vocabulary."""
+        return self.path / "speech_tokens.npy"
 
     @property
     def replay(self) -> Path:

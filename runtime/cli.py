@@ -13,7 +13,11 @@ from tiny_align.runtime.errors import TinyAlignError
 
 COMMANDS = {  # name -> (module, what it does, the extra that installs what it needs)
     "demo": ("tiny_align.align.demo", "personalise the shipped bundle to a new voice and talk to it", "demo"),
-    "align": ("tiny_align.align.personalise", "train a person's projector from recordings", "align"),
+    "align": (
+        "tiny_align.align.personalise",
+        "train a person's projector or the general one",
+        "align",
+    ),
     "enroll": ("tiny_align.align.enroll", "get to know a person: sentences to read, checks, training", "enroll"),
     "eval": ("tiny_align.align.evaluate", "measure a bundle or a person on a data set", "align"),
     "export": ("tiny_align.export.command", "export encoder, projector and LLM into a bundle", "export"),

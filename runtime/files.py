@@ -1,12 +1,17 @@
 """Files written whole or not at all, and their hashes."""
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
+
+from tiny_align.runtime.errors import TinyAlignError
+
+HERE, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux's <fcntl.h> and <stdio.h>
 
 
 def sha256(path: Path) -> str:
@@ -16,6 +21,35 @@ def sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def writing(target: Path):
+    """Turns the system's refusal to write (a full disk, no permission) into one sentence about `target`."""
+    try:
+        yield
+    except OSError as error:  # numpy gives its own for a full disk, without a number
+        raise TinyAlignError(
+            f"{target} cannot be written ({error.strerror or error}): make room, or give a folder you may write to"
+        ) from error
+
+
+@contextlib.contextmanager
+def written_file(target: Path):
+    """Yields a temporary path beside `target`; on success it becomes `target`. What a killed process left is replaced.
+
+    Raises:
+        TinyAlignError: the folder cannot be written.
+    """
+    temporary = target.with_name(f".{target.name}.partial")
+    try:
+        with writing(target.parent):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager
@@ -34,8 +68,14 @@ def written_folder(target: Path):
 
 
 def _replace(new: Path, target: Path) -> None:
-    """Rename `new` to `target`; an old `target` is put back if that fails."""
+    """Rename `new` to `target`, in one step where the system can exchange two folders.
+
+    Elsewhere an old `target` is renamed first, and put back if the second step fails.
+    """
     old = new.with_name(new.name + "-old")
+    if target.exists() and _exchange(new, target):
+        shutil.rmtree(new, ignore_errors=True)  # what was `target`
+        return
     if target.exists():
         target.rename(old)
     try:
@@ -45,6 +85,27 @@ def _replace(new: Path, target: Path) -> None:
             old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Give two folders each other's name at once; False where that cannot be done."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # Linux, glibc 2.28
+    return rename is not None and rename(HERE, os.fsencode(one), HERE, os.fsencode(other), EXCHANGE) == 0
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """The files of `source` in the folder `target` as well, without copies where the file system has hard links.
+
+    A linked file must be replaced, never written into.
+    """
+    shutil.copytree(source, target, symlinks=True, dirs_exist_ok=True, copy_function=_link)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -64,6 +64,7 @@ class LanguageModel:
         self.prompt = bundle.manifest.prompt
         self.tokenizer = Tokenizer.from_file(str(bundle.tokenizer))
         self._table = np.load(bundle.embeddings, mmap_mode="r")  # (V, D) float16
+        self._speech_tokens = np.load(bundle.speech_tokens) if bundle.speech_tokens.is_file() else None
         self._special = {i for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
         self._unknown = self.tokenizer.token_to_id(getattr(self.tokenizer.model, "unk_token", None) or "<unk>")
 
@@ -95,6 +96,11 @@ class LanguageModel:
     def table(self) -> np.ndarray:
         """(V, D) float32: every token as the LLM sees it, in memory."""
         return self.embed(range(self.spec.vocabulary))
+
+    @functools.cached_property
+    def speech_table(self) -> np.ndarray:
+        """(K, D) float32: the tokens speech is read as, in memory; a large vocabulary is not."""
+        return self.table if self._speech_tokens is None else self.embed(self._speech_tokens)
 
     def embed(self, ids: list[int]) -> np.ndarray:
         """(T, D) float32 rows of the embedding table."""

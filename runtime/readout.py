@@ -30,11 +30,11 @@ def collapse(frames: np.ndarray, table: np.ndarray, scale: float) -> np.ndarray:
 
     Args:
         frames: (N, D + 1) float32; the last column is the blank's logit.
-        table: (V, D) float32, as the LLM sees its tokens.
+        table: (K, D) float32, the tokens that speech may be, as the LLM sees them.
     Returns:
         (T', D) float32; no row where nothing was said, or so little and so doubtful that it was a noise.
     """
-    logits = frames[:, :-1] @ table.T * np.float32(scale)  # (N, V)
+    logits = frames[:, :-1] @ table.T * np.float32(scale)  # (N, K)
     best = np.where(logits.max(axis=1) > frames[:, -1], logits.argmax(axis=1), -1)
     starts = np.flatnonzero((best >= 0) & (best != np.concatenate([[-1], best[:-1]])))
     if not len(starts):

@@ -3,6 +3,7 @@
 The shipped files are only read. `threads=1` everywhere: the same numbers on every machine.
 """
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -132,3 +133,20 @@ def edit_json():
         path.write_text(json.dumps(value), encoding="utf-8")
 
     return edit
+
+
+@pytest.fixture(scope="session")
+def full_disk():
+    """A disk on which no file grows beyond `n_bytes`: with full_disk(n_bytes): ..."""
+    resource = pytest.importorskip("resource", reason="the limit is Unix's")
+
+    @contextlib.contextmanager
+    def limited(n_bytes: int):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from benchmarks import alignment, training_cost
+from benchmarks import alignment, families, report, training_cost
 from tiny_align.align.users import load_projector
 
 
@@ -56,3 +56,26 @@ def test_noise_changes_what_is_heard_but_not_what_was_said(assistant, voice, snr
 def test_a_training_step_of_the_smallest_shape_is_measured():
     row = training_cost.measure("reference", "ctc", threads=1)
     assert 0 < row["step_s"] < 10 and 0.1 < row["peak_gb"] < 8
+
+
+def test_tokens_after_the_first_difference_are_not_equal():
+    pairs = [([1, 2, 3], [1, 2, 3]), ([1, 2, 3, 4], [1, 9, 3, 4]), ([5], [5, 6, 7]), ([], [8])]
+    assert families._agreement(pairs) == {"answers": 4, "tokens": 11, "equal": 5}
+
+
+def test_the_table_of_families_is_whole():
+    """Every family has its row, and what it says holds: equal to the last token."""
+    pytest.importorskip("transformers", reason="the families are transformers'")
+    from benchmarks import tiny_encoders, tiny_llms
+
+    measured = json.loads(families.RESULTS.read_text(encoding="utf-8"))
+    assert measured["encoders"].keys() == tiny_encoders.MAKERS.keys()
+    assert measured["llms"].keys() == tiny_llms.FAMILIES.keys()
+    assert all(row["max_abs_diff"] < 1e-4 < row["max_abs"] for row in measured["encoders"].values())
+    for row in measured["llms"].values():
+        assert all(row[way]["equal"] == row[way]["tokens"] > 100 for way in ("embeddings", "text"))
+
+
+def test_the_readmes_tables_are_the_results():
+    text = report.README.read_text(encoding="utf-8")
+    assert report.render(text) == text

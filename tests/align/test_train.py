@@ -311,5 +311,5 @@ def test_a_damaged_state_means_a_fresh_start_with_a_warning(interrupted, damage,
 
 def test_a_half_written_state_is_no_state(interrupted):
     """Killed while saving: the last whole state is still there."""
-    (interrupted / "state.partial").write_bytes(b"half")
+    (interrupted / ".state.safetensors.partial").write_bytes(b"half")
     assert steps_taken(work=interrupted) == 30

@@ -1,7 +1,8 @@
 """Every family of encoders, from a tiny checkpoint through the command to features, against transformers.
 
-Each family's model is random and small and lies on disk as the hub has it: config.json, weights, and the
-preprocessor_config.json of its own feature extractor. The LLM and the projector beside it are traced once.
+Each family's model (benchmarks/tiny_encoders.py) is random and small and lies on disk as the hub has it: config.json,
+weights, and the preprocessor_config.json of its own feature extractor. The LLM and the projector beside it are
+traced once.
 """
 
 import functools
@@ -22,99 +23,27 @@ torch = pytest.importorskip("torch", reason="models are exported from torch")
 transformers = pytest.importorskip("transformers", reason="models are exported from transformers")
 onnx = pytest.importorskip("onnx", reason="exported graphs are read with onnx")
 
-import tiny_align.export.bundle as export_bundle  # noqa: E402 - needs the packages above
+from benchmarks.families import traced_once  # noqa: E402 - needs the packages above
+from benchmarks.tiny_encoders import (  # noqa: E402  # noqa: E402
+    LAYERS,
+    MAKERS,
+    SIZE,
+    features,
+    make_encoder,
+    save,
+    wav2vec2,
+    wav2vec2_bert,
+    wave,
+    whisper,
+)
 from tiny_align.export.encoders import FAMILIES, LEAST_FEATURES, load_encoder  # noqa: E402
 from tiny_align.export.graphs import OPSET  # noqa: E402
 from tiny_align.export.parity import TOLERANCE  # noqa: E402
 
 RATE = 16_000  # Hz
 FEATURES_TOLERANCE = 1e-4  # largest absolute difference, of features of size about 3: front end and graph together
-LAYERS, SIZE = 2, 32
 PREPROCESSOR = "preprocessor_config.json"
 FRAME_S = {"moonshine": 0.024, "parakeet": 0.08}  # all others: 20 ms
-
-COMMON = {"hidden_size": SIZE, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "intermediate_size": 48}
-POSITIONS = {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
-CONVOLUTIONS = POSITIONS | {"conv_dim": [16] * 3, "conv_kernel": [10, 8, 8], "conv_stride": [5, 8, 8]}  # quick to trace
-
-
-def wave(**options):
-    return transformers.Wav2Vec2FeatureExtractor(**options)
-
-
-def wav2vec2(**options):
-    """As wav2vec2-base, a checkpoint with its CTC head; the seven convolutions are those of all the real ones."""
-    config = transformers.Wav2Vec2Config(**COMMON, **POSITIONS, conv_dim=[16] * 7, vocab_size=30, **options)
-    return transformers.Wav2Vec2ForCTC(config), wave()
-
-
-def wav2vec2_layer_norm():
-    """As wav2vec2-large-lv60."""
-    options = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
-    model = transformers.Wav2Vec2Model(transformers.Wav2Vec2Config(**COMMON, **CONVOLUTIONS, **options))
-    return model, wave(return_attention_mask=True)
-
-
-def hubert():
-    return transformers.HubertModel(transformers.HubertConfig(**COMMON, **CONVOLUTIONS)), wave()
-
-
-def wavlm():
-    model = transformers.WavLMModel(transformers.WavLMConfig(**COMMON, **CONVOLUTIONS))
-    torch.nn.init.normal_(model.encoder.layers[0].attention.rel_attn_embed.weight)  # positions count
-    return model, wave(do_normalize=False)
-
-
-def data2vec():
-    sizes = CONVOLUTIONS | {"num_conv_pos_embeddings": 3, "conv_pos_kernel_size": 5}
-    return transformers.Data2VecAudioModel(transformers.Data2VecAudioConfig(**COMMON, **sizes)), wave()
-
-
-def moonshine():
-    sizes = {
-        f"{part}_num_{what}": 2 for part in ("encoder", "decoder") for what in ("hidden_layers", "attention_heads")
-    }
-    sizes |= {"hidden_size": SIZE, "intermediate_size": 48, "vocab_size": 50}
-    model = transformers.MoonshineForConditionalGeneration(transformers.MoonshineConfig(**sizes))
-    return model, wave(do_normalize=False)
-
-
-def whisper(n_mels=80):
-    sizes = {f"{part}_{what}": 2 for part in ("encoder", "decoder") for what in ("layers", "attention_heads")}
-    sizes |= {"d_model": SIZE, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": 60, "num_mel_bins": n_mels}
-    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-    model = transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**sizes, **ids))
-    return model, transformers.WhisperFeatureExtractor(feature_size=n_mels)
-
-
-def wav2vec2_bert(**options):
-    config = transformers.Wav2Vec2BertConfig(**COMMON, conv_depthwise_kernel_size=7, **options)
-    return transformers.Wav2Vec2BertModel(config), transformers.SeamlessM4TFeatureExtractor(padding_value=1)
-
-
-def parakeet():
-    sizes = {"conv_kernel_size": 5, "subsampling_conv_channels": 8, "num_mel_bins": 80}
-    config = transformers.ParakeetCTCConfig(vocab_size=29, pad_token_id=28, encoder_config=COMMON | sizes)
-    return transformers.ParakeetForCTC(config), transformers.ParakeetFeatureExtractor()
-
-
-MAKERS = {
-    "wav2vec2": wav2vec2,
-    "wav2vec2-layer-norm": wav2vec2_layer_norm,
-    "hubert": hubert,
-    "wavlm": wavlm,
-    "data2vec-audio": data2vec,
-    "moonshine": moonshine,
-    "whisper": whisper,
-    "wav2vec2-bert": wav2vec2_bert,
-    "parakeet": parakeet,
-}
-
-
-def save(folder: Path, made) -> Path:
-    for part in made:
-        part.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -123,8 +52,7 @@ def checkpoint(tmp_path_factory):
 
     @functools.cache
     def make(family: str) -> Path:
-        torch.manual_seed(0)
-        return save(tmp_path_factory.mktemp("encoders") / family, MAKERS[family]())
+        return make_encoder(family, tmp_path_factory.mktemp("encoders") / family)
 
     return make
 
@@ -138,9 +66,7 @@ class Case(NamedTuple):
 @pytest.fixture(scope="module")
 def exported(checkpoint, tiny_llm, export, tmp_path_factory):
     """exported(family) -> Case: the features are the first layer's and the last one's, side by side."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("llm_graph", "projector_graph"):  # the same for every encoder of these sizes
-            patch.setattr(export_bundle, name, traced_once(getattr(export_bundle, name)))
+    with traced_once("llm_graph", "projector_graph"):  # the same for every encoder of these sizes
 
         @functools.cache
         def make(family: str) -> Case:
@@ -150,11 +76,6 @@ def exported(checkpoint, tiny_llm, export, tmp_path_factory):
             return Case(family, checkpoint(family), export(models, out, *options).bundle)
 
         yield make
-
-
-def traced_once(trace):
-    made = []
-    return lambda module: made[0] if made else made.append(trace(module)) or made[0]
 
 
 @pytest.fixture(scope="module", params=MAKERS)
@@ -170,30 +91,13 @@ def recordings(voice_path) -> list[np.ndarray]:
     return [first, second[:-7], third[8_000:12_321], np.concatenate([first, second, third])]
 
 
-@torch.no_grad()
-def reference(case: Case, audio: np.ndarray) -> np.ndarray:
-    """(N, 2 Da) as transformers computes them: its feature extractor, its model; without those of padding."""
-    extract = transformers.AutoFeatureExtractor.from_pretrained(case.folder)
-    model = transformers.AutoModel.from_pretrained(case.folder).eval()
-    encoder = model.encoder if case.family in ("moonshine", "parakeet", "whisper") else model
-    inputs = extract(audio, sampling_rate=RATE, return_tensors="pt")
-    out = encoder(**inputs, output_hidden_states=True)
-    features = torch.cat([out.hidden_states[1], out.last_hidden_state], dim=-1)[0].numpy()
-    heard = {
-        "parakeet": lambda: int(out.attention_mask.sum()),
-        "wav2vec2-bert": lambda: int(inputs["attention_mask"].sum()),
-        "whisper": lambda: -(-len(audio) // 320),  # every 20 ms that has begun
-    }.get(case.family, lambda: len(features))
-    return features[: heard()]
-
-
 # --- features ---
 
 
 def test_features_are_transformers_own(case, recordings):
     with Assistant.load(case.bundle, threads=1) as assistant:
         for audio in recordings:
-            ours, theirs = assistant.features(audio), reference(case, audio)
+            ours, theirs = assistant.features(audio), features(case.family, case.folder, audio)
             assert ours.shape == theirs.shape and ours.dtype == np.float32
             difference = np.abs(ours - theirs)
             assert difference.max() <= FEATURES_TOLERANCE, (

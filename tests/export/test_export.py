@@ -4,6 +4,7 @@ Two exports of the same models are made once, with INT4 and with FP32 weights, b
 else looks at what they left. The weights fit float16, so the bundle's embedding table is exact.
 """
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -22,6 +23,7 @@ onnx = pytest.importorskip("onnx", reason="exported graphs are read with onnx")
 
 from tiny_align.export.bundle import (  # noqa: E402 - needs the packages above
     ExportOptions,
+    _check_binding,
     _hold,
     make_projector,
 )
@@ -180,16 +182,14 @@ def test_the_llm_gives_the_last_positions_logits_only(exported):
     ]
 
 
-def test_the_llm_is_int4_but_for_its_output_layer(int4):
+def test_the_llm_is_int4_and_its_output_layer_int8(int4):
     model = read(int4.bundle, "llm")
     kinds = {t.name: t.data_type for t in model.graph.initializer}
-    quantised = [n for n in model.graph.node if n.op_type == "DequantizeLinear"]
-    assert len(quantised) == LINEARS * LAYERS
-    assert all(kinds[node.input[0]] == onnx.TensorProto.INT4 for node in quantised)
     made = {output: node for node in model.graph.node for output in node.output}
-    last = made["logits"]
-    assert last.op_type == "MatMul" and last.input[1] in kinds and kinds[last.input[1]] == onnx.TensorProto.FLOAT
-    assert int4.bundle.graph("llm").with_name("llm.onnx.data").stat().st_size < 0.5 * 4 * weights_of(model)
+    stored = {n.output[0]: kinds[n.input[0]] for n in model.graph.node if n.op_type == "DequantizeLinear"}
+    assert stored.pop(made["logits"].input[1]) == onnx.TensorProto.INT8
+    assert list(stored.values()) == [onnx.TensorProto.INT4] * LINEARS * LAYERS
+    assert int4.bundle.graph("llm").with_name("llm.onnx.data").stat().st_size < 0.25 * 4 * weights_of(model)
 
 
 def weights_of(model) -> int:
@@ -281,6 +281,21 @@ def test_a_trained_projector_is_taken(models, general, tmp_path):
     assert all(torch.equal(v, general.state_dict()[k] + 1) for k, v in made.state_dict().items())
 
 
+def test_align_trains_a_general_projector_for_the_new_pair(int4, voice_path, make_user, run_cli, tmp_path):
+    """The bundle just exported, with a person in it, and sixty recordings."""
+    shutil.copytree(int4.bundle.path, tmp_path / "bundle")
+    make_user(int4.bundle, tmp_path / "bundle/users/ana")
+    assert not int4.bundle.manifest.projector_trained
+    data = ("--data", voice_path, "--utterances", 60, "--steps", 8, "--threads", 1)
+    done = run_cli("align", "--general", "--bundle", tmp_path / "bundle", *data)
+    assert done.status == 0, done.stderr
+    assert done.document["utterances"] == 60 and done.document["wer_after"] >= 0
+    bundle = Bundle.open(tmp_path / "bundle")
+    assert bundle.manifest.projector_trained and bundle.replay.is_file() and bundle.projector("ana").is_file()
+    weights = [data_of(b)[1] for b in (bundle, int4.bundle)]
+    assert weights[0] != weights[1]
+
+
 # --- what is refused, before anything is exported ---
 
 
@@ -310,6 +325,12 @@ def test_a_path_that_is_not_there_is_refused(refused, models, tmp_path, kind):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("option", "value"), [("precision", "int5"), ("head-precision", "best"), ("block-size", 48)])
+def test_a_precision_that_there_is_not_is_refused(refused, models, tmp_path, option, value):
+    assert f"--{option} is {value}: choose one of " in refused(models, tmp_path / "out", f"--{option}", value)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("option", "value"), [("--max-context", 0), ("--max-context", -5), ("--soft-tokens", 0)])
 def test_sizes_that_make_no_sense_are_refused(run_cli, models, tmp_path, option, value):
     arguments = ("--encoder", models["encoder"], "--llm", models["llm"], "--out", tmp_path / "out", option, value)
@@ -330,9 +351,32 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1_000])
 
 
+def edit(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def in_parts(folder: Path) -> Path:
+    """The weights as several files with an index, as large models have them; returns the index."""
+    model = transformers.ParakeetForCTC.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="50KB")
+    return folder / "model.safetensors.index.json"
+
+
 DAMAGES = {
     "encoder weights cut off": ("encoder", lambda f: cut(f / "model.safetensors"), "cannot be loaded"),
     "encoder without weights": ("encoder", lambda f: (f / "model.safetensors").unlink(), "cannot be loaded"),
+    "encoder weights of which a part is missing": (
+        "encoder",
+        lambda f: next(in_parts(f).parent.glob("model-00002-*")).unlink(),
+        "cannot be loaded",
+    ),
+    "encoder weights with half an index": ("encoder", lambda f: cut(in_parts(f)), "cannot be loaded"),
+    "a pointer in place of encoder weights": (
+        "encoder",
+        lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        "cannot be loaded",
+    ),
     "no front end": (
         "encoder",
         lambda f: (f / "preprocessor_config.json").unlink(),
@@ -349,6 +393,11 @@ DAMAGES = {
         "cannot be loaded",
     ),
     "no tokenizer": ("llm", lambda f: [p.unlink() for p in f.glob("*token*")], "cannot be loaded"),
+    "a smaller model's tokenizer": (
+        "llm",
+        lambda f: edit(f / "generation_config.json", eos_token_id=[900, 901]),
+        "ends an answer with token 900, its tokenizer goes up to token 299: they belong to different models",
+    ),
     "no chat template": ("llm", lambda f: (f / "chat_template.jinja").unlink(), "has no chat template"),
 }
 
@@ -357,7 +406,7 @@ DAMAGES = {
 def test_a_damaged_model_is_refused(refused, models, tmp_path, kind, change, sentence):
     folder = changed(models, kind, tmp_path, change)
     assert sentence in refused(models, tmp_path / "out", **{kind: folder})
-    assert not (tmp_path / "out").exists()
+    assert [p.name for p in tmp_path.iterdir()] == [kind]
 
 
 @pytest.mark.parametrize("content", [None, b"not safetensors", b""])
@@ -368,13 +417,50 @@ def test_a_file_that_is_no_projector_is_refused(refused, models, tmp_path, conte
     assert "is no projector for this encoder and LLM" in sentence and not (tmp_path / "out").exists()
 
 
-def test_a_projector_of_other_sizes_is_refused(models, tmp_path):
+def wider(name: str):
+    """The weights of a projector with one more row in one of them."""
+
+    def change(weights: dict) -> dict:
+        return weights | {name: torch.zeros(len(weights[name]) + 1, *weights[name].shape[1:])}
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (wider("enter.0.weight"), "its enter.0.weight is [49], needed is [48]"),  # another encoder's
+        (wider("leave.3.bias"), "its leave.3.bias is [66], needed is [65]"),  # another LLM's
+        (lambda w: {k: v for k, v in w.items() if "stack" not in k}, "its stack.bias is absent, needed is [256]"),
+        (lambda w: w | {"more": torch.zeros(3)}, "its more is [3], needed is absent"),
+    ],
+)
+def test_a_projector_of_other_sizes_is_refused(refused, models, general, tmp_path, change, what):
     from safetensors.torch import save_file
 
-    save_file({"enter.0.weight": torch.zeros(7)}, tmp_path / "p.safetensors")
-    options = ExportOptions("", "", projector=str(tmp_path / "p.safetensors"))
-    with pytest.raises(TinyAlignError, match="is no projector for this encoder and LLM"):
-        make_projector(load_encoder(str(models["encoder"])), load_llm(str(models["llm"]))[0], options)
+    save_file(change(dict(general.state_dict())), tmp_path / "p.safetensors")
+    sentence = refused(models, tmp_path / "home/out", "--projector", tmp_path / "p.safetensors")
+    assert f"is no projector for this encoder and LLM: {what}" in sentence and "tiny-align align --general" in sentence
+    assert [p.name for p in tmp_path.iterdir()] == ["p.safetensors"]
+
+
+def test_a_projector_of_another_llm_of_the_same_sizes_is_refused(fp32, models, general, tmp_path):
+    """Its file says which embedding table it was trained for."""
+    from safetensors.torch import save_file
+
+    path, ours = tmp_path / "p.safetensors", fp32.bundle.manifest.embeddings_sha256
+    save_file(general.state_dict(), path)
+    _check_binding(str(path), ours)  # it does not say
+    for table in (ours, "0" * 64):
+        save_file(general.state_dict(), path, {"embeddings_sha256": table})
+        refusal = pytest.raises(TinyAlignError, match="was trained for another LLM") if table != ours else None
+        with refusal or contextlib.nullcontext():
+            _check_binding(str(path), ours)
+
+
+def test_sentences_that_are_not_there_are_refused(refused, models, tmp_path):
+    sentence = refused(models, tmp_path / "home/out", "--sentences", tmp_path / "no.txt")
+    assert f"there is no file {tmp_path / 'no.txt'}" in sentence and not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_is_no_bundle_is_never_replaced(refused, models, tmp_path):

@@ -1,6 +1,6 @@
 """`tiny-align export --llm` for every supported family: the runtime says what transformers says, token by token.
 
-Each family's tiny model (llm_families.py) is exported once, through the command, in FP32. The reference is
+Each family's tiny model (benchmarks/tiny_llms.py) is exported once, through the command, in FP32. The reference is
 transformers' own `generate` on the saved folder, where a sliding layer forgets; the runtime's cache is whole.
 """
 
@@ -17,7 +17,6 @@ from tokenizers import Tokenizer
 
 from tiny_align.runtime import Assistant, Decoding
 from tiny_align.runtime.backend import load_runner
-from tiny_align.runtime.bundle import Bundle
 from tiny_align.runtime.errors import TinyAlignError
 from tiny_align.runtime.llm import Cache, LanguageModel, TextStream, encode_in_place
 
@@ -25,66 +24,28 @@ torch = pytest.importorskip("torch", reason="models are exported from torch")
 transformers = pytest.importorskip("transformers", reason="models are exported from transformers")
 onnx = pytest.importorskip("onnx", reason="exported graphs are read with onnx")
 
-from llm_families import (  # noqa: E402 - needs the packages above
+from test_export import make_encoder  # noqa: E402
+
+from benchmarks.families import traced_once  # noqa: E402 - needs the packages above
+from benchmarks.tiny_llms import (  # noqa: E402
     CONTEXT,
     ENDED_TEXT,
     FAMILIES,
     INSTRUCTION,
     LONGROPE_CONTEXT,
+    N_TOKENS,
     WINDOW,
+    Beside,
     make_model,
-    typed,
 )
-from test_export import make_encoder  # noqa: E402
-
-from tiny_align.export import bundle as exporter  # noqa: E402
 from tiny_align.export.llms import LLMS, embedding_table, end_tokens, load_llm  # noqa: E402
 from tiny_align.export.parity import TOLERANCE, llm_lengths  # noqa: E402
 from tiny_align.export.prompts import prompt_spec  # noqa: E402
-from tiny_align.export.quantise import quantise_int4  # noqa: E402
+from tiny_align.export.quantise import forms, quantise  # noqa: E402
 
 TEXTS = (ENDED_TEXT, "Call my mother", "  two three four ")
-N_TOKENS = 40
 DECODING = Decoding(max_tokens=N_TOKENS, loop_tokens=0)
 SLIDING = [name for name, family in FAMILIES.items() if "sliding_window" in family.sizes]
-
-
-@dataclasses.dataclass
-class Exported:
-    """A family's bundle, loaded, beside the model that it was made of."""
-
-    name: str
-    folder: Path
-    assistant: Assistant
-    model: torch.nn.Module
-    tokenizer: object
-
-    @property
-    def bundle(self) -> Bundle:
-        return self.assistant.bundle
-
-    def generate(self, **prompt) -> list[int]:
-        """transformers' greedy answer, without the end token."""
-        ends = [*(self.model.generation_config.eos_token_id or []), *self.ids(FAMILIES[self.name].also_ends)]
-        given = {"attention_mask": torch.ones(1, next(iter(prompt.values())).shape[1], dtype=torch.long), **prompt}
-        said = self.model.generate(
-            **given, do_sample=False, max_new_tokens=N_TOKENS, eos_token_id=ends or None, pad_token_id=0
-        )[0]
-        said = said[prompt["input_ids"].shape[1] if "input_ids" in prompt else 0 :].tolist()
-        return said[:-1] if said[-1] in ends else said
-
-    def ids(self, tokens) -> list[int]:
-        return [self.tokenizer.convert_tokens_to_ids(token) for token in tokens]
-
-    def prompt(self, n: int) -> np.ndarray:
-        """(n, D) float32: embeddings of any tokens."""
-        return self.assistant.llm.embed(np.random.default_rng(n).integers(0, len(self.tokenizer), n))
-
-    def template(self, text: str) -> torch.Tensor:
-        """(1, T): a typed prompt."""
-        options = {"enable_thinking": False, "return_dict": True, "return_tensors": "pt"}
-        messages = typed(self.name, INSTRUCTION, text)
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)["input_ids"]
 
 
 @pytest.fixture(scope="module")
@@ -92,21 +53,8 @@ def encoder(tmp_path_factory) -> Path:
     """An encoder's folder; it and the projector are traced once, not for every LLM."""
     torch.manual_seed(0)
     make_encoder(folder := tmp_path_factory.mktemp("encoder"))
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("encoder_graph", "projector_graph"):
-            patch.setattr(exporter, name, once(getattr(exporter, name)))
+    with traced_once("encoder_graph", "projector_graph"):
         yield folder
-
-
-def once(trace):
-    """The graph of the first module for every later one: they are equal, and each bundle's parity check holds that."""
-    graphs = []
-
-    def traced(module):
-        graphs.append(graphs[0] if graphs else trace(module))
-        return graphs[0]
-
-    return traced
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -115,19 +63,15 @@ def exported(request, encoder, export, tmp_path_factory):
     make_model(request.param, folder / "llm")
     models = {"encoder": encoder, "llm": folder / "llm"}
     export(models, folder / "out", "--precision", "fp32", "--max-context", CONTEXT)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "llm", dtype=torch.float32).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "llm")
     with Assistant.load(folder / "out", threads=1) as assistant:
-        yield Exported(request.param, folder, assistant, model, tokenizer)
+        yield Beside.load(request.param, folder / "llm", assistant)
 
 
 @pytest.fixture
-def endless(exported, monkeypatch):
+def endless(exported):
     """No token ends an answer, neither transformers' nor the runtime's."""
-    monkeypatch.setattr(exported.assistant.llm, "spec", dataclasses.replace(exported.assistant.llm.spec, end_tokens=()))
-    monkeypatch.setattr(exported.model.generation_config, "eos_token_id", None)
-    monkeypatch.setitem(FAMILIES, exported.name, dataclasses.replace(FAMILIES[exported.name], also_ends=()))
-    return exported
+    with exported.endless():
+        yield exported
 
 
 # --- token by token ---
@@ -222,14 +166,20 @@ def test_the_readouts_scale_is_for_the_table_as_the_llm_sees_it(exported):
     assert scale == pytest.approx(1 / (table.std() * math.sqrt(table.shape[1])), rel=1e-4)
 
 
-@pytest.mark.parametrize("exported", ["llama", "gemma2"], indirect=True)  # the latter caps its logits after the MatMul
-def test_int4_leaves_the_output_layer_alone(exported, tmp_path):
-    quantise_int4(exported.bundle.graph("llm"), tmp_path / "llm.onnx")
-    model = onnx.load(str(tmp_path / "llm.onnx"), load_external_data=False)
-    assert len([n for n in model.graph.node if n.op_type == "DequantizeLinear"]) == 2 * 7  # of two layers
-    kinds = {t.name: t.data_type for t in model.graph.initializer}
-    heads = [t for t in model.graph.initializer if exported.bundle.manifest.llm.vocabulary in t.dims]
-    assert [kinds[t.name] for t in heads] == [onnx.TensorProto.FLOAT]
+def test_every_weight_is_quantised_and_the_output_layer_is_found(exported, tmp_path):
+    """Gemma 2 caps its logits after the MatMul that makes them."""
+    quantise(exported.bundle.graph("llm"), tmp_path / "llm.onnx", *forms("int4"))
+    graph = onnx.load(str(tmp_path / "llm.onnx"), load_external_data=False).graph
+    kinds = {t.name: (t.data_type, tuple(t.dims)) for t in graph.initializer}
+    codes = [kinds[n.input[0]] for n in graph.node if n.op_type == "DequantizeLinear"]
+    large = [
+        n for n, (kind, dims) in kinds.items() if kind == onnx.TensorProto.FLOAT and len(dims) > 1 and max(dims) > 8
+    ]
+    assert all(name.endswith(".scales") for name in large)
+    heads = [kind for kind, (_, n) in codes if n == exported.bundle.manifest.llm.vocabulary]
+    assert heads == [onnx.TensorProto.INT8] and len(codes) == 1 + len(
+        [c for c in codes if c[0] == onnx.TensorProto.INT4]
+    )
     with load_runner(tmp_path / "llm.onnx", exported.bundle.manifest.graphs["llm"], "onnxruntime", 1) as runner:
         llm = LanguageModel(exported.bundle, runner)
         assert len(list(llm.generate(exported.prompt(9), dataclasses.replace(DECODING, max_tokens=3)))) <= 3

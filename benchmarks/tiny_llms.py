@@ -1,18 +1,26 @@
-"""Tiny random LLMs of every supported family, each with what is peculiar to it, for test_llm_families.py.
+"""Tiny random LLMs of every supported family, each with what is peculiar to it, and their answers by transformers.
 
-Tokenizers are trained here; chat templates are our own, with the roles and the structure of the family's.
+Tokenizers are trained here; chat templates are our own, with the roles and the structure of the family's. The suite
+holds the exported ones to these; benchmarks/families.py makes the README's table.
 """
 
+import contextlib
+import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from tiny_align.runtime.assistant import Assistant
+from tiny_align.runtime.bundle import Bundle
+
 INSTRUCTION, ENDED_TEXT = "Repeat what the user says.", "what is the time"
 WINDOW, CONTEXT, LONGROPE_CONTEXT = 16, 160, 120  # positions
+N_TOKENS = 40  # of an answer
 WORDS = ("Answer the user.", "Repeat what the user says.", "what is the time", "Call my mother", "two three four")
 
 LLAMA3 = (
@@ -283,3 +291,58 @@ def _end_somewhere(name: str, folder: Path, ends: list[int]) -> None:
     said = model.generate(**prompt, do_sample=False, max_new_tokens=20)[0, prompt["input_ids"].shape[1] :].tolist()
     model.generation_config.eos_token_id = [*ends, next(t for n, t in enumerate(said) if n > 5 and t not in said[:n])]
     model.generation_config.save_pretrained(folder)
+
+
+@dataclass
+class Beside:
+    """A family's bundle, loaded, beside the model that it was made of."""
+
+    name: str
+    assistant: Assistant
+    model: torch.nn.Module
+    tokenizer: object
+    also_ends: tuple[str, ...]
+
+    @classmethod
+    def load(cls, name: str, folder: Path, assistant: Assistant) -> "Beside":
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        return cls(name, assistant, model, tokenizer, FAMILIES[name].also_ends)
+
+    @property
+    def bundle(self) -> Bundle:
+        return self.assistant.bundle
+
+    def generate(self, **prompt) -> list[int]:
+        """transformers' greedy answer, without the end token."""
+        ends = [*(self.model.generation_config.eos_token_id or []), *self.ids(self.also_ends)]
+        given = {"attention_mask": torch.ones(1, next(iter(prompt.values())).shape[1], dtype=torch.long), **prompt}
+        said = self.model.generate(
+            **given, do_sample=False, max_new_tokens=N_TOKENS, eos_token_id=ends or None, pad_token_id=0
+        )[0]
+        said = said[prompt["input_ids"].shape[1] if "input_ids" in prompt else 0 :].tolist()
+        return said[:-1] if said[-1] in ends else said
+
+    def ids(self, tokens) -> list[int]:
+        return [self.tokenizer.convert_tokens_to_ids(token) for token in tokens]
+
+    def prompt(self, n: int) -> np.ndarray:
+        """(n, D) float32: embeddings of any tokens."""
+        return self.assistant.llm.embed(np.random.default_rng(n).integers(0, len(self.tokenizer), n))
+
+    def template(self, text: str) -> torch.Tensor:
+        """(1, T): a typed prompt."""
+        options = {"enable_thinking": False, "return_dict": True, "return_tensors": "pt"}
+        messages = typed(self.name, INSTRUCTION, text)
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)["input_ids"]
+
+    @contextlib.contextmanager
+    def endless(self):
+        """While it lasts no token ends an answer, neither transformers' nor the runtime's."""
+        llm, config = self.assistant.llm, self.model.generation_config
+        before = llm.spec, config.eos_token_id, self.also_ends
+        llm.spec, config.eos_token_id, self.also_ends = dataclasses.replace(llm.spec, end_tokens=()), None, ()
+        try:
+            yield
+        finally:
+            llm.spec, config.eos_token_id, self.also_ends = before

@@ -1,0 +1,154 @@
+"""`tiny-align align --general`: a bundle's own projector, for everybody, from the recordings of many people.
+
+The features of all recordings lie on disk, in `.BUNDLE.align` beside the bundle, and a step reads those of its batch
+only: they may be more than memory holds. A run that is killed, in the encoding or in the training, goes on with the
+same command. The bundle's old projector stays unless the new one is better on recordings held out of the training.
+"""
+
+import contextlib
+import itertools
+import logging
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from tiny_align.align.feature_cache import Stored, cached_file, kept
+from tiny_align.align.objectives import default_for, make
+from tiny_align.align.personalise import SILENCES, Effort, embedding_table, make_example, open_for
+from tiny_align.align.silence import nothing_said
+from tiny_align.align.train import Example, Trained, Trainer, TrainOptions
+from tiny_align.align.users import load_projector, write_general
+from tiny_align.runtime.assistant import Assistant
+from tiny_align.runtime.errors import AudioError, DataError
+from tiny_align.runtime.files import writing
+
+LEAST = 50  # utterances
+LEAST_STEPS, PASSES = 1000, 7  # over the utterances
+FLAT_STEPS = 500  # at most an eighth of all
+MOST_HELD_OUT = 480  # utterances
+SOUNDS_SHARE, MOST_SOUNDS = 8, 2000  # one sound without a word beside so many utterances
+REPLAYED = 64  # utterances whose features the bundle keeps for the training of a person
+MEASURED = 40  # utterances of the test split that the LLM answers before and after
+ENDLESS_S = 1e9
+
+log = logging.getLogger(__name__)
+
+
+def generalise(bundle_path: Path, utterances: list, effort: Effort, *, quiet: bool = False) -> dict:
+    """Encode, train, put the projector into the bundle -> the command's result.
+
+    The `train` split is trained on; where there is a `test` split, some of it is answered before and after.
+
+    Raises:
+        BundleError, DataError, AudioError, TinyAlignError: the bundle is as it was.
+    """
+    from tiny_align.align.datasets import split_of
+    from tiny_align.align.evaluate import hear, score
+
+    path = Path(bundle_path).resolve()
+    bundle = open_for(path, effort)
+    work = path.with_name(f".{path.name}.align")
+    training = _enough(split_of(utterances, "train")[: effort.utterances])
+    test = [u for u in utterances if u.split == "test"][:MEASURED]
+    with writing(path.parent):  # before anything long
+        tempfile.TemporaryFile(dir=path.parent).close()
+    with Assistant.load(bundle, threads=effort.threads) as assistant:
+        heard = hear(assistant, test, quiet=quiet)
+        before = score(assistant, heard, quiet=quiet) if test and bundle.manifest.projector_trained else None
+        examples = _enough(stored_examples(assistant, training, work / "features", quiet))
+        trained = train_general(assistant, examples, work, effort, quiet)
+        assistant.swap_projector(bundle.graph("projector"))
+        after = score(assistant, heard, quiet=quiet) if test else None
+    curve = trained.record["curve"]
+    result = {"path": str(bundle_path), "left_out": len(training) - len(examples), "backend": assistant.backend}
+    result |= {k: trained.record[k] for k in ("steps", "train_seconds", "utterances", "improved")}
+    result |= {"held_out_before": curve[0]["held_out"], "held_out_after": curve[-1]["held_out"], "n_test": len(test)}
+    for when, quality in (("before", before), ("after", after)):
+        names = ("rouge1", "rougeL", "wer", "cer") if quality else ()
+        result |= {f"{name}_{when}": getattr(quality, name) for name in names}
+    return result
+
+
+def _enough(utterances: list) -> list:
+    if len(utterances) < LEAST:
+        raise DataError(
+            f"{len(utterances)} recordings that can be trained on: a general projector needs at least {LEAST}, "
+            "better thousands, by many people (the log says what was left out)"
+        )
+    return utterances
+
+
+def stored_examples(assistant: Assistant, utterances: list, folder: Path, quiet: bool) -> list[Example]:
+    """Those that can be used, their features in `folder`; the log names each other one and what is wrong with it."""
+    from tqdm import tqdm
+
+    examples = []
+    for utterance in tqdm(utterances, desc="encode", unit="utt", disable=quiet, mininterval=0.5):
+        try:
+            assistant.llm.encode_words(utterance.text)
+            features = Stored(cached_file(assistant, utterance, folder))
+        except (AudioError, DataError) as error:
+            log.warning("left out %s: %s", utterance.audio, error)
+        else:
+            examples.append(make_example(assistant.llm, utterance.text, features))
+    return examples
+
+
+def train_general(
+    assistant: Assistant, examples: list[Example], work: Path, effort: Effort, quiet: bool = False
+) -> Trained:
+    """Train the assistant's general projector on; what is better than it, or than an untrained one, is the bundle's.
+
+    Args:
+        work: where the state of the training is kept until it ends, and the features of sounds without a word.
+    Returns:
+        The weights that the bundle has now, and the record.
+    """
+    bundle = assistant.bundle
+    untrained = not bundle.manifest.projector_trained
+    objective = effort.objective or default_for(bundle.manifest.projector["soft_tokens"])
+    options = options_for(len(examples), objective, untrained, effort)
+    silence = stored_silence(assistant, len(examples), effort.seed, work / "features") if objective == "ctc" else []
+    projector = load_projector(bundle, bundle.graph("projector"))
+    target = make(options, embedding_table(assistant), bundle.manifest.readout.scale)
+    trained = Trainer(projector, examples, target, options, work, silence).run(quiet, untrained=untrained)
+    if trained.record["improved"] or untrained:
+        spread = examples[:: max(1, len(examples) // REPLAYED)][:REPLAYED]  # of many people, where they come in turn
+        write_general(bundle, trained.weights, spread + silence[:SILENCES])
+    (work / "state.safetensors").unlink(missing_ok=True)  # the features stay for the next time
+    return trained
+
+
+def options_for(n: int, objective: str, untrained: bool, effort: Effort) -> TrainOptions:
+    """How a general projector is trained on `n` utterances: every part of it, and for long."""
+    batch = 28
+    steps = effort.steps or max(LEAST_STEPS, PASSES * n // batch)
+    return TrainOptions(
+        objective=objective,
+        parts=(),
+        flat_start=min(FLAT_STEPS, steps // 8) if untrained else 0,
+        steps=steps,
+        batch=batch,
+        company=4,
+        rate=1e-3,
+        weight_decay=1e-2,
+        warmup=min(100, -(-steps // 8)),
+        seed=effort.seed,
+        held_out=min(TrainOptions.held_out, MOST_HELD_OUT / n),
+        check_every=min(200, -(-steps // 10)),
+        max_seconds=effort.max_seconds or ENDLESS_S,
+    )
+
+
+def stored_silence(assistant: Assistant, n_utterances: int, seed: int, folder: Path) -> list[Example]:
+    """Sounds in which nothing is said, as utterances without a word, as many as suit so many utterances."""
+    name = f"nothing-{assistant.bundle.manifest.encoder_key[:16]}-{seed}"
+    wanted, made = min(max(n_utterances // SOUNDS_SHARE, SILENCES), MOST_SOUNDS), []
+    for i in itertools.count():
+        if len(made) == wanted:
+            return made
+        sound = nothing_said(np.random.default_rng([seed, i]), assistant.sample_rate)
+        with contextlib.suppress(AudioError):  # a knock may be too short to be looked at
+            path = kept(folder / f"{name}-{i}.npy", lambda sound=sound: assistant.features(sound))
+            made.append(Example(Stored(path), [], []))

@@ -1,0 +1,78 @@
+"""A disk that fills up during `tiny-align export`, at whatever is being written: one sentence, and nothing is left."""
+
+import functools
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="models are exported from torch")
+pytest.importorskip("transformers", reason="models are exported from transformers")
+pytest.importorskip("onnx", reason="exported graphs are written with onnx")
+
+from test_export import make_encoder  # noqa: E402 - needs the packages above
+
+from benchmarks.families import traced_once  # noqa: E402
+from tiny_align.export import bundle as exporter  # noqa: E402
+from tiny_align.export.graphs import Graph  # noqa: E402
+from tiny_align.runtime.bundle import Bundle  # noqa: E402
+
+ROOM = 1_000  # bytes that still fit into a file
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, tiny_llm):
+    """The folders of the two models; each graph is traced once."""
+    torch.manual_seed(0)
+    make_encoder(folder := tmp_path_factory.mktemp("encoder"))
+    with traced_once("encoder_graph", "projector_graph", "llm_graph"):
+        yield {"encoder": folder, "llm": tiny_llm}
+
+
+def of(name: str):
+    """Whether a file of that name is being written."""
+    return lambda arguments: any(getattr(a, "name", "") == name for a in arguments)
+
+
+WRITERS = {  # what is written when the disk is full: (where the writer is, its name, whether it is this call)
+    "the encoder": (Graph, "save", of("encoder.onnx")),
+    "the projector": (Graph, "save", of("projector.onnx")),
+    "the LLM in FP32": (Graph, "save", of("llm.onnx")),
+    "the LLM in INT4": (exporter, "quantise", lambda _: True),
+    "the embedding table": (np, "save", of("token_embeddings.npy")),
+    "the manifest": (exporter, "write_manifest", lambda _: True),
+}
+
+
+@pytest.fixture
+def full_while(monkeypatch, full_disk):
+    """From now on the disk is full whenever so much is written: full_while(place, name, when)."""
+
+    def fill(place, name, when):
+        write = getattr(place, name)
+
+        @functools.wraps(write)
+        def limited(*arguments, **named):
+            if not when(arguments):
+                return write(*arguments, **named)
+            with full_disk(ROOM):
+                return write(*arguments, **named)
+
+        monkeypatch.setattr(place, name, limited)
+
+    return fill
+
+
+@pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)
+def test_a_disk_that_fills_up_is_one_sentence_and_nothing_is_left(refused, models, full_while, tmp_path, writer):
+    full_while(*writer)
+    sentence = refused(models, tmp_path / "home/out")
+    assert f"{tmp_path / 'home/out'} cannot be written (" in sentence and "make room" in sentence
+    assert not list((tmp_path / "home").iterdir())
+
+
+def test_an_older_bundle_survives_a_full_disk(refused, models, full_while, bundle_copy):
+    before = Bundle.open(bundle_copy).manifest
+    full_while(*WRITERS["the embedding table"])
+    refused(models, bundle_copy)
+    assert Bundle.open(bundle_copy).manifest == before
+    assert [p.name for p in bundle_copy.parent.iterdir()] == [bundle_copy.name]

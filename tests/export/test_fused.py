@@ -1,0 +1,134 @@
+"""The LLM's graph for ONNX Runtime, products packed into one, and weights stored once."""
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from tiny_align.export.fused import fused_llm_graph
+from tiny_align.export.llms import load_llm
+from tiny_align.export.packing import pack_products, share_weights
+from tiny_align.runtime.backend import load_decoder
+from tiny_align.runtime.errors import TinyAlignError
+
+
+def make_graph(weights: dict[str, np.ndarray], shared_input: bool = True) -> onnx.ModelProto:
+    """x (n, 8) times every weight, the products beside each other."""
+    inputs = ["x"] + ["other"] * (not shared_input)
+    nodes = [
+        helper.make_node("MatMul", [inputs[min(i, len(inputs) - 1)], name], [f"{name}_out"])
+        for i, name in enumerate(weights)
+    ]
+    nodes.append(helper.make_node("Concat", [f"{name}_out" for name in weights], ["y"], axis=-1))
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 8]) for name in inputs]
+    out = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", "m"])
+    initializers = [numpy_helper.from_array(value, name) for name, value in weights.items()]
+    graph = helper.make_graph(nodes, "products", values, [out], initializers)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+def save(model: onnx.ModelProto, path) -> None:
+    onnx.save(model, str(path), save_as_external_data=True, location=f"{path.name}.data", size_threshold=16)
+
+
+def run(path, **feed) -> np.ndarray:
+    return ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, feed)[0]
+
+
+@pytest.fixture
+def weights():
+    rng = np.random.default_rng(0)
+    return {f"w{i}": rng.standard_normal((8, width)).astype(np.float32) for i, width in enumerate((3, 5, 1))}
+
+
+@pytest.fixture
+def x():
+    return np.random.default_rng(1).standard_normal((4, 8)).astype(np.float32)
+
+
+def test_products_of_one_value_become_one(weights, x, tmp_path):
+    program = ir.serde.deserialize_model(make_graph(weights))
+    pack_products(program)
+    assert sorted(node.op_type for node in program.graph) == ["Concat", "MatMul", "Split"]
+    ir.save(program, str(tmp_path / "packed.onnx"))
+    want = np.concatenate([x @ weight for weight in weights.values()], axis=1)
+    np.testing.assert_allclose(run(tmp_path / "packed.onnx", x=x), want, rtol=1e-6)
+
+
+def test_products_of_different_values_stay(weights):
+    program = ir.serde.deserialize_model(make_graph(dict(list(weights.items())[:2]), shared_input=False))
+    pack_products(program)
+    assert [node.op_type for node in program.graph] == ["MatMul", "MatMul", "Concat"]
+
+
+def test_equal_weights_are_stored_once(weights, x, tmp_path):
+    keeper, other = tmp_path / "keeper.onnx", tmp_path / "other.onnx"
+    save(make_graph(weights), keeper)
+    save(make_graph({"a": weights["w1"], "b": weights["w0"] + 1}), other)
+    before = run(other, x=x)
+    share_weights(keeper, other)
+    np.testing.assert_array_equal(run(other, x=x), before)
+    assert (tmp_path / "other.onnx.data").stat().st_size == weights["w0"].nbytes
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "keeper.onnx",
+        "keeper.onnx.data",
+        "other.onnx",
+        "other.onnx.data",
+    ]
+
+
+def test_a_graph_without_weights_of_its_own_needs_no_file(weights, x, tmp_path):
+    keeper, other = tmp_path / "keeper.onnx", tmp_path / "other.onnx"
+    save(make_graph(weights), keeper)
+    save(make_graph({"a": weights["w2"]}), other)
+    share_weights(keeper, other)
+    assert not (tmp_path / "other.onnx.data").exists()
+    np.testing.assert_allclose(run(other, x=x), x @ weights["w2"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_a_bundle_stores_the_llms_weights_once(tiny_llm, tmp_path, precision):
+    from tiny_align.export.bundle import ExportOptions, _write_llm
+
+    llm, _ = load_llm(str(tiny_llm))
+    spec = _write_llm(tmp_path, llm, ExportOptions(encoder="", llm=str(tiny_llm), precision=precision), 64)
+    other = spec.on("onnxruntime")
+    assert (spec.file, other.file, spec.on("tensorrt")) == ("llm.onnx", "llm.ort.onnx", spec)
+    own = tmp_path / f"{other.file}.data"
+    assert (own.stat().st_size if own.exists() else 0) < 0.01 * (tmp_path / "llm.onnx.data").stat().st_size
+    kinds = [node.op_type for node in onnx.load(str(tmp_path / other.file), load_external_data=False).graph.node]
+    assert kinds.count("GroupQueryAttention") == llm.config.num_hidden_layers
+
+
+def test_conversations_do_not_disturb_each_other(tiny_llm, tmp_path):
+    llm, _ = load_llm(str(tiny_llm))
+    spec = fused_llm_graph(llm).save(tmp_path / "llm.onnx")
+    rows = np.random.default_rng(0).standard_normal((2, 9, llm.config.hidden_size)).astype(np.float32)
+    with load_decoder(tmp_path / "llm.onnx", spec, "onnxruntime", 1) as decoder, torch.no_grad():
+        caches = [decoder.open_cache(16) for _ in rows]
+        for position in range(9):
+            got = [decoder.read(row[position : position + 1], c, position).copy() for row, c in zip(rows, caches)]
+        want = [llm(inputs_embeds=torch.from_numpy(row)[None]).logits[0, -1].numpy() for row in rows]
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_going_back_in_a_cache_reads_over_what_was_there(tiny_llm, tmp_path):
+    llm, _ = load_llm(str(tiny_llm))
+    spec = fused_llm_graph(llm).save(tmp_path / "llm.onnx")
+    rows = np.random.default_rng(0).standard_normal((12, llm.config.hidden_size)).astype(np.float32)
+    with load_decoder(tmp_path / "llm.onnx", spec, "onnxruntime", 1) as decoder:
+        cache, fresh = decoder.open_cache(16), decoder.open_cache(16)
+        decoder.read(rows, cache, 0)
+        got = decoder.read(rows[:2], cache, 5)
+        decoder.read(rows[:5], fresh, 0)
+        np.testing.assert_allclose(got, decoder.read(rows[:2], fresh, 5), atol=1e-5)
+
+
+def test_heads_that_onnx_runtime_does_not_take_are_refused(tiny_llm):
+    llm, _ = load_llm(str(tiny_llm))
+    llm.config.head_dim = 12
+    with pytest.raises(TinyAlignError, match=r"heads have the size 12: .* multiples of 8"):
+        fused_llm_graph(llm)

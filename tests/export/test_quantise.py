@@ -1,0 +1,120 @@
+"""Weights in fewer bits: what onnxruntime's own quantiser makes, fused by ONNX Runtime and taken by TensorRT."""
+
+import dataclasses
+import importlib.util
+
+import numpy as np
+import pytest
+
+from tiny_align.runtime.backend import load_runner
+from tiny_align.runtime.bundle import Bundle, write_manifest
+from tiny_align.runtime.errors import TinyAlignError
+
+onnx = pytest.importorskip("onnx", reason="exported graphs are read with onnx")
+ort = pytest.importorskip("onnxruntime")
+
+from tiny_align.export.quantise import Form, forms, quantise, quantise_blocks  # noqa: E402
+
+COSTS = {"fp16": (0, 1e-3, 0.51), "int8": (0.005, 0.1, 0.3), "int4": (0.1, 0.8, 0.2)}  # least and most error, share
+PRODUCTS = 2 * 7 + 1  # of the LLM in conftest.py
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory, tiny_llm):
+    """The tiny LLM's graph in FP32, and its specification."""
+    pytest.importorskip("torch", reason="models are exported from torch")
+    from tiny_align.export.llms import llm_graph, load_llm
+
+    path = tmp_path_factory.mktemp("exact") / "llm.onnx"
+    return path, llm_graph(load_llm(str(tiny_llm))[0]).save(path)
+
+
+def weight_graph(path, weight: np.ndarray):
+    """x (n, K) times a weight that lies beside the graph."""
+    rows, columns = weight.shape
+    x, y = (onnx.helper.make_tensor_value_info(n, 1, ["n", size]) for n, size in (("x", rows), ("logits", columns)))
+    node = onnx.helper.make_node("MatMul", ["x", "w"], ["logits"])
+    graph = onnx.helper.make_graph([node], "g", [x], [y], [onnx.numpy_helper.from_array(weight, "w")])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+    onnx.save(model, str(path), save_as_external_data=True, location=f"{path.name}.data", size_threshold=0)
+
+
+def product(path, x: np.ndarray) -> np.ndarray:
+    return ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+
+
+def test_int4_is_onnxruntimes_own():
+    from onnxruntime.quantization import QuantFormat
+    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
+
+    rows = np.random.default_rng(0).standard_normal((32, 500)).astype(np.float32)
+    rows[:, 7] = 0
+    config = DefaultWeightOnlyQuantConfig(block_size=32, is_symmetric=True, quant_format=QuantFormat.QDQ)
+    packed, scales, _ = DefaultWeightOnlyQuantizer(config).qbits_block_quant(rows)
+    theirs = np.stack([packed.ravel() & 15, packed.ravel() >> 4], axis=1).ravel().reshape(rows.shape).astype(np.int8)
+    codes, ours = quantise_blocks(rows, 4)
+    np.testing.assert_allclose(np.delete(ours, 7), np.delete(scales.ravel(), 7), rtol=1e-6)
+    assert np.mean(codes == np.where(theirs > 7, theirs - 16, theirs)) > 0.999  # a tie may be rounded otherwise
+
+
+@pytest.mark.parametrize("form", [Form(4), Form(8), Form(4, 128), Form(8, 64)])
+@pytest.mark.parametrize("shape", [(64, 48), (200, 33), (7, 5), (130, 4099)])  # blocks cut short, odd sizes, two tiles
+def test_no_weight_is_further_off_than_its_scale(form, shape, tmp_path):
+    weight = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    weight_graph(tmp_path / "exact.onnx", weight)
+    quantise(tmp_path / "exact.onnx", tmp_path / "w.onnx", form, form)
+    onnx.checker.check_model(str(tmp_path / "w.onnx"))
+    blocks = [weight[i : i + form.block] for i in range(0, len(weight), form.block)]
+    scales = np.concatenate([np.broadcast_to(np.abs(b).max(axis=0), b.shape) for b in blocks]) / (
+        2 ** (form.bits - 1) - 1
+    )
+    stored = product(tmp_path / "w.onnx", np.eye(len(weight), dtype=np.float32))
+    assert (np.abs(stored - weight) <= 1.01 * scales).all()
+
+
+def test_a_weight_beyond_float16_is_refused(tmp_path):
+    weight_graph(tmp_path / "exact.onnx", np.full((64, 64), 1e5, np.float32))
+    with pytest.raises(TinyAlignError, match="the LLM's weight w goes beyond float16: choose another --precision"):
+        quantise(tmp_path / "exact.onnx", tmp_path / "w.onnx", *forms("fp16"))
+
+
+@pytest.mark.parametrize("precision", COSTS)
+def test_each_precision_costs_what_it_may(precision, exact, tmp_path):
+    """In accuracy and bytes, of the whole LLM, through the runtime's backend."""
+    (path, spec), target, (least, most, share) = exact, tmp_path / "llm.onnx", COSTS[precision]
+    quantise(path, target, *forms(precision))
+    rng = np.random.default_rng(0)
+    feed = {t.name: np.zeros([d if isinstance(d, int) else 0 for d in t.shape], np.float32) for t in spec.inputs}
+    feed["inputs_embeds"] = 0.2 * rng.standard_normal((1, 9, 64)).astype(np.float32)
+    want, got = (load_runner(p, spec, "onnxruntime", 1)(feed)["logits"] for p in (path, target))
+    assert least <= np.sqrt(np.mean((got - want) ** 2)) / want.std() < most  # the weights fit float16
+    assert data_bytes(target) < share * data_bytes(path)
+
+
+def data_bytes(path) -> int:
+    return path.with_name(f"{path.name}.data").stat().st_size
+
+
+@pytest.mark.parametrize(("precision", "block"), [("int4", 32), ("int4", 64), ("int8", 128)])
+def test_onnxruntime_fuses_every_product(precision, block, exact, tmp_path):
+    quantise(exact[0], tmp_path / "llm.onnx", *forms(precision, None, block))
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "fused.onnx")
+    ort.InferenceSession(str(tmp_path / "llm.onnx"), options, providers=["CPUExecutionProvider"])
+    kinds = [n.op_type for n in onnx.load(str(tmp_path / "fused.onnx")).graph.node]
+    assert kinds.count("MatMulNBits") == PRODUCTS and "DequantizeLinear" not in kinds
+
+
+@pytest.mark.parametrize("precision", COSTS)
+def test_tensorrt_builds_every_precision(precision, exact, bundle_copy, run_cli):
+    pytest.importorskip("polygraphy")
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is what builds engines without a GPU")
+    if importlib.util.find_spec("tensorrt") is not None:
+        pytest.skip("TensorRT is installed: it builds on the GPU it builds for")
+    path, spec = exact
+    quantise(path, bundle_copy / "llm.onnx", *forms(precision))
+    manifest, llm = Bundle.open(bundle_copy, verify=False).manifest, dataclasses.replace(spec, precision=precision)
+    write_manifest(bundle_copy, dataclasses.replace(manifest, graphs={**manifest.graphs, "llm": llm}))
+    done = run_cli("build-engines", "--bundle", bundle_copy, "--graph", "llm", "--compute-capability", 86, "--json")
+    assert done.status == 0, done.stderr
+    assert done.document["engines"]["llm"]["precision"] == precision
