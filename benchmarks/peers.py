@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.training_cost import Shape
+from tiny_align.runtime.ort import INT8_PRODUCTS
 
 CONTEXT = 512  # positions
 
@@ -188,7 +189,7 @@ def write_genai(folder: Path, bundle: Path, shape: Shape, threads: int) -> None:
     folder.mkdir(exist_ok=True)
     for data in bundle.glob("llm*.data"):
         (folder / data.name).unlink(missing_ok=True)
-        (folder / data.name).symlink_to(data.resolve())
+        (folder / data.name).hardlink_to(data)  # a symbolic link is refused
     table = np.load(bundle / "token_embeddings.npy", mmap_mode="r")
     table.tofile(folder / "embeddings.data")
     model = onnx.load(str(bundle / "llm.ort.onnx"), load_external_data=False)
@@ -212,11 +213,11 @@ def write_genai(folder: Path, bundle: Path, shape: Shape, threads: int) -> None:
     del graph.node[:]
     graph.node.extend(nodes)
     onnx.save(model, str(folder / "model.onnx"))
-    entries = {"session.qdq_matmulnbits_accuracy_level": "4"}
+    session = {"intra_op_num_threads": threads, "session.qdq_matmulnbits_accuracy_level": INT8_PRODUCTS}
     names = {"past_key_names": "past.%d.key", "past_value_names": "past.%d.value"}
     present = {"present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
     decoder = {
-        "session_options": {"intra_op_num_threads": threads, "config_entries": entries, "provider_options": []},
+        "session_options": {**session, "provider_options": []},
         "filename": "model.onnx",
         "head_size": shape.head_size,
         "hidden_size": shape.hidden,

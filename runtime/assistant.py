@@ -92,15 +92,12 @@ class Assistant:
             BundleError, UserError, BackendError: see their messages.
         """
         bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        encoder, projector, llm = (bundle.manifest.graphs[name].on(backend) for name in ("encoder", "projector", "llm"))
-        return cls(
-            bundle,
-            load_runner(bundle.graph("encoder", backend), encoder, backend, threads),
-            load_runner(bundle.projector(user, users), projector, backend, threads),
-            load_decoder(bundle.graph("llm", backend), llm, backend, threads),
-            backend,
-            threads,
-        )
+        own, paths = bundle.projector(user, users), {n: bundle.graph(n, backend) for n in ("encoder", "llm")}
+        specs = {name: graph.on(backend) for name, graph in bundle.manifest.graphs.items()}
+        llm = load_decoder(paths["llm"], specs["llm"], backend, threads)  # the largest first: loading takes more memory
+        encoder = load_runner(paths["encoder"], specs["encoder"], backend, threads)
+        projector = load_runner(own, specs["projector"], backend, threads)
+        return cls(bundle, encoder, projector, llm, backend, threads)
 
     def features(self, audio: np.ndarray) -> np.ndarray:
         """(S,) float32 audio -> (N, Da) float32 encoder features, none of them after the end of the audio."""

@@ -7,6 +7,7 @@ import numpy as np
 from tiny_align.runtime.backend import Decoder, Runner
 from tiny_align.runtime.bundle import GraphSpec, TensorSpec
 from tiny_align.runtime.errors import BackendError
+from tiny_align.runtime.huge_pages import on_huge_pages
 
 INT8_PRODUCTS = "4"  # accuracy level of MatMulNBits: activations of block-quantised weights in int8
 
@@ -55,7 +56,8 @@ class OrtDecoder(Decoder):
     name = "onnxruntime"
 
     def __init__(self, path: Path, spec: GraphSpec, threads: int | None = None):
-        self._spec, self._session = spec, _session(path, threads)
+        with on_huge_pages():
+            self._spec, self._session = spec, _session(path, threads)
 
     def open_cache(self, capacity: int) -> "_OrtCache":
         if self._session is None:

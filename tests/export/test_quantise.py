@@ -16,7 +16,7 @@ ort = pytest.importorskip("onnxruntime")
 from tiny_align.export.quantise import Form, forms, quantise, quantise_blocks  # noqa: E402
 
 COSTS = {"fp16": (0, 1e-3, 0.51), "int8": (0.005, 0.1, 0.3), "int4": (0.1, 0.8, 0.2)}  # least and most error, share
-PRODUCTS = 2 * 7 + 1  # of the LLM in conftest.py
+PRODUCTS = 2 * 4 + 1  # of the LLM in conftest.py
 
 
 @pytest.fixture(scope="module")

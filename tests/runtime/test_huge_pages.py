@@ -1,0 +1,59 @@
+"""runtime/huge_pages.py on this process's own memory."""
+
+import ctypes
+import mmap
+import re
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tiny_align.runtime import huge_pages
+from tiny_align.runtime.huge_pages import COLLAPSE, LEAST, PAGE, on_huge_pages
+
+
+def kernel_collapses() -> bool:
+    memory = mmap.mmap(-1, 4 * PAGE)
+    memory.write(bytes(4 * PAGE))
+    start = -(-ctypes.addressof(ctypes.c_char.from_buffer(memory)) // PAGE) * PAGE
+    return ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(PAGE), COLLAPSE) == 0
+
+
+def on_huge() -> int:
+    """Bytes of this process that lie on huge pages."""
+    said = Path("/proc/self/smaps_rollup").read_text()
+    return int(re.search(r"AnonHugePages:\s*(\d+)", said)[1]) * 1024
+
+
+def settle() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "huge pages":
+            thread.join()
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux only")
+def test_what_is_allocated_in_the_block_comes_to_lie_on_huge_pages():
+    if not kernel_collapses():
+        pytest.skip("this kernel does not collapse memory on request")
+    settle()
+    before = on_huge()
+    with on_huge_pages():
+        held = np.arange(2 * LEAST // 8)
+    settle()
+    assert on_huge() - before >= LEAST and held[-1] == len(held) - 1
+
+
+def test_small_memory_is_left_alone(monkeypatch):
+    asked = []
+    monkeypatch.setattr(huge_pages, "_collapse", asked.append)
+    with on_huge_pages():
+        held = np.ones(LEAST // 32)
+    assert asked == [] and len(held)
+
+
+def test_a_system_without_maps_is_left_alone(monkeypatch):
+    monkeypatch.setattr(huge_pages, "MAPS", Path("/nowhere/maps"))
+    with on_huge_pages():
+        held = np.ones(LEAST // 4)
+    assert len(held)
