@@ -18,6 +18,7 @@ from tiny_align.export import parity
 from tiny_align.export.encoders import encoder_graph, load_encoder
 from tiny_align.export.fused import fused_llm_graph
 from tiny_align.export.graphs import projector_graph
+from tiny_align.export.int8 import multiply_int8, store_int8
 from tiny_align.export.llms import embedding_table, llm_graph, llm_spec, load_llm
 from tiny_align.export.packing import share_weights
 from tiny_align.export.prompts import prompt_spec
@@ -48,6 +49,7 @@ class ExportOptions:
 
     encoder: str
     llm: str
+    encoder_precision: str = "fp32"  # or "int8": weights, and on ONNX Runtime products
     encoder_layers: tuple[int, ...] = (-1,)  # hidden states that make the features; -1 is the last layer's
     sentences: str | None = None  # a text file: what a person may be asked to read and may say, a sentence per line
     projector: str | None = None  # a safetensors file; None: an untrained one
@@ -128,7 +130,7 @@ def _is_large(llm) -> bool:
 
 def _write(folder: Path, options, encoder, llm, llm_sizes, tokenizer, projector, prompt) -> Manifest:
     graphs = {
-        "encoder": _write_graph(folder, "encoder", encoder_graph(encoder), parity.encoder_parity, encoder),
+        "encoder": write_encoder(folder, encoder, options.encoder_precision),
         "projector": _write_graph(folder, "projector", projector_graph(projector), parity.projector_parity, projector),
         "llm": _write_llm(folder, llm, options, llm_sizes.max_context),
     }
@@ -176,6 +178,25 @@ def _write_graph(folder: Path, name: str, graph, check, module) -> GraphSpec:
         figures = check(runner, module)
     _hold(name, figures)
     return dataclasses.replace(spec, parity={"max_abs_diff_to_pytorch": figures})
+
+
+def write_encoder(folder: Path, encoder, precision: str) -> GraphSpec:
+    """Its graph; with "int8" a second one for ONNX Runtime, the weights stored once. FP32 is checked in any case."""
+    graph = encoder_graph(encoder)
+    if precision == "fp32":
+        return _write_graph(folder, "encoder", graph, parity.encoder_parity, encoder)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        exact = _write_graph(Path(temporary), "encoder", graph, parity.encoder_parity, encoder)
+    specs = []
+    for name, rewrite in (("encoder", store_int8), ("encoder.ort", multiply_int8)):
+        rewrite(graph.program)
+        spec = graph.save(folder / f"{name}.onnx")
+        with load_runner(folder / spec.file, spec, "onnxruntime") as runner:
+            cost = {"int8_cosine_to_pytorch": parity.encoder_cosine(runner, encoder)}
+        specs.append(dataclasses.replace(spec, precision=precision, parity={**exact.parity, **cost}))
+    plain, ort = specs
+    share_weights(folder / plain.file, folder / ort.file)
+    return dataclasses.replace(plain, backends={"onnxruntime": ort})
 
 
 def _hold(name: str, figures: dict[str, float]) -> None:

@@ -14,6 +14,12 @@ def add_arguments(parser) -> None:
         default=[-1],
         help="layers whose outputs are the features (default: last)",
     )
+    parser.add_argument(
+        "--encoder-precision",
+        choices=("fp32", "int8"),
+        default="fp32",
+        help="of the encoder: int8 is faster on a CPU, its cost is in the manifest (default: fp32)",
+    )
     parser.add_argument("--llm", required=True, help="folder or hub id of the LLM")
     parser.add_argument("--sentences", help="text file: what a person may be asked to read, and may say")
     parser.add_argument("--projector", help="safetensors file of a trained projector (default: an untrained one)")
@@ -31,8 +37,8 @@ def add_arguments(parser) -> None:
 def run(args) -> dict:
     from tiny_align.export.bundle import ExportOptions, export_bundle
 
-    names = ("encoder", "encoder_layers", "llm", "projector", "precision", "head_precision", "block_size")
-    names += ("max_context", "soft_tokens", "sentences")
+    names = ("encoder", "encoder_layers", "encoder_precision", "llm", "projector", "precision", "head_precision")
+    names += ("block_size", "max_context", "soft_tokens", "sentences")
     options = ExportOptions(
         **{n: getattr(args, n) for n in names},
         name=args.name or args.out.name,

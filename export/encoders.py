@@ -26,6 +26,8 @@ UNUSED = ("masked_spec_embed", "adapter.")  # beginnings of parameters that only
 
 EXAMPLE_EXTRA = 17  # rows: a length that no other dimension has
 
+ATTENTION = "tiny_align_whole"  # without a mask: nothing of a recording is hidden
+
 Convolution = tuple[int, int, int]  # kernel, stride, padding at either side
 
 
@@ -174,6 +176,7 @@ def load_encoder(path: str, layers: tuple[int, ...] = (-1,)) -> LayeredEncoder:
     _check_rows(path, encoder.config, front_end)
     if isinstance(front_end, WhisperMel):
         _fit_window(path, encoder, front_end)
+    _attend_to_all(encoder)
     return LayeredEncoder(_plain(encoder), family, front_end, layers).eval()
 
 
@@ -213,6 +216,16 @@ def _fit_window(path: str, encoder, front_end: WhisperMel) -> None:
         )
     encoder.embed_positions = torch.nn.Embedding.from_pretrained(encoder.embed_positions.weight[:wanted])
     encoder.config.max_source_positions = wanted
+
+
+def _attend_to_all(encoder) -> None:
+    """Attention as it is, but for the mask of a batch's padding: a graph would carry it, and take time for it."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    AttentionInterface.register(ATTENTION, sdpa_attention_forward)
+    AttentionMaskInterface.register(ATTENTION, lambda *_, **__: None)
+    encoder.set_attn_implementation(ATTENTION)
 
 
 def _plain(encoder):

@@ -33,10 +33,23 @@ class Graph:
         model = onnx.load(str(path), load_external_data=False)
         for value, spec in zip([*model.graph.input, *model.graph.output], [*self.inputs, *self.outputs]):
             _set_shape(value, spec.shape)
+        _normalise_by_channel(model)
         _strip_traces(model)
         del model.graph.value_info[:]  # the exporter's guesses at inner shapes, some static ones as symbols
         onnx.save(model, str(path))
         return GraphSpec(path.name, "fp32", self.inputs, self.outputs)
+
+
+def _normalise_by_channel(model: onnx.ModelProto) -> None:
+    """A GroupNormalization of each channel by itself is an InstanceNormalization: ONNX Runtime has a kernel for it."""
+    sizes = {t.name: list(t.dims) for t in model.graph.initializer}
+    for node in model.graph.node:
+        values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        if node.op_type == "GroupNormalization" and sizes.get(node.input[1]) == [values["num_groups"]]:
+            made = onnx.helper.make_node(
+                "InstanceNormalization", node.input, node.output, node.name, epsilon=values["epsilon"]
+            )
+            node.CopyFrom(made)
 
 
 def _strip_traces(model: onnx.ModelProto) -> None:

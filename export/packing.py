@@ -24,10 +24,10 @@ def pack_products(program: ir.Model) -> None:
 def _pack(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     weights = [node.inputs[1] for node in nodes]
     widths = np.array([weight.shape[1] for weight in weights], np.int64)
-    packed = _initializer(
+    packed = make_initializer(
         graph, weights[0].name + ".packed", np.concatenate([w.const_value.numpy() for w in weights], 1)
     )
-    sizes = _initializer(graph, weights[0].name + ".widths", widths)
+    sizes = make_initializer(graph, weights[0].name + ".widths", widths)
     product = ir.node("MatMul", [nodes[0].inputs[0], packed])
     split = ir.node("Split", [product.outputs[0], sizes], attributes={"axis": -1}, num_outputs=len(nodes))
     for value in (product.outputs[0], *split.outputs):
@@ -40,7 +40,8 @@ def _pack(graph: ir.Graph, nodes: list[ir.Node]) -> None:
         del graph.initializers[weight.name]
 
 
-def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+def make_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """A constant of a graph."""
     value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
     value.dtype, value.shape = ir.DataType.from_numpy(array.dtype), ir.Shape(array.shape)
     graph.register_initializer(value)

@@ -14,14 +14,23 @@ def _difference(got: np.ndarray, want: torch.Tensor) -> float:
     return float(np.abs(got - want.numpy()).max())
 
 
+def _cosine(got: np.ndarray, want: torch.Tensor) -> float:
+    return float(torch.nn.functional.cosine_similarity(torch.from_numpy(got).flatten(), want.flatten(), dim=0))
+
+
 @torch.no_grad()
-def encoder_parity(runner, encoder) -> dict[str, float]:
-    """input rows (frames or samples) -> largest absolute difference of the features."""
+def encoder_parity(runner, encoder, measure=_difference) -> dict[str, float]:
+    """input rows (frames or samples) -> largest absolute difference of the features, or another measure."""
     out = {}
     for n in _lengths(*encoder.row_range):
         x = encoder.example(n, seed=n)
-        out[str(n)] = _difference(runner({encoder.input.name: x.numpy()})["features"], encoder(x))
+        out[str(n)] = measure(runner({encoder.input.name: x.numpy()})["features"], encoder(x))
     return out
+
+
+def encoder_cosine(runner, encoder) -> dict[str, float]:
+    """input rows (frames or samples) -> cosine between the features of all frames."""
+    return encoder_parity(runner, encoder, _cosine)
 
 
 def _lengths(least: int, usual: int, greatest: int) -> tuple[int, ...]:

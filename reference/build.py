@@ -9,6 +9,8 @@ from pathlib import Path
 
 from tiny_align.reference import corpus, projector, recordings
 
+ENCODER_LAYERS = (3, -1)  # a middle one knows more of a new voice
+
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -23,7 +25,7 @@ def main(argv=None) -> int:
     sentences.write_text("".join(f"{s.text}\n" for s in corpus.sentences(600, 5)), encoding="utf-8")
     options = ExportOptions(
         encoder=str(weights / "encoder"),
-        encoder_layers=(3, -1),
+        encoder_layers=ENCODER_LAYERS,
         llm=str(weights / "llm"),
         sentences=str(sentences),
         name="reference",

@@ -1,0 +1,113 @@
+"""An encoder in INT8 by the command: for ONNX Runtime and for TensorRT, the weights stored once."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tiny_align.engines.build import build_engines
+from tiny_align.runtime import Assistant
+from tiny_align.runtime.audio import read_audio
+from tiny_align.runtime.bundle import Bundle
+
+onnx = pytest.importorskip("onnx", reason="exported graphs are read with onnx")
+pytest.importorskip("transformers", reason="models are exported from transformers")
+
+from benchmarks.families import traced_once  # noqa: E402 - needs the packages above
+from benchmarks.tiny_encoders import features, make_encoder  # noqa: E402
+from tiny_align.export.int8 import GREATEST, quantise_columns  # noqa: E402
+
+RATE = 16_000  # Hz
+FAMILIES = ("wav2vec2", "parakeet")
+LEAST_COSINE, MOST_COSINE = 0.99, 0.9999999  # to PyTorch's features: near them, but not the exact ones
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request, tiny_llm, export, tmp_path_factory) -> tuple[str, Path, Bundle]:
+    """(family, checkpoint, bundle)"""
+    folder = tmp_path_factory.mktemp(request.param)
+    source = make_encoder(request.param, folder / "encoder")
+    with traced_once("llm_graph", "projector_graph"):
+        options = ("--precision", "fp32", "--encoder-precision", "int8", "--encoder-layers", 1, -1)
+        exported = export({"encoder": source, "llm": tiny_llm}, folder / "bundle", *options)
+    return request.param, source, exported.bundle
+
+
+@pytest.fixture
+def graphs(case) -> dict:
+    """The plain graph and ONNX Runtime's, their weights not read."""
+    _, _, bundle = case
+    return {b: onnx.load(str(bundle.graph("encoder", b)), load_external_data=False) for b in (None, "onnxruntime")}
+
+
+def operators(model) -> list[str]:
+    return [node.op_type for node in model.graph.node]
+
+
+def test_features_stay_near_transformers_own(case, voice_path):
+    family, source, bundle = case
+    with Assistant.load(bundle, threads=1) as assistant:
+        for path in sorted(voice_path.glob("test-*.flac"))[:3]:
+            audio = read_audio(path, RATE)
+            ours, exact = assistant.features(audio), features(family, source, audio)
+            cosine = np.vdot(ours, exact) / np.linalg.norm(ours) / np.linalg.norm(exact)
+            assert ours.shape == exact.shape and LEAST_COSINE < cosine < MOST_COSINE
+
+
+def test_the_manifest_says_what_it_costs(case):
+    plain = case[2].manifest.graphs["encoder"]
+    ort = plain.on("onnxruntime")
+    assert (plain.file, ort.file, plain.on("tensorrt")) == ("encoder.onnx", "encoder.ort.onnx", plain)
+    for spec in (plain, ort):
+        assert spec.precision == "int8" and spec.file in case[2].manifest.files
+        exact, cost = spec.parity["max_abs_diff_to_pytorch"], spec.parity["int8_cosine_to_pytorch"]
+        assert exact.keys() == cost.keys() and max(exact.values()) < 1e-3
+        assert all(LEAST_COSINE < figure < MOST_COSINE for figure in cost.values())
+    assert plain.parity != ort.parity
+
+
+def test_weights_are_stored_once_in_int8(case, graphs):
+    for model in graphs.values():
+        stored = {t.name: t for t in model.graph.initializer}
+        products = [n for n in model.graph.node if n.op_type in ("MatMul", "MatMulInteger")]
+        assert not [
+            n for n in products if n.input[1] in stored and stored[n.input[1]].data_type != onnx.TensorProto.INT8
+        ]
+        places = {e.value for t in stored.values() for e in t.external_data if e.key == "location"}
+        assert places == {"encoder.onnx.data"}
+    assert not (case[2].path / "encoder.ort.onnx.data").exists()
+
+
+def test_onnx_runtime_multiplies_integers_and_the_plain_graph_floats(graphs):
+    plain, ort = operators(graphs[None]), operators(graphs["onnxruntime"])
+    n_weights = plain.count("DequantizeLinear")
+    assert n_weights == ort.count("MatMulInteger") > 10 and "DequantizeLinear" not in ort
+    assert "MatMulInteger" not in plain and "DynamicQuantizeLinear" not in plain
+    assert 0 < ort.count("DynamicQuantizeLinear") < n_weights  # queries, keys and values: what comes in is the same
+
+
+def test_nothing_is_masked_and_no_norm_is_taken_apart(case, graphs):
+    if case[0] == "wav2vec2":  # Parakeet's attention has a bias by distance, which looks like a mask
+        found = set(operators(graphs[None]))
+        assert "InstanceNormalization" in found and not found & {"Where", "GroupNormalization"}
+
+
+def test_the_plain_graph_builds(case):
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is what builds engines without a GPU")
+    pytest.importorskip("polygraphy")
+    built = build_engines(case[2], compute_capability=86, graphs=["encoder"])
+    assert built["encoder"]["precision"] == "int8" and built["encoder"]["bytes"] > 0
+
+
+def test_codes_are_within_half_a_step():
+    weight = np.random.default_rng(0).standard_normal((40, 7)).astype(np.float32)
+    weight[:, 3], weight[:, 4] = 0, 1e-6
+    codes, scales = quantise_columns(weight)
+    assert codes.dtype == np.int8 and scales.dtype == np.float32 and np.abs(codes.astype(int)).max() == GREATEST
+    assert (np.abs(codes * scales - weight) <= scales * 0.501).all() and not codes[:, 3].any()
+
+
+def test_a_precision_there_is_not_is_refused(run_cli, tmp_path):
+    line = ("export", "--encoder", tmp_path, "--llm", tmp_path, "--out", tmp_path / "out")
+    done = run_cli(*line, "--encoder-precision", "int4")
+    assert done.status == 2 and "choose from" in done.stderr and not (tmp_path / "out").exists()
