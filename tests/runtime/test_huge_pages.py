@@ -14,7 +14,7 @@ from tiny_align.runtime.huge_pages import COLLAPSE, LEAST, PAGE, on_huge_pages
 
 
 def kernel_collapses() -> bool:
-    memory = mmap.mmap(-1, 4 * PAGE)
+    memory = mmap.mmap(-1, 4 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.write(bytes(4 * PAGE))
     start = -(-ctypes.addressof(ctypes.c_char.from_buffer(memory)) // PAGE) * PAGE
     return ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(PAGE), COLLAPSE) == 0
