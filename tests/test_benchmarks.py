@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from benchmarks import alignment, families, report, training_cost
+from benchmarks import alignment, encoder, families, report, training_cost
 from tiny_align.align.users import load_projector
 
 
@@ -79,3 +79,13 @@ def test_the_table_of_families_is_whole():
 def test_the_readmes_tables_are_the_results():
     text = report.README.read_text(encoding="utf-8")
     assert report.render(text) == text
+
+
+def test_the_distance_of_features_is_by_direction_and_by_size():
+    exact = np.random.default_rng(0).standard_normal((30, 8)).astype(np.float32)
+    same, longer = encoder.distance([exact], [exact]), encoder.distance([exact, 2 * exact], [exact, exact])
+    assert same["cosine"] == pytest.approx(1) and same["relative_error"] == 0
+    assert longer["least_cosine"] == pytest.approx(1) and longer["relative_error"] == pytest.approx(0.5)
+    turned = exact.copy()
+    turned[7] *= -1
+    assert encoder.distance([turned], [exact])["least_cosine_of_a_frame"] == pytest.approx(-1)
