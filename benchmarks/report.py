@@ -8,7 +8,7 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks import alignment, quality, quantisation, training_cost
+from benchmarks import alignment, export_size, quality, quantisation, training_cost
 from tiny_align.runtime.files import write_text
 
 ROOT = Path(__file__).parent.parent
@@ -18,6 +18,7 @@ TABLES = {
     "objectives": (alignment.RESULTS / "alignment-table.json", alignment.table),
     "curves": (alignment.RESULTS / "alignment-curves.json", alignment.curves),
     "quantisation": (quantisation.RESULTS, quantisation.table),
+    "export_size": (export_size.RESULTS, export_size.table),
     "training_cost": (training_cost.RESULTS, training_cost.table),
 }
 
