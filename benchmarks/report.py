@@ -8,7 +8,7 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks import alignment, encoder, families, quality, training_cost
+from benchmarks import alignment, encoder, families, full_size, llm, quality, quantisation, training_cost
 from tiny_align.runtime.files import write_text
 
 ROOT = Path(__file__).parent.parent
@@ -20,6 +20,9 @@ TABLES = {
     "quality": (quality.RESULTS, quality.table),
     "objectives": (alignment.RESULTS / "alignment-table.json", alignment.table),
     "curves": (alignment.RESULTS / "alignment-curves.json", alignment.curves),
+    "quantisation": (quantisation.RESULTS, quantisation.table),
+    "full_size": (full_size.RESULTS, full_size.table),
+    "llm": (llm.RESULTS, llm.table),
     "training_cost": (training_cost.RESULTS, training_cost.table),
 }
 

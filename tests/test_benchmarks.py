@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from benchmarks import alignment, encoder, families, report, training_cost
+from benchmarks import alignment, encoder, families, quantisation, report, training_cost
 from tiny_align.align.users import load_projector
 
 
@@ -89,3 +89,27 @@ def test_the_distance_of_features_is_by_direction_and_by_size():
     turned = exact.copy()
     turned[7] *= -1
     assert encoder.distance([turned], [exact])["least_cosine_of_a_frame"] == pytest.approx(-1)
+
+
+def test_the_same_function_has_other_weights_off_the_grid():
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": 50}
+    config = transformers.LlamaConfig(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, **sizes)
+    llm, ids = transformers.LlamaForCausalLM(config).eval(), torch.arange(20)[None]
+    with torch.no_grad():
+        for name, value in llm.named_parameters():
+            value += 0.3 * torch.rand_like(value) * ("norm" in name)
+        before, weights = llm(ids).logits, [p.clone() for p in llm.model.layers.parameters()]
+        quantisation.off_the_grid(llm)
+        torch.testing.assert_close(llm(ids).logits, before, atol=1e-4, rtol=0)
+    changed = [not torch.equal(a, b) for a, b in zip(weights, llm.model.layers.parameters())]
+    assert all(changed)
+
+
+def test_what_each_form_of_the_weights_costs_is_measured(monkeypatch, tmp_path):
+    pytest.importorskip("onnx")
+    monkeypatch.setattr(quantisation, "LAYER", {n: (k // 8, m // 8) for n, (k, m) in quantisation.LAYER.items()})
+    monkeypatch.setattr(quantisation, "WAYS", quantisation.WAYS[:1] + quantisation.WAYS[-2:])
+    exact, *others = quantisation.cost(0.1, tmp_path)
+    assert exact["bits"] == pytest.approx(32, abs=0.1) and exact["speed"] == 1
+    assert all(5 < row["bits"] < 6.2 and row["ms"] > 0 for row in others)
