@@ -27,7 +27,7 @@ from tiny_align.runtime.machine import describe
 RESULTS = Path(__file__).parent / "results" / "full_size.json"
 WORK = Path("work/full_size")
 COMMAND = "python -m benchmarks.full_size"
-CONTEXT, BLOCK = 512, 128  # positions; weights that share a scale
+CONTEXT = 512  # positions
 
 
 def make_models(work: Path, shape: Shape) -> None:
@@ -85,7 +85,7 @@ def make_tokenizer(size: int):
 def export(work: Path) -> dict:
     """The command `tiny-align export` on the models, and what it took."""
     line = ["export", "--encoder", work / "encoder", "--llm", work / "llm", "--sentences", work / "sentences.txt"]
-    line += ["--block-size", BLOCK, "--max-context", CONTEXT, "--out", work / "bundle", "--json"]
+    line += ["--max-context", CONTEXT, "--out", work / "bundle", "--json"]
     began = time.perf_counter()
     command = [sys.executable, "-m", "tiny_align.runtime.cli", *map(str, line)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)

@@ -28,7 +28,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--precision", default="int4", help="of the LLM's weights: int4 (default), int8, fp16 or fp32")
     parser.add_argument("--head-precision", help="of the LLM's output layer (default: int8 with int4, else the same)")
     parser.add_argument(
-        "--block-size", type=int, default=32, help="weights in integers that share a scale (default: 32)"
+        "--block-size", type=int, default=128, help="weights in integers that share a scale (default: 128)"
     )
     parser.add_argument("--name", help="the bundle's name (default: the folder's)")
     parser.add_argument("--max-context", type=int, default=256, help="positions of prompt and answer together")

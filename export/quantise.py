@@ -18,7 +18,7 @@ from onnx import TensorProto
 from tiny_align.runtime.errors import TinyAlignError
 
 BITS = {"int4": 4, "int8": 8, "fp16": 16, "fp32": 32}  # by precision
-BLOCKS = (32, 64, 128)  # weights along the input that share a scale; the first is the default
+BLOCKS = (128, 64, 32)  # weights along the input that share a scale; the first is the default
 INLINE_BYTES = 256  # smaller tensors stay in the graph: shape inference reads them
 ALIGNMENT = 64  # bytes; of a tensor in the data file
 TILE = (128, 4096)  # rows and columns worked on at once: they fit the processor's cache

@@ -29,6 +29,7 @@ def main(argv=None) -> int:
         llm=str(weights / "llm"),
         sentences=str(sentences),
         name="reference",
+        block_size=32,  # the LLM was trained with its weights rounded so
     )
     manifest = export_bundle(options, bundle)
     out = weights / "projector.safetensors"

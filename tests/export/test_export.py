@@ -36,7 +36,7 @@ from tiny_align.export.prompts import prompt_spec  # noqa: E402
 
 GRAPHS = ("encoder", "projector", "llm")
 LAYERS, CONTEXT = 2, 128  # CONTEXT is of the LLM in conftest.py
-LINEARS = 7  # of a Llama layer: query, key, value, output, gate, up, down
+LINEARS = 4  # per layer: queries, keys and values in one, gate and up in one
 
 
 def make_encoder(folder: Path) -> None:
