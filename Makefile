@@ -18,12 +18,15 @@ lint: $(STAMPS)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(STAMPS)/dev  ## every measurement of the README
+bench: $(STAMPS)/dev,peers  ## every measurement of the README
 	$(BIN)/python -m benchmarks.quality
 	$(BIN)/python -m benchmarks.alignment
 	$(BIN)/python -m benchmarks.training_cost
 	$(BIN)/python -m benchmarks.families
 	$(BIN)/python -m benchmarks.encoder
+	$(BIN)/python -m benchmarks.quantisation
+	$(BIN)/python -m benchmarks.full_size
+	$(BIN)/python -m benchmarks.llm
 
 reference: $(STAMPS)/dev  ## train and export the reference bundle again; resumable, hours (needs espeak-ng and flite)
 	$(BIN)/python -m tiny_align.reference.encoder
