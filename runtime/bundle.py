@@ -120,10 +120,15 @@ class Manifest:
 
     @property
     def encoder_key(self) -> str:
-        """Names what features are: the front end and the encoder, graph and weights (hex SHA-256)."""
+        """Names what features are: the front end and the encoder, graph and weights (hex SHA-256).
+
+        A parameter of the front end counts where it is not the usual one, so that a new one changes no key.
+        """
+        fields = dataclasses.fields(self.front_end)
+        unusual = {f.name: value for f in fields if (value := getattr(self.front_end, f.name)) != f.default}
         graph = self.graphs["encoder"].file
         parts = [digest for name, digest in sorted(self.files.items()) if name.startswith(graph)]
-        return hashlib.sha256(f"{self.front_end} {parts}".encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.front_end.kind, unusual, parts], sort_keys=True).encode()).hexdigest()
 
     @property
     def binding(self) -> dict[str, tuple[str, str]]:

@@ -22,7 +22,7 @@ STD_GUARD = 1e-5
 class FrontEnd:
     """Parameters of the front end, stored in the bundle's manifest."""
 
-    kind: str = field(default="nemo", init=False, repr=False)  # not in the repr: the feature cache's keys are older
+    kind: str = field(default="nemo", init=False)
     sample_rate: int = 16_000  # Hz
     n_mels: int = 80
     n_fft: int = 512
