@@ -10,7 +10,7 @@ from transformers import AttentionInterface
 
 from tiny_align.export.graphs import Graph, export_program
 from tiny_align.export.llms import EXAMPLE_PAST, EXAMPLE_TOKENS, fixed_frequencies, kv_shape, kv_specs
-from tiny_align.export.packing import pack_products
+from tiny_align.export.packing import pack_products, split_scaled_products
 from tiny_align.runtime.bundle import TensorSpec
 from tiny_align.runtime.errors import TinyAlignError
 
@@ -96,6 +96,7 @@ def fused_llm_graph(llm) -> Graph:
     finally:
         llm.set_attn_implementation(implementation)
     pack_products(program)  # what the fusions have left
+    split_scaled_products(program)
     return Graph(
         program,
         (

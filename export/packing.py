@@ -1,4 +1,4 @@
-"""Two rewrites that an LLM's graphs share: sibling products in one, and equal weights in one file."""
+"""Rewrites of an LLM's graphs: sibling products in one, scaled products in two, and equal weights in one file."""
 
 import hashlib
 from pathlib import Path
@@ -38,6 +38,27 @@ def _pack(graph: ir.Graph, nodes: list[ir.Node]) -> None:
         node.outputs[0].replace_all_uses_with(part)
         graph.remove(node, safe=True)
         del graph.initializers[weight.name]
+
+
+def split_scaled_products(program: ir.Model) -> None:
+    """ONNX Runtime's products with a factor (Gemma 2's output layer and its cap) become a product and a factor.
+
+    What is quantised is MatMul's weights.
+    """
+    graph = program.graph
+    for node in list(graph):
+        turned = any(node.attributes.get_int(f"trans{side}", 0) for side in "AB")
+        if node.op_type != "FusedMatMul" or node.inputs[1].const_value is None or turned:
+            continue
+        out, alpha = node.outputs[0], np.array(node.attributes.get_float("alpha", 1.0), np.float32)
+        product = ir.node("MatMul", node.inputs)
+        factor = make_initializer(graph, f"{out.name}.factor", alpha)
+        scaled = ir.node("Mul", [product.outputs[0], factor])
+        for value in (product.outputs[0], scaled.outputs[0]):
+            value.dtype, value.shape = out.dtype, out.shape
+        graph.insert_before(node, [product, scaled])
+        out.replace_all_uses_with(scaled.outputs[0], replace_graph_outputs=True)
+        graph.remove(node, safe=True)
 
 
 def make_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:

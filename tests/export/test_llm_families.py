@@ -16,7 +16,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from tiny_align.runtime import Assistant, Decoding
-from tiny_align.runtime.backend import load_runner
+from tiny_align.runtime.backend import load_decoder
 from tiny_align.runtime.errors import TinyAlignError
 from tiny_align.runtime.llm import Cache, LanguageModel, TextStream, encode_in_place
 
@@ -168,20 +168,21 @@ def test_the_readouts_scale_is_for_the_table_as_the_llm_sees_it(exported):
 
 def test_every_weight_is_quantised_and_the_output_layer_is_found(exported, tmp_path):
     """Gemma 2 caps its logits after the MatMul that makes them."""
-    quantise(exported.bundle.graph("llm"), tmp_path / "llm.onnx", *forms("int4"))
+    spec = exported.bundle.manifest.graphs["llm"].on("onnxruntime")
+    quantise(exported.bundle.graph("llm", "onnxruntime"), tmp_path / "llm.onnx", *forms("int4"))
     graph = onnx.load(str(tmp_path / "llm.onnx"), load_external_data=False).graph
     kinds = {t.name: (t.data_type, tuple(t.dims)) for t in graph.initializer}
     codes = [kinds[n.input[0]] for n in graph.node if n.op_type == "DequantizeLinear"]
     large = [
         n for n, (kind, dims) in kinds.items() if kind == onnx.TensorProto.FLOAT and len(dims) > 1 and max(dims) > 8
     ]
-    assert all(name.endswith(".scales") for name in large)
+    assert [name for name in large if not name.endswith(".scales")] == []
     heads = [kind for kind, (_, n) in codes if n == exported.bundle.manifest.llm.vocabulary]
     assert heads == [onnx.TensorProto.INT8] and len(codes) == 1 + len(
         [c for c in codes if c[0] == onnx.TensorProto.INT4]
     )
-    with load_runner(tmp_path / "llm.onnx", exported.bundle.manifest.graphs["llm"], "onnxruntime", 1) as runner:
-        llm = LanguageModel(exported.bundle, runner)
+    with load_decoder(tmp_path / "llm.onnx", spec, "onnxruntime", 1) as decoder:
+        llm = LanguageModel(exported.bundle, decoder)
         assert len(list(llm.generate(exported.prompt(9), dataclasses.replace(DECODING, max_tokens=3)))) <= 3
 
 
