@@ -187,10 +187,10 @@ def _power(subject: Subject) -> Iterator[Finding]:
         faster = mode.fastest not in (None, mode.name)
         remedy = f"{mode.fastest} is faster, if power and cooling allow: sudo nvpmodel -m {mode.fastest_id}"
         yield _judged("power mode", mode.name, not faster, remedy)
-    events = machine.over_current_events(subject.root)
+    events = machine.power_shortages(subject.root)
     if events is not None:
-        remedy = "the board slowed down: a stronger power supply, or a lower mode of nvpmodel"
-        yield _judged("over-current", f"{events} events since the start", events == 0, remedy)
+        remedy = "the board slowed down: use a stronger power supply, or a lower mode of nvpmodel"
+        yield _judged("power supply", f"fell short {events} times since the start", events == 0, remedy)
 
 
 def _clocks(subject: Subject) -> Iterator[Finding]:

@@ -8,7 +8,7 @@ made. It does not judge: doctor.py does, and the builder decides whether a build
     /var/lib/nvpmodel/status                                    what nvpmodel writes: "pmode:0002"
     /sys/class/devfreq/*gpu*, /sys/devices/system/cpu           kernel, ABI/testing/sysfs-class-devfreq, admin-guide
     /sys/class/thermal/thermal_zone*                            kernel, driver-api/thermal/sysfs-api
-    /sys/class/hwmon/hwmon*/oc*_event_cnt                       Jetson Linux Developer Guide, over-current throttling
+    /sys/class/hwmon/hwmon*/oc*_event_cnt                       Jetson Linux Developer Guide, throttling
     /sys/kernel/mm/transparent_hugepage                         kernel, admin-guide/mm/transhuge
     /proc/meminfo, /proc/swaps, /proc/asound                    proc(5); ALSA's designs/procfile
     /proc/device-tree/model                                     the board's device tree
@@ -227,8 +227,8 @@ def _slows(trip: Path) -> bool:
     return read(trip.with_name(trip.name.replace("_temp", "_type"))) in ("passive", "hot", "critical")
 
 
-def over_current_events(root: Path = ROOT) -> int | None:
-    """How often the board has slowed down since its start because it drew too much; None where nobody counts."""
+def power_shortages(root: Path = ROOT) -> int | None:
+    """How often a Jetson has slowed down since its start for under-voltage or over-current; None elsewhere."""
     counts = [_number(p) for p in under(root, Path("/sys/class/hwmon")).glob("hwmon*/oc*_event_cnt")]
     known = [count for count in counts if count is not None]
     return sum(known) if known else None

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks import jetson
+from tiny_align.runtime.cli import COMMANDS
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "jetson.sh"
 WITH_ONE_ENGINE = """#!/bin/sh
@@ -143,3 +145,12 @@ def test_a_wrong_call_is_one_sentence(call):
 )
 def test_what_is_on_a_par(row, passes):
     assert jetson.on_a_par(row) is passes
+
+
+def test_the_guide_names_commands_and_files_that_there_are():
+    root = SCRIPT.parents[1]
+    guide = (root / "docs/jetson.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"tiny-align ([a-z-]+)[ `\n]", guide)) <= set(COMMANDS)
+    files = re.findall(r"\b(?:docker|benchmarks|reference)/[\w./-]+\w", guide)
+    missing = {name for name in files if not (root / name).exists()}
+    assert len(files) > 8 and missing <= {"reference/bundle/engines"}

@@ -100,7 +100,7 @@ FAULTS = {  # path -> what is written there, what is then wrong, words of the re
         "flash JetPack 6.2 or 7.2",
     ),
     "a limited mode": ("/var/lib/nvpmodel/status", "pmode:0000", "power mode", "sudo nvpmodel -m 2"),
-    "over-current": ("/sys/class/hwmon/hwmon3/oc1_event_cnt", "7", "over-current", "power supply"),
+    "a weak power supply": ("/sys/class/hwmon/hwmon3/oc1_event_cnt", "7", "power supply", "stronger power supply"),
     "heat": (TJ + "temp", "97500", "temperature", "fan"),
     "little memory": (
         "/proc/meminfo",
