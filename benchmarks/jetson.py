@@ -81,6 +81,8 @@ def measure(folder: Path, backend: str, bundle: Path, data: Path, limit: int | N
         "shipped": _is_shipped(bundle, data) and len(chosen) == len(utterances),
         "texts": [answer.text for answer in answers],
         "peak_memory_bytes": peak_memory_bytes(),
+        "memory_taken_bytes": before.get("MemAvailable", 0)
+        - after.get("MemAvailable", 0),  # on a Jetson the GPU takes of it
         "memory_before": before,
         "memory_after": after,
     }

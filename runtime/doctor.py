@@ -79,11 +79,11 @@ def _board(subject: Subject) -> Iterator[Finding]:
 
 
 def _jetpack(release: str | None) -> Finding:
-    flash = f"flash JetPack 6.2 or 7.2, see {DOCS}"
     if release is None:
-        return Finding("JetPack", "unknown: no /etc/nv_tegra_release", False, f"on the board: {flash}")
+        return Finding("JetPack", "unknown: there is no /etc/nv_tegra_release, as in a container")
     value = f"{machine.JETPACKS.get(release, 'not one we know')} (Jetson Linux {release})"
-    return _judged("JetPack", value, _numbers(release) >= LEAST_L4T, f"its TensorRT is older than 10.3: {flash}")
+    remedy = f"its TensorRT is older than 10.3: flash JetPack 6.2 or 7.2, see {DOCS}"
+    return _judged("JetPack", value, _numbers(release) >= LEAST_L4T, remedy)
 
 
 def _gpu(subject: Subject) -> Iterator[Finding]:
@@ -95,8 +95,8 @@ def _gpu(subject: Subject) -> Iterator[Finding]:
             "GPU",
             "none that the CUDA driver finds",
             False,
-            "start a container with --runtime nvidia (JetPack 6) or --gpus all (JetPack 7); outside of one: "
-            "sudo apt install --reinstall nvidia-l4t-cuda, then restart",
+            "start a container with --runtime nvidia (JetPack 6) or --gpus all (JetPack 7); outside of one the board's "
+            "driver is not at work: restart, or flash JetPack again",
         )
     else:
         yield Finding("GPU", "none with a CUDA driver: ONNX Runtime works on the CPU")

@@ -1,6 +1,7 @@
 """What the doctor finds on recorded machines (machines/*.txt), and that each remedy fits its fault."""
 
 import contextlib
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -170,6 +171,14 @@ def test_a_gpu_that_the_driver_does_not_find_is_a_fault_of_a_jetson_only(recorde
     assert found(Subject(None, tmp_path / "elsewhere"))["GPU"].ok is None
 
 
+def test_a_container_on_a_board_is_not_blamed_for_what_it_does_not_see(recorded):
+    subject = recorded("jetpack-7.2")
+    for folder in ("etc", "var"):
+        shutil.rmtree(subject.root / folder)
+    assert subject.jetson and wrong(subject) == {}
+    assert found(subject)["JetPack"].value.startswith("unknown")
+
+
 def test_the_libraries_of_onnx_runtime_tell_its_providers(recorded):
     subject = recorded("jetpack-6.2")
     write(subject.root, "/venv/onnxruntime/capi/libonnxruntime_providers_cuda.so", "")
@@ -180,6 +189,25 @@ def test_a_machine_that_tells_nothing_is_examined_all_the_same(tmp_path):
     findings = found(Subject(None, tmp_path, (str(tmp_path),)))
     assert [what for what, f in findings.items() if f.ok is False] == ["ONNX Runtime"]
     assert not {"JetPack", "power mode", "memory", "contiguous memory"} & set(findings)
+
+
+def test_a_laptop_is_not_held_to_what_a_board_needs(tmp_path):
+    for path, content in {
+        "/proc/cpuinfo": "processor\t: 0\nmodel name\t: Some CPU @ 2.4 GHz\n",
+        "/proc/meminfo": "MemTotal: 8000000 kB\nMemAvailable: 4000000 kB\nCmaTotal: 0 kB\n",
+        "/sys/class/thermal/thermal_zone0/type": "acpitz",
+        "/sys/class/thermal/thermal_zone0/temp": "61000",
+        "/sys/class/thermal/thermal_zone0/trip_point_0_type": "passive",
+        "/sys/class/thermal/thermal_zone0/trip_point_0_temp": "50000",  # where a fan begins to turn
+        "/proc/asound/cards": " 0 [PCH            ]: HDA-Intel - HDA Intel PCH\n                      at 0x1 irq 2\n",
+        "/proc/asound/pcm": "00-00: ALC257 Analog : ALC257 Analog : playback 1 : capture 1\n",
+    }.items():
+        write(tmp_path, path, content)
+    findings = found(Subject(None, tmp_path))
+    assert not [f for f in findings.values() if f.ok is False]
+    assert findings["machine"].value.startswith("Some CPU @ 2.4 GHz")
+    assert findings["microphone"].value == "HDA Intel PCH"
+    assert findings["temperature"].ok and findings["swap"].ok is None
 
 
 def test_a_zone_of_an_engine_that_is_off_is_passed_over(monkeypatch, recorded):
