@@ -277,8 +277,11 @@ def test_doctor_reports_in_json(run_cli, bundle_copy, make_user):
     done = run_cli("doctor", "--json", "--bundle", bundle_copy)
     assert (done.status, done.stderr, len(done.stdout.splitlines())) == (0, "", 1)
     report = done.document
-    assert {"machine", "memory", "compute_capability", "packages", "missing", "bundle"} <= set(report)
-    assert report["packages"]["run"].startswith("onnxruntime") and "run" not in report["missing"]
+    assert set(report) == {"machine", "findings", "wrong", "bundle"}
+    findings = {f["what"]: f for f in report["findings"]}
+    assert all(set(f) == {"what", "value", "ok", "remedy"} for f in report["findings"])
+    assert findings["ONNX Runtime"]["value"].startswith("onnxruntime") and findings["ONNX Runtime"]["ok"]
+    assert report["wrong"] == [what for what, f in findings.items() if f["ok"] is False]
     assert report["bundle"]["users"] == ["ana"] and report["bundle"]["whole"] is True
 
 
