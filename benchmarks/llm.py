@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,24 +35,24 @@ PACKAGES = ("onnxruntime", "llama-cpp-python", "transformers", "torch", "onnxrun
 PAUSE_S = 0.1  # between turns: an engine's threads spin a little after their work
 
 
-def bandwidth(threads: int, megabytes: int = 512, repeats: int = 5) -> float:
-    """GB/s that `threads` threads read from memory: the best of some dot products."""
-    arrays = [np.ones(megabytes * 2**18 // threads, np.float32) for _ in range(threads)]
-    seconds = []
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(repeats):
-            began = time.perf_counter()
-            list(pool.map(lambda a: a @ a, arrays))
-            seconds.append(time.perf_counter() - began)
-    return sum(a.nbytes for a in arrays) / min(seconds) / 1e9
+def read_memory(barrier, megabytes: int = 512, repeats: int = 8) -> float:
+    """GB/s that this process reads, while others do the same: the best of some dot products."""
+    array, seconds = np.ones(megabytes * 2**18, np.float32), []
+    barrier.wait()
+    for _ in range(repeats):
+        began = time.perf_counter()
+        array @ array
+        seconds.append(time.perf_counter() - began)
+    return array.nbytes / min(seconds) / 1e9
 
 
 def measure_bandwidth(threads: int) -> float:
-    """`bandwidth` in a process whose BLAS has one thread."""
+    """GB/s that so many processes, each of one thread, read from memory together."""
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("spawn")
     try:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            return pool.apply(bandwidth, (threads,))
+        with context.Manager() as manager, context.Pool(threads) as pool:
+            return sum(pool.map(read_memory, [manager.Barrier(threads)] * threads, chunksize=1))
     finally:
         del os.environ["OPENBLAS_NUM_THREADS"]
 
