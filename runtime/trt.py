@@ -1,8 +1,8 @@
 """The TensorRT backend: engines of a bundle on device memory of our own, through TensorRT 10.3 and later or -RTX.
 
 Built by `tiny-align build-engines` and checked by engines.py; nothing is built here. Device buffers are laid out once,
-for the greatest shapes of the engine's profile. A person's projector is the bundle's engine, refitted with that
-person's weights when it is loaded.
+for the greatest shapes of the engine's profile. A person's projector is an engine of their own, in engines/ of their
+folder (`Bundle.person`), or else the bundle's, refitted with their weights when it is loaded.
 
 The LLM's keys and values stay on the device, in two sets of buffers: what a step writes is what the next one reads. A
 set is laid out for the whole context, but TensorRT takes (1, H, past, size) without gaps, so that it is filled from its
@@ -73,12 +73,12 @@ class _Engine:
     def __init__(self, bundle: Bundle, spec: GraphSpec, graph: Path):
         self._trt, self.spec = _package(), spec
         self._log = _log(self._trt)
-        self.file, plain = _engine_file(bundle, spec, self._trt)
+        self.file, fits = _engine_file(bundle, spec, graph, machine_facts(self._trt.__name__, self._trt.__version__))
         self.stream = cuda.Stream()
         self._runtime = self._given(self._trt.Runtime(self._log), "make a runtime")
         self._engine = self._deserialised()
         self._check_tensors()
-        if graph.resolve() != plain.resolve():
+        if not fits:
             self._refit(graph)
         self._context = self._given(self._engine.create_execution_context(), "make an execution context")
 
@@ -91,16 +91,19 @@ class _Engine:
 
     def _deserialised(self):
         self._log.words.clear()
-        with open(self.file, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return self._given(self._runtime.deserialize_cuda_engine(data), "load the engine")
+        try:  # mapped, so that an 8 GB board does not hold it a second time
+            with open(self.file, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return self._given(self._runtime.deserialize_cuda_engine(data), "load the engine")
+        except (OSError, ValueError) as error:  # ValueError: an empty file
+            raise BackendError(f"{self.file} cannot be read ({error}): build the engines again") from error
 
     def _refit(self, graph: Path) -> None:
         """Give the engine the weights of a graph that differs in nothing else."""
         trt = self._trt
         if not self._engine.refittable:
             raise BackendError(
-                f"{self.file} takes no other weights than those it was built with, {graph} has others: build it with "
-                "`tiny-align build-engines`, which makes the projector's engine refittable"
+                f"{self.file} was built without REFIT and {graph} has other weights: build an engine of it with "
+                f"`tiny-align build-engines --user {graph.parent.name}`"
             )
         self._log.words.clear()
         refitter = trt.Refitter(self._engine, self._log)
@@ -151,11 +154,13 @@ class _Engine:
         self._given(self._context.execute_async_v3(self.stream.handle), "run the graph")
 
 
-def _engine_file(bundle: Bundle, spec: GraphSpec, trt) -> tuple[Path, Path]:
-    """The engine of a graph, checked, and the graph's own file in the bundle."""
-    graph = next(name for name, g in bundle.manifest.graphs.items() if g.on(TrtRunner.name) == spec)
-    facts = machine_facts(trt.__name__, trt.__version__)
-    return check_engine(bundle, graph, facts), bundle.graph(graph, TrtRunner.name)
+def _engine_file(bundle: Bundle, spec: GraphSpec, graph: Path, facts: dict) -> tuple[Path, bool]:
+    """A graph's engine, checked, and whether it has the weights of `graph` already."""
+    name = next(name for name, g in bundle.manifest.graphs.items() if g.on(TrtRunner.name) == spec)
+    own = graph.parent / "engines"  # of a person, or of the bundle
+    if own.is_dir() and not own.samefile(bundle.path / "engines"):
+        return check_engine(bundle.person(graph.parent), name, facts), True
+    return check_engine(bundle, name, facts), graph.samefile(bundle.graph(name, TrtRunner.name))
 
 
 class TrtRunner(Runner):
@@ -243,8 +248,9 @@ class TrtDecoder(Decoder):
             engine.set_address(tensor.name, buffer)
         for tensor, buffer in zip(spec.outputs[1:], cache.write, strict=True):
             engine.set_address(tensor.name, buffer)
-            if engine.shape(tensor.name) != _sized(tensor, total):  # it would write beyond the buffer
-                raise BackendError(f"{engine.file} does not give {tensor.name} for {total} positions: build it again")
+        grown = spec.outputs[1]  # one for all of them
+        if engine.shape(grown.name) != _sized(grown, total):  # it would write beyond the buffer
+            raise BackendError(f"{engine.file} does not give {grown.name} for {total} positions: build it again")
 
     def close(self) -> None:
         self._engine, self._buffers, self._spare = None, [], []

@@ -4,7 +4,7 @@ What the backend gets wrong goes wrong here too. Memory of the "device" is NaN u
 freed; outputs are overwritten with NaN before inputs are read; a range that leaves its allocation is an illegal
 address; nothing runs and nothing comes back before the stream is synchronised; a shape outside the profile is refused.
 An "engine" is a JSON file that names the ONNX graph, which ONNX Runtime runs. Speed is not emulated, nor is
-TensorRT's arithmetic. Classes and parameters are those of tensorrt_api.json, which test_trt.py holds them to.
+TensorRT's arithmetic. Classes and parameters are those of tests/data/tensorrt-api.json: test_trt.py sees to that.
 """
 
 import ctypes
