@@ -4,6 +4,7 @@ Each graph is built in a fresh process (build_one.py), the largest first, while 
 appears when the last engine is done, or not at all. It does not load engines: runtime does. engine.json:
 
     package, version, compute_capability    of the builder, see builder.py; together they are the key
+    jetpack                                 the L4T release it ran on, null off a Jetson
     graphs: name ->
         precision                           as in the manifest
         bytes, engine_sha256                of <name>.engine
@@ -16,7 +17,6 @@ An engine is stale where `files` differs from the manifest: weights in external 
 """
 
 import contextlib
-import dataclasses
 import json
 import shutil
 import signal
@@ -27,13 +27,13 @@ from pathlib import Path
 
 from tiny_align.engines.build_one import REFUSED
 from tiny_align.engines.builder import Builder, find_builder
-from tiny_align.engines.profile import graph_profile
 from tiny_align.runtime.bundle import Bundle
+from tiny_align.runtime.engines import RECORD, engines_path
 from tiny_align.runtime.errors import BackendError, BundleError
 from tiny_align.runtime.files import sha256, write_json, written_folder
 from tiny_align.runtime.machine import free_memory_line
+from tiny_align.runtime.profile import graph_profile
 
-RECORD = "engine.json"
 COMMAND = (sys.executable, "-m", "tiny_align.engines.build_one")
 
 
@@ -58,17 +58,12 @@ def build_engines(
     names = _checked(bundle, graphs)
     builder = find_builder(compute_capability)
     sources = {name: _source(bundle, name) for name in bundle.manifest.graphs}
-    target = engines_path(bundle, builder)
+    target = engines_path(bundle, builder.facts)
     with _written_engines(target) as folder:
         kept = _keep(target, folder, {name: s for name, s in sources.items() if name not in names})
         built = _build_all(bundle, names, builder, folder, sources)
-        write_json(folder / RECORD, {**dataclasses.asdict(builder), "graphs": {**kept, **built}})
+        write_json(folder / RECORD, {**builder.facts, "graphs": {**kept, **built}})
     return built
-
-
-def engines_path(bundle: Bundle, builder: Builder) -> Path:
-    """Where this builder's engines of the bundle belong."""
-    return bundle.path / "engines" / builder.key
 
 
 def _checked(bundle: Bundle, graphs: Iterable[str] | None) -> list[str]:

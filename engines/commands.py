@@ -3,9 +3,10 @@
 import argparse
 from pathlib import Path
 
-from tiny_align.engines.build import build_engines, engines_path
+from tiny_align.engines.build import build_engines
 from tiny_align.engines.builder import find_builder
 from tiny_align.runtime.bundle import Bundle
+from tiny_align.runtime.engines import engines_path
 from tiny_align.runtime.machine import free_memory_line
 
 
@@ -31,7 +32,7 @@ def run(args: argparse.Namespace) -> dict:
         print(f"{builder.package} {builder.version} for compute capability {builder.compute_capability}")
         print(free_memory_line(), flush=True)
     engines = build_engines(bundle, compute_capability=builder.compute_capability, graphs=args.graph)
-    path = engines_path(bundle, builder)
+    path = engines_path(bundle, builder.facts)
     if not args.json:
         _print_engines(engines, path)
     return {"engines": engines, "key": builder.key, "path": str(path)}

@@ -7,6 +7,7 @@ It does not judge whether a build will fit.
 import ctypes
 import os
 import platform
+import re
 from pathlib import Path
 
 COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
@@ -54,6 +55,14 @@ def describe() -> dict[str, str | int]:
     if L4T_RELEASE.is_file():
         described["l4t"] = L4T_RELEASE.read_text().splitlines()[0]
     return described
+
+
+def l4t_release() -> str | None:
+    """Release of Jetson Linux, "36.4.3" (a JetPack has one); None elsewhere."""
+    if not L4T_RELEASE.is_file():
+        return None
+    found = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", L4T_RELEASE.read_text())
+    return f"{found[1]}.{found[2]}" if found else None
 
 
 def free_memory_line() -> str:

@@ -16,7 +16,6 @@ from tiny_align.engines import builder as builder_module
 from tiny_align.engines import commands
 from tiny_align.engines.build import build_engines, graph_files
 from tiny_align.engines.builder import find_builder
-from tiny_align.engines.profile import graph_profile
 from tiny_align.runtime import machine
 from tiny_align.runtime.bundle import (
     Bundle,
@@ -31,6 +30,7 @@ from tiny_align.runtime.bundle import (
 from tiny_align.runtime.errors import BackendError, BundleError
 from tiny_align.runtime.features import FrontEnd
 from tiny_align.runtime.files import sha256
+from tiny_align.runtime.profile import graph_profile
 from tiny_align.runtime.readout import Readout
 
 onnx = pytest.importorskip("onnx", reason="the graphs to build are made with onnx")
