@@ -100,7 +100,7 @@ def _faults(bundle: Bundle, graph: str, facts: dict, engine: Path):
 
 
 def _absent(bundle: Bundle, facts: dict) -> str:
-    found = sorted(p.parent.name for p in bundle.path.glob(f"engines/*/{RECORD}"))
+    found = sorted(p.parent.name for p in bundle.path.glob(f"engines/[!.]*/{RECORD}"))
     return f"{bundle.path} has no engines for {engines_key(facts)} (found: {', '.join(found) or 'none'})"
 
 

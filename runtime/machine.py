@@ -34,6 +34,20 @@ def _attribute(cuda, attribute: int) -> int | None:
     return value.value if cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device) == 0 else None
 
 
+def gpu() -> dict[str, str]:
+    """The first GPU's name ("gpu") and the CUDA version its driver is for ("cuda", "12.6"); empty without a driver."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return {}
+    version, device, name = ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(256)
+    if cuda.cuInit(0) != 0 or cuda.cuDeviceGet(ctypes.byref(device), 0) != 0:
+        return {}
+    cuda.cuDriverGetVersion(ctypes.byref(version))
+    cuda.cuDeviceGetName(name, len(name), device)
+    return {"gpu": name.value.decode(), "cuda": f"{version.value // 1000}.{version.value % 1000 // 10}"}
+
+
 def memory(names: tuple[str, ...] = ("MemTotal", "MemAvailable", "SwapFree", "CmaFree")) -> dict[str, int]:
     """Bytes of each of /proc/meminfo's fields that the kernel tells; CmaFree is a Jetson's contiguous memory."""
     if not MEMINFO.is_file():
