@@ -7,6 +7,7 @@ It does not judge whether a build will fit.
 import ctypes
 import os
 import platform
+import re
 from pathlib import Path
 
 COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
@@ -33,6 +34,20 @@ def _attribute(cuda, attribute: int) -> int | None:
     return value.value if cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device) == 0 else None
 
 
+def gpu() -> dict[str, str]:
+    """The first GPU's name ("gpu") and the CUDA version its driver is for ("cuda", "12.6"); empty without a driver."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return {}
+    version, device, name = ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(256)
+    if cuda.cuInit(0) != 0 or cuda.cuDeviceGet(ctypes.byref(device), 0) != 0:
+        return {}
+    cuda.cuDriverGetVersion(ctypes.byref(version))
+    cuda.cuDeviceGetName(name, len(name), device)
+    return {"gpu": name.value.decode(), "cuda": f"{version.value // 1000}.{version.value % 1000 // 10}"}
+
+
 def memory(names: tuple[str, ...] = ("MemTotal", "MemAvailable", "SwapFree", "CmaFree")) -> dict[str, int]:
     """Bytes of each of /proc/meminfo's fields that the kernel tells; CmaFree is a Jetson's contiguous memory."""
     if not MEMINFO.is_file():
@@ -54,6 +69,14 @@ def describe() -> dict[str, str | int]:
     if L4T_RELEASE.is_file():
         described["l4t"] = L4T_RELEASE.read_text().splitlines()[0]
     return described
+
+
+def l4t_release() -> str | None:
+    """Release of Jetson Linux, "36.4.3" (a JetPack has one); None elsewhere."""
+    if not L4T_RELEASE.is_file():
+        return None
+    found = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", L4T_RELEASE.read_text())
+    return f"{found[1]}.{found[2]}" if found else None
 
 
 def free_memory_line() -> str:

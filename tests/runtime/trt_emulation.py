@@ -26,7 +26,7 @@ ALIGNMENT = 256  # bytes
 NAN = 0xFF  # a byte; four of them are a float32 that is none
 BUILD_ONE = (  # stands in for engines.build_one: the job on stdin, the cost on stdout
     "import json, sys; job = json.load(sys.stdin); "
-    "engine = {'graph': job['graph'], 'profile': job['profile'], 'refittable': 'projector' in job['graph']}; "
+    "engine = {'graph': job['graph'], 'profile': job['profile'], 'refittable': job.get('refittable', True)}; "
     "open(job['engine'], 'w').write(json.dumps(engine)); "
     "print(json.dumps({'seconds': 0.0, 'peak_memory_bytes': 1}))"
 )
@@ -331,5 +331,5 @@ def install(monkeypatch, version: str = "10.3.0", capacity: int = 1 << 30) -> Cu
     monkeypatch.setattr(cuda, "library", lambda: cudart)
     for stage in ("runtime.engines", "engines.builder"):
         monkeypatch.setattr(f"tiny_align.{stage}.gpu_compute_capability", lambda: 87)
-    monkeypatch.setattr("tiny_align.engines.build.COMMAND", (sys.executable, "-c", BUILD_ONE))
+    monkeypatch.setattr("tiny_align.engines.process.COMMAND", (sys.executable, "-c", BUILD_ONE))
     return cudart
