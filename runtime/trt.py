@@ -75,7 +75,7 @@ class _Engine:
         self._log = _log(self._trt)
         self.file, fits = _engine_file(bundle, spec, graph, machine_facts(self._trt.__name__, self._trt.__version__))
         self.stream = cuda.Stream()
-        self._runtime = self._given(self._trt.Runtime(self._log), "make a runtime")
+        self._runtime = self._made(self._trt.Runtime, self._log)
         self._engine = self._deserialised()
         self._check_tensors()
         if not fits:
@@ -88,6 +88,12 @@ class _Engine:
             words = " ".join(self._log.words) or "it does not say why"
             raise BackendError(f"{self._trt.__name__} {self._trt.__version__} cannot {what} for {self.file}: {words}")
         return value
+
+    def _made(self, kind, *given):
+        try:
+            return kind(*given)
+        except TypeError:  # pybind11's word for nothing
+            return self._given(None, f"make a {kind.__name__}")
 
     def _deserialised(self):
         self._log.words.clear()
@@ -106,8 +112,8 @@ class _Engine:
                 f"`tiny-align build-engines --user {graph.parent.name}`"
             )
         self._log.words.clear()
-        refitter = trt.Refitter(self._engine, self._log)
-        parser = trt.OnnxParserRefitter(refitter, self._log)
+        refitter = self._made(trt.Refitter, self._engine, self._log)
+        parser = self._made(trt.OnnxParserRefitter, refitter, self._log)
         what = f"take the weights of {graph}"
         if not parser.refit_from_file(str(graph)):
             self._log.words.extend(parser.get_error(i).desc() for i in range(parser.num_errors))
@@ -157,8 +163,7 @@ class _Engine:
 def _engine_file(bundle: Bundle, spec: GraphSpec, graph: Path, facts: dict) -> tuple[Path, bool]:
     """A graph's engine, checked, and whether it has the weights of `graph` already."""
     name = next(name for name, g in bundle.manifest.graphs.items() if g.on(TrtRunner.name) == spec)
-    own = graph.parent / "engines"  # of a person, or of the bundle
-    if own.is_dir() and not own.samefile(bundle.path / "engines"):
+    if not graph.parent.samefile(bundle.path) and (graph.parent / "engines").is_dir():
         return check_engine(bundle.person(graph.parent), name, facts), True
     return check_engine(bundle, name, facts), graph.samefile(bundle.graph(name, TrtRunner.name))
 

@@ -102,23 +102,23 @@ def recordings(voice_path):
 # --- the same answers ---
 
 
-def test_twenty_utterances_are_answered_token_for_token_with_a_hot_swap_in_between(
-    tensorrt, plain, recordings, bundle, ana
-):
-    assert len(recordings) == N_UTTERANCES
+def test_answers_are_the_same_before_and_after_each_swap(tensorrt, plain, recordings, bundle, ana):
     answers = set()
-    for n, audio in enumerate(recordings):
-        if n % 5 == 0:  # the general projector, Ana's, the general one, Ana's
+    for n, audio in enumerate(recordings[:8]):
+        if n % 2 == 0:  # the general projector, Ana's, the general one, Ana's
             for assistant in (tensorrt, plain):
-                assistant.swap_projector(ana if n % 10 else bundle.projector())
+                assistant.swap_projector(ana if n % 4 else bundle.projector())
         got, want = tensorrt.answer(audio), plain.answer(audio)
         assert got.tokens == want.tokens, f"utterance {n}: {got.text!r}, expected {want.text!r}"
         answers.add(got.tokens)
-    assert len(answers) > N_UTTERANCES / 2  # they are about what was said
+    assert len(answers) > 4  # they are about what was said
 
 
-def test_conversations_of_several_turns_with_a_swap_between_the_turns(tensorrt, plain, recordings, bundle, ana):
+def test_twenty_utterances_in_conversations_with_a_hot_swap_are_answered_token_for_token(
+    tensorrt, plain, recordings, ana
+):
     """Four conversations of five turns, spoken with in turn; the projector is exchanged while all are open."""
+    assert len(recordings) == N_UTTERANCES
     conversations = {assistant: [Cache() for _ in range(4)] for assistant in (tensorrt, plain)}
     for turn, audio in enumerate(recordings):
         said = []
@@ -380,6 +380,16 @@ def test_what_tensorrt_says_against_an_engine_is_passed_on(bundle, monkeypatch, 
     (tmp_path / "llm.engine").write_bytes(content)
     monkeypatch.setattr(trt_module, "check_engine", lambda *_: tmp_path / "llm.engine")
     with pytest.raises(BackendError, match=why):
+        Assistant.load(bundle, backend="tensorrt")
+
+
+def test_no_runtime_is_one_sentence(bundle, monkeypatch):
+    def refuse(self, logger):
+        logger.log(trt_emulation.ILogger.Severity.ERROR, "CUDA initialization failure with error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(trt_emulation.Runtime, "__init__", refuse)
+    with pytest.raises(BackendError, match=r"cannot make a Runtime for .*llm\.engine: CUDA initialization failure"):
         Assistant.load(bundle, backend="tensorrt")
 
 
