@@ -36,10 +36,11 @@ from tiny_align.runtime.bundle import Bundle
 from tiny_align.runtime.engines import RECORD, engines_path
 from tiny_align.runtime.errors import BackendError, BundleError
 from tiny_align.runtime.files import link_file, replace_folder, sha256, write_json
-from tiny_align.runtime.machine import describe, gpu
+from tiny_align.runtime.machine import describe, gpu, gpu_compute_capability
 from tiny_align.runtime.profile import graph_profile
 
 TIMING_CACHE = "timing.cache"
+REFITTED = ("projector",)  # graphs whose engine takes other weights later: a person's
 SHOWN = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
 
 
@@ -50,7 +51,7 @@ def build_engines(
     graphs: Iterable[str] | None = None,
     force: bool = False,
 ) -> dict[str, dict]:
-    """Build the engines of a bundle for this machine or, with TensorRT-RTX, for a given kind of GPU.
+    """Build a bundle's engines, or a person's (`Bundle.person`), for this machine or, with TensorRT-RTX, another GPU.
 
     An engine that is there, whole and made from the same graph and profile stays as it is, unless `graphs` names it.
     After a kill the same call goes on: what it had finished is not built again.
@@ -225,13 +226,18 @@ def _require_memory(name: str, graph_bytes: int, builder: Builder) -> None:
 
 
 def _job(graph: Path, name: str, builder: Builder, folder: Path, source: dict) -> dict:
-    """What build_one reads. Only TensorRT times kernels while it builds; TensorRT-RTX does so where it runs."""
+    """What build_one reads.
+
+    Only TensorRT times kernels while it builds; TensorRT-RTX does so where it runs. And TensorRT-RTX 1.7 makes an
+    engine that takes other weights only where there is a GPU (CUDA_SUCCESS failed, it says elsewhere).
+    """
     return {
         "graph": str(graph.resolve()),
         "engine": str((folder / f"{name}.engine").resolve()),
         "package": builder.package,
         "compute_capability": builder.compute_capability,
         "profile": {tensor: list(shapes.values()) for tensor, shapes in source["profile"].items()},
+        "refittable": name in REFITTED and gpu_compute_capability() is not None,
         "timing_cache": str((folder / TIMING_CACHE).resolve()) if builder.package == "tensorrt" else None,
     }
 

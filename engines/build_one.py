@@ -2,9 +2,10 @@
 
 Not for people: process.py starts it, so that every build begins with unbroken memory and none can take the command
 down; it dies with that command. The job is a JSON object: graph (path), engine (path to write), profile (input ->
-least, usual and greatest shape), package ("tensorrt" or "tensorrt_rtx"), compute_capability, timing_cache (path of the
-file to read and to write, or null). Lines of stdout are JSON objects: {"progress", "phase"}, and at last the result.
-What the builder had to say against the graph goes to stderr, with exit status 2.
+least, usual and greatest shape), package ("tensorrt" or "tensorrt_rtx"), compute_capability, refittable (whether the
+engine shall take other weights later), timing_cache (path of the file to read and to write, or null). Lines of stdout
+are JSON objects: {"progress", "phase"}, and at last the result. What the builder had to say against the graph goes to
+stderr, with exit status 2.
 """
 
 import contextlib
@@ -75,6 +76,7 @@ def _config(job: dict, builder, network):
             network,
             profiles=[_profile(job["profile"])],
             load_timing_cache=cache,
+            refittable=job["refittable"],
             progress_monitor=make_monitor(importlib.import_module(job["package"]), _tell),
         )
     if job["package"] == "tensorrt_rtx":

@@ -26,12 +26,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="build these graphs, even again (default: all that lack an engine that fits)",
     )
+    parser.add_argument("--user", metavar="NAME", help="build an engine of this person's projector only")
+    parser.add_argument("--users", type=Path, metavar="DIR", help="where persons are kept (default: BUNDLE/users)")
     parser.add_argument("--force", action="store_true", help="build even where memory seems not to do")
 
 
 def run(args: argparse.Namespace) -> dict:
     """Build, and return {"engines": name -> entry of engine.json, "key", "path"}."""
     bundle = Bundle.open(args.bundle)
+    if args.user is not None:
+        bundle = bundle.person(bundle.user_folder(args.user, args.users))
     builder = find_builder(args.compute_capability)
     if not args.json:
         print(f"{builder.package} {builder.version} for compute capability {builder.compute_capability}")

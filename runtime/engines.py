@@ -9,7 +9,7 @@ import json
 import shlex
 from pathlib import Path
 
-from tiny_align.runtime.bundle import Bundle
+from tiny_align.runtime.bundle import MANIFEST, USER_RECORD, Bundle
 from tiny_align.runtime.errors import BackendError
 from tiny_align.runtime.files import sha256
 from tiny_align.runtime.machine import gpu_compute_capability, l4t_release
@@ -59,6 +59,7 @@ def check_engine(bundle: Bundle, graph: str, facts: dict) -> Path:
     Every byte of it is read once, for its hash; the bundle's own files were hashed by Bundle.open.
 
     Args:
+        bundle: the bundle, or a person of it (`Bundle.person`).
         graph: its name in the manifest, "encoder", "projector" or "llm".
         facts: as machine_facts gives them.
 
@@ -79,8 +80,14 @@ def check_engine(bundle: Bundle, graph: str, facts: dict) -> Path:
 
 
 def build_command(bundle: Bundle) -> str:
-    """What to type to have every engine that is absent or does not fit built."""
-    return f"tiny-align build-engines --bundle {shlex.quote(str(bundle.path))}"
+    """What to type to have every engine that is absent or does not fit built: the bundle's, or a person's."""
+    where = ["--bundle", str(bundle.path)]
+    if (bundle.path / USER_RECORD).is_file():
+        users = bundle.path.parent
+        own = (users.parent / MANIFEST).is_file() and users.name == "users"
+        where = ["--bundle", str(users.parent)] if own else ["--bundle", "BUNDLE", "--users", str(users)]
+        where += ["--user", bundle.path.name]
+    return shlex.join(["tiny-align", "build-engines", *where])
 
 
 def _faults(bundle: Bundle, graph: str, facts: dict, engine: Path):

@@ -22,7 +22,7 @@ import numpy as np
 from tiny_align.runtime import cuda
 from tiny_align.runtime.backend import Decoder, Runner, closed
 from tiny_align.runtime.bundle import Bundle, GraphSpec, TensorSpec
-from tiny_align.runtime.engines import check_engine, machine_facts
+from tiny_align.runtime.engines import build_command, check_engine, machine_facts
 from tiny_align.runtime.errors import BackendError
 
 PACKAGES = ("tensorrt", "tensorrt_rtx")  # in order of preference
@@ -79,7 +79,7 @@ class _Engine:
         self._engine = self._deserialised()
         self._check_tensors()
         if not fits:
-            self._refit(graph)
+            self._refit(bundle, graph)
         self._context = self._given(self._engine.create_execution_context(), "make an execution context")
 
     def _given(self, value, what: str):
@@ -103,13 +103,13 @@ class _Engine:
         except (OSError, ValueError) as error:  # ValueError: an empty file
             raise BackendError(f"{self.file} cannot be read ({error}): build the engines again") from error
 
-    def _refit(self, graph: Path) -> None:
+    def _refit(self, bundle: Bundle, graph: Path) -> None:
         """Give the engine the weights of a graph that differs in nothing else."""
         trt = self._trt
         if not self._engine.refittable:
             raise BackendError(
                 f"{self.file} was built without REFIT and {graph} has other weights: build an engine of it with "
-                f"`tiny-align build-engines --user {graph.parent.name}`"
+                f"`{build_command(bundle.person(graph.parent))}`"
             )
         self._log.words.clear()
         refitter = self._made(trt.Refitter, self._engine, self._log)

@@ -476,7 +476,7 @@ def test_unwritable_bundle_says_so(child, tmp_path):
 def test_command_prints_for_people(child, tmp_path, capsys):
     child(FAKE_BUILD)
     make_bundle(tmp_path, "int4")
-    args = argparse.Namespace(bundle=tmp_path, compute_capability=None, graph=None, force=False, json=False)
+    args = argparse.Namespace(bundle=tmp_path, compute_capability=None, graph=None, user=None, force=False, json=False)
     commands.run(args)
     printed, shown = capsys.readouterr()
     assert "tensorrt_rtx 1.7.1 for compute capability 86" in printed and "int4: int4, 0.0 MB" in printed
@@ -531,6 +531,7 @@ def test_the_builder_reads_and_writes_its_timing_cache(rtx, tmp_path):
     save_int4(tmp_path)
     shapes = [(1, n, SIZE) for n in (1, 4, 32)]
     job = {"graph": str(tmp_path / "int4.onnx"), "package": "tensorrt_rtx", "compute_capability": 86}
+    job |= {"refittable": False}
     job |= {"profile": {"x": shapes}, "engine": str(tmp_path / "e"), "timing_cache": str(tmp_path / "cache")}
     script = (
         "import json, sys; from tiny_align.engines import build_one as b; job = json.loads(sys.argv[1]); "
@@ -538,6 +539,14 @@ def test_the_builder_reads_and_writes_its_timing_cache(rtx, tmp_path):
     )
     subprocess.run([sys.executable, "-c", script, json.dumps(job)], check=True, capture_output=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "e", "int4.onnx"]
+
+
+@pytest.mark.parametrize(("gpu", "refittable"), [(87, [False, True]), (None, [False, False])])
+def test_a_projector_takes_other_weights_where_a_gpu_can_build_that(monkeypatch, tmp_path, gpu, refittable):
+    monkeypatch.setattr(build_module, "gpu_compute_capability", lambda: gpu)
+    builder = builder_module.Builder("tensorrt", "10.3.0", 87)
+    jobs = [build_module._job(tmp_path, name, builder, tmp_path, {"profile": {}}) for name in ("llm", "projector")]
+    assert [job["refittable"] for job in jobs] == refittable
 
 
 KILLED_AT = """

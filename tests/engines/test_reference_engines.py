@@ -2,11 +2,16 @@
 
 import importlib.util
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
-from tiny_align.engines.build import build_engines
+from tiny_align.engines.builder import find_builder
 from tiny_align.runtime.bundle import Bundle
+from tiny_align.runtime.engines import check_engine
+from tiny_align.runtime.errors import BackendError
+from tiny_align.runtime.machine import gpu_compute_capability
 
 GRAPHS = ("encoder", "projector", "llm")
 
@@ -32,12 +37,17 @@ def test_every_graph_of_the_reference_bundle_builds(rtx, run_cli, bundle_copy):
         assert engine["precision"] == manifest.graphs[name].precision
         assert engine["bytes"] == (folder / f"{name}.engine").stat().st_size > 10_000
         assert engine["seconds"] > 0
+        assert ("REFIT" in engine["flags"]) == (name == "projector" and gpu_compute_capability() is not None)
     assert json.loads((folder / "engine.json").read_text())["graphs"] == engines
 
 
-def test_a_persons_projector_becomes_an_engine_of_their_own(rtx, bundle_path, make_user, tmp_path):
-    """What TensorRT-RTX loads for a person: without a GPU it builds no engine that takes other weights (REFIT)."""
-    person = Bundle.open(bundle_path).person(make_user(Bundle.open(bundle_path), tmp_path / "ana"))
-    built = build_engines(person, compute_capability=86, graphs=["projector"])
-    (engine,) = (tmp_path / "ana/engines").glob("*-sm86/projector.engine")
-    assert engine.stat().st_size == built["projector"]["bytes"] and built["projector"]["seconds"] < 60
+def test_a_persons_engine_is_theirs_alone(rtx, run_cli, bundle_copy, make_user):
+    bundle = Bundle.open(bundle_copy)
+    ana, ben = (make_user(bundle, bundle_copy / "users" / name, shift) for name, shift in (("ana", 0.3), ("ben", 0.1)))
+    done = run_cli("build-engines", "--bundle", bundle_copy, "--user", "ana", "--json")
+    assert done.status == 0, done.stderr
+    facts = find_builder().facts
+    assert check_engine(bundle.person(ana), "projector", facts).parent == Path(done.document["path"])
+    shutil.copytree(ana / "engines", ben / "engines")
+    with pytest.raises(BackendError, match=r"from another projector\.onnx\.data.*--bundle \S+ --user ben`"):
+        check_engine(bundle.person(ben), "projector", facts)
