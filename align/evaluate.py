@@ -23,7 +23,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--instruction", help="what to do with the speech (default: the bundle's)")
     parser.add_argument("--speaker", help="speaker code, for CHAT transcripts")
     parser.add_argument("--rows", action="store_true", help="every utterance's texts in the JSON document too")
-    parser.add_argument("--backend", default="onnxruntime")
+    parser.add_argument("--backend", default="onnxruntime", help="onnxruntime (default) or tensorrt")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
 
 

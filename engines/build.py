@@ -1,74 +1,91 @@
 """A bundle's graphs -> engines in bundle/engines/<key>/, for one builder version and one kind of GPU.
 
-Each graph is built in a fresh process (build_one.py), the largest first, while memory is least broken up. The folder
-appears when the last engine is done, or not at all. It does not load engines: runtime does. engine.json:
+Each graph is built in a fresh process (process.py), the largest first, while memory is least broken up. Engines gather
+in the hidden folder engines/.<key>.partial, from which a killed build goes on; it takes its name when the last one is
+done. Nothing is loaded here: runtime does, and checks engine.json first (runtime/engines.py):
 
     package, version, compute_capability    of the builder, see builder.py; together they are the key
+    jetpack                                 the L4T release it ran on, null off a Jetson
+    machine                                 what it ran on: system, GPU, CUDA
     graphs: name ->
         precision                           as in the manifest
         bytes, engine_sha256                of <name>.engine
         seconds, peak_memory_bytes          of parsing and building; host memory of the build process
+        flags, optimization_level           of the builder
         graph_sha256                        of the ONNX file
         files                               the ONNX file and its external data -> SHA-256, as in the manifest
         profile                             input -> its "min", "opt" and "max" shape
 
-An engine is stale where `files` differs from the manifest: weights in external data leave the ONNX file unchanged.
+An engine is stale where `files` differs from the manifest: weights in external data leave the ONNX file unchanged. It
+is built from the manifest's plain graph, in the precision that the graph has.
 """
 
 import contextlib
-import dataclasses
+import functools
 import json
+import os
 import shutil
-import signal
-import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from tiny_align.engines.build_one import REFUSED
 from tiny_align.engines.builder import Builder, find_builder
-from tiny_align.engines.profile import graph_profile
+from tiny_align.engines.preflight import require_memory
+from tiny_align.engines.process import run_build
 from tiny_align.runtime.bundle import Bundle
+from tiny_align.runtime.engines import RECORD, engines_path
 from tiny_align.runtime.errors import BackendError, BundleError
-from tiny_align.runtime.files import sha256, write_json, written_folder
-from tiny_align.runtime.machine import free_memory_line
+from tiny_align.runtime.files import link_file, replace_folder, sha256, write_json
+from tiny_align.runtime.machine import describe, gpu, gpu_compute_capability
+from tiny_align.runtime.profile import graph_profile
 
-RECORD = "engine.json"
-COMMAND = (sys.executable, "-m", "tiny_align.engines.build_one")
+TIMING_CACHE = "timing.cache"
+REFITTED = ("projector",)  # graphs whose engine takes other weights later: a person's
+SHOWN = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
 
 
 def build_engines(
-    bundle: Bundle, *, compute_capability: int | None = None, graphs: Iterable[str] | None = None
+    bundle: Bundle,
+    *,
+    compute_capability: int | None = None,
+    graphs: Iterable[str] | None = None,
+    force: bool = False,
 ) -> dict[str, dict]:
-    """Build the engines of a bundle for this machine or, with TensorRT-RTX, for a given kind of GPU.
+    """Build a bundle's engines, or a person's (`Bundle.person`), for this machine or, with TensorRT-RTX, another GPU.
 
-    Engines that an earlier build left for other graphs stay, as long as their graph and profile are still the same.
+    An engine that is there, whole and made from the same graph and profile stays as it is, unless `graphs` names it.
+    After a kill the same call goes on: what it had finished is not built again.
 
     Args:
         compute_capability: the target GPU's, 86 for 8.6; see builder.find_builder for None.
-        graphs: names of the graphs to build; None: all.
+        graphs: names of the graphs to build; None: all that lack an engine that fits.
+        force: build even where memory seems not to do.
 
     Returns:
-        The entry in engine.json of each graph built, the largest first.
+        The entry in engine.json of each graph that was asked for, the largest first.
 
     Raises:
-        BackendError: no builder, a target or a graph it refuses, a build that was killed, or a folder not writable.
+        BackendError: no builder, a target or a graph it refuses, too little memory, a build that was killed, a folder
+            not writable, or another build of the same engines under way.
         BundleError: a graph the bundle does not have, or a damaged manifest.
     """
     names = _checked(bundle, graphs)
     builder = find_builder(compute_capability)
     sources = {name: _source(bundle, name) for name in bundle.manifest.graphs}
-    target = engines_path(bundle, builder)
-    with _written_engines(target) as folder:
-        kept = _keep(target, folder, {name: s for name, s in sources.items() if name not in names})
-        built = _build_all(bundle, names, builder, folder, sources)
-        write_json(folder / RECORD, {**dataclasses.asdict(builder), "graphs": {**kept, **built}})
-    return built
-
-
-def engines_path(bundle: Bundle, builder: Builder) -> Path:
-    """Where this builder's engines of the bundle belong."""
-    return bundle.path / "engines" / builder.key
+    target = engines_path(bundle, builder.facts)
+    with _unfinished(target) as folder:
+        done = _whole(folder, builder, sources)
+        kept = _whole(target, builder, {n: s for n, s in sources.items() if graphs is None or n not in names})
+        done |= _take_over(target, folder, {name: entry for name, entry in kept.items() if name not in done})
+        wanted = _largest_first(bundle, names, sources)
+        for name, tell in _progress([n for n in wanted if n not in done]):
+            if not force:
+                _require_memory(name, _graph_bytes(bundle, sources[name]), builder)
+            cost = run_build(name, _job(bundle.graph(name), name, builder, folder, sources[name]), tell)
+            done[name] = {**_engine_entry(folder / f"{name}.engine"), **cost, **sources[name]}
+            _write_record(folder, builder, done)
+        _finish(folder, builder, done)
+    return {name: done[name] for name in wanted}
 
 
 def _checked(bundle: Bundle, graphs: Iterable[str] | None) -> list[str]:
@@ -115,11 +132,21 @@ def graph_files(path: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _written_engines(target: Path):
-    """written_folder that leaves no empty engines/ behind and says where writing failed."""
+def _unfinished(target: Path):
+    """Yields the hidden folder in which `target` is made, with what a killed build has left there.
+
+    On success it becomes `target`. After a failure it stays only if it holds an engine.
+    """
+    folder = target.with_name(f".{target.name}.partial")
     try:
-        with written_folder(target) as folder:
-            yield folder
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder):
+            try:
+                yield folder
+                replace_folder(folder, target)
+            finally:
+                if not (folder / RECORD).is_file():
+                    shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         raise BackendError(
             f"cannot write engines to {target} ({error}): make room, or copy the bundle to a folder you may write"
@@ -129,57 +156,89 @@ def _written_engines(target: Path):
             target.parent.rmdir()  # refused unless empty
 
 
-def _keep(old: Path, folder: Path, sources: dict[str, dict]) -> dict[str, dict]:
-    """Copy from an earlier build the engines that still belong to these graphs; returns their entries."""
-    if not sources or not (old / RECORD).is_file():
-        return {}
-    entries = _entries(old / RECORD)
-    kept = {
-        name: entries[name] for name in sources if _fresh(entries.get(name, {}), old / f"{name}.engine", sources[name])
-    }
-    for name in kept:
-        shutil.copy2(old / f"{name}.engine", folder)
-    return kept
+@contextlib.contextmanager
+def _locked(folder: Path):
+    """Nobody else builds in this folder meanwhile; the system unlocks it when this process ends, however it ends."""
+    import fcntl  # Unix's, as the builders' memory figures are
 
-
-def _entries(record: Path) -> dict[str, dict]:
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        return json.loads(record.read_text(encoding="utf-8"))["graphs"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise BackendError(f"{record} is damaged ({error}): remove {record.parent} and build all graphs") from error
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise BackendError(f"another build is at work in {folder}: wait for it, or end it") from error
+    finally:
+        os.close(handle)
 
 
-def _fresh(entry: dict, engine: Path, source: dict) -> bool:
-    """Whether the engine is whole and was made from this very graph."""
+def _whole(folder: Path, builder: Builder, sources: dict[str, dict]) -> dict[str, dict]:
+    """The entries of a folder's engines that are whole, and made by this builder here from these very graphs."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        if builder.facts.items() <= record.items():
+            return {n: e for n, e in record["graphs"].items() if n in sources and _fresh(e, folder, n, sources[n])}
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return {}  # no record, or a damaged one: nobody knows what the engines are
+    return {}
+
+
+def _fresh(entry: dict, folder: Path, name: str, source: dict) -> bool:
+    engine = folder / f"{name}.engine"
     return source.items() <= entry.items() and engine.is_file() and sha256(engine) == entry["engine_sha256"]
 
 
-def _build_all(bundle: Bundle, names: list[str], builder: Builder, folder: Path, sources: dict) -> dict[str, dict]:
-    from tqdm import tqdm
-
-    built = {}
-    with tqdm(_largest_first(bundle, names, sources), desc="engines", unit="engine", file=sys.stderr) as progress:
-        for name in progress:
-            progress.set_postfix_str(name)
-            engine = folder / f"{name}.engine"
-            cost = _run(name, _job(bundle.graph(name), engine, builder, sources[name]["profile"]))
-            built[name] = {**_engine_entry(engine), **cost, **sources[name]}
-    return built
+def _take_over(old: Path, folder: Path, kept: dict[str, dict]) -> dict[str, dict]:
+    """Put engines that stay, and what the builder timed, into the new folder; returns their entries."""
+    for name in kept:
+        (folder / f"{name}.engine").unlink(missing_ok=True)
+        link_file(old / f"{name}.engine", folder / f"{name}.engine")
+    if (old / TIMING_CACHE).is_file() and not (folder / TIMING_CACHE).is_file():
+        shutil.copyfile(old / TIMING_CACHE, folder / TIMING_CACHE)
+    return kept
 
 
 def _largest_first(bundle: Bundle, names: list[str], sources: dict) -> list[str]:
-    size = {name: sum((bundle.path / f).stat().st_size for f in sources[name]["files"]) for name in names}
-    return sorted(names, key=lambda name: -size[name])
+    return sorted(names, key=lambda name: -_graph_bytes(bundle, sources[name]))
 
 
-def _job(graph: Path, engine: Path, builder: Builder, profile: dict) -> dict:
-    """What build_one reads."""
+def _graph_bytes(bundle: Bundle, source: dict) -> int:
+    return sum((bundle.path / file).stat().st_size for file in source["files"])
+
+
+def _progress(names: list[str]):
+    """Yields each name with the function that shows its build's progress, under one bar on stderr."""
+    from tqdm import tqdm
+
+    with tqdm(total=len(names), desc="engines", file=sys.stderr, bar_format=SHOWN, disable=not names) as bar:
+        for number, name in enumerate(names):
+            yield name, functools.partial(_show, bar, name, number)
+            bar.update(number + 1 - bar.n)
+
+
+def _show(bar, name: str, number: int, fraction: float, phase: str) -> None:
+    bar.set_postfix_str(f"{name}: {phase}", refresh=False)
+    bar.update(number + fraction - bar.n)
+
+
+def _require_memory(name: str, graph_bytes: int, builder: Builder) -> None:
+    """TensorRT builds in the GPU's memory, which on a Jetson is the machine's and cannot go to swap."""
+    require_memory(name, graph_bytes, swaps=builder.package != "tensorrt")
+
+
+def _job(graph: Path, name: str, builder: Builder, folder: Path, source: dict) -> dict:
+    """What build_one reads.
+
+    Only TensorRT times kernels while it builds; TensorRT-RTX does so where it runs. And TensorRT-RTX 1.7 makes an
+    engine that takes other weights only where there is a GPU (CUDA_SUCCESS failed, it says elsewhere).
+    """
     return {
         "graph": str(graph.resolve()),
-        "engine": str(engine.resolve()),
+        "engine": str((folder / f"{name}.engine").resolve()),
         "package": builder.package,
         "compute_capability": builder.compute_capability,
-        "profile": {name: list(shapes.values()) for name, shapes in profile.items()},
+        "profile": {tensor: list(shapes.values()) for tensor, shapes in source["profile"].items()},
+        "refittable": name in REFITTED and gpu_compute_capability() is not None,
+        "timing_cache": str((folder / TIMING_CACHE).resolve()) if builder.package == "tensorrt" else None,
     }
 
 
@@ -187,24 +246,14 @@ def _engine_entry(engine: Path) -> dict:
     return {"bytes": engine.stat().st_size, "engine_sha256": sha256(engine)}
 
 
-def _run(name: str, job: dict) -> dict:
-    """Run one build to its end in a process of its own."""
-    memory = free_memory_line()
-    done = subprocess.run(
-        COMMAND, input=json.dumps(job), capture_output=True, encoding="utf-8", errors="replace", check=False
-    )
-    if done.returncode != 0:
-        raise BackendError(_failure(f"the graph {name!r} ({job['graph']})", job["package"], done, memory))
-    return json.loads(done.stdout.splitlines()[-1])
+def _write_record(folder: Path, builder: Builder, done: dict[str, dict]) -> None:
+    write_json(folder / RECORD, {**builder.facts, "machine": {**describe(), **gpu()}, "graphs": done})
 
 
-def _failure(graph: str, package: str, done: subprocess.CompletedProcess, memory: str) -> str:
-    words = done.stderr.strip()
-    if done.returncode == REFUSED:
-        return f"{package} does not build {graph}:\n{words}\nExport the graph with what this builder takes"
-    if done.returncode == -signal.SIGKILL:
-        return (
-            f"the build of {graph} was killed, most likely because memory ran out (before it: {memory}): close other "
-            "programs, build this graph alone with --graph, or restart the machine and build first"
-        )
-    return f"{package} crashed on {graph} (exit status {done.returncode}, memory before: {memory}):\n{words}"
+def _finish(folder: Path, builder: Builder, done: dict[str, dict]) -> None:
+    """Make the folder fit to be published: the record, and nothing that killed builds have left."""
+    _write_record(folder, builder, done)
+    known = {RECORD, TIMING_CACHE, *(f"{name}.engine" for name in done)}
+    for path in folder.iterdir():
+        if path.name not in known:
+            path.unlink()

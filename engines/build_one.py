@@ -1,23 +1,32 @@
 """One graph -> one engine, in a process of its own: `python -m tiny_align.engines.build_one < job.json`.
 
-Not for people: build.py starts it, so that every build begins with unbroken memory and none can take the command
-down. The job is a JSON object: graph (path), engine (path to write), profile (input -> least, usual and greatest
-shape), package ("tensorrt" or "tensorrt_rtx"), compute_capability. The last line of stdout is a JSON object: seconds,
-peak_memory_bytes. What the builder had to say against the graph goes to stderr, with exit status 2.
+Not for people: process.py starts it, so that every build begins with unbroken memory and none can take the command
+down; it dies with that command. The job is a JSON object: graph (path), engine (path to write), profile (input ->
+least, usual and greatest shape), package ("tensorrt" or "tensorrt_rtx"), compute_capability, refittable (whether the
+engine shall take other weights later), timing_cache (path of the file to read and to write, or null). Lines of stdout
+are JSON objects: {"progress", "phase"}, and at last the result. What the builder had to say against the graph goes to
+stderr, with exit status 2.
 """
 
+import contextlib
+import ctypes
 import importlib
 import json
 import logging
 import os
+import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
+from tiny_align.engines.progress import make_monitor
 from tiny_align.runtime.errors import BackendError, TinyAlignError
+from tiny_align.runtime.files import written_file
 
-REFUSED = 2  # exit status: the builder does not take the graph
+REFUSED, UNWRITTEN = 2, 3  # exit status: the builder does not take the graph; the engine cannot be written
 ECHO = "ModelImporter.cpp"  # TensorRT logs each parser error once more under this name
+PR_SET_PDEATHSIG = 1  # Linux's <sys/prctl.h>
 
 
 def build(job: dict) -> dict:
@@ -26,10 +35,12 @@ def build(job: dict) -> dict:
     Strongly typed: the precision is the graph's. TF32 is off, as in Polygraphy.
 
     Returns:
-        "seconds" for parsing and building, and "peak_memory_bytes", the most this process had resident.
+        "seconds" for parsing and building; "peak_memory_bytes", the most this process had resident; "flags", those of
+        the builder that were set; "optimization_level".
 
     Raises:
         BackendError: with every error of parser and builder.
+        TinyAlignError: the engine or the timing cache cannot be written.
     """
     _choose_backend(job["package"])
     from polygraphy.backend.trt import engine_bytes_from_network, network_from_onnx_path
@@ -37,12 +48,17 @@ def build(job: dict) -> dict:
 
     errors, start = _collect_errors(), time.perf_counter()
     try:
-        network = network_from_onnx_path(job["graph"], strongly_typed=True)
-        engine = engine_bytes_from_network(network, _config(job))
+        builder, network, _parser = network_from_onnx_path(job["graph"], strongly_typed=True)
+        config = _config(job, builder, network)
+        engine = engine_bytes_from_network((builder, network), config)
     except PolygraphyException as error:
         raise BackendError("\n".join(_told(errors))) from error
-    Path(job["engine"]).write_bytes(engine)
-    return {"seconds": round(time.perf_counter() - start, 3), "peak_memory_bytes": peak_memory_bytes()}
+    seconds = round(time.perf_counter() - start, 3)
+    with written_file(Path(job["engine"])) as file:
+        file.write_bytes(engine)
+    if job["timing_cache"]:
+        _save_timing_cache(config, Path(job["timing_cache"]))
+    return {"seconds": seconds, "peak_memory_bytes": peak_memory_bytes(), **_settings(config, job["package"])}
 
 
 def _choose_backend(package: str) -> None:
@@ -50,17 +66,47 @@ def _choose_backend(package: str) -> None:
     os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1" if package == "tensorrt_rtx" else "0"
 
 
-def _config(job: dict):
-    """Makes the builder's configuration once Polygraphy has the network."""
-    from polygraphy.backend.trt import CreateConfig
+def _config(job: dict, builder, network):
+    from polygraphy.backend.trt import create_config
 
-    def create(builder, network):
-        config = CreateConfig(profiles=[_profile(job["profile"])])(builder, network)
-        if job["package"] == "tensorrt_rtx":
-            _set_target(config, job["compute_capability"])
-        return config
+    warnings.filterwarnings("ignore", "(?s).*Timing cache operations are no-ops")  # Polygraphy always makes one
+    with _timing_cache(job["timing_cache"]) as cache:
+        config = create_config(
+            builder,
+            network,
+            profiles=[_profile(job["profile"])],
+            load_timing_cache=cache,
+            refittable=job["refittable"],
+            progress_monitor=make_monitor(importlib.import_module(job["package"]), _tell),
+        )
+    if job["package"] == "tensorrt_rtx":
+        _set_target(config, job["compute_capability"])
+    return config
 
-    return create
+
+def _tell(fraction: float, phase: str) -> None:
+    print(json.dumps({"progress": round(fraction, 4), "phase": phase}), flush=True)
+
+
+def _timing_cache(path: str | None):
+    """The open file of an earlier build; a context of None where there is none."""
+    return open(path, "rb") if path and Path(path).is_file() else contextlib.nullcontext()
+
+
+def _save_timing_cache(config, path: Path) -> None:
+    """What the builder timed, for the next build: on the device most of a build is timing."""
+    cache = config.get_timing_cache()
+    if cache is not None:
+        with written_file(path) as file:
+            file.write_bytes(cache.serialize())
+
+
+def _settings(config, package: str) -> dict:
+    flags = importlib.import_module(package).BuilderFlag.__members__
+    return {
+        "flags": [name for name, flag in flags.items() if config.get_flag(flag)],
+        "optimization_level": config.builder_optimization_level,
+    }
 
 
 def _profile(shapes: dict):
@@ -109,11 +155,12 @@ def peak_memory_bytes() -> int:
 
 
 def main() -> int:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
         result = build(json.load(sys.stdin))
     except TinyAlignError as error:
         print(error, file=sys.stderr)
-        return REFUSED
+        return REFUSED if isinstance(error, BackendError) else UNWRITTEN
     print(json.dumps(result))
     return 0
 

@@ -6,10 +6,11 @@ any RTX generation, with or without a GPU, but what it builds runs on RTX GPUs o
 
 import importlib
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
+from tiny_align.runtime.engines import engines_key
 from tiny_align.runtime.errors import BackendError
-from tiny_align.runtime.machine import gpu_compute_capability
+from tiny_align.runtime.machine import gpu_compute_capability, l4t_release
 
 PACKAGES = ("tensorrt", "tensorrt_rtx")  # in order of preference
 TOOLS = ("polygraphy", "onnx", "tqdm")  # what else a build imports
@@ -23,11 +24,17 @@ class Builder:
     package: str  # import name
     version: str
     compute_capability: int  # 87 for 8.7
+    jetpack: str | None = None  # the L4T release of this machine
+
+    @property
+    def facts(self) -> dict:
+        """What its engines are bound to, as runtime compares it."""
+        return asdict(self)
 
     @property
     def key(self) -> str:
         """Name of the folder under engines/ that holds what this builder makes for this target."""
-        return f"{self.package}-{self.version}-sm{self.compute_capability}"
+        return engines_key(self.facts)
 
 
 def find_builder(compute_capability: int | None = None) -> Builder:
@@ -44,7 +51,7 @@ def find_builder(compute_capability: int | None = None) -> Builder:
         if module is not None:
             _require_tools()
             target = _rtx_target if package == "tensorrt_rtx" else _tensorrt_target
-            return Builder(package, module.__version__, target(module, compute_capability))
+            return Builder(package, module.__version__, target(module, compute_capability), l4t_release())
     raise BackendError(
         "neither TensorRT nor TensorRT-RTX is installed for this Python. On a Jetson TensorRT comes with JetPack and "
         "has no pip wheel: install tiny-align in a venv made with `python3 -m venv --system-site-packages`. Elsewhere: "

@@ -3,9 +3,10 @@
 import argparse
 from pathlib import Path
 
-from tiny_align.engines.build import build_engines, engines_path
+from tiny_align.engines.build import build_engines
 from tiny_align.engines.builder import find_builder
 from tiny_align.runtime.bundle import Bundle
+from tiny_align.runtime.engines import engines_path
 from tiny_align.runtime.machine import free_memory_line
 
 
@@ -19,19 +20,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the GPU to build for, 86 for 8.6 (default: this machine's; without a GPU TensorRT-RTX takes 86)",
     )
     parser.add_argument(
-        "--graph", nargs="+", action="extend", metavar="NAME", help="build these graphs only (default: all)"
+        "--graph",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="build these graphs, even again (default: all that lack an engine that fits)",
     )
+    parser.add_argument("--user", metavar="NAME", help="build an engine of this person's projector only")
+    parser.add_argument("--users", type=Path, metavar="DIR", help="where persons are kept (default: BUNDLE/users)")
+    parser.add_argument("--force", action="store_true", help="build even where memory seems not to do")
 
 
 def run(args: argparse.Namespace) -> dict:
     """Build, and return {"engines": name -> entry of engine.json, "key", "path"}."""
     bundle = Bundle.open(args.bundle)
+    if args.user is not None:
+        bundle = bundle.person(bundle.user_folder(args.user, args.users))
     builder = find_builder(args.compute_capability)
     if not args.json:
         print(f"{builder.package} {builder.version} for compute capability {builder.compute_capability}")
         print(free_memory_line(), flush=True)
-    engines = build_engines(bundle, compute_capability=builder.compute_capability, graphs=args.graph)
-    path = engines_path(bundle, builder)
+    engines = build_engines(bundle, compute_capability=builder.compute_capability, graphs=args.graph, force=args.force)
+    path = engines_path(bundle, builder.facts)
     if not args.json:
         _print_engines(engines, path)
     return {"engines": engines, "key": builder.key, "path": str(path)}

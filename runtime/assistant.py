@@ -86,7 +86,7 @@ class Assistant:
             bundle: its folder, or one that is open already.
             user: whose projector; None: the general one.
             users: the folder persons are kept in, if not the bundle's own.
-            backend: "onnxruntime"; never replaced by another.
+            backend: "onnxruntime" or "tensorrt"; never replaced by another.
             threads: CPU threads per graph; None: all cores.
         Raises:
             BundleError, UserError, BackendError: see their messages.
@@ -94,9 +94,10 @@ class Assistant:
         bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         own, paths = bundle.projector(user, users), {n: bundle.graph(n, backend) for n in ("encoder", "llm")}
         specs = {name: graph.on(backend) for name, graph in bundle.manifest.graphs.items()}
-        llm = load_decoder(paths["llm"], specs["llm"], backend, threads)  # the largest first: loading takes more memory
-        encoder = load_runner(paths["encoder"], specs["encoder"], backend, threads)
-        projector = load_runner(own, specs["projector"], backend, threads)
+        # the largest first: loading takes more memory
+        llm = load_decoder(paths["llm"], specs["llm"], backend, threads, bundle)
+        encoder = load_runner(paths["encoder"], specs["encoder"], backend, threads, bundle)
+        projector = load_runner(own, specs["projector"], backend, threads, bundle)
         assistant = cls(bundle, encoder, projector, llm, backend, threads)
         assistant.llm.read_speech_as(bundle.speech_tokens(own))
         return assistant
@@ -127,8 +128,8 @@ class Assistant:
 
     def swap_projector(self, path: Path) -> None:
         """Use another person's projector graph, and the tokens they may say, from the next utterance on."""
-        old, spec = self._projector, self.bundle.manifest.graphs["projector"]
-        self._projector = load_runner(path, spec, self.backend, self._threads)
+        old, spec = self._projector, self.bundle.manifest.graphs["projector"].on(self.backend)
+        self._projector = load_runner(path, spec, self.backend, self._threads, self.bundle)
         self.llm.read_speech_as(self.bundle.speech_tokens(path))
         old.close()
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from tiny_align.runtime.bundle import GraphSpec, TensorSpec
+from tiny_align.runtime.bundle import Bundle, GraphSpec, TensorSpec
 from tiny_align.runtime.errors import BackendError
 
-BACKENDS = ("onnxruntime",)
+BACKENDS = ("onnxruntime", "tensorrt")
 
 
 class Runner(ABC):
@@ -90,22 +90,45 @@ def _fits(value: np.ndarray, tensor: TensorSpec) -> bool:
     )  # fmt: skip
 
 
-def load_runner(path: Path, spec: GraphSpec, backend: str, threads: int | None = None) -> Runner:
-    """Load one graph with the named backend; never another one in its place."""
+def load_runner(
+    path: Path, spec: GraphSpec, backend: str, threads: int | None = None, bundle: Bundle | None = None
+) -> Runner:
+    """Load one graph with the named backend; never another one in its place.
+
+    Args:
+        path: the ONNX file; with TensorRT, whose weights the bundle's engine is to have.
+        threads: CPU threads, of ONNX Runtime; None: all cores.
+        bundle: whose graph it is; TensorRT takes its engines.
+    """
     if backend == "onnxruntime":
         from tiny_align.runtime.ort import OrtRunner
 
         return OrtRunner(path, spec, threads)
+    if backend == "tensorrt":
+        from tiny_align.runtime.trt import TrtRunner
+
+        return TrtRunner(path, spec, bundle)
     raise _unknown(backend)
 
 
-def load_decoder(path: Path, spec: GraphSpec, backend: str, threads: int | None = None) -> Decoder:
+def load_decoder(
+    path: Path, spec: GraphSpec, backend: str, threads: int | None = None, bundle: Bundle | None = None
+) -> Decoder:
     """Load the LLM's graph for the named backend; never another one in its place."""
     if backend == "onnxruntime":
         from tiny_align.runtime.ort import OrtDecoder
 
         return OrtDecoder(path, spec, threads)
+    if backend == "tensorrt":
+        from tiny_align.runtime.trt import TrtDecoder
+
+        return TrtDecoder(path, spec, bundle)
     raise _unknown(backend)
+
+
+def closed(spec: GraphSpec) -> BackendError:
+    """What a backend says where it is used after `close`."""
+    return BackendError(f"{spec.file} is closed: load the bundle again")
 
 
 def _unknown(backend: str) -> BackendError:

@@ -236,6 +236,16 @@ class Bundle:
                 return np.load(folder / SPEECH_TOKENS)
         return np.arange(self.manifest.llm.vocabulary, dtype=np.int32)
 
+    def person(self, folder: Path) -> "Bundle":
+        """A person's folder as a bundle of one graph, so that its engine is built and checked like any other.
+
+        Raises:
+            UserError: as check_user.
+        """
+        graphs = {"projector": self.manifest.graphs["projector"]}
+        files = check_user(folder, self.manifest)["files"]
+        return Bundle(folder, dataclasses.replace(self.manifest, graphs=graphs, files=files))
+
     def user_folder(self, user: str, users: Path | None = None) -> Path:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", user):
             raise UserError(f"{user!r} is no user name: use letters, digits, '.', '_' and '-', at most 64")

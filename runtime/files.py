@@ -61,13 +61,13 @@ def written_folder(target: Path):
     try:
         yield temporary
         temporary.chmod(0o755)
-        _replace(temporary, target)
+        replace_folder(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _replace(new: Path, target: Path) -> None:
+def replace_folder(new: Path, target: Path) -> None:
     """Rename `new` to `target`, in one step where the system can exchange two folders.
 
     Elsewhere an old `target` is renamed first, and put back if the second step fails.
@@ -98,10 +98,11 @@ def link_tree(source: Path, target: Path) -> None:
 
     A linked file must be replaced, never written into.
     """
-    shutil.copytree(source, target, symlinks=True, dirs_exist_ok=True, copy_function=_link)
+    shutil.copytree(source, target, symlinks=True, dirs_exist_ok=True, copy_function=link_file)
 
 
-def _link(source: str, target: str) -> None:
+def link_file(source, target) -> None:
+    """The file under a second name, or a copy where the file system has no hard links."""
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError:

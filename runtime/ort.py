@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tiny_align.runtime.backend import Decoder, Runner
+from tiny_align.runtime.backend import Decoder, Runner, closed
 from tiny_align.runtime.bundle import GraphSpec, TensorSpec
 from tiny_align.runtime.errors import BackendError
 from tiny_align.runtime.huge_pages import on_huge_pages
@@ -27,10 +27,6 @@ def _session(path: Path, threads: int | None):
         raise BackendError(f"ONNX Runtime {ort.__version__} cannot load {path}: {error}") from error
 
 
-def _closed(spec: GraphSpec) -> BackendError:
-    return BackendError(f"{spec.file} is closed: load the bundle again")
-
-
 class OrtRunner(Runner):
     """A graph in an ONNX Runtime session."""
 
@@ -43,7 +39,7 @@ class OrtRunner(Runner):
 
     def _run(self, feed: dict) -> dict:
         if self._session is None:
-            raise _closed(self.spec)
+            raise closed(self.spec)
         return dict(zip(self._outputs, self._session.run(self._outputs, feed)))
 
     def close(self) -> None:
@@ -61,12 +57,12 @@ class OrtDecoder(Decoder):
 
     def open_cache(self, capacity: int) -> "_OrtCache":
         if self._session is None:
-            raise _closed(self._spec)
+            raise closed(self._spec)
         return _OrtCache(self._session, self._spec, capacity)
 
     def read(self, embeddings: np.ndarray, cache: "_OrtCache", past: int) -> np.ndarray:
         if self._session is None:
-            raise _closed(self._spec)
+            raise closed(self._spec)
         cache.prepare(embeddings, past)
         self._session.run_with_iobinding(cache.binding)
         return cache.logits

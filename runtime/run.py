@@ -15,7 +15,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: always the best token")
     parser.add_argument("--seed", type=int, default=0, help="of sampling, with a temperature")
-    parser.add_argument("--backend", default="onnxruntime")
+    parser.add_argument("--backend", default="onnxruntime", help="onnxruntime (default) or tensorrt")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
 
 

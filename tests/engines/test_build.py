@@ -5,6 +5,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -13,10 +14,11 @@ import pytest
 
 from tiny_align.engines import build as build_module
 from tiny_align.engines import builder as builder_module
-from tiny_align.engines import commands
+from tiny_align.engines import commands, preflight
+from tiny_align.engines import process as process_module
 from tiny_align.engines.build import build_engines, graph_files
 from tiny_align.engines.builder import find_builder
-from tiny_align.engines.profile import graph_profile
+from tiny_align.engines.progress import Phases, make_monitor
 from tiny_align.runtime import machine
 from tiny_align.runtime.bundle import (
     Bundle,
@@ -28,9 +30,11 @@ from tiny_align.runtime.bundle import (
     TensorSpec,
     write_manifest,
 )
+from tiny_align.runtime.engines import check_engine
 from tiny_align.runtime.errors import BackendError, BundleError
 from tiny_align.runtime.features import FrontEnd
 from tiny_align.runtime.files import sha256
+from tiny_align.runtime.profile import graph_profile
 from tiny_align.runtime.readout import Readout
 
 onnx = pytest.importorskip("onnx", reason="the graphs to build are made with onnx")
@@ -219,7 +223,7 @@ def test_missing_tools_are_named(monkeypatch):
 
 
 class FakeCuda:
-    """The three driver calls, for a GPU of compute capability 8.7 or none."""
+    """The driver calls, for a GPU of compute capability 8.7 or none."""
 
     def __init__(self, gpu: bool):
         self.gpu = gpu
@@ -234,6 +238,27 @@ class FakeCuda:
     def cuDeviceGetAttribute(self, value, attribute, _device):
         value._obj.value = {machine.COMPUTE_CAPABILITY_MAJOR: 8, machine.COMPUTE_CAPABILITY_MINOR: 7}[attribute]
         return 0
+
+    def cuDriverGetVersion(self, version):
+        version._obj.value = 12060
+        return 0
+
+    def cuDeviceGetName(self, name, size, _device):
+        name.value = b"Orin"[:size]
+        return 0
+
+
+@pytest.mark.parametrize(("there", "expected"), [(True, {"gpu": "Orin", "cuda": "12.6"}), (False, {})])
+def test_gpu_and_its_cuda(monkeypatch, there, expected):
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda _name: FakeCuda(there))
+    assert machine.gpu() == expected
+
+
+def test_l4t_release(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "L4T_RELEASE", tmp_path / "release")
+    assert machine.l4t_release() is None
+    (tmp_path / "release").write_text("# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64\n")
+    assert machine.l4t_release() == "36.4.3"
 
 
 @pytest.mark.parametrize(("gpu", "expected"), [(True, 87), (False, None)])
@@ -270,7 +295,8 @@ def test_build_reports_and_records_every_engine(rtx, built):
     assert result["key"] == key and result["path"] == str(bundle.path / "engines" / key)
     record = read_record(bundle, key)
     assert (record["package"], record["version"]) == ("tensorrt_rtx", rtx.__version__)
-    assert record["compute_capability"] == 86
+    assert record["compute_capability"] == 86 and record["jetpack"] == machine.l4t_release()
+    assert record["machine"]["system"]
     assert record["graphs"] == result["engines"]
     assert [e["precision"] for e in result["engines"].values()] == ["fp32", "int4"]
 
@@ -284,6 +310,9 @@ def test_entry_describes_graph_and_engine(built, name):
     assert entry["graph_sha256"] == bundle.manifest.files[f"{name}.onnx"]
     assert entry["files"].items() <= bundle.manifest.files.items()
     assert entry["seconds"] > 0 and 50e6 < entry["peak_memory_bytes"] < 4e9
+    assert entry["flags"] == [] and entry["optimization_level"] == 3  # TF32 is off
+    need = preflight.build_need_bytes(sum((bundle.path / f).stat().st_size for f in entry["files"]))
+    assert entry["peak_memory_bytes"] < need < 4e9
 
 
 def test_entry_has_external_data_and_profile(built):
@@ -324,8 +353,12 @@ def test_what_the_builder_says_is_passed_on(rtx, tmp_path):
 FAKE_BUILD = """
 import json, pathlib, sys
 job = json.load(sys.stdin)
+graph = pathlib.Path(job["graph"])
+with open(graph.with_name("built"), "a") as log:
+    print(graph.stem, file=log)
 pathlib.Path(job["engine"]).write_text(job["graph"])
 print("chatter")
+print(json.dumps({"progress": 0.5, "phase": "Halfway"}))
 print(json.dumps({"seconds": 1.0, "peak_memory_bytes": 1}))
 """
 
@@ -334,7 +367,7 @@ print(json.dumps({"seconds": 1.0, "peak_memory_bytes": 1}))
 def child(monkeypatch):
     """Replace the build process by a script."""
     pretend(monkeypatch, None, tensorrt=None, tensorrt_rtx=fake("1.7.1", "SM86", "SM89"))
-    return lambda script: monkeypatch.setattr(build_module, "COMMAND", (sys.executable, "-c", script))
+    return lambda script: monkeypatch.setattr(process_module, "COMMAND", (sys.executable, "-c", script))
 
 
 def test_killed_build_says_so_and_leaves_nothing(child, tmp_path):
@@ -355,9 +388,9 @@ def test_failed_build_leaves_the_old_engines(child, tmp_path):
     child(FAKE_BUILD)
     build_engines(bundle)
     before = read_record(bundle, "tensorrt_rtx-1.7.1-sm86")
-    child("raise SystemExit(3)")
-    with pytest.raises(BackendError, match="exit status 3"):
-        build_engines(bundle)
+    child("raise SystemExit(4)")
+    with pytest.raises(BackendError, match="exit status 4"):
+        build_engines(bundle, graphs=["int4"])
     assert read_record(bundle, "tensorrt_rtx-1.7.1-sm86") == before
 
 
@@ -381,17 +414,29 @@ def test_an_engine_of_changed_weights_is_not_kept(child, tmp_path):
     assert not (tmp_path / "engines/tensorrt_rtx-1.7.1-sm86/cached.engine").exists()
 
 
-def test_damaged_engine_is_not_kept_and_damaged_record_is_named(child, tmp_path):
+def test_a_damaged_engine_is_not_kept(child, tmp_path):
     child(FAKE_BUILD)
     bundle = make_bundle(tmp_path, "int4", "cached")
     build_engines(bundle)
     folder = tmp_path / "engines/tensorrt_rtx-1.7.1-sm86"
+    (folder / "cached.engine").unlink()
     (folder / "cached.engine").write_text("cut off")
     build_engines(bundle, graphs=["int4"])
     assert list(read_record(bundle, folder.name)["graphs"]) == ["int4"]
-    (folder / "engine.json").write_text("{")
-    with pytest.raises(BackendError, match=r"engine\.json is damaged.*build all graphs"):
-        build_engines(bundle, graphs=["int4"])
+    assert not (folder / "cached.engine").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"package": "tensorrt_rtx"}', None])
+def test_engines_without_a_sound_record_are_built_again(child, tmp_path, text):
+    child(FAKE_BUILD)
+    bundle = make_bundle(tmp_path, "int4", "cached")
+    entries = build_engines(bundle)
+    record = tmp_path / "engines/tensorrt_rtx-1.7.1-sm86/engine.json"
+    record.unlink()
+    if text is not None:
+        record.write_text(text)
+    assert build_engines(bundle) == read_record(bundle, record.parent.name)["graphs"] == entries
+    assert len((tmp_path / "built").read_text().split()) == 4
 
 
 def test_targets_have_folders_of_their_own(child, tmp_path):
@@ -431,10 +476,198 @@ def test_unwritable_bundle_says_so(child, tmp_path):
 def test_command_prints_for_people(child, tmp_path, capsys):
     child(FAKE_BUILD)
     make_bundle(tmp_path, "int4")
-    args = argparse.Namespace(bundle=tmp_path, compute_capability=None, graph=None, json=False)
+    args = argparse.Namespace(bundle=tmp_path, compute_capability=None, graph=None, user=None, force=False, json=False)
     commands.run(args)
-    printed = capsys.readouterr().out
+    printed, shown = capsys.readouterr()
     assert "tensorrt_rtx 1.7.1 for compute capability 86" in printed and "int4: int4, 0.0 MB" in printed
+    assert "100%" in shown and "int4: Halfway" in shown
+
+
+# ---- memory, and a killed build ----
+
+
+def pretend_memory(monkeypatch, tmp_path, **megabytes: int) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("".join(f"{name}: {size * 1000} kB\n" for name, size in megabytes.items()))
+    monkeypatch.setattr(machine, "MEMINFO", meminfo)
+
+
+def test_too_little_memory_is_refused_with_the_remedy(child, monkeypatch, tmp_path):
+    child(FAKE_BUILD)
+    bundle = make_bundle(tmp_path, "int4")
+    pretend_memory(monkeypatch, tmp_path, MemAvailable=300, SwapFree=10, CmaFree=20)
+    remedy = r"(?s)'int4' takes about 381 MiB.*MemAvailable 292 MiB.*CmaFree 19 MiB.*add swap.*cma=950M.*--force"
+    with pytest.raises(BackendError, match=remedy):
+        build_engines(bundle)
+    assert not (tmp_path / "engines").exists() and not (tmp_path / "built").exists()
+    assert list(build_engines(bundle, force=True)) == ["int4"]
+
+
+def test_swap_counts_where_it_helps(child, monkeypatch, tmp_path):
+    """TensorRT builds in the GPU's memory, which cannot be swapped; TensorRT-RTX needs no GPU."""
+    child(FAKE_BUILD)
+    bundle = make_bundle(tmp_path, "int4")
+    pretend_memory(monkeypatch, tmp_path, MemAvailable=300, SwapFree=200)
+    assert build_engines(bundle)
+    pretend(monkeypatch, 87, tensorrt=fake("10.3.0"))
+    with pytest.raises(BackendError, match="MemAvailable 292 MiB") as refused:
+        build_engines(bundle)
+    assert "add swap" not in str(refused.value)
+
+
+def test_only_tensorrt_has_a_timing_cache_and_it_stays(child, monkeypatch, tmp_path):
+    child(FAKE_BUILD + "cache = job['timing_cache']\nif cache: open(cache, 'a').write(graph.stem + ' ')")
+    bundle = make_bundle(tmp_path, "int4", "cached")
+    build_engines(bundle)
+    pretend(monkeypatch, 87, tensorrt=fake("10.3.0"))
+    for _ in range(2):
+        build_engines(bundle, graphs=["int4", "cached"])
+    assert [p.parent.name for p in tmp_path.rglob("timing.cache")] == ["tensorrt-10.3.0-sm87"]
+    assert next(tmp_path.rglob("timing.cache")).read_text() == "cached int4 " * 2
+
+
+def test_the_builder_reads_and_writes_its_timing_cache(rtx, tmp_path):
+    """TensorRT-RTX takes the calls, but times nothing while it builds: only the way through is seen here."""
+    save_int4(tmp_path)
+    shapes = [(1, n, SIZE) for n in (1, 4, 32)]
+    job = {"graph": str(tmp_path / "int4.onnx"), "package": "tensorrt_rtx", "compute_capability": 86}
+    job |= {"refittable": False}
+    job |= {"profile": {"x": shapes}, "engine": str(tmp_path / "e"), "timing_cache": str(tmp_path / "cache")}
+    script = (
+        "import json, sys; from tiny_align.engines import build_one as b; job = json.loads(sys.argv[1]); "
+        "b.build(job); first = open(job['timing_cache'], 'rb').read(); b.build(job); assert first"
+    )
+    subprocess.run([sys.executable, "-c", script, json.dumps(job)], check=True, capture_output=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "e", "int4.onnx"]
+
+
+@pytest.mark.parametrize(("gpu", "refittable"), [(87, [False, True]), (None, [False, False])])
+def test_a_projector_takes_other_weights_where_a_gpu_can_build_that(monkeypatch, tmp_path, gpu, refittable):
+    monkeypatch.setattr(build_module, "gpu_compute_capability", lambda: gpu)
+    builder = builder_module.Builder("tensorrt", "10.3.0", 87)
+    jobs = [build_module._job(tmp_path, name, builder, tmp_path, {"profile": {}}) for name in ("llm", "projector")]
+    assert [job["refittable"] for job in jobs] == refittable
+
+
+KILLED_AT = """
+import os, signal, sys
+from tiny_align.engines import build, builder, process
+from tiny_align.runtime.bundle import Bundle
+path, stage, child = sys.argv[1:]
+build.find_builder = lambda _target: builder.Builder("tensorrt_rtx", "1.7.1", 86)
+process.COMMAND = (sys.executable, "-c", child)
+die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+write, replace = build._write_record, build.replace_folder
+if stage == "first": build.run_build = die
+if stage == "unrecorded": build._write_record = die
+if stage == "recorded": build._write_record = lambda *a: (write(*a), die())
+if stage == "unpublished": build.replace_folder = die
+if stage == "published": build.replace_folder = lambda *a: (replace(*a), die())
+build.build_engines(Bundle.open(path))
+"""
+BUILT_AGAIN = {"first": 2, "unrecorded": 2, "recorded": 1, "unpublished": 0, "published": 0}
+
+
+@pytest.mark.parametrize("stage", BUILT_AGAIN)
+def test_a_build_killed_at_any_stage_goes_on(child, tmp_path, stage):
+    child(FAKE_BUILD)
+    bundle, log = make_bundle(tmp_path, "int4", "cached"), tmp_path / "built"
+    killed = subprocess.run([sys.executable, "-c", KILLED_AT, tmp_path, stage, FAKE_BUILD], check=False)
+    assert killed.returncode == -9
+    facts = find_builder().facts
+    if stage != "published":
+        with pytest.raises(BackendError, match="has no engines for"):
+            check_engine(bundle, "cached", facts)
+    log.write_text("")
+    build_engines(bundle)
+    assert len(log.read_text().split()) == BUILT_AGAIN[stage]
+    assert all(check_engine(bundle, name, facts).is_file() for name in ("int4", "cached"))
+    assert [p.name for p in (tmp_path / "engines").iterdir()] == ["tensorrt_rtx-1.7.1-sm86"]
+
+
+def test_what_a_failed_build_had_finished_is_not_built_again(child, tmp_path):
+    bundle = make_bundle(tmp_path, "int4", "cached")
+    child(FAKE_BUILD + "if graph.stem == 'int4': raise SystemExit(4)")
+    with pytest.raises(BackendError, match="crashed on the graph 'int4'"):
+        build_engines(bundle)
+    with pytest.raises(BackendError, match=r"has no engines for .* \(found: none\)"):
+        check_engine(bundle, "cached", find_builder().facts)
+    child(FAKE_BUILD)
+    assert list(build_engines(bundle)) == ["cached", "int4"]
+    assert (tmp_path / "built").read_text().split() == ["cached", "int4", "int4"]
+
+
+def test_the_build_process_dies_with_the_command(tmp_path):
+    """A real one, which waits for its job."""
+    script = (
+        "import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', 'from tiny_align.engines import "
+        "build_one; import json, time; json.load = lambda _: (print(1, flush=True), time.sleep(60)); "
+        "build_one.main()'], stdout=subprocess.PIPE); child.stdout.readline(); print(child.pid, flush=True); "
+        "__import__('os').kill(__import__('os').getpid(), 9)"
+    )
+    pid = int(subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).stdout)
+    for _ in range(100):
+        state = Path(f"/proc/{pid}/stat")
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.05)
+    pytest.fail("it is still there")
+
+
+def test_two_builds_do_not_meet(child, tmp_path):
+    bundle = make_bundle(tmp_path, "int4")
+    child(FAKE_BUILD)
+    folder = tmp_path / "engines/.tensorrt_rtx-1.7.1-sm86.partial"
+    with build_module._unfinished(folder.with_name("tensorrt_rtx-1.7.1-sm86")):
+        with pytest.raises(BackendError, match="another build is at work in"):
+            build_engines(bundle)
+        assert folder.is_dir()
+
+
+def test_a_full_disk_says_so_and_loses_nothing(rtx, tmp_path, full_disk):
+    bundle = make_bundle(tmp_path, "int4", "cached")
+    build_engines(bundle, graphs=["int4"])
+    with (
+        full_disk(8000),
+        pytest.raises(BackendError, match=r"cannot be written \(File too large\): make room.*same command"),
+    ):
+        build_engines(bundle)
+    builder = find_builder()
+    assert check_engine(bundle, "int4", builder.facts).is_file()
+    assert [p.name for p in (tmp_path / "engines").iterdir()] == [builder.key]
+    build_engines(bundle)
+    assert check_engine(bundle, "cached", builder.facts).is_file()
+
+
+# ---- progress ----
+
+
+def test_progress_is_that_of_nested_phases():
+    phases, seen = Phases(), []
+    phases.start("all", None, 2)
+    for phase in ("parse", "optimise"):
+        phases.start(phase, "all", 4)
+        for step in range(4):
+            phases.step(phase, step)
+            seen.append(phases.fraction)
+        phases.finish(phase)
+        phases.step("all", 0 if phase == "parse" else 1)
+    assert seen == [0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0]
+
+
+def test_the_real_builder_tells_its_progress(rtx, tmp_path):
+    bundle, told = make_bundle(tmp_path, "int4"), []
+    job = build_module._job(
+        bundle.graph("int4"), "int4", find_builder(), tmp_path, build_module._source(bundle, "int4")
+    )
+    assert process_module.run_build("int4", job, lambda *step: told.append(step))["seconds"] > 0
+    fractions = [fraction for fraction, _ in told]
+    assert len(told) > 5 and fractions == sorted(fractions) and fractions[-1] > 0.8
+    assert len({phase for _, phase in told}) > 1
+
+
+def test_a_tensorrt_without_a_monitor_is_no_hindrance():
+    assert make_monitor(types.SimpleNamespace(), print) is None
 
 
 def test_help_needs_nothing_heavy():

@@ -221,9 +221,9 @@ def test_another_projector_is_another_answer_and_sessions_go_on(bundle_path, ana
 def test_another_projector_keeps_to_the_threads_given(bundle_path, monkeypatch):
     with Assistant.load(bundle_path, threads=1) as assistant:
         load, threads = assistant_module.load_runner, []
-        monkeypatch.setattr(assistant_module, "load_runner", lambda *a: threads.append(a[3:]) or load(*a))
+        monkeypatch.setattr(assistant_module, "load_runner", lambda *a: threads.append(a[3]) or load(*a))
         assistant.swap_projector(assistant.bundle.projector())
-    assert threads == [(1,)]
+    assert threads == [1]
 
 
 def test_a_projector_that_cannot_be_loaded_leaves_the_old_one(bundle_path, speech, tmp_path):

@@ -1,0 +1,503 @@
+"""runtime/trt.py on an emulation of TensorRT and CUDA that computes (trt_emulation.py)."""
+
+import dataclasses
+import gc
+import inspect
+import json
+import re
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trt_emulation
+
+from tiny_align.engines.build import build_engines
+from tiny_align.runtime import Assistant, Decoding, cuda
+from tiny_align.runtime import trt as trt_module
+from tiny_align.runtime.audio import read_audio
+from tiny_align.runtime.backend import Decoder, load_decoder, load_runner
+from tiny_align.runtime.bundle import Bundle
+from tiny_align.runtime.errors import BackendError
+from tiny_align.runtime.llm import Cache, LanguageModel
+from tiny_align.runtime.ort import OrtRunner
+
+N_UTTERANCES = 20
+RATE, SIZE = 16_000, 192  # Hz, the bundle's; D of its LLM
+
+
+class Plain(Decoder):
+    """The plain graph of the LLM in ONNX Runtime, its cache passed through numpy: what TensorRT is compared with.
+
+    The fused graph that ONNX Runtime takes rounds activations elsewhere, so that a near-tie may fall differently.
+    """
+
+    def __init__(self, bundle: Bundle):
+        self.spec = bundle.manifest.graphs["llm"]
+        self.runner = OrtRunner(bundle.graph("llm"), self.spec, 1)
+
+    def open_cache(self, capacity):
+        return {}
+
+    def read(self, embeddings, cache, past):
+        for tensor in self.spec.inputs[1:] if past == 0 else ():
+            cache[tensor.name] = np.zeros([0 if isinstance(n, str) else n for n in tensor.shape], tensor.dtype)
+        out = self.runner({"inputs_embeds": embeddings[None], **cache})
+        cache.update({name.replace("present", "past"): value for name, value in out.items() if name != "logits"})
+        return out["logits"][0, 0]
+
+
+@pytest.fixture(scope="module")
+def machine():
+    """The emulated machine's memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield trt_emulation.install(patch)
+
+
+@pytest.fixture(scope="module")
+def bundle(bundle_path, tmp_path_factory, machine):
+    """The shipped bundle with engines."""
+    target = tmp_path_factory.mktemp("trt") / "bundle"
+    shutil.copytree(bundle_path, target, ignore=shutil.ignore_patterns("users", "engines"))
+    build_engines(Bundle.open(target))
+    yield Bundle.open(target)
+    shutil.rmtree(target)
+
+
+@pytest.fixture(scope="module")
+def ana(bundle, make_user):
+    """The projector of a person."""
+    make_user(bundle, bundle.path / "users/ana")
+    return bundle.projector("ana")
+
+
+@pytest.fixture(scope="module")
+def onnxruntime(bundle):
+    """ONNX Runtime on the plain graphs."""
+    with Assistant.load(bundle, threads=1) as assistant:
+        assistant.llm = LanguageModel(bundle, Plain(bundle))
+        yield assistant
+
+
+@pytest.fixture
+def plain(onnxruntime, bundle):
+    """The assistant that TensorRT must answer like, with the general projector at first."""
+    yield onnxruntime
+    onnxruntime.swap_projector(bundle.projector())
+
+
+@pytest.fixture
+def tensorrt(bundle):
+    with Assistant.load(bundle, backend="tensorrt") as assistant:
+        yield assistant
+
+
+@pytest.fixture(scope="module")
+def recordings(voice_path):
+    return [read_audio(p, RATE) for p in sorted(voice_path.glob("test-*.flac"))[:N_UTTERANCES]]
+
+
+# --- the same answers ---
+
+
+def test_answers_are_the_same_before_and_after_each_swap(tensorrt, plain, recordings, bundle, ana):
+    answers = set()
+    for n, audio in enumerate(recordings[:8]):
+        if n % 2 == 0:  # the general projector, Ana's, the general one, Ana's
+            for assistant in (tensorrt, plain):
+                assistant.swap_projector(ana if n % 4 else bundle.projector())
+        got, want = tensorrt.answer(audio), plain.answer(audio)
+        assert got.tokens == want.tokens, f"utterance {n}: {got.text!r}, expected {want.text!r}"
+        answers.add(got.tokens)
+    assert len(answers) > 4  # they are about what was said
+
+
+def test_twenty_utterances_in_conversations_with_a_hot_swap_are_answered_token_for_token(
+    tensorrt, plain, recordings, ana
+):
+    """Four conversations of five turns, spoken with in turn; the projector is exchanged while all are open."""
+    assert len(recordings) == N_UTTERANCES
+    conversations = {assistant: [Cache() for _ in range(4)] for assistant in (tensorrt, plain)}
+    for turn, audio in enumerate(recordings):
+        said = []
+        for assistant, caches in conversations.items():
+            if turn == N_UTTERANCES // 2:
+                assistant.swap_projector(ana)
+            prompt = assistant.llm.assemble(assistant.soft_tokens(assistant.features(audio)))
+            said.append(list(assistant.llm.generate(prompt, Decoding(max_tokens=16), caches[turn % 4])))
+        assert said[0] == said[1], f"turn {turn}"
+    for got, want in zip(*conversations.values()):
+        assert got.length == want.length > 80
+
+
+def test_every_stage_gives_what_onnx_runtime_gives(tensorrt, plain, speech):
+    features = tensorrt.features(speech)
+    np.testing.assert_array_equal(features, plain.features(speech))
+    np.testing.assert_array_equal(tensorrt.soft_tokens(features), plain.soft_tokens(features))
+
+
+def test_logits_are_the_plain_graphs_at_every_step(decoder, bundle):
+    np.testing.assert_array_equal(read_in_steps(decoder), read_in_steps(Plain(bundle)))
+
+
+def test_a_command_answers_with_tensorrt(bundle, voice_path, run_cli, plain):
+    done = run_cli("run", voice_path / "test-100.flac", "--bundle", bundle.path, "--backend", "tensorrt", "--json")
+    assert done.status == 0, done.stderr
+    assert done.document["backend"] == "tensorrt"
+    assert done.document["text"] == plain.answer_file(voice_path / "test-100.flac").text
+
+
+# --- what goes wrong in the backend goes wrong on the emulation ---
+
+STEPS = (7, 1, 1, 5, 1)  # positions read at once, one after the other
+
+
+def read_in_steps(decoder) -> np.ndarray:
+    """(steps, V): the logits after each step."""
+    rng, cache, past, logits = np.random.default_rng(0), decoder.open_cache(32), 0, []
+    for n in STEPS:
+        logits.append(decoder.read(rng.standard_normal((n, SIZE)).astype(np.float32), cache, past).copy())
+        past += n
+    return np.stack(logits)
+
+
+@pytest.fixture
+def decoder(bundle):
+    path, spec = bundle.graph("llm", "tensorrt"), bundle.manifest.graphs["llm"].on("tensorrt")
+    with load_decoder(path, spec, "tensorrt", bundle=bundle) as loaded:
+        yield loaded
+
+
+def never_turned(patch):
+    patch.setattr(trt_module._TrtCache, "turn", lambda self, length: setattr(self, "_length", length))
+
+
+def layers_exchanged(patch):
+    turn = trt_module._TrtCache.turn
+
+    def wrong(self, length):
+        turn(self, length)
+        self.read = self.read[2:] + self.read[:2]
+
+    patch.setattr(trt_module._TrtCache, "turn", wrong)
+
+
+def one_set_only(patch):
+    def init(self, spec, capacity):
+        self.capacity = capacity
+        buffers = [trt_module._buffer(t, trt_module._sized(t, capacity)) for t in spec.outputs[1:]]
+        self.sets = [buffers, buffers]
+
+    patch.setattr(trt_module._Memory, "__init__", init)
+
+
+def spaced_as_the_capacity(patch):
+    """As if TensorRT took a tensor with gaps: the shape of the whole buffer."""
+    patch.setattr(trt_module._TrtCache, "checked_total", lambda self, past, new: past + new)
+    sized = trt_module._sized
+    patch.setattr(trt_module, "_sized", lambda tensor, n: sized(tensor, max(n - 1, 0) if "past" in tensor.name else n))
+
+
+def not_synchronised(patch):
+    patch.setattr(trt_module.cuda.Stream, "synchronise", lambda self: None)
+
+
+def run_before_the_upload(patch):
+    upload, run = trt_module.cuda.Stream.upload, trt_module._Engine.run
+    late = []
+    patch.setattr(trt_module.cuda.Stream, "upload", lambda *given: late.append(given))
+    patch.setattr(trt_module._Engine, "run", lambda self: (run(self), upload(*late.pop())))
+
+
+def buffers_too_small(patch):
+    buffer = trt_module._buffer
+    patch.setattr(trt_module, "_buffer", lambda t, shape: buffer(t, (3, 8, 32) if "present" in t.name else shape))
+
+
+def address_inside_a_buffer(patch):
+    def wrong(self, name, buffer):
+        offset = 256 if name == "past.0.key" else 0
+        return self._given(self._context.set_tensor_address(name, buffer.address + offset), "")
+
+    patch.setattr(trt_module._Engine, "set_address", wrong)
+
+
+FAULTS = (
+    never_turned,
+    layers_exchanged,
+    one_set_only,
+    spaced_as_the_capacity,
+    not_synchronised,
+    run_before_the_upload,
+    buffers_too_small,
+    address_inside_a_buffer,
+)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
+def test_the_emulation_notices(bundle, decoder, fault, monkeypatch):
+    want = read_in_steps(Plain(bundle))
+    fault(monkeypatch)
+    path, spec = bundle.graph("llm"), bundle.manifest.graphs["llm"]
+    try:
+        with load_decoder(path, spec, "tensorrt", bundle=bundle) as wrong:
+            got = read_in_steps(wrong)
+    except BackendError as error:
+        assert "CUDA refuses" in str(error) or "does not give" in str(error)
+    else:
+        assert not np.allclose(got, want, atol=0.1)
+
+
+# --- device memory ---
+
+
+def test_memory_is_laid_out_once_and_given_back(bundle, recordings, machine, ana):
+    gc.collect()
+    before = machine.n_bytes
+    with Assistant.load(bundle, backend="tensorrt") as assistant:
+        assistant.answer(recordings[0])
+        held, n_mallocs = machine.n_bytes, machine.n_mallocs
+        for audio in recordings[1:4]:
+            assistant.answer(audio)
+        assert (machine.n_bytes, machine.n_mallocs) == (held, n_mallocs)
+        assistant.swap_projector(ana)
+        assert machine.n_bytes == held
+    gc.collect()
+    assert machine.n_bytes == before
+
+
+def test_a_conversation_takes_two_sets_for_the_whole_context(decoder, machine, bundle):
+    llm, before = bundle.manifest.llm, machine.n_bytes
+    cache = decoder.open_cache(llm.max_context)
+    one_set = 2 * llm.n_layers * llm.n_kv_heads * llm.max_context * llm.head_size * 4
+    assert machine.n_bytes - before == 2 * one_set
+    del cache
+    again = decoder.open_cache(llm.max_context)  # the memory of the first
+    assert machine.n_bytes - before == 2 * one_set
+    other = decoder.open_cache(llm.max_context)
+    assert machine.n_bytes - before == 4 * one_set
+    assert again is not other
+
+
+def test_no_memory_is_one_sentence_and_leaves_none_behind(bundle, monkeypatch):
+    small = trt_emulation.install(monkeypatch, capacity=1_000_000)
+    with pytest.raises(BackendError, match=r"CUDA refuses cudaMalloc of .* MB: out of memory \(error 2\)"):
+        Assistant.load(bundle, backend="tensorrt")
+    gc.collect()
+    assert small.n_bytes == 0
+
+
+def test_memory_that_was_freed_is_not_there(machine):
+    buffer, stream = cuda.Buffer(64), cuda.Stream()
+    address = buffer.address
+    del buffer
+    gc.collect()
+    assert machine.memory(address, 1) is None
+    stray = types.SimpleNamespace(address=address, n_bytes=64)
+    with pytest.raises(BackendError, match=r"CUDA refuses cudaMemcpyAsync: invalid argument \(error 1\)"):
+        stream.upload(np.zeros(4, np.float32), stray)
+
+
+def test_an_array_larger_than_its_buffer_is_not_copied():
+    with pytest.raises(BackendError, match="16 bytes do not fit a device buffer of 8"):
+        cuda.Stream().upload(np.zeros(4, np.float32), cuda.Buffer(8))
+
+
+# --- what is refused ---
+
+
+def test_a_shape_outside_the_profile_is_named_with_the_profile(bundle):
+    spec = bundle.manifest.graphs["encoder"]
+    with (
+        load_runner(bundle.graph("encoder"), spec, "tensorrt", bundle=bundle) as runner,
+        pytest.raises(BackendError, match=r"takes input_features from \[1, 13, 80\] to \[1, 3000, 80\], given was \["),
+    ):
+        runner({"input_features": np.zeros((1, 3001, 80), np.float32)})
+
+
+def test_a_cache_is_read_on_from_its_end_and_within_its_memory(decoder):
+    cache, three = decoder.open_cache(8), np.zeros((3, SIZE), np.float32)
+    decoder.read(three, cache, 0)
+    for past, n in ((2, 1), (4, 1), (3, 6)):
+        with pytest.raises(
+            BackendError, match=rf"a cache of 8 positions, 3 of them read, cannot take {n} after {past}"
+        ):
+            decoder.read(np.zeros((n, SIZE), np.float32), cache, past)
+    decoder.read(three, cache, 3)
+    decoder.read(three, cache, 0)
+
+
+def test_what_is_closed_says_so(bundle, decoder):
+    cache = decoder.open_cache(8)
+    decoder.close()
+    for use in (lambda: decoder.open_cache(8), lambda: decoder.read(np.zeros((1, SIZE), np.float32), cache, 0)):
+        with pytest.raises(BackendError, match=r"llm\.onnx is closed"):
+            use()
+
+
+def test_without_tensorrt_nothing_takes_its_place(bundle, monkeypatch):
+    monkeypatch.setattr(trt_module, "PACKAGES", ("tensorrt_that_is_not_there",))
+    with pytest.raises(BackendError, match=r"needs TensorRT, which is not installed.*JetPack.*--backend onnxruntime"):
+        Assistant.load(bundle, backend="tensorrt")
+
+
+def test_a_broken_tensorrt_is_named(bundle, monkeypatch, tmp_path):
+    (tmp_path / "broken_tensorrt.py").write_text("raise ImportError('libnvinfer.so.10: no such file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(trt_module, "PACKAGES", ("broken_tensorrt",))
+    with pytest.raises(BackendError, match=r"cannot be imported \(libnvinfer\.so\.10: no such file\): repair"):
+        Assistant.load(bundle, backend="tensorrt")
+
+
+def test_without_cuda_it_says_where_it_comes_from(monkeypatch, run_python):
+    script = (
+        "from tiny_align.runtime import cuda; cuda.LIBRARIES = ('libcudart_nowhere.so',)\n"
+        "try: cuda.Buffer(8)\n"
+        "except cuda.BackendError as error: print(error)"
+    )
+    assert "none of libcudart_nowhere.so can be loaded. On a Jetson it comes with JetPack" in run_python(script).stdout
+
+
+def test_an_engine_that_is_not_there_is_not_built(bundle_path):
+    with pytest.raises(BackendError, match="tiny-align build-engines"):
+        Assistant.load(bundle_path, backend="tensorrt")
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (
+            b"not an engine",
+            r"tensorrt 10\.3\.0 cannot load the engine for .*llm\.engine: Serialization assertion failed",
+        ),
+        (b"", r"llm\.engine cannot be read \(cannot mmap an empty file\): build the engines again"),
+    ],
+    ids=["damaged", "empty"],
+)
+def test_what_tensorrt_says_against_an_engine_is_passed_on(bundle, monkeypatch, tmp_path, content, why):
+    (tmp_path / "llm.engine").write_bytes(content)
+    monkeypatch.setattr(trt_module, "check_engine", lambda *_: tmp_path / "llm.engine")
+    with pytest.raises(BackendError, match=why):
+        Assistant.load(bundle, backend="tensorrt")
+
+
+def test_no_runtime_is_one_sentence(bundle, monkeypatch):
+    def refuse(self, logger):
+        logger.log(trt_emulation.ILogger.Severity.ERROR, "CUDA initialization failure with error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(trt_emulation.Runtime, "__init__", refuse)
+    with pytest.raises(BackendError, match=r"cannot make a Runtime for .*llm\.engine: CUDA initialization failure"):
+        Assistant.load(bundle, backend="tensorrt")
+
+
+def test_an_engine_with_other_tensors_than_the_manifest_is_refused(bundle):
+    spec = bundle.manifest.graphs["encoder"]
+    other = dataclasses.replace(spec, outputs=(dataclasses.replace(spec.outputs[0], dtype="float16"),))
+    graphs = {**bundle.manifest.graphs, "encoder": other}
+    changed = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, graphs=graphs))
+    with pytest.raises(BackendError, match="differ in features float16, features float32: build the engines again"):
+        load_runner(bundle.graph("encoder"), other, "tensorrt", bundle=changed)
+
+
+def test_a_size_that_only_the_data_tells_is_refused(bundle, monkeypatch):
+    monkeypatch.setattr(trt_emulation.IExecutionContext, "get_tensor_shape", lambda self, name: (1, -1, 352))
+    with pytest.raises(BackendError, match=r"gives features a size that is known only when it has run: \[1, -1, 352\]"):
+        load_runner(bundle.graph("encoder"), bundle.manifest.graphs["encoder"], "tensorrt", bundle=bundle)
+
+
+# --- a person's projector ---
+
+
+def test_a_person_is_loaded_by_refit(bundle, ana, plain, speech):
+    with Assistant.load(bundle, "ana", backend="tensorrt") as assistant:
+        features = assistant.features(speech)
+        got, general = assistant.soft_tokens(features), plain.soft_tokens(features)
+        plain.swap_projector(ana)
+        np.testing.assert_array_equal(got, plain.soft_tokens(features))
+        assert got.shape != general.shape or not np.array_equal(got, general)
+
+
+def test_a_person_is_loaded_from_an_engine_of_their_own(bundle, make_user, plain, speech, monkeypatch, tmp_path):
+    folder = make_user(bundle, tmp_path / "ben", shift=-0.2)
+    build_engines(bundle.person(folder), graphs=["projector"])
+    monkeypatch.setattr(trt_module._Engine, "_refit", None)
+    with Assistant.load(bundle, "ben", users=tmp_path, backend="tensorrt") as assistant:
+        features = assistant.features(speech)
+        plain.swap_projector(bundle.projector("ben", tmp_path))
+        np.testing.assert_array_equal(assistant.soft_tokens(features), plain.soft_tokens(features))
+
+
+def test_an_engine_that_cannot_be_refitted_says_what_to_build(bundle, ana, monkeypatch, tensorrt, speech):
+    before = tensorrt.answer(speech).tokens
+    monkeypatch.setattr(trt_emulation.ICudaEngine, "refittable", False)
+    with pytest.raises(
+        BackendError, match=r"built without REFIT .*other weights: .*build-engines --bundle \S+ --user ana`"
+    ):
+        tensorrt.swap_projector(ana)
+    assert tensorrt.answer(speech).tokens == before
+
+
+def test_weights_of_another_graph_are_refused_and_the_old_ones_stay(bundle, tensorrt, speech, tmp_path):
+    before = tensorrt.answer(speech).tokens
+    (tmp_path / "projector.onnx").write_text("not a graph")
+    with pytest.raises(BackendError, match=r"cannot take the weights of .*projector\.onnx .*structure is not the eng"):
+        tensorrt.swap_projector(tmp_path / "projector.onnx")
+    assert tensorrt.answer(speech).tokens == before
+
+
+# --- the API that is used is there, in every version ---
+
+API = json.loads((Path(__file__).parents[1] / "data/tensorrt-api.json").read_text())
+
+
+@pytest.mark.parametrize("version", API["versions"])
+def test_the_emulation_has_nothing_that_tensorrt_lacks(version):
+    """Whatever the backend uses is in the emulation, so it is in this version with these parameters."""
+    known = API["versions"][version]
+    for kind in trt_emulation.API:
+        for name, member in vars(kind).items():
+            if name == "__init__" and f"{kind.__name__}.{name}" not in known["names"]:
+                continue  # made by TensorRT, not by us
+            if name == "__init__" or not name.startswith("_"):
+                assert_as_documented(f"{kind.__name__}.{name}", member, known)
+    assert parameters(trt_emulation.nptype) in known["names"]["nptype"]
+    for kind in trt_emulation.ENUMS:
+        assert set(kind.__members__) <= set(known["enums"][kind.__name__])
+
+
+def assert_as_documented(name: str, member, known: dict) -> None:
+    if isinstance(member, type):
+        assert member.__name__ in known["enums"]
+    elif isinstance(member, property):
+        assert known["names"][name] is None, name
+    else:
+        required = [[p for p in overload if not p.endswith("=")] for overload in known["names"][name]]
+        assert parameters(member) in required, name
+
+
+def parameters(function) -> list[str]:
+    return [name for name in inspect.signature(function).parameters if name != "self"]
+
+
+def test_tensorrt_rtx_itself_has_the_api():
+    """The signatures that an installed TensorRT-RTX tells, which follows the newest of the versions."""
+    rtx = pytest.importorskip("tensorrt_rtx")
+    for name, overloads in API["versions"]["11.0"]["names"].items():
+        owner, _, member = name.rpartition(".")
+        real = getattr(getattr(rtx, owner), member) if owner else getattr(rtx, member)
+        if overloads is None:
+            assert isinstance(real, property), name
+            continue
+        lines = [re.sub("<.*?>", "", line.split(" -> ")[0]) for line in (real.__doc__ or "").splitlines()]
+        told = [[p for p in re.findall(r"(\w+): ", line) if p != "self"] for line in lines]
+        for overload in overloads if owner else ():
+            assert [p.rstrip("=") for p in overload] in told, f"{name}{overload}, it tells {real.__doc__}"
+
+
+def test_another_version_is_told_by_its_number(bundle, monkeypatch):
+    monkeypatch.setattr(sys.modules["tensorrt"], "__version__", "11.0.0")
+    with pytest.raises(BackendError, match=r"11\.0\.0"):
+        Assistant.load(bundle, backend="tensorrt")

@@ -1,0 +1,335 @@
+"""Stands in for `tensorrt` and libcudart, and computes: on the bytes at the addresses it is given, in the shapes set.
+
+What the backend gets wrong goes wrong here too. Memory of the "device" is NaN until it is written and after it was
+freed; outputs are overwritten with NaN before inputs are read; a range that leaves its allocation is an illegal
+address; nothing runs and nothing comes back before the stream is synchronised; a shape outside the profile is refused.
+An "engine" is a JSON file that names the ONNX graph, which ONNX Runtime runs. Speed is not emulated, nor is
+TensorRT's arithmetic. Classes and parameters are those of tests/data/tensorrt-api.json: test_trt.py sees to that.
+"""
+
+import ctypes
+import enum
+import functools
+import json
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+
+from tiny_align.runtime import cuda
+from tiny_align.runtime.ort import _session
+
+OK, INVALID_VALUE, OUT_OF_MEMORY, ILLEGAL_ADDRESS = 0, 1, 2, 700  # cudaError_t
+WORDS = {INVALID_VALUE: b"invalid argument", OUT_OF_MEMORY: b"out of memory", ILLEGAL_ADDRESS: b"illegal memory access"}
+ALIGNMENT = 256  # bytes
+NAN = 0xFF  # a byte; four of them are a float32 that is none
+BUILD_ONE = (  # stands in for engines.build_one: the job on stdin, the cost on stdout
+    "import json, sys; job = json.load(sys.stdin); "
+    "engine = {'graph': job['graph'], 'profile': job['profile'], 'refittable': job.get('refittable', True)}; "
+    "open(job['engine'], 'w').write(json.dumps(engine)); "
+    "print(json.dumps({'seconds': 0.0, 'peak_memory_bytes': 1}))"
+)
+
+
+class Cudart:
+    """libcudart on host memory."""
+
+    def __init__(self, capacity: int = 1 << 30):
+        self.capacity, self.n_mallocs = capacity, 0
+        self.live: dict[int, np.ndarray] = {}  # address -> its bytes
+        self._kept: list = []  # memory that was freed stays ours, so that no stray address harms the process
+        self._queues: dict[int, list] = {}
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(len(memory) for memory in self.live.values())
+
+    def cudaMalloc(self, address, size: int) -> int:
+        self.n_mallocs += 1
+        if size < 1 or self.n_bytes + size > self.capacity:
+            return OUT_OF_MEMORY
+        block = np.full(size + ALIGNMENT, NAN, np.uint8)
+        start = -block.ctypes.data % ALIGNMENT
+        address._obj.value = block.ctypes.data + start
+        self.live[block.ctypes.data + start] = block[start : start + size]
+        return OK
+
+    def cudaFree(self, address: int) -> int:
+        if address not in self.live:
+            return INVALID_VALUE
+        self._kept.append(self.live.pop(address))
+        self._kept[-1][:] = NAN
+        return OK
+
+    def cudaStreamCreate(self, stream) -> int:
+        stream._obj.value = len(self._queues) + 1
+        self._queues[stream._obj.value] = []
+        return OK
+
+    def cudaStreamDestroy(self, stream: int) -> int:
+        return OK if stream in self._queues else INVALID_VALUE
+
+    def cudaMemcpyAsync(self, to: int, origin: int, size: int, kind: int, stream: int) -> int:
+        device = self.memory(to if kind == cuda.TO_DEVICE else origin, size)
+        host = origin if kind == cuda.TO_DEVICE else to
+        if device is None or stream not in self._queues or self.memory(host, 1) is not None:
+            return INVALID_VALUE
+        if kind == cuda.TO_DEVICE:  # pageable memory is read at once
+            sent = ctypes.string_at(host, size)
+            self.enqueue(stream, lambda: device.__setitem__(slice(None), np.frombuffer(sent, np.uint8)))
+        else:
+            self.enqueue(stream, lambda: ctypes.memmove(host, device.ctypes.data, size))
+        return OK
+
+    def cudaStreamSynchronize(self, stream: int) -> int:
+        if stream not in self._queues:
+            return INVALID_VALUE
+        work, self._queues[stream] = self._queues[stream], []
+        try:
+            for step in work:
+                step()
+        except IllegalAddress:
+            return ILLEGAL_ADDRESS
+        return OK
+
+    def cudaGetErrorString(self, status: int) -> bytes:
+        return WORDS[status]
+
+    def enqueue(self, stream: int, step) -> None:
+        self._queues[stream].append(step)
+
+    def memory(self, address: int, size: int) -> np.ndarray | None:
+        """The bytes from an address on, (size,) uint8; None unless they lie in one allocation."""
+        for start, block in self.live.items():
+            if start <= address and address + size <= start + len(block):
+                return block[address - start : address - start + size]
+        return None
+
+
+class IllegalAddress(Exception):
+    """What a kernel does not survive."""
+
+
+class DataType(enum.Enum):
+    FLOAT, HALF, INT32, INT64, BOOL = range(5)
+
+
+class TensorIOMode(enum.Enum):
+    NONE, INPUT, OUTPUT = range(3)
+
+
+class TensorLocation(enum.Enum):
+    DEVICE, HOST = range(2)
+
+
+NUMPY = {DataType.FLOAT: "float32", DataType.HALF: "float16", DataType.INT32: "int32", DataType.INT64: "int64"}
+ORT = {"tensor(float)": DataType.FLOAT, "tensor(float16)": DataType.HALF, "tensor(int64)": DataType.INT64}
+
+
+def nptype(trt_type):
+    return np.dtype(NUMPY[trt_type]).type
+
+
+class ILogger:
+    class Severity(enum.Enum):
+        INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
+
+    def __init__(self):
+        self._made = True
+
+    def log(self, severity, msg):
+        raise NotImplementedError
+
+
+def _say(logger, words: str) -> None:
+    assert logger._made, "pybind11 wants ILogger.__init__ to be called"
+    logger.log(ILogger.Severity.INFO, "something that nobody has to read")
+    logger.log(ILogger.Severity.ERROR, words)
+
+
+class Runtime:
+    def __init__(self, logger):
+        self._logger = logger
+
+    def deserialize_cuda_engine(self, serialized_engine):
+        try:
+            return ICudaEngine(json.loads(bytes(serialized_engine)), self._logger)
+        except ValueError:
+            return _say(self._logger, "Serialization assertion failed")
+
+
+@functools.lru_cache(maxsize=16)
+def _loaded(graph: str, changed: int):
+    return _session(Path(graph), 1)
+
+
+@functools.lru_cache(maxsize=4096)
+def _output_shapes(session, shapes: tuple) -> dict[str, tuple[int, ...]]:
+    """Output shapes for input shapes: by running, since an ONNX graph does not tell."""
+    zeros = {i.name: np.zeros(s, NUMPY[ORT[i.type]]) for i, s in zip(session.get_inputs(), shapes, strict=True)}
+    names = [o.name for o in session.get_outputs()]
+    return {name: value.shape for name, value in zip(names, session.run(names, zeros))}
+
+
+class ICudaEngine:
+    def __init__(self, content: dict, logger):
+        self._logger, self._profile, self._refittable = logger, content["profile"], content["refittable"]
+        self._load(content["graph"])
+
+    def _load(self, graph: str) -> None:
+        self._graph, self._session = graph, _loaded(graph, sum(p.stat().st_mtime_ns for p in _files(Path(graph))))
+        self._inputs = {i.name: i for i in self._session.get_inputs()}
+        self._outputs = {o.name: o for o in self._session.get_outputs()}
+
+    @property
+    def num_io_tensors(self):
+        return len(self._inputs) + len(self._outputs)
+
+    @property
+    def refittable(self):
+        return self._refittable
+
+    def get_tensor_name(self, index):
+        return [*self._outputs, *self._inputs][index]  # an order that is nobody's to rely on
+
+    def get_tensor_mode(self, name):
+        return TensorIOMode.INPUT if name in self._inputs else TensorIOMode.OUTPUT
+
+    def get_tensor_dtype(self, name):
+        return ORT[{**self._inputs, **self._outputs}[name].type]
+
+    def get_tensor_location(self, name):
+        return TensorLocation.DEVICE
+
+    def get_tensor_profile_shape(self, name, profile_index):
+        assert profile_index == 0
+        return [tuple(shape) for shape in self._profile[name]]
+
+    def create_execution_context(self):
+        return IExecutionContext(self)
+
+
+def _files(graph: Path):
+    return sorted(graph.parent.glob(f"{graph.name}*"))
+
+
+class IExecutionContext:
+    def __init__(self, engine: ICudaEngine):
+        self._engine, self._shapes, self._addresses = engine, {}, {}
+        self._session = engine._session
+
+    def set_input_shape(self, name, shape):
+        least, _, greatest = self._engine._profile[name]
+        if len(shape) != len(least) or not all(a <= n <= b for a, n, b in zip(least, shape, greatest)):
+            _say(self._engine._logger, f"Supplied shape {list(shape)} for {name} is outside the profile")
+            return False
+        self._shapes[name] = tuple(shape)
+        return True
+
+    def set_tensor_address(self, name, memory):
+        if memory == 0 or memory % ALIGNMENT or name not in {**self._engine._inputs, **self._engine._outputs}:
+            return False
+        self._addresses[name] = memory
+        return True
+
+    def get_tensor_shape(self, name):
+        if set(self._shapes) != set(self._engine._inputs):
+            return (-1,)
+        return {**self._shapes, **self._given()}[name]
+
+    def execute_async_v3(self, stream_handle):
+        missing = {*self._engine._inputs, *self._engine._outputs} - set(self._addresses)
+        if missing or set(self._shapes) != set(self._engine._inputs):
+            _say(self._engine._logger, f"Neither address nor shape may be missing: {sorted(missing)}")
+            return False
+        work = functools.partial(self._compute, dict(self._shapes), dict(self._addresses), self._given())
+        cuda.library().enqueue(stream_handle, work)
+        return True
+
+    def _given(self) -> dict[str, tuple[int, ...]]:
+        return _output_shapes(self._session, tuple(self._shapes[name] for name in self._engine._inputs))
+
+    def _compute(self, shapes: dict, addresses: dict, given: dict) -> None:
+        outputs = {name: self._array(addresses[name], name, shape) for name, shape in given.items()}
+        for array in outputs.values():
+            array.view(np.uint8)[...] = NAN
+        feed = {name: self._array(addresses[name], name, shape) for name, shape in shapes.items()}
+        for name, value in zip(outputs, self._session.run(list(outputs), feed)):
+            outputs[name][...] = value
+
+    def _array(self, address: int, name: str, shape: tuple) -> np.ndarray:
+        dtype = np.dtype(NUMPY[self._engine.get_tensor_dtype(name)])
+        memory = cuda.library().memory(address, int(np.prod(shape)) * dtype.itemsize)
+        if memory is None:
+            raise IllegalAddress
+        return memory.view(dtype).reshape(shape)
+
+
+class Refitter:
+    def __init__(self, engine, logger):
+        self._engine, self._graph = engine, None
+
+    def refit_cuda_engine(self):
+        if self._graph is None or not self._engine._refittable:
+            return False
+        self._engine._load(self._graph)
+        return True
+
+
+class ParserError:
+    def __init__(self, words):
+        self._words = words
+
+    def desc(self):
+        return self._words
+
+
+class OnnxParserRefitter:
+    def __init__(self, refitter, logger):
+        self._refitter, self._errors = refitter, []
+
+    def refit_from_file(self, model):
+        if _structure(model) != _structure(self._refitter._engine._graph):
+            self._errors.append(ParserError("the model's structure is not the engine's"))
+            return False
+        self._refitter._graph = model
+        return True
+
+    @property
+    def num_errors(self):
+        return len(self._errors)
+
+    def get_error(self, index):
+        return self._errors[index]
+
+
+def _structure(graph: str):
+    """A graph without its weights."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(graph, load_external_data=False).graph
+    except (DecodeError, OSError):
+        return None
+    nodes = [node.SerializeToString(deterministic=True) for node in model.node]
+    return nodes, [(t.name, t.data_type, tuple(t.dims)) for t in model.initializer]
+
+
+API = (ILogger, Runtime, ICudaEngine, IExecutionContext, Refitter, ParserError, OnnxParserRefitter)
+ENUMS = (DataType, TensorIOMode, TensorLocation, ILogger.Severity)
+
+
+def install(monkeypatch, version: str = "10.3.0", capacity: int = 1 << 30) -> Cudart:
+    """A machine with TensorRT and a GPU of compute capability 8.7, until the test is over; returns its memory."""
+    module = types.ModuleType("tensorrt")
+    module.__dict__.update({c.__name__: c for c in (*API, DataType, TensorIOMode, TensorLocation)})
+    module.__version__, module.nptype, module.Builder = version, nptype, object
+    monkeypatch.setitem(sys.modules, "tensorrt", module)
+    cudart = Cudart(capacity)
+    monkeypatch.setattr(cuda, "library", lambda: cudart)
+    for stage in ("runtime.engines", "engines.builder", "engines.build"):
+        monkeypatch.setattr(f"tiny_align.{stage}.gpu_compute_capability", lambda: 87)
+    monkeypatch.setattr("tiny_align.engines.process.COMMAND", (sys.executable, "-c", BUILD_ONE))
+    return cudart
