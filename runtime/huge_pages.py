@@ -22,15 +22,24 @@ def on_huge_pages() -> Iterator[None]:
     """What is allocated in this block, and is large, lies on huge pages soon after it, where the system has them."""
     before = _mappings()
     yield
-    if large := [m for m in map(_whole_pages, _mappings() - before) if m[1] - m[0] >= LEAST]:
+    new = _without(_mappings(), before)
+    if large := [m for m in map(_whole_pages, new) if m[1] - m[0] >= LEAST]:
         threading.Thread(target=_collapse, args=(large,), name="huge pages", daemon=True).start()
 
 
-def _mappings() -> set[tuple[int, int]]:
+def _mappings() -> list[tuple[int, int]]:
     """Start and end of this process's private anonymous memory."""
     if not MAPS.exists():
-        return set()
-    return {(int(start, 16), int(end, 16)) for start, end in ANONYMOUS.findall(MAPS.read_text())}
+        return []
+    return [(int(start, 16), int(end, 16)) for start, end in ANONYMOUS.findall(MAPS.read_text())]
+
+
+def _without(mappings: list[tuple[int, int]], others: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """What of `mappings` is in none of `others`: a mapping grows at either end."""
+    for start, end in others:
+        pieces = (piece for a, b in mappings for piece in ((a, min(b, start)), (max(a, end), b)))
+        mappings = [(a, b) for a, b in pieces if a < b]
+    return mappings
 
 
 def _whole_pages(mapping: tuple[int, int]) -> tuple[int, int]:
