@@ -24,6 +24,7 @@ bench: $(STAMPS)/dev  ## every measurement of the README
 	$(BIN)/python -m benchmarks.training_cost
 	$(BIN)/python -m benchmarks.families
 	$(BIN)/python -m benchmarks.encoder
+	$(BIN)/python -m benchmarks.engines
 
 reference: $(STAMPS)/dev  ## train and export the reference bundle again; resumable, hours (needs espeak-ng and flite)
 	$(BIN)/python -m tiny_align.reference.encoder

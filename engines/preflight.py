@@ -1,19 +1,19 @@
 """Whether a build will fit into memory, asked before it starts: a board that runs out of it freezes or kills.
 
-The need is an estimate above what `python -m benchmarks.engines` measured of TensorRT-RTX's build processes, which write
-an engine in pieces; TensorRT 10.3 holds it whole. How much the GPU's own work takes on a Jetson nobody measured yet.
+The need is an estimate above what `python -m benchmarks.engines` measured of TensorRT-RTX's build processes, and of the
+same ones where an engine is held whole, as by TensorRT 10.3. What the GPU's own work takes on a Jetson nobody measured.
 """
 
 from tiny_align.runtime.errors import BackendError
 from tiny_align.runtime.machine import memory
 
-BASE_BYTES = 400_000_000  # of the builder itself
-BYTES_PER_GRAPH_BYTE = 4  # the graph as read, twice as optimised, and as an engine
+BASE_BYTES = 500_000_000  # of the builder itself
+BYTES_PER_GRAPH_BYTE = 3.5  # the graph as read, as optimised, and as an engine
 
 
 def build_need_bytes(graph_bytes: int) -> int:
     """Memory that the build of a graph takes, weights in other files included in its bytes."""
-    return BASE_BYTES + BYTES_PER_GRAPH_BYTE * graph_bytes
+    return BASE_BYTES + round(BYTES_PER_GRAPH_BYTE * graph_bytes)
 
 
 def require_memory(graph: str, graph_bytes: int, *, swaps: bool) -> None:

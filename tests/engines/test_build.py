@@ -497,7 +497,7 @@ def test_too_little_memory_is_refused_with_the_remedy(child, monkeypatch, tmp_pa
     child(FAKE_BUILD)
     bundle = make_bundle(tmp_path, "int4")
     pretend_memory(monkeypatch, tmp_path, MemAvailable=300, SwapFree=10, CmaFree=20)
-    remedy = r"(?s)'int4' takes about 381 MiB.*MemAvailable 292 MiB.*CmaFree 19 MiB.*add swap.*cma=950M.*--force"
+    remedy = r"(?s)'int4' takes about 476 MiB.*MemAvailable 292 MiB.*CmaFree 19 MiB.*add swap.*cma=950M.*--force"
     with pytest.raises(BackendError, match=remedy):
         build_engines(bundle)
     assert not (tmp_path / "engines").exists() and not (tmp_path / "built").exists()
