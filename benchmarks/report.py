@@ -8,7 +8,7 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks import alignment, encoder, families, full_size, llm, quality, quantisation, training_cost
+from benchmarks import alignment, encoder, engines, families, full_size, llm, quality, quantisation, training_cost
 from tiny_align.runtime.files import write_text
 
 ROOT = Path(__file__).parent.parent
@@ -17,6 +17,7 @@ TABLES = {
     "encoder_families": (families.RESULTS, families.encoder_table),
     "llm_families": (families.RESULTS, families.llm_table),
     "encoder": (encoder.RESULTS, encoder.table),
+    "engines": (engines.RESULTS, engines.table),
     "quality": (quality.RESULTS, quality.table),
     "objectives": (alignment.RESULTS / "alignment-table.json", alignment.table),
     "curves": (alignment.RESULTS / "alignment-curves.json", alignment.curves),

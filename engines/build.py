@@ -10,7 +10,7 @@ done. Nothing is loaded here: runtime does, and checks engine.json first (runtim
     graphs: name ->
         precision                           as in the manifest
         bytes, engine_sha256                of <name>.engine
-        seconds, peak_memory_bytes          of parsing and building; host memory of the build process
+        seconds, peak_memory_bytes          of parsing, building and writing; host memory of the build process
         flags, optimization_level           of the builder
         graph_sha256                        of the ONNX file
         files                               the ONNX file and its external data -> SHA-256, as in the manifest

@@ -35,7 +35,7 @@ def build(job: dict) -> dict:
     Strongly typed: the precision is the graph's. TF32 is off, as in Polygraphy.
 
     Returns:
-        "seconds" for parsing and building; "peak_memory_bytes", the most this process had resident; "flags", those of
+        "seconds" for parsing, building and writing; "peak_memory_bytes", the most this process had resident; "flags", those of
         the builder that were set; "optimization_level".
 
     Raises:
@@ -43,19 +43,18 @@ def build(job: dict) -> dict:
         TinyAlignError: the engine or the timing cache cannot be written.
     """
     _choose_backend(job["package"])
-    from polygraphy.backend.trt import engine_bytes_from_network, network_from_onnx_path
+    from polygraphy.backend.trt import network_from_onnx_path
     from polygraphy.exception import PolygraphyException
 
     errors, start = _collect_errors(), time.perf_counter()
     try:
         builder, network, _parser = network_from_onnx_path(job["graph"], strongly_typed=True)
         config = _config(job, builder, network)
-        engine = engine_bytes_from_network((builder, network), config)
-    except PolygraphyException as error:
-        raise BackendError("\n".join(_told(errors))) from error
+        with written_file(Path(job["engine"])) as engine:
+            _build_into(engine, importlib.import_module(job["package"]), builder, network, config)
+    except (PolygraphyException, _NotBuilt) as error:
+        raise BackendError("\n".join(_told(errors)) or "it does not say why") from error
     seconds = round(time.perf_counter() - start, 3)
-    with written_file(Path(job["engine"])) as file:
-        file.write_bytes(engine)
     if job["timing_cache"]:
         _save_timing_cache(config, Path(job["timing_cache"]))
     return {"seconds": seconds, "peak_memory_bytes": peak_memory_bytes(), **_settings(config, job["package"])}
@@ -64,6 +63,43 @@ def build(job: dict) -> dict:
 def _choose_backend(package: str) -> None:
     """Tell Polygraphy which of the two to use; it reads this once, when it is imported."""
     os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1" if package == "tensorrt_rtx" else "0"
+
+
+class _NotBuilt(Exception):
+    """The builder gave no engine; why is in its log."""
+
+
+def _build_into(path: Path, tensorrt, builder, network, config) -> None:
+    """Build and write, piece by piece where this TensorRT can: then memory never holds the engine as a whole."""
+    with open(path, "wb") as file:
+        if not hasattr(builder, "build_serialized_network_to_stream"):
+            engine = builder.build_serialized_network(network, config)
+            if engine is None:
+                raise _NotBuilt
+            file.write(engine)
+            return
+        writer = _make_writer(tensorrt, file)
+        built = builder.build_serialized_network_to_stream(network, config, writer)
+        if writer.error is not None:
+            raise writer.error
+        if not built:
+            raise _NotBuilt
+
+
+def _make_writer(tensorrt, file):
+    class Writer(tensorrt.IStreamWriter):
+        def __init__(self):
+            tensorrt.IStreamWriter.__init__(self)
+            self.error: OSError | None = None
+
+        def write(self, data: bytes) -> int:
+            try:
+                return file.write(data)
+            except OSError as error:  # not through the builder, which would end the process
+                self.error = error
+                return 0
+
+    return Writer()
 
 
 def _config(job: dict, builder, network):

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -13,8 +14,8 @@ import numpy as np
 import pytest
 
 from tiny_align.engines import build as build_module
+from tiny_align.engines import build_one, commands, preflight
 from tiny_align.engines import builder as builder_module
-from tiny_align.engines import commands, preflight
 from tiny_align.engines import process as process_module
 from tiny_align.engines.build import build_engines, graph_files
 from tiny_align.engines.builder import find_builder
@@ -496,7 +497,7 @@ def test_too_little_memory_is_refused_with_the_remedy(child, monkeypatch, tmp_pa
     child(FAKE_BUILD)
     bundle = make_bundle(tmp_path, "int4")
     pretend_memory(monkeypatch, tmp_path, MemAvailable=300, SwapFree=10, CmaFree=20)
-    remedy = r"(?s)'int4' takes about 381 MiB.*MemAvailable 292 MiB.*CmaFree 19 MiB.*add swap.*cma=950M.*--force"
+    remedy = r"(?s)'int4' takes about 476 MiB.*MemAvailable 292 MiB.*CmaFree 19 MiB.*add swap.*cma=950M.*--force"
     with pytest.raises(BackendError, match=remedy):
         build_engines(bundle)
     assert not (tmp_path / "engines").exists() and not (tmp_path / "built").exists()
@@ -507,7 +508,7 @@ def test_swap_counts_where_it_helps(child, monkeypatch, tmp_path):
     """TensorRT builds in the GPU's memory, which cannot be swapped; TensorRT-RTX needs no GPU."""
     child(FAKE_BUILD)
     bundle = make_bundle(tmp_path, "int4")
-    pretend_memory(monkeypatch, tmp_path, MemAvailable=300, SwapFree=200)
+    pretend_memory(monkeypatch, tmp_path, MemAvailable=300, SwapFree=300)
     assert build_engines(bundle)
     pretend(monkeypatch, 87, tensorrt=fake("10.3.0"))
     with pytest.raises(BackendError, match="MemAvailable 292 MiB") as refused:
@@ -637,6 +638,39 @@ def test_a_full_disk_says_so_and_loses_nothing(rtx, tmp_path, full_disk):
     assert [p.name for p in (tmp_path / "engines").iterdir()] == [builder.key]
     build_engines(bundle)
     assert check_engine(bundle, "cached", builder.facts).is_file()
+
+
+class Stream:
+    """A builder that gives its engine in two pieces, or none, or that stops when a piece is not taken."""
+
+    IStreamWriter = type("IStreamWriter", (), {})
+
+    def __init__(self, *pieces: bytes):
+        self.pieces = pieces
+
+    def build_serialized_network_to_stream(self, _network, _config, writer) -> bool:
+        return bool(self.pieces) and all(writer.write(piece) == len(piece) for piece in self.pieces)
+
+
+class Whole:
+    """The builder of a TensorRT that cannot stream, as 10.3's."""
+
+    def __init__(self, *pieces: bytes):
+        self.pieces = pieces
+
+    def build_serialized_network(self, _network, _config):
+        return b"".join(self.pieces) or None
+
+
+@pytest.mark.parametrize("builder", [Stream, Whole])
+def test_the_engine_is_written_in_pieces_or_whole(tmp_path, full_disk, builder):
+    write = functools.partial(build_one._build_into, tmp_path / "engine", Stream, network=None, config=None)
+    write(builder=builder(b"first ", b"second"))
+    assert (tmp_path / "engine").read_bytes() == b"first second"
+    with pytest.raises(build_one._NotBuilt):
+        write(builder=builder())
+    with full_disk(4), pytest.raises(OSError, match="File too large"):
+        write(builder=builder(b"first " * 10_000, b"second"))
 
 
 # ---- progress ----
