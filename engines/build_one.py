@@ -35,8 +35,8 @@ def build(job: dict) -> dict:
     Strongly typed: the precision is the graph's. TF32 is off, as in Polygraphy.
 
     Returns:
-        "seconds" for parsing, building and writing; "peak_memory_bytes", the most this process had resident; "flags", those of
-        the builder that were set; "optimization_level".
+        "seconds" for parsing, building and writing; "peak_memory_bytes", the most this process had resident; "flags",
+        those of the builder that were set; "optimization_level".
 
     Raises:
         BackendError: with every error of parser and builder.
