@@ -440,6 +440,19 @@ def test_engines_without_a_sound_record_are_built_again(child, tmp_path, text):
     assert len((tmp_path / "built").read_text().split()) == 4
 
 
+def test_another_jetpack_builds_everything_again(child, monkeypatch, tmp_path):
+    """Its folder has the same name: the key is TensorRT and GPU."""
+    child(FAKE_BUILD)
+    bundle = make_bundle(tmp_path, "int4")
+    build_engines(bundle)
+    monkeypatch.setattr(builder_module, "l4t_release", lambda: "36.4.3")
+    with pytest.raises(BackendError, match="JetPack"):
+        check_engine(bundle, "int4", find_builder().facts)
+    build_engines(bundle)
+    assert check_engine(bundle, "int4", find_builder().facts).is_file()
+    assert (tmp_path / "built").read_text().split() == ["int4", "int4"]
+
+
 def test_targets_have_folders_of_their_own(child, tmp_path):
     child(FAKE_BUILD)
     bundle = make_bundle(tmp_path, "int4")
@@ -603,7 +616,7 @@ def test_the_build_process_dies_with_the_command(tmp_path):
     script = (
         "import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', 'from tiny_align.engines import "
         "build_one; import json, time; json.load = lambda _: (print(1, flush=True), time.sleep(60)); "
-        "build_one.main()'], stdout=subprocess.PIPE); child.stdout.readline(); print(child.pid, flush=True); "
+        "build_one.main()'], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL); child.stdout.readline(); print(child.pid, flush=True); "
         "__import__('os').kill(__import__('os').getpid(), 9)"
     )
     pid = int(subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).stdout)
