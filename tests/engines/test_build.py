@@ -440,6 +440,19 @@ def test_engines_without_a_sound_record_are_built_again(child, tmp_path, text):
     assert len((tmp_path / "built").read_text().split()) == 4
 
 
+def test_another_jetpack_builds_everything_again(child, monkeypatch, tmp_path):
+    """Its folder has the same name: the key is TensorRT and GPU."""
+    child(FAKE_BUILD)
+    bundle = make_bundle(tmp_path, "int4")
+    build_engines(bundle)
+    monkeypatch.setattr(builder_module, "l4t_release", lambda: "36.4.3")
+    with pytest.raises(BackendError, match="JetPack"):
+        check_engine(bundle, "int4", find_builder().facts)
+    build_engines(bundle)
+    assert check_engine(bundle, "int4", find_builder().facts).is_file()
+    assert (tmp_path / "built").read_text().split() == ["int4", "int4"]
+
+
 def test_targets_have_folders_of_their_own(child, tmp_path):
     child(FAKE_BUILD)
     bundle = make_bundle(tmp_path, "int4")
@@ -598,15 +611,26 @@ def test_what_a_failed_build_had_finished_is_not_built_again(child, tmp_path):
     assert (tmp_path / "built").read_text().split() == ["cached", "int4", "int4"]
 
 
-def test_the_build_process_dies_with_the_command(tmp_path):
+WAITING_CHILD = """
+import json, time
+from tiny_align.engines import build_one
+json.load = lambda _: (print("ready", flush=True), time.sleep(60))
+build_one.main()
+"""
+KILLED_PARENT = """
+import os, signal, subprocess, sys
+quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], **quiet)
+child.stdout.readline()
+print(child.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_build_process_dies_with_the_command():
     """A real one, which waits for its job."""
-    script = (
-        "import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', 'from tiny_align.engines import "
-        "build_one; import json, time; json.load = lambda _: (print(1, flush=True), time.sleep(60)); "
-        "build_one.main()'], stdout=subprocess.PIPE); child.stdout.readline(); print(child.pid, flush=True); "
-        "__import__('os').kill(__import__('os').getpid(), 9)"
-    )
-    pid = int(subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).stdout)
+    command = [sys.executable, "-c", KILLED_PARENT, WAITING_CHILD]
+    pid = int(subprocess.run(command, capture_output=True, check=False).stdout)
     for _ in range(100):
         state = Path(f"/proc/{pid}/stat")
         if not state.exists() or state.read_text().split()[2] == "Z":
