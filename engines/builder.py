@@ -4,15 +4,13 @@ TensorRT where it is importable, else TensorRT-RTX. TensorRT builds on the GPU i
 any RTX generation, with or without a GPU, but what it builds runs on RTX GPUs only. Nothing is built here.
 """
 
-import importlib
 import importlib.util
 from dataclasses import asdict, dataclass
 
-from tiny_align.runtime.engines import engines_key
+from tiny_align.runtime.engines import PACKAGES, engines_key, import_tensorrt
 from tiny_align.runtime.errors import BackendError
 from tiny_align.runtime.machine import gpu_compute_capability, l4t_release
 
-PACKAGES = ("tensorrt", "tensorrt_rtx")  # in order of preference
 TOOLS = ("polygraphy", "onnx", "tqdm")  # what else a build imports
 DEFAULT_RTX_COMPUTE_CAPABILITY = 86  # without a GPU to ask
 
@@ -47,7 +45,7 @@ def find_builder(compute_capability: int | None = None) -> Builder:
         BackendError: no builder or a broken one is installed, or it cannot build for that target.
     """
     for package in PACKAGES:
-        module = _imported(package)
+        module = import_tensorrt(package, "Builder")
         if module is not None:
             _require_tools()
             target = _rtx_target if package == "tensorrt_rtx" else _tensorrt_target
@@ -57,17 +55,6 @@ def find_builder(compute_capability: int | None = None) -> Builder:
         "has no pip wheel: install tiny-align in a venv made with `python3 -m venv --system-site-packages`. Elsewhere: "
         "`pip install tiny-align[trt] tensorrt-rtx`"
     )
-
-
-def _imported(package: str):
-    """The module, or None if it is not installed; a folder that merely has its name does not count."""
-    try:
-        module = importlib.import_module(package)
-    except (ImportError, OSError) as error:
-        if isinstance(error, ModuleNotFoundError) and error.name == package:
-            return None
-        raise BackendError(f"{package} is installed but cannot be imported ({error}): repair or remove it") from error
-    return module if hasattr(module, "Builder") else None
 
 
 def _require_tools() -> None:

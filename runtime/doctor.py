@@ -311,7 +311,7 @@ def _bundle(path: Path) -> dict:
 
     manifest = Bundle.open(path).manifest
     users = sorted(p.parent.name for p in path.glob("users/*/user.json"))
-    engines = sorted(p.parent.name for p in path.glob("engines/*/engine.json"))
+    engines = sorted(p.parent.name for p in path.glob("engines/[!.]*/engine.json"))
     return {"name": manifest.name, "whole": True, "users": users, "engines": engines}
 
 

@@ -5,6 +5,7 @@ is compared here, before it is deserialised, with what the builder wrote beside 
 engines/build.py). Neither TensorRT nor a GPU is needed, and nothing is ever built here.
 """
 
+import importlib
 import json
 import shlex
 from pathlib import Path
@@ -15,6 +16,7 @@ from tiny_align.runtime.files import sha256
 from tiny_align.runtime.machine import gpu_compute_capability, l4t_release
 from tiny_align.runtime.profile import graph_profile
 
+PACKAGES = ("tensorrt", "tensorrt_rtx")  # TensorRT's names in Python, in order of preference
 RECORD = "engine.json"
 FACTS = {  # what an engine is bound to -> its name for people
     "package": "package",
@@ -22,6 +24,21 @@ FACTS = {  # what an engine is bound to -> its name for people
     "compute_capability": "compute capability",
     "jetpack": "JetPack (L4T release)",
 }
+
+
+def import_tensorrt(package: str, part: str):
+    """The module of that name, or None where it is not installed: a folder that merely has its name lacks the `part`.
+
+    Raises:
+        BackendError: it is installed and cannot be imported.
+    """
+    try:
+        module = importlib.import_module(package)
+    except (ImportError, OSError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == package:
+            return None
+        raise BackendError(f"{package} is installed but cannot be imported ({error}): repair or remove it") from error
+    return module if hasattr(module, part) else None
 
 
 def machine_facts(package: str, version: str) -> dict:

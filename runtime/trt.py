@@ -11,7 +11,6 @@ and a captured graph would go on computing the first.
 """
 
 import functools
-import importlib
 import mmap
 import weakref
 from collections import deque
@@ -22,10 +21,9 @@ import numpy as np
 from tiny_align.runtime import cuda
 from tiny_align.runtime.backend import Decoder, Runner, closed
 from tiny_align.runtime.bundle import Bundle, GraphSpec, TensorSpec
-from tiny_align.runtime.engines import build_command, check_engine, machine_facts
+from tiny_align.runtime.engines import PACKAGES, build_command, check_engine, import_tensorrt, machine_facts
 from tiny_align.runtime.errors import BackendError
 
-PACKAGES = ("tensorrt", "tensorrt_rtx")  # in order of preference
 PROFILE, GREATEST = 0, 2  # an engine has one profile: least, usual and greatest shapes
 LAST_WORDS = 4  # of TensorRT's errors, told to people
 
@@ -33,13 +31,7 @@ LAST_WORDS = 4  # of TensorRT's errors, told to people
 def _package():
     """TensorRT, or TensorRT-RTX where only that is installed."""
     for name in PACKAGES:
-        try:
-            module = importlib.import_module(name)
-        except (ImportError, OSError) as error:
-            if isinstance(error, ModuleNotFoundError) and error.name == name:
-                continue
-            raise BackendError(f"{name} is installed but cannot be imported ({error}): repair or remove it") from error
-        if hasattr(module, "Runtime"):  # a folder that merely has its name does not
+        if module := import_tensorrt(name, "Runtime"):
             return module
     raise BackendError(
         "the backend 'tensorrt' needs TensorRT, which is not installed for this Python. On a Jetson it comes with "
