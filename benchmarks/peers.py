@@ -270,7 +270,7 @@ class Served:
             return f"its process ended (exit status {self._process.exitcode})"
 
     def close(self) -> None:
-        self._process.terminate()
+        self._pipe.close()  # and its process ends
         self._process.join()
 
 
@@ -282,6 +282,8 @@ def _serve(pipe, name: str, work: Path, shape: Shape, threads: int) -> None:
         pipe.send(None)
         while True:
             pipe.send(_measure(peer, *pipe.recv()) | {"load_s": load_s})
+    except EOFError:  # no more questions
+        return
     except Exception as error:  # any peer's, to be reported in its place
         pipe.send(f"{type(error).__name__}: {error}".splitlines()[0])
 
