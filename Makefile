@@ -18,6 +18,9 @@ lint: $(STAMPS)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# llama.cpp as a peer is compiled here; its AMX kernels crash (0.3.36), so that it is built without them.
+NO_AMX := -DGGML_NATIVE=OFF $(foreach f,SSE42 AVX AVX2 BMI2 FMA F16C AVX512 AVX512_VBMI AVX512_VNNI AVX512_BF16,-DGGML_$(f)=ON)
+bench: export CMAKE_ARGS ?= $(if $(shell grep -ls amx_tile /proc/cpuinfo),$(NO_AMX))
 bench: $(STAMPS)/dev,peers  ## every measurement of the README
 	$(BIN)/python -m benchmarks.quality
 	$(BIN)/python -m benchmarks.alignment

@@ -23,6 +23,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from benchmarks import finish
 from benchmarks.alignment import WEIGHTS
 from tiny_align.align.datasets import load_dataset
 from tiny_align.align.demo import shipped
@@ -188,10 +189,7 @@ def main(argv=None) -> int:
         }
         report["random"] = random_accuracy(source, exported, min(args.threads), recordings)
         report["shipped"] = shipped_accuracy(Path(temporary) / "bundle", min(args.threads), data)
-    write_json(args.out, report)
-    print(table(report), file=sys.stderr if args.json else sys.stdout)
-    print(json.dumps(report))
-    return 0
+    return finish(report, args, table(report))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ line of stdout is the same document.
 
 import argparse
 import contextlib
-import json
 import sys
 import tempfile
 from datetime import date
@@ -18,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks import finish
 from tiny_align.align.demo import shipped
 from tiny_align.runtime.assistant import Assistant
-from tiny_align.runtime.files import write_json
 from tiny_align.runtime.llm import Decoding
 from tiny_align.runtime.machine import describe
 
@@ -164,10 +163,7 @@ def main(argv=None) -> int:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
     report = measure(args.encoders, args.llms)
-    write_json(args.out, report)
-    print(f"{encoder_table(report)}\n\n{llm_table(report)}", file=sys.stderr if args.json else sys.stdout)
-    print(json.dumps(report))
-    return 0
+    return finish(report, args, f"{encoder_table(report)}\n\n{llm_table(report)}")
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.training_cost import SHAPES, Shape
-from tiny_align.runtime.files import write_json
+from benchmarks import finish
+from benchmarks.training_cost import SHAPES, Shape, llama_config
 from tiny_align.runtime.machine import describe
 
 RESULTS = Path(__file__).parent / "results" / "full_size.json"
@@ -35,7 +35,7 @@ def make_models(work: Path, shape: Shape) -> None:
     if (work / "done").exists():
         return
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
+    from transformers import LlamaForCausalLM, Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
     from tiny_align.reference import corpus
 
@@ -44,17 +44,10 @@ def make_models(work: Path, shape: Shape) -> None:
     Wav2Vec2FeatureExtractor(return_attention_mask=False).save_pretrained(work / "encoder")
     tokenizer = make_tokenizer(shape.vocabulary)
     tokenizer.save_pretrained(work / "llm")
-    config = LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.mlp,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_size,
+    config = llama_config(
+        shape,
         max_position_embeddings=131_072,
         rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
-        tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,
         dtype=torch.bfloat16,
     )
@@ -168,10 +161,7 @@ def main(argv=None) -> int:
         bar.update()
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         report["run"] = pool.apply(run, (args.work / "bundle", args.seconds, args.threads))
-    write_json(args.out, report)
-    print(table(report), file=sys.stderr if args.json else sys.stdout)
-    print(json.dumps(report))
-    return 0
+    return finish(report, args, table(report))
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@
 The models are those of benchmarks.full_size: Llama-3.2-1B's shape, random weights. Every engine is a process of its
 own; they take turns, and a ratio is the median over the rounds. An engine that is not installed (pip install
 'tiny-align[peers]') or that fails is reported with its reason. Writes benchmarks/results/llm.json; the last line of
-stdout is the same document. `ratios` holds the worst over the numbers of threads; above 1, ours is faster.
+stdout is the same document. (llama-cpp-python 0.3.36 crashes on processors with AMX unless it is compiled without: see
+CMAKE_ARGS in the Makefile.) `ratios` holds the worst over the numbers of threads; above 1, ours is faster.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import sys
@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks import finish
 from benchmarks.full_size import WORK
 from benchmarks.peers import PEERS, Served
 from benchmarks.training_cost import SHAPES
 from tiny_align.runtime.errors import DataError
-from tiny_align.runtime.files import write_json
 from tiny_align.runtime.machine import describe
 
 RESULTS = Path(__file__).parent / "results" / "llm.json"
@@ -164,10 +164,7 @@ def main(argv=None) -> int:
         for threads in args.threads:
             report["by_threads"][str(threads)] = compare(args, threads, bar)
     report["ratios"] = worst(report["by_threads"])
-    write_json(args.out, report)
-    print(table(report), file=sys.stderr if args.json else sys.stdout)
-    print(json.dumps(report))
-    return 0
+    return finish(report, args, table(report))
 
 
 if __name__ == "__main__":

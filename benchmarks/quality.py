@@ -7,22 +7,20 @@ on one core. Writes benchmarks/results/quality.json; the last line of stdout is 
 """
 
 import argparse
-import json
 import random
-import sys
 import tempfile
 from datetime import date
 from pathlib import Path
 
 import soundfile
 
+from benchmarks import finish
 from tiny_align.align.datasets import Utterance, load_dataset
 from tiny_align.align.demo import shipped
 from tiny_align.align.evaluate import evaluate
 from tiny_align.align.personalise import Effort, personalise
 from tiny_align.reference import corpus, recordings, speech
 from tiny_align.runtime.assistant import Assistant
-from tiny_align.runtime.files import write_json
 from tiny_align.runtime.machine import describe
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
@@ -101,10 +99,7 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     report = measure(args.bundle, args.digits, args.train)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(args.out, report)
-    print(table(report), file=sys.stderr if args.json else sys.stdout)
-    print(json.dumps(report))
-    return 0
+    return finish(report, args, table(report))
 
 
 if __name__ == "__main__":

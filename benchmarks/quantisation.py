@@ -11,7 +11,6 @@ Writes benchmarks/results/quantisation.json; the last line of stdout is the same
 
 import argparse
 import contextlib
-import json
 import logging
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks import finish
 from tiny_align.align.datasets import load_dataset, split_of
 from tiny_align.align.demo import shipped
 from tiny_align.export.quantise import Form, forms, output_layer, quantise
@@ -30,7 +30,6 @@ from tiny_align.reference import corpus
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.backend import load_runner
 from tiny_align.runtime.bundle import GraphSpec, TensorSpec
-from tiny_align.runtime.files import write_json
 from tiny_align.runtime.llm import Cache, Decoding, LanguageModel
 from tiny_align.runtime.machine import describe
 
@@ -312,10 +311,7 @@ def main(argv=None) -> int:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
     report = measure(args.bundle, args.sentences, args.seconds)
-    write_json(args.out, report)
-    print(table(report), file=sys.stderr if args.json else sys.stdout)
-    print(json.dumps(report))
-    return 0
+    return finish(report, args, table(report))
 
 
 if __name__ == "__main__":

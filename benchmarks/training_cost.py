@@ -9,10 +9,8 @@ the last line of stdout is the same document.
 """
 
 import argparse
-import json
 import multiprocessing
 import resource
-import sys
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -20,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from tiny_align.runtime.files import write_json
+from benchmarks import finish
 from tiny_align.runtime.machine import describe
 
 RESULTS = Path(__file__).parent / "results" / "training_cost.json"
@@ -56,12 +54,11 @@ FORMS = {  # what is trained: (objective, the LLM's precision, steps, tokens of 
 }
 
 
-def build_llm(shape: Shape, dtype):
-    """transformers' Llama with random weights, made in place in `dtype`."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+def llama_config(shape: Shape, **more):
+    """transformers' configuration of a Llama of this shape."""
+    from transformers import LlamaConfig
 
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
         intermediate_size=shape.mlp,
@@ -70,7 +67,16 @@ def build_llm(shape: Shape, dtype):
         num_key_value_heads=shape.kv_heads,
         head_dim=shape.head_size,
         tie_word_embeddings=True,
+        **more,
     )
+
+
+def build_llm(shape: Shape, dtype):
+    """transformers' Llama with random weights, made in place in `dtype`."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    config = llama_config(shape)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -170,10 +176,7 @@ def main(argv=None) -> int:
     report["shapes"] = {}
     for name in tqdm(args.shapes, desc="shapes"):
         report["shapes"][name] = compare(name, args.threads)
-    write_json(args.out, report)
-    print(table(report), file=sys.stderr if args.json else sys.stdout)
-    print(json.dumps(report))
-    return 0
+    return finish(report, args, table(report))
 
 
 if __name__ == "__main__":
