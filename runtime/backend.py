@@ -15,10 +15,23 @@ from tiny_align.runtime.errors import BackendError
 BACKENDS = ("onnxruntime", "tensorrt")
 
 
-class Runner(ABC):
-    """One loaded graph; a context manager."""
+class Loaded:
+    """What a backend has loaded; a context manager."""
 
-    name = ""  # the backend's name, as --backend takes it
+    name = ""  # the backend's, as --backend takes it
+
+    def close(self) -> None:
+        """Free what the graph holds."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+class Runner(Loaded, ABC):
+    """One loaded graph."""
 
     def __init__(self, spec: GraphSpec):
         self.spec = spec
@@ -47,20 +60,9 @@ class Runner(ABC):
     @abstractmethod
     def _run(self, feed: dict) -> dict: ...
 
-    def close(self) -> None:  # noqa: B027 - optional
-        """Free what the graph holds."""
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
-
-class Decoder(ABC):
-    """A loaded LLM; a context manager. It holds no conversation: a cache does, and there may be many."""
-
-    name = ""  # the backend's name, as --backend takes it
+class Decoder(Loaded, ABC):
+    """A loaded LLM. It holds no conversation: a cache does, and there may be many."""
 
     @abstractmethod
     def open_cache(self, capacity: int):
@@ -73,15 +75,6 @@ class Decoder(ABC):
         Returns:
             (V,) float32: the last position's logits, to be used before the next call with this cache.
         """
-
-    def close(self) -> None:  # noqa: B027 - optional
-        """Free what the graph holds."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
 
 
 def _fits(value: np.ndarray, tensor: TensorSpec) -> bool:
