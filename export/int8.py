@@ -5,12 +5,10 @@ comes in, by its range in this very call, so that no calibration is needed (Dyna
 Convolutions stay FP32: one scale for a whole recording is too coarse for them.
 """
 
-import numpy as np
 import onnx_ir as ir
 
 from tiny_align.export.packing import make_initializer
-
-GREATEST = 127  # of a symmetric code
+from tiny_align.export.quantise import quantise_blocks
 
 
 def store_int8(program: ir.Model) -> None:
@@ -27,16 +25,9 @@ def store_int8(program: ir.Model) -> None:
 
 
 def _dequantised(graph: ir.Graph, weight: ir.Value) -> ir.Node:
-    codes, scales = quantise_columns(weight.const_value.numpy())
+    codes, scales = quantise_blocks(weight.const_value.numpy(), 8)
     inputs = [make_initializer(graph, f"{weight.name}.{name}", v) for name, v in (("codes", codes), ("scales", scales))]
     return ir.node("DequantizeLinear", inputs, attributes={"axis": 1})
-
-
-def quantise_columns(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(K, N) float32 -> codes (K, N) int8, scales (N,) float32."""
-    scales = np.abs(weight).max(axis=0) / np.float32(GREATEST)
-    scales = np.where(scales == 0, np.float32(1), scales)
-    return np.rint(weight / scales).astype(np.int8), scales
 
 
 def multiply_int8(program: ir.Model) -> None:

@@ -15,7 +15,7 @@ pytest.importorskip("transformers", reason="models are exported from transformer
 
 from benchmarks.families import traced_once  # noqa: E402 - needs the packages above
 from benchmarks.tiny_encoders import features, make_encoder  # noqa: E402
-from tiny_align.export.int8 import GREATEST, quantise_columns  # noqa: E402
+from tiny_align.export.quantise import quantise_blocks  # noqa: E402
 
 RATE = 16_000  # Hz
 FAMILIES = ("wav2vec2", "parakeet")
@@ -102,8 +102,8 @@ def test_the_plain_graph_builds(case):
 def test_codes_are_within_half_a_step():
     weight = np.random.default_rng(0).standard_normal((40, 7)).astype(np.float32)
     weight[:, 3], weight[:, 4] = 0, 1e-6
-    codes, scales = quantise_columns(weight)
-    assert codes.dtype == np.int8 and scales.dtype == np.float32 and np.abs(codes.astype(int)).max() == GREATEST
+    codes, scales = quantise_blocks(weight, 8)
+    assert codes.dtype == np.int8 and scales.dtype == np.float32 and np.abs(codes.astype(int)).max() == 127
     assert (np.abs(codes * scales - weight) <= scales * 0.501).all() and not codes[:, 3].any()
 
 
