@@ -14,12 +14,12 @@ def add_arguments(parser) -> None:
 def run(args) -> dict:
     options.check(args)
     with options.load(args) as assistant:
-        conversation = assistant.converse(args.instruction, options.decoding(args))
-        turns = [_turn(conversation, line, args.json) for line in _lines()]
+        session = assistant.listen(args.instruction, options.decoding(args))
+        turns = [_turn(session, line, args.json) for line in _lines()]
         return {
             "turns": turns,
-            "positions": conversation.positions,
-            "capacity": conversation.capacity,
+            "positions": session.positions,
+            "capacity": session.capacity,
             "backend": args.backend,
             "user": args.user,
         }
@@ -40,13 +40,13 @@ def _lines() -> Iterator[str]:
             yield line.strip()
 
 
-def _turn(conversation, text: str, quiet: bool) -> dict:
+def _turn(session, text: str, quiet: bool) -> dict:
     """Answer one line; one that cannot be answered is said and ends nothing."""
     from tiny_align.runtime.assistant import collect
     from tiny_align.runtime.run import shown
 
     try:
-        answer = collect(shown(conversation.say(text), quiet), 0.0)
+        answer = collect(shown(session.say(text), quiet), 0.0)
     except TinyAlignError as error:
         print(f"tiny-align: {error}", file=sys.stderr)
         return {"asked": text, "error": str(error)}

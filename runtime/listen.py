@@ -32,15 +32,15 @@ def run(args) -> dict:
     seen = []
     with options.load(args) as assistant, _source(args, assistant.sample_rate) as source:
         endpointer = Endpointer(assistant.sample_rate)
-        conversation = assistant.converse(args.instruction, options.decoding(args))
+        session = assistant.listen(args.instruction, options.decoding(args))
         show = _Screen(args.json)
         with contextlib.suppress(KeyboardInterrupt):  # the way to stop listening to a microphone
-            for event in listen(conversation, source, endpointer):
+            for event in listen(session, source, endpointer):
                 show(event)
                 if isinstance(event, TurnEnded | Notice):
                     seen.append(event)
         return _report(
-            [e for e in seen if isinstance(e, TurnEnded)], [e for e in seen if isinstance(e, Notice)], conversation
+            [e for e in seen if isinstance(e, TurnEnded)], [e for e in seen if isinstance(e, Notice)], session
         ) | {"backend": args.backend, "user": args.user}
 
 
@@ -57,7 +57,7 @@ def _source(args, sample_rate: int):
     return Microphone(sample_rate, args.device)
 
 
-def _report(turns: list, notices: list, conversation) -> dict:
+def _report(turns: list, notices: list, session) -> dict:
     waits = [turn.ttft_s for turn in turns if turn.ttft_s is not None]
     return {
         "turns": [
@@ -76,8 +76,8 @@ def _report(turns: list, notices: list, conversation) -> dict:
         "ttft_ms": round(statistics.median(waits) * 1000, 2) if waits else None,
         "dropped_s": round(sum(notice.dropped_s for notice in notices), 2),
         "notices": [notice.text for notice in notices],
-        "positions": conversation.positions,
-        "capacity": conversation.capacity,
+        "positions": session.positions,
+        "capacity": session.capacity,
     }
 
 

@@ -1,7 +1,7 @@
-"""The loop of an assistant that listens: audio -> endpointer -> conversation -> typed events.
+"""The loop of an assistant that listens: audio -> endpointer -> session -> typed events.
 
 Two threads. One hears: it takes the source's audio and finds the speech in it. The caller's answers: it gives the
-speech to the conversation and reads its answers. The queue between them is bounded and holds speech only; where it is
+speech to the session and reads its answers. The queue between them is bounded and holds speech only; where it is
 full the first waits, and what a microphone cannot keep meanwhile is dropped and said. Speech during an answer cancels
 it (barge-in).
 """
@@ -99,21 +99,21 @@ class Recordings:
         self._stopped.set()
 
 
-def listen(conversation, source, endpointer: Endpointer) -> Iterator[Event]:
+def listen(session, source, endpointer: Endpointer) -> Iterator[Event]:
     """Answer what is said, turn by turn, until the source ends or the caller stops.
 
     Args:
-        conversation: `Assistant.converse()`, or what does as it does.
+        session: `Assistant.listen()`, new.
         source: an iterable of (S,) float32 chunks at the endpointer's rate and of Notices, with `stop()` for any
             thread; `live` if its time passes whether it is read or not. One that is not live waits for each answer.
         endpointer: new, or reset.
     Raises:
         TinyAlignError: audio that cannot be used. A source that fails is a Notice, and the end.
     """
-    ears = _Ears(conversation, source, endpointer)
+    ears = _Ears(session, source, endpointer)
     ears.start()
     try:
-        yield from _Mouth(conversation, ears).events()
+        yield from _Mouth(session, ears).events()
     finally:
         ears.stop()
 
@@ -121,9 +121,9 @@ def listen(conversation, source, endpointer: Endpointer) -> Iterator[Event]:
 class _Ears(threading.Thread):
     """Hears the source and hands on its speech."""
 
-    def __init__(self, conversation, source, endpointer: Endpointer):
+    def __init__(self, session, source, endpointer: Endpointer):
         super().__init__(name="listening", daemon=True)
-        self._conversation, self._source, self.endpointer = conversation, source, endpointer
+        self._session, self._source, self.endpointer = session, source, endpointer
         self.live, self.turn = source.live, 0  # the turn that was begun last
         self.heard: queue.Queue = queue.Queue(WAITING)  # (event, when), (exception, when), or (None, when) at the end
         self.answered = threading.Semaphore(0)
@@ -155,7 +155,7 @@ class _Ears(threading.Thread):
         for event in events:
             if isinstance(event, SpeechBegan):
                 self.turn += 1
-                self._conversation.cancel()
+                self._session.cancel()
             self._put(event)
             if isinstance(event, SpeechEnded) and not self.live:
                 self._wait(lambda: self.answered.acquire(timeout=POLL_S))
@@ -180,8 +180,8 @@ def _put(to: queue.Queue, item) -> bool:
 class _Mouth:
     """Answers what the ears hand on."""
 
-    def __init__(self, conversation, ears: _Ears):
-        self._conversation, self._ears = conversation, ears
+    def __init__(self, session, ears: _Ears):
+        self._session, self._ears = session, ears
         self._rate = ears.endpointer.sample_rate
         self._turn, self._samples, self._refused = 0, 0, False
 
@@ -224,7 +224,7 @@ class _Mouth:
         if self._refused:
             return
         try:
-            self._conversation.push(item.audio)
+            self._session.push(item.audio)
         except TinyAlignError as error:  # there is no room, for one: the turn is not answered
             self._refused = True
             yield Notice(str(error))
@@ -232,16 +232,16 @@ class _Mouth:
     def _answer(self, ended: SpeechEnded, noticed: float) -> Iterator[Text | TurnEnded | Notice]:
         texts, tokens, heard, first = [], 0, not self._refused, None
         try:
-            for event in [] if self._refused else self._conversation.finish():
+            for event in [] if self._refused else self._session.finish():
                 first = first or time.perf_counter()
                 heard = event.token is not None
                 if self._ears.turn > self._turn:
-                    self._conversation.cancel()  # also where speech came before the answer
+                    self._session.cancel()  # also where speech came before the answer
                 if heard:
                     texts, tokens = [*texts, event.text], tokens + 1
                     yield Text(self._turn, event.text)
         except TinyAlignError as error:
-            self._conversation.reset()
+            self._session.reset()
             heard = False
             yield Notice(str(error))
         yield TurnEnded(
