@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 
 from tiny_align.export import parity
+from tiny_align.export.best import pick_best
 from tiny_align.export.encoders import encoder_graph, load_encoder
 from tiny_align.export.fused import fused_llm_graph
 from tiny_align.export.graphs import projector_graph
@@ -248,6 +249,7 @@ def _write_llm(folder: Path, llm, options: ExportOptions, max_context: int) -> G
                 quantise(source, folder / source.name, layers, head)
                 figures[f"{options.precision}_max_abs_diff_to_pytorch"] = check(folder / source.name, exact)
         specs[name] = dataclasses.replace(exact, precision=options.precision, parity=figures)
+    specs["llm"] = pick_best(folder / specs["llm"].file, specs["llm"])
     share_weights(folder / specs["llm"].file, folder / specs["llm.ort"].file)
     return dataclasses.replace(specs["llm"], backends={"onnxruntime": specs["llm.ort"]})
 

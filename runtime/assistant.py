@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from tiny_align.runtime.audio import check_audio, read_audio
-from tiny_align.runtime.backend import load_decoder, load_runner
+from tiny_align.runtime.backend import Chain, load_decoder, load_runner
 from tiny_align.runtime.bundle import Bundle
 from tiny_align.runtime.errors import AudioError
 from tiny_align.runtime.llm import Decoding, LanguageModel, TextStream
@@ -105,19 +105,32 @@ class Assistant:
 
     def encode_window(self, audio: np.ndarray) -> np.ndarray:
         """A window (S,), or speech that is not cut -> (N, Da) float32, none of them after the end of the audio."""
+        return self.encode(self._rows_of(audio))[: self._n_features(audio)]
+
+    def hear(self, audio: np.ndarray) -> np.ndarray:
+        """A window (S,), or speech that is not cut -> `vectors`; its features stay where the backend has them."""
+        rows = self._rows_of(audio)
+        chain = Chain(self._encoder, self._projector)
+        return chain({self._rows.name: rows[None]}, self._n_features(audio))["soft_tokens"][0]
+
+    def _n_features(self, audio: np.ndarray) -> int:
+        """How many features there are up to the end of the audio; an encoder may want silence after it."""
+        return -(-len(audio) // round(self.bundle.manifest.encoder.frame_s * self.sample_rate))
+
+    def _rows_of(self, audio: np.ndarray) -> np.ndarray:
+        """What the front end makes of a window: (frames, M) or (S,)."""
         least = self._row_range()[0]
-        rows = self._front_end(audio)  # (frames, M) or (S,)
+        rows = self._front_end(audio)
         if len(rows) < least:
             raise AudioError(
                 f"the audio has {len(rows) * self._row_s:.3f} s for the encoder, at least {least * self._row_s:.3f} s "
                 "are needed: record longer"
             )
-        feature_samples = round(self.bundle.manifest.encoder.frame_s * self.sample_rate)
-        return self.encode(rows)[: -(-len(audio) // feature_samples)]  # an encoder may want silence after the speech
+        return np.ascontiguousarray(rows)
 
     def encode(self, rows: np.ndarray) -> np.ndarray:
         """What the front end made, (frames, M) or (S,) -> (N, Da) float32 encoder features."""
-        return self._encoder({self._rows.name: np.ascontiguousarray(rows[None])})["features"][0]
+        return self._encoder({self._rows.name: rows[None]})["features"][0]
 
     def vectors(self, features: np.ndarray) -> np.ndarray:
         """A window's features (N, Da) -> what the projector makes of them, for `reader`."""

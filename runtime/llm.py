@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from tiny_align.runtime.backend import Decoder
+from tiny_align.runtime.backend import Decoder, Scores
 from tiny_align.runtime.bundle import Bundle, PromptSpec
 from tiny_align.runtime.errors import DataError, TinyAlignError
 
@@ -136,11 +136,11 @@ class LanguageModel:
             )
         return self.embed(before), self.embed(after)
 
-    def prefill(self, embeddings: np.ndarray, cache: Cache) -> np.ndarray:
+    def prefill(self, embeddings: np.ndarray, cache: Cache) -> Scores:
         """Read (T, D) float32 embeddings into the cache.
 
         Returns:
-            (V,) float32 logits of the last position; the next reading into this cache overwrites them.
+            The last position's; the next reading into this cache overwrites them.
         """
         if cache.length + len(embeddings) > self.capacity:
             raise TinyAlignError(
@@ -166,21 +166,21 @@ class LanguageModel:
         cache = Cache() if cache is None else cache
         yield from self.decode(self.prefill(np.ascontiguousarray(embeddings, np.float32), cache), decoding, cache)
 
-    def decode(self, logits: np.ndarray, decoding: Decoding, cache: Cache) -> Iterator[int]:
-        """Token ids after a prompt's last logits, until an end token, `max_tokens`, a full context or a loop.
+    def decode(self, scores: Scores, decoding: Decoding, cache: Cache) -> Iterator[int]:
+        """Token ids after a prompt, until an end token, `max_tokens`, a full context or a loop.
 
         A token is read into the cache when the next one is asked for, so that the last one given is not in it.
         """
         rng, said = np.random.default_rng(decoding.seed), []
         for n_more in reversed(range(decoding.max_tokens)):
-            token = _choose(logits, decoding, rng)
+            token = _choose(scores, decoding, rng)
             if token in self.spec.end_tokens:
                 return
             yield token
             said.append(token)
             if n_more == 0 or cache.length >= self.capacity or loops(said, decoding.loop_tokens):
                 return
-            logits = self.prefill(self.embed([token]), cache)
+            scores = self.prefill(self.embed([token]), cache)
 
 
 def loops(tokens: list[int], n: int) -> bool:
@@ -189,15 +189,14 @@ def loops(tokens: list[int], n: int) -> bool:
     return any(last[period:] == last[:-period] for period in range(1, len(last) // 3 + 1))
 
 
-def _choose(logits: np.ndarray, decoding: Decoding, rng: np.random.Generator) -> int:
+def _choose(scores: Scores, decoding: Decoding, rng: np.random.Generator) -> int:
     """The best token, or one drawn from the `top_k` best at a temperature."""
     if decoding.temperature <= 0:
-        return int(logits.argmax())
-    best = np.argpartition(logits, -decoding.top_k)[-decoding.top_k :] if decoding.top_k < len(logits) else None
-    best = np.arange(len(logits)) if best is None else best
-    scaled = logits[best] / decoding.temperature
+        return int(scores.best(1)[0][0])
+    tokens, logits = scores.best(decoding.top_k)
+    scaled = logits / decoding.temperature
     weights = np.exp(scaled - scaled.max())
-    return int(rng.choice(best, p=weights / weights.sum()))
+    return int(rng.choice(tokens, p=weights / weights.sum()))
 
 
 class TextStream:

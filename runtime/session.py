@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tiny_align.runtime.audio import check_chunk
+from tiny_align.runtime.backend import Scores
 from tiny_align.runtime.errors import AudioError, TinyAlignError
 from tiny_align.runtime.llm import Cache, Decoding, TextStream
 from tiny_align.runtime.windows import Cutter
@@ -210,8 +211,7 @@ class Session:
         if turn.cancelled.is_set():
             return
         turn.reader = turn.reader or self._assistant.reader()
-        vectors = self._assistant.vectors(self._assistant.encode_window(window))
-        if len(soft_tokens := turn.reader.push(vectors[kept])):
+        if len(soft_tokens := turn.reader.push(self._assistant.hear(window)[kept])):
             turn.reading.append(self._later(self._read, turn, soft_tokens))
 
     # --- the reading thread ---
@@ -243,8 +243,8 @@ class Session:
         """The words end here -> what gives the answer's tokens."""
         if turn.cancelled.is_set():
             return iter(())
-        logits, turn.asked = self._extend(self._after), True
-        return self._llm.decode(logits, self._decoding, self._cache)
+        scores, turn.asked = self._extend(self._after), True
+        return self._llm.decode(scores, self._decoding, self._cache)
 
     def _step(self, turn: Turn, steps: Iterator[int]) -> int | None:
         token = None if turn.cancelled.is_set() else next(steps, None)
@@ -259,8 +259,8 @@ class Session:
             self._past.append(np.concatenate([*turn.words, self._after, self._llm.embed(turn.said)]))
             self._settled = self._cache.length  # but for the last token that was said, which nobody has read
 
-    def _extend(self, rows: np.ndarray) -> np.ndarray | None:
-        """Read (T, D) rows; the logits of the last one."""
+    def _extend(self, rows: np.ndarray) -> Scores | None:
+        """Read (T, D) rows; the scores after the last one."""
         return self._llm.prefill(np.ascontiguousarray(rows, np.float32), self._cache) if len(rows) else None
 
 

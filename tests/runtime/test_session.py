@@ -56,8 +56,8 @@ def test_speech_is_read_while_it_is_spoken(assistant, long_speech):
 
 
 def test_the_last_window_is_all_that_is_left(assistant, long_speech, monkeypatch):
-    session, heard, encode = assistant.listen(), [], assistant.encode_window
-    monkeypatch.setattr(assistant, "encode_window", lambda audio: heard.append(len(audio)) or encode(audio))
+    session, heard, hear = assistant.listen(), [], assistant.hear
+    monkeypatch.setattr(assistant, "hear", lambda audio: heard.append(len(audio)) or hear(audio))
     session.push(long_speech)
     spec = assistant.windows
     n_whole = -(-(len(long_speech) - spec.samples) // spec.hop_samples)
@@ -169,14 +169,14 @@ def test_a_turn_that_fails_is_dropped_and_the_next_is_answered(assistant, speech
 
 
 def test_a_flood_waits_instead_of_growing(assistant, long_speech, monkeypatch):
-    session, behind, encode = assistant.listen(), [], assistant.encode_window
+    session, behind, hear = assistant.listen(), [], assistant.hear
 
     def slow(audio):
         behind.append(len(session._turn.hearing))
         time.sleep(0.01)
-        return encode(audio[: len(audio) // 8])
+        return hear(audio[: len(audio) // 8])
 
-    monkeypatch.setattr(assistant, "encode_window", slow)
+    monkeypatch.setattr(assistant, "hear", slow)
     session.push(np.tile(long_speech, 5))
     assert len(behind) > session_module.MOST_WINDOWS and max(behind) <= session_module.MOST_WINDOWS + 1
     session.reset()
