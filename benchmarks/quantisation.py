@@ -158,8 +158,8 @@ class Judge:
     def _logits(self, llm: LanguageModel, prompt: np.ndarray, said: list[int]) -> np.ndarray:
         """(n, V): log-probabilities at every token of an answer, after the tokens before it."""
         cache = Cache()
-        rows = [llm.prefill(np.ascontiguousarray(prompt, np.float32), cache).copy()]
-        rows += [llm.prefill(llm.embed([token]), cache).copy() for token in said[:-1]]
+        rows = [llm.prefill(np.ascontiguousarray(prompt, np.float32), cache).logits.copy()]
+        rows += [llm.prefill(llm.embed([token]), cache).logits.copy() for token in said[:-1]]
         shifted = np.stack(rows) - np.max(rows, axis=1, keepdims=True)
         return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 

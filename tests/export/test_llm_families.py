@@ -109,7 +109,7 @@ def test_a_prompt_in_parts_gives_the_whole_ones_logits(exported):
     """Prefill in chunks, as a later loop may do it, beyond a window too."""
     prompt, cache = exported.prompt(3 * WINDOW), Cache()
     for part in np.split(prompt, [1, 7, 2 * WINDOW]):
-        logits = exported.assistant.llm.prefill(part, cache)
+        logits = exported.assistant.llm.prefill(part, cache).logits
     with torch.no_grad():
         wanted = exported.model(inputs_embeds=torch.from_numpy(prompt)[None]).logits[0, -1].numpy()
     assert np.abs(logits - wanted).max() < TOLERANCE
