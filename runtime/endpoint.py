@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tiny_align.runtime.audio import check_chunk
 from tiny_align.runtime.errors import AudioError
 
 FRAME_SAMPLES = 512  # what the detector hears at a time
@@ -99,11 +100,12 @@ class Endpointer:
         self.speaking, self.level_db = False, FLOOR_DB
 
     def push(self, chunk: np.ndarray) -> list[SpeechBegan | Speech | SpeechEnded]:
-        """Hear (S,) float32 samples, any number, and say what became clear."""
-        if not isinstance(chunk, np.ndarray) or chunk.ndim != 1 or chunk.dtype != np.float32:
-            raise AudioError("a chunk must be a float32 array of shape (S,): convert it")
-        if not np.isfinite(chunk).all():
-            raise AudioError("a chunk has NaN or infinite samples: record it again")
+        """Hear (S,) float32 samples in [-1, 1], any number, and say what became clear.
+
+        Raises:
+            AudioError: not such samples; the stream is as it was.
+        """
+        check_chunk(chunk)
         audio = np.concatenate([self._rest, chunk])
         whole = len(audio) // FRAME_SAMPLES * FRAME_SAMPLES
         self._rest = audio[whole:].copy()
