@@ -28,11 +28,13 @@ def check(args) -> None:
             raise TinyAlignError(f"--{name.replace('_', '-')} is {value}: give at least {least}")
 
 
-def load(args):
-    """The assistant that was asked for; a context manager."""
+def load(args, bundle=None):
+    """The assistant that was asked for, a context manager; of a bundle that is open already, if there is one."""
     from tiny_align.runtime.assistant import Assistant
 
-    return Assistant.load(args.bundle, args.user, users=args.users, backend=args.backend, threads=args.threads)
+    return Assistant.load(
+        bundle or args.bundle, args.user, users=args.users, backend=args.backend, threads=args.threads
+    )
 
 
 def decoding(args):
