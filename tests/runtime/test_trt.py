@@ -1,5 +1,6 @@
 """runtime/trt.py on an emulation of TensorRT and CUDA that computes (trt_emulation.py)."""
 
+import ctypes
 import dataclasses
 import gc
 import inspect
@@ -665,3 +666,25 @@ def test_another_version_is_told_by_its_number(bundle, monkeypatch):
     monkeypatch.setattr(sys.modules["tensorrt"], "__version__", "11.0.0")
     with pytest.raises(BackendError, match=r"11\.0\.0"):
         Assistant.load(bundle, backend="tensorrt")
+
+
+CUDA = json.loads((Path(__file__).parents[1] / "data/cuda-api.json").read_text())["versions"]
+IN_C = {  # what ctypes passes -> the types that the headers may have there
+    cuda.POINTER: {"void *", "const void *", "cudaStream_t"},
+    cuda.SIZE: {"size_t"},
+    cuda.INT: {"int", "enum cudaMemcpyKind", "enum cudaDeviceAttr"},
+    cuda.FLAGS: {"unsigned int"},
+    ctypes.POINTER(cuda.POINTER): {"void **", "cudaStream_t *"},
+    ctypes.POINTER(cuda.INT): {"int *"},
+}
+
+
+@pytest.mark.parametrize("version", CUDA)
+def test_cuda_is_called_as_its_headers_declare(version):
+    declared = CUDA[version]["functions"]
+    for name, arguments in cuda.SIGNATURES.items():
+        assert all(c in IN_C[a] for a, c in zip(arguments, declared[name], strict=True)), name
+        assert len(parameters(getattr(trt_emulation.Cudart, name))) == len(arguments), name
+    assert set(declared) == {*cuda.SIGNATURES, "cudaGetErrorString"}
+    ours = (cuda.MAPPED, cuda.INTEGRATED, cuda.CAN_MAP_HOST_MEMORY, cuda.TO_DEVICE, cuda.TO_HOST, cuda.ON_DEVICE)
+    assert tuple(CUDA[version]["constants"].values()) == ours
