@@ -1,5 +1,6 @@
 """The product: speech in, streamed text out. Loads a bundle once; it is session.py that holds a conversation."""
 
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -9,13 +10,16 @@ from pathlib import Path
 import numpy as np
 
 from tiny_align.runtime.audio import check_audio, read_audio
-from tiny_align.runtime.backend import Chain, load_decoder, load_runner
+from tiny_align.runtime.backend import BACKENDS, Chain, load_decoder, load_runner
+from tiny_align.runtime.budget import budget
 from tiny_align.runtime.bundle import Bundle
 from tiny_align.runtime.errors import AudioError
 from tiny_align.runtime.llm import Decoding, LanguageModel, TextStream
 from tiny_align.runtime.readout import CtcReader, PooledReader, reader
 from tiny_align.runtime.session import Event, Session, Threads
 from tiny_align.runtime.windows import cut
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,13 @@ class Assistant:
             context: positions of a conversation, prompt and answers together; None: as many as the LLM has.
         Raises:
             BundleError, UserError, BackendError: see their messages.
+            TinyAlignError: less memory is free than it takes (budget.py), or a longer context than the LLM has.
         """
         bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        if backend in BACKENDS:  # another is refused where it would be loaded
+            need = budget(bundle, backend, context or bundle.manifest.llm.max_context)
+            log.info("%s takes about %s", bundle.path, need)
+            need.require()
         own, paths = bundle.projector(user, users), {n: bundle.graph(n, backend) for n in ("encoder", "llm")}
         specs = {name: graph.on(backend) for name, graph in bundle.manifest.graphs.items()}
         # the largest first: loading takes more memory

@@ -150,6 +150,17 @@ class Session:
         turn.reading.append(self._later(self._read, turn, words))
         return self._answer(turn)
 
+    def settle(self) -> None:
+        """Wait until what was pushed is heard and read, as far as it can be before the turn's end.
+
+        Raises:
+            TinyAlignError: it could not be; the turn is dropped.
+        """
+        if turn := self._turn:
+            with self._dropped_if_failed(turn):
+                _settle(turn.hearing)
+                _settle(turn.reading)
+
     def reset(self) -> None:
         """Forget the speech of the present turn."""
         if self._turn:

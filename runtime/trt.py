@@ -12,7 +12,10 @@ copy (cuda.exchange); where a graph picks none, as its manifest tells, every log
 The LLM's keys and values stay on the device, in two sets of buffers: what a step writes is what the next one reads. A
 set is laid out for the whole context, but TensorRT takes (1, H, past, size) without gaps, so that it is filled from its
 start, and every position moves when one is added. Hence no CUDA graph for a step: its shapes are other ones every time,
-and a captured graph would go on computing the first.
+and a captured graph would go on computing the first. A cache of one shape, masked beyond its length, could be captured,
+but this TensorRT writes into no tensor that it reads: every step would copy the whole capacity and look through it, at
+4,096 positions of Llama-3.2-1B's shape 268 MB, read twice and written once, beside 0.8 GB of weights. What that would
+save is the time of launches, which a model of that size hides: they are made while earlier kernels still read weights.
 """
 
 import functools

@@ -47,12 +47,14 @@ def test_long_speech_in_pieces_is_answered_as_the_whole(assistant, long_speech, 
 
 
 def test_speech_is_read_while_it_is_spoken(assistant, long_speech):
-    session = assistant.listen()
+    session, n_before = assistant.listen(), len(assistant.llm.around()[0])
     session.push(long_speech[:100])
-    until(lambda: session.positions == len(assistant.llm.around()[0]))  # the prompt's beginning, at once
-    early, n_soft_tokens = session.positions, len(assistant.soft_tokens(assistant.features(long_speech)))
+    session.settle()
+    assert session.positions == n_before  # the prompt's beginning, at once
     session.push(long_speech[100:])
-    until(lambda: session.positions > early + n_soft_tokens // 2)
+    session.settle()
+    n_soft_tokens = len(assistant.soft_tokens(assistant.features(long_speech)))
+    assert n_before + n_soft_tokens // 2 < session.positions < n_before + n_soft_tokens
 
 
 def test_the_last_window_is_all_that_is_left(assistant, long_speech, monkeypatch):
@@ -61,7 +63,8 @@ def test_the_last_window_is_all_that_is_left(assistant, long_speech, monkeypatch
     session.push(long_speech)
     spec = assistant.windows
     n_whole = -(-(len(long_speech) - spec.samples) // spec.hop_samples)
-    until(lambda: len(heard) == n_whole)
+    session.settle()
+    assert len(heard) == n_whole
     next(session.finish())
     assert heard == [spec.samples] * n_whole + [len(long_speech) - n_whole * spec.hop_samples]
 
