@@ -12,8 +12,10 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> dict:
+    from tiny_align.runtime.bundle import Bundle
+
     options.check(args)
-    with options.load(args) as assistant:
+    with options.load_for_long(args, Bundle.open(args.bundle)) as assistant:
         session = assistant.listen(args.instruction, options.decoding(args))
         turns = [_turn(session, line, args.json) for line in _lines()]
         return {

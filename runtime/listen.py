@@ -33,7 +33,7 @@ def run(args) -> dict:
     bundle = Bundle.open(args.bundle)
     sample_rate = bundle.manifest.front_end.sample_rate
     endpointer, show, seen = Endpointer(sample_rate), _Screen(args.json), []
-    with _source(args, sample_rate) as source, options.load(args, bundle) as assistant:
+    with _source(args, sample_rate) as source, options.load_for_long(args, bundle) as assistant:
         session = assistant.listen(args.instruction, options.decoding(args))
         events = contextlib.closing(listen(session, source, endpointer))
         with contextlib.suppress(KeyboardInterrupt), events as heard:  # Ctrl-C: the way to stop a microphone

@@ -188,7 +188,8 @@ def typed(monkeypatch):
 def test_piped_lines_are_answered_in_turn(run_cli, bundle_path, typed, assistant):
     typed("call my mother\n\n  \nwhat is the time")
     done = run_cli("chat", "--bundle", bundle_path, *QUICK)
-    assert (done.status, done.stderr) == (0, "")
+    assert done.status == 0 and done.stderr.startswith("tiny-align: about ") and "MiB" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
     turns = done.document["turns"]
     assert [turn["asked"] for turn in turns] == ["call my mother", "what is the time"]
     assert turns[0]["text"] == assistant.answer_text("call my mother").text
@@ -213,4 +214,12 @@ def test_nothing_typed_is_no_turn(run_cli, bundle_path, typed):
 def test_a_terminal_is_asked(run_cli, bundle_path, typed, monkeypatch):
     typed("call my mother\n")
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
-    assert run_cli("chat", "--bundle", bundle_path, *QUICK).stderr == "> > "
+    assert run_cli("chat", "--bundle", bundle_path, *QUICK, "--json").stderr == "> > "
+
+
+def test_the_context_is_that_which_is_asked_for(run_cli, bundle_path, typed):
+    typed("call my mother\n" * 9)
+    result = run_cli("chat", "--bundle", bundle_path, *QUICK, "--context", 96).document
+    assert result["capacity"] == 96 >= result["positions"] and len({turn["text"] for turn in result["turns"]}) == 1
+    done = run_cli("chat", "--bundle", bundle_path, *QUICK, "--context", 10**6)
+    assert done.status == 2 and "a context of 1000000 positions was asked for" in done.stderr
