@@ -15,6 +15,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of sampling, with a temperature")
     parser.add_argument("--backend", default="onnxruntime", help="onnxruntime (default) or tensorrt")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument("--context", type=int, help="positions of a conversation (default: the LLM's)")
 
 
 def check(args) -> None:
@@ -22,7 +23,7 @@ def check(args) -> None:
     Raises:
         TinyAlignError: an option out of range.
     """
-    for name, least in (("max_tokens", 1), ("temperature", 0), ("seed", 0), ("threads", 1)):
+    for name, least in (("max_tokens", 1), ("temperature", 0), ("seed", 0), ("threads", 1), ("context", 1)):
         value = getattr(args, name)
         if value is not None and not value >= least:  # NaN fails too
             raise TinyAlignError(f"--{name.replace('_', '-')} is {value}: give at least {least}")
@@ -32,7 +33,8 @@ def load(args):
     """The assistant that was asked for; a context manager."""
     from tiny_align.runtime.assistant import Assistant
 
-    return Assistant.load(args.bundle, args.user, users=args.users, backend=args.backend, threads=args.threads)
+    chosen = {name: getattr(args, name) for name in ("users", "backend", "threads", "context")}
+    return Assistant.load(args.bundle, args.user, **chosen)
 
 
 def decoding(args):
