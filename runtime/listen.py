@@ -23,25 +23,27 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> dict:
+    from tiny_align.runtime.bundle import Bundle
     from tiny_align.runtime.endpoint import Endpointer
     from tiny_align.runtime.listening import Notice, TurnEnded, listen
 
     options.check(args)
     if args.fast and not args.wav:
         raise TinyAlignError("--fast is for recordings and a microphone has no other speed: give --wav too")
-    seen = []
-    with options.load(args) as assistant, _source(args, assistant.sample_rate) as source:
-        endpointer = Endpointer(assistant.sample_rate)
+    bundle = Bundle.open(args.bundle)
+    sample_rate = bundle.manifest.front_end.sample_rate
+    endpointer, show, seen = Endpointer(sample_rate), _Screen(args.json), []
+    with _source(args, sample_rate) as source, options.load(args, bundle) as assistant:
         session = assistant.listen(args.instruction, options.decoding(args))
-        show = _Screen(args.json)
-        with contextlib.suppress(KeyboardInterrupt):  # the way to stop listening to a microphone
-            for event in listen(session, source, endpointer):
-                show(event)
+        events = contextlib.closing(listen(session, source, endpointer))
+        with contextlib.suppress(KeyboardInterrupt), events as heard:  # Ctrl-C: the way to stop a microphone
+            for event in heard:
                 if isinstance(event, TurnEnded | Notice):
                     seen.append(event)
-        return _report(
-            [e for e in seen if isinstance(e, TurnEnded)], [e for e in seen if isinstance(e, Notice)], session
-        ) | {"backend": args.backend, "user": args.user}
+                show(event)
+        turns = [event for event in seen if isinstance(event, TurnEnded)]
+        notices = [event for event in seen if isinstance(event, Notice)]
+        return _report(turns, notices, session) | {"backend": args.backend, "user": args.user}
 
 
 def _source(args, sample_rate: int):

@@ -241,7 +241,6 @@ class _Mouth:
                     texts, tokens = [*texts, event.text], tokens + 1
                     yield Text(self._turn, event.text)
         except TinyAlignError as error:
-            self._session.reset()
             heard = False
             yield Notice(str(error))
         yield TurnEnded(

@@ -29,12 +29,12 @@ def check(args) -> None:
             raise TinyAlignError(f"--{name.replace('_', '-')} is {value}: give at least {least}")
 
 
-def load(args):
-    """The assistant that was asked for; a context manager."""
+def load(args, bundle=None):
+    """The assistant that was asked for, a context manager; of a bundle that is open already, if there is one."""
     from tiny_align.runtime.assistant import Assistant
 
     chosen = {name: getattr(args, name) for name in ("users", "backend", "threads", "context")}
-    return Assistant.load(args.bundle, args.user, **chosen)
+    return Assistant.load(bundle or args.bundle, args.user, **chosen)
 
 
 def decoding(args):

@@ -209,8 +209,7 @@ def test_how_the_audio_is_cut_changes_nothing(silero, recordings, largest):
         assert (first, ended) == (other_first, other_ended) and np.array_equal(speech, other)
 
 
-def test_noise_does_not_begin_a_turn_or_is_refused_later(silero, assistant):
+def test_noise_hardly_ever_begins_a_turn(silero):
+    """What does is refused by the projector (test_listen.py)."""
     clips = [nothing_said(np.random.default_rng(seed), SAMPLE_RATE) for seed in range(20)]
-    found = [turn for clip in clips for turn in heard(silero, clip)]
-    assert len(found) < 6
-    assert not [ended for _, speech, ended in found if assistant.answer(speech).heard]
+    assert len([turn for clip in clips for turn in heard(silero, clip)]) < 6

@@ -11,9 +11,11 @@ import soundfile
 
 from tiny_align.align.silence import nothing_said
 from tiny_align.runtime import microphone as microphone_module
+from tiny_align.runtime.audio import read_audio
+from tiny_align.runtime.endpoint import Endpointer
 from tiny_align.runtime.errors import AudioError
 from tiny_align.runtime.listen import METER_CELLS, _Screen, meter
-from tiny_align.runtime.listening import Level, TurnEnded
+from tiny_align.runtime.listening import Level, TurnEnded, listen
 from tiny_align.runtime.microphone import Notice
 
 RATE = 16_000
@@ -59,6 +61,31 @@ def test_noise_is_not_answered(run_cli, bundle_path, tmp_path):
     assert done.status == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1 and not any(turn["heard"] for turn in done.document["turns"])
     assert done.stderr.count("nothing was heard: no word in it") == len(done.document["turns"])
+
+
+def test_speech_before_an_answer_leaves_the_conversation_sound(assistant, three):
+    """A person who goes on at once: the first answer may be cut short, the second is whole."""
+    first, second = (read_audio(path, RATE) for path in three[:2])
+    silence = np.zeros(RATE, np.float32)
+
+    def answers(*audio):
+        endpointer, source = Endpointer(RATE), Hurried(audio)
+        return [e for e in listen(assistant.listen(), source, endpointer) if isinstance(e, TurnEnded)]
+
+    [alone] = answers(second, silence)
+    one, two = answers(first, silence, silence[:4_800], second, silence)
+    assert alone.tokens and two.heard and not two.cancelled
+    assert one.cancelled or one.tokens > 1
+    assert two.speech_s == pytest.approx(alone.speech_s, abs=0.35)  # its pre-roll
+
+
+class Hurried(list):
+    """Audio that is all there at once, as if time had passed."""
+
+    live = True
+
+    def stop(self):
+        pass
 
 
 class Mouthful:
@@ -109,7 +136,7 @@ def test_ctrl_c_ends_it_with_the_document(bundle_path, three):
             if "first word" in line:
                 process.send_signal(signal.SIGINT)
                 break
-        stdout, _ = process.communicate(timeout=30)
+        stdout, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and '"turns": [{"text"' in stdout.splitlines()[-1]
 
 

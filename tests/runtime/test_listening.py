@@ -51,9 +51,6 @@ class Echo:
                 return
             yield Event(f" {len(audio)}" if token == 0 else " more", token, 0.0)
 
-    def reset(self):
-        self.spoken = []
-
     def cancel(self):
         self._cancelled.set()
 
