@@ -16,7 +16,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of sampling, with a temperature")
     parser.add_argument("--backend", default="onnxruntime", help="onnxruntime (default) or tensorrt")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
-    parser.add_argument("--context", type=int, help="positions of a conversation (default: all that the LLM has)")
+    parser.add_argument("--context", type=int, help="positions of a conversation (default: the LLM's)")
 
 
 def check(args) -> None:
@@ -34,7 +34,7 @@ def load(args, bundle=None):
     """The assistant that was asked for, a context manager; of a bundle that is open already, if there is one."""
     from tiny_align.runtime.assistant import Assistant
 
-    chosen = {"users": args.users, "backend": args.backend, "threads": args.threads, "context": args.context}
+    chosen = {name: getattr(args, name) for name in ("users", "backend", "threads", "context")}
     return Assistant.load(bundle or args.bundle, args.user, **chosen)
 
 
