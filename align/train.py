@@ -21,8 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tiny_align.align.feature_cache import Stored, array_of
+from tiny_align.align.windows import project
 from tiny_align.runtime.errors import DataError
 from tiny_align.runtime.files import written_file
+from tiny_align.runtime.windows import WindowSpec
 
 JUDGED = 64  # held-out recordings that are looked at together
 
@@ -93,8 +95,13 @@ class Trainer:
         options: TrainOptions,
         work: Path | None,
         company: list[Example] = (),
+        windows: WindowSpec | None = None,
     ):
-        """`company`: other people's utterances, and sounds without a word; `options.company` of them in every step."""
+        """Args:
+        company: other people's utterances, and sounds without a word; `options.company` of them in every step.
+        windows: the bundle's, how the features are cut.
+        """
+        self.windows = windows
         self.projector, self.objective, self.options, self.work = projector, objective, options, work
         self.held, self.used = held_out(examples, options.held_out)
         self.judges = [take for e in self.held or self.used for take in e.takes()]
@@ -165,12 +172,9 @@ class Trainer:
     def _outputs(self, projector, examples: list[Example], rng: np.random.Generator | None) -> tuple[Tensor, Tensor]:
         """What a projector gives, and its lengths; with `rng`, of a take with a share of its frames hidden."""
         takes = [e.take(rng) for e in examples]
-        n_frames = torch.tensor([len(take) for take in takes])
-        features = torch.nn.utils.rnn.pad_sequence(takes, batch_first=True)
         if rng:
-            seen = torch.from_numpy(rng.random(features.shape[:2]) >= self.options.hide)  # (B, N)
-            features = features * seen.unsqueeze(-1)
-        return projector(features, n_frames), projector.output_lengths(n_frames)
+            takes = [take * torch.from_numpy(rng.random((len(take), 1)) >= self.options.hide) for take in takes]
+        return project(projector, takes, self.windows)
 
     @torch.no_grad()
     def _held_out_figure(self) -> float:

@@ -143,6 +143,10 @@ class Decoder(Loaded, ABC):
             The last position's, to be used before the next call with this cache.
         """
 
+    @abstractmethod
+    def rewind(self, cache, length: int) -> None:
+        """Forget all but the first `length` positions of the cache; what is read next follows them."""
+
 
 def _fits(value: np.ndarray, tensor: TensorSpec) -> bool:
     return value.dtype.name == tensor.dtype and len(value.shape) == len(tensor.shape) and all(

@@ -71,6 +71,9 @@ class OrtDecoder(Decoder):
         self._session.run_with_iobinding(cache.binding)
         return cache.scores
 
+    def rewind(self, cache: "_OrtCache", length: int) -> None:
+        """Nothing to do: what lies beyond the length that the next reading gives is not looked at."""
+
     def close(self) -> None:
         self._session = None
 

@@ -53,6 +53,9 @@ class Scripted(Decoder):
         logits[self.tokens[min(len(self.fed), len(self.tokens)) - 1]] = 9
         return Scores(logits)
 
+    def rewind(self, cache, length):
+        pass
+
 
 @pytest.fixture
 def scripted(assistant):
