@@ -70,10 +70,22 @@ class Runner(Loaded, ABC):
 
 @dataclass(frozen=True)
 class Chain:
-    """Two graphs, one after the other: the second takes what the first gives. It owns neither of them."""
+    """Two graphs, one after the other: the second takes what the first gives. It owns neither of them.
+
+    Raises:
+        BackendError: the second takes something else.
+    """
 
     first: Runner
     second: Runner
+
+    def __post_init__(self):
+        given, taken = self.first.spec.outputs, self.second.spec.inputs
+        if [(t.name, t.dtype) for t in given] != [(t.name, t.dtype) for t in taken]:
+            takes, gives = (", ".join(f"{t.name} {t.dtype}" for t in side) for side in (taken, given))
+            raise BackendError(
+                f"{self.second.spec.file} takes {takes}, {self.first.spec.file} gives {gives}: export the bundle again"
+            )
 
     def __call__(self, feed: dict[str, np.ndarray], rows: int | None = None) -> dict[str, np.ndarray]:
         """Run both: the first one's inputs to the second one's outputs.

@@ -346,8 +346,8 @@ def _contiguous(feed: dict) -> dict:
 def _told(scores: tuple[TensorSpec, ...]) -> list[TensorSpec]:
     """Of a graph's outputs those that a token is chosen by, as Scores has them: the best few, or every logit."""
     named = {tensor.name: tensor for tensor in scores}
-    best = [named[name] for name in (BEST_LOGITS, BEST_TOKENS) if name in named]
-    return best or list(scores[:1])
+    wanted = (BEST_LOGITS, BEST_TOKENS) if {BEST_LOGITS, BEST_TOKENS} <= named.keys() else ("logits",)
+    return [named[name] for name in wanted]
 
 
 def _exchange(tensor: TensorSpec, shape: tuple[int, ...]) -> cuda.Copied | cuda.Mapped:

@@ -237,6 +237,8 @@ def test_a_chain_whose_second_graph_does_not_wait_is_noticed(runners, monkeypatc
 
 def test_what_a_chain_cannot_take_is_refused(runners):
     encoder, projector = runners
+    with pytest.raises(BackendError, match=r"encoder\.onnx takes input_features float32, projector\.onnx gives soft"):
+        Chain(projector, encoder)
     with pytest.raises(BackendError, match=r"encoder\.onnx takes the inputs \['input_features'\], given were \['x'\]"):
         Chain(encoder, projector)({"x": FRAMES["input_features"]})
     projector.close()
