@@ -77,7 +77,7 @@ class Graph:
         return self._folder / name
 
 
-class _Features:
+class Features:
     """Judges an encoder: half of the recordings calibrate, the others measure."""
 
     def __init__(self, graph: Graph, audios: list[np.ndarray]):
@@ -104,7 +104,7 @@ class _Features:
             return [run({self._input: rows})["features"] for rows in self._measuring]
 
 
-class _Logits:
+class Logits:
     """Judges an LLM by what it makes of speech: its logits after the prompt and after every token of the own answer."""
 
     def __init__(self, graph: Graph, audios: list[np.ndarray]):
@@ -145,4 +145,4 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
     return float(value) if np.isfinite(value) else 0.0
 
 
-JUDGES = {"encoder": _Features, "llm": _Logits}
+JUDGES = {"encoder": Features, "llm": Logits}
