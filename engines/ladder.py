@@ -4,7 +4,8 @@ Precision lives in the graph. From the bundle's own graph a rung makes another o
 an encoder's INT8 is calibrated on the recordings of the person who will be heard. A rung's error is the least cosine,
 over recordings that it was not calibrated on, between what it gives and what the bundle's own graph gives: an encoder's
 features, an LLM's logits at every token of its answer. ONNX Runtime computes both on the CPU, the rung's through its
-twin (halves.py). The bundle's own graph is the last rung. Answers (ROUGE-L) are compared by `benchmarks.precision`.
+twin (halves.py). The bundle's own graph is the last rung. Nothing is timed: that fewer bits are faster is taken for
+granted. Answers (ROUGE-L) are compared by `benchmarks.precision`.
 
 A projector keeps its precision: the bundle's engine is refitted with a person's FP32 weights, and it is small. An LLM
 keeps its weights (export's INT4); what changes is what it computes in. Features of a rung within its bound are accepted
@@ -23,7 +24,7 @@ from tiny_align.runtime.errors import BackendError
 from tiny_align.runtime.files import sha256
 
 AUTO, OWN = "auto", "fp32"
-RUNGS = {  # graph -> what it may compute in, the fastest first -> the least cosine to the bundle's own graph
+RUNGS = {  # graph -> what it may compute in, what a GPU multiplies fastest first -> least cosine to the bundle's graph
     "encoder": {"int8": 0.99, "fp16": 0.999},
     "llm": {"fp16": 0.999},
 }

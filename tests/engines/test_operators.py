@@ -1,6 +1,7 @@
 """The shipped graphs and the rungs made of them against what TensorRT's ONNX parser takes.
 
-A lower bound for JetPack's TensorRT 10.3: the table is that of onnx-tensorrt's 10.1 release (tests/data): operators, and the types that each takes.
+The table is that of onnx-tensorrt's 10.1 release (tests/data), a lower bound for JetPack's TensorRT 10.3: operators,
+and the types that each takes.
 """
 
 import json
