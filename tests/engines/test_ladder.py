@@ -18,10 +18,12 @@ from tiny_align.engines import ladder as ladder_module
 from tiny_align.engines.build import build_engines
 from tiny_align.engines.builder import find_builder
 from tiny_align.engines.ladder import AUTO, OWN, RUNGS, Choice, Ladder, choose
+from tiny_align.engines.plain import PlainDecoder
 from tiny_align.runtime.bundle import Bundle, GraphSpec, TensorSpec, write_manifest
 from tiny_align.runtime.engines import check_engine
 from tiny_align.runtime.errors import AudioError, BackendError, TinyAlignError
 from tiny_align.runtime.files import sha256
+from tiny_align.runtime.llm import Decoding, LanguageModel
 from tiny_align.runtime.ort import OrtRunner
 
 onnx = pytest.importorskip("onnx")
@@ -173,16 +175,16 @@ def test_the_next_rung_is_taken_where_one_breaks_its_bound(bundle, recordings, t
     assert choice.accuracy["int8"]["cosine"] < choice.accuracy["int8"]["bound"]
 
 
-def test_a_graph_that_goes_wrong_in_halves_stays_as_it_is(bundle, bundle_path, recordings, tmp_path):
+def test_a_graph_that_goes_wrong_in_halves_stays_as_it_is(bundle, recordings, tmp_path):
     """The encoder's first convolution beyond FP16's range, and its second one back."""
-    model = onnx.load(bundle_path / "encoder.onnx")
-    scaled = ["encoder.subsampling.layers.0.weight", "encoder.subsampling.layers.0.bias"]
-    for tensor in model.graph.initializer:
-        factor = 1e6 if tensor.name in scaled else 1e-6 if tensor.name == "encoder.subsampling.layers.2.weight" else 1
-        if factor != 1:
-            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(factor), tensor.name))
     (tmp_path / "wild").mkdir()
-    onnx.save(model, tmp_path / "wild/encoder.onnx")
+    graph, first = climb.Graph(bundle, "encoder", tmp_path / "wild"), "encoder.subsampling.layers.0"
+    factors = {f"{first}.weight": 1e6, f"{first}.bias": 1e6, "encoder.subsampling.layers.2.weight": 1e-6}
+    for tensor in graph.model.graph.initializer:
+        if tensor.name in factors:
+            values = graph.values(tensor) * np.float32(factors[tensor.name])
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    graph.write(graph.model, "encoder.onnx")
     wild = dataclasses.replace(bundle, path=tmp_path / "wild")
     (tmp_path / "work").mkdir()
     choice = climb.climb(wild, "encoder", Ladder(recordings, AUTO), tmp_path / "work")
@@ -200,6 +202,16 @@ def test_the_llm_keeps_its_weights_and_computes_in_halves(bundle, recordings, tm
     kinds = types_of(model)
     assert {kinds[n.input[0]] for n in model.graph.node if n.op_type == "MatMul"} == {TensorProto.FLOAT16}
     assert kinds["inputs_embeds"] == kinds["logits"] == kinds["present.0.key"] == TensorProto.FLOAT
+
+
+def test_the_plain_graph_answers_as_the_deployed_one(assistant):
+    bundle = assistant.bundle
+    with PlainDecoder(bundle.graph("llm"), bundle.manifest.graphs["llm"], 1) as decoder:
+        llm = LanguageModel(bundle, decoder)
+        for text in ("play quiet music in the office", "six five six two one"):
+            prompt = llm.assemble(llm.embed(llm.encode_words(text)))
+            answer = list(assistant.llm.generate(prompt, Decoding()))
+            assert list(llm.generate(prompt, Decoding())) == answer and len(answer) > 2
 
 
 def test_nothing_is_chosen_where_nothing_was_asked(bundle, tmp_path):
