@@ -31,6 +31,7 @@ bench: $(STAMPS)/dev,peers  ## every measurement of the README
 	$(BIN)/python -m benchmarks.full_size
 	$(BIN)/python -m benchmarks.llm
 	$(BIN)/python -m benchmarks.engines
+	$(BIN)/python -m benchmarks.precision
 
 reference: $(STAMPS)/dev  ## train and export the reference bundle again; resumable, hours (needs espeak-ng and flite)
 	$(BIN)/python -m tiny_align.reference.encoder

@@ -8,7 +8,18 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks import alignment, encoder, engines, families, full_size, llm, quality, quantisation, training_cost
+from benchmarks import (
+    alignment,
+    encoder,
+    engines,
+    families,
+    full_size,
+    llm,
+    precision,
+    quality,
+    quantisation,
+    training_cost,
+)
 from tiny_align.runtime.files import write_text
 
 ROOT = Path(__file__).parent.parent
@@ -18,6 +29,7 @@ TABLES = {
     "llm_families": (families.RESULTS, families.llm_table),
     "encoder": (encoder.RESULTS, encoder.table),
     "engines": (engines.RESULTS, engines.table),
+    "precision": (precision.RESULTS, precision.table),
     "quality": (quality.RESULTS, quality.table),
     "objectives": (alignment.RESULTS / "alignment-table.json", alignment.table),
     "curves": (alignment.RESULTS / "alignment-curves.json", alignment.curves),
