@@ -38,6 +38,7 @@ from tiny_align.engines.plain import PlainDecoder
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.bundle import Bundle, write_manifest
 from tiny_align.runtime.files import link_tree
+from tiny_align.runtime.llm import LanguageModel
 from tiny_align.runtime.machine import describe
 from tiny_align.runtime.ort import OrtRunner
 
@@ -92,7 +93,7 @@ def assemble(bundle: Bundle, encoder: Path, llm: Path) -> Assistant:
         bundle,
         OrtRunner(encoder, specs["encoder"], THREADS),
         OrtRunner(bundle.graph("projector"), specs["projector"], THREADS),
-        PlainDecoder(llm, specs["llm"], THREADS),
+        LanguageModel(bundle, PlainDecoder(llm, specs["llm"], THREADS)),
         OrtRunner.name,
         THREADS,
     )

@@ -134,7 +134,7 @@ def _said(llm: LanguageModel, prompt: np.ndarray, answer: list[int]) -> np.ndarr
     """(1 + n, V): the logits after the prompt and after each of an answer's n tokens."""
     cache = Cache()
     steps = [np.ascontiguousarray(prompt, np.float32), *(llm.embed([token]) for token in answer)]
-    return np.stack([llm.prefill(step, cache).copy() for step in steps])
+    return np.stack([llm.prefill(step, cache).logits.copy() for step in steps])
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:

@@ -189,7 +189,7 @@ def test_a_graph_that_goes_wrong_in_halves_stays_as_it_is(bundle, recordings, tm
     (tmp_path / "work").mkdir()
     choice = climb.climb(wild, "encoder", Ladder(recordings, AUTO), tmp_path / "work")
     assert (choice.precision, choice.graph) == ("fp32", tmp_path / "wild/encoder.onnx")
-    assert max(found["cosine"] for found in choice.accuracy.values()) <= 0
+    assert max(found["cosine"] for found in choice.accuracy.values()) < 0.1  # infinities, or what is left of them
     with pytest.raises(BackendError, match=r"'encoder' in fp16 has a cosine of 0\.0.*0\.999.*--precision auto or fp32"):
         climb.climb(wild, "encoder", Ladder(recordings, "fp16"), tmp_path / "work")
     assert not list((tmp_path / "work").glob("*.onnx"))

@@ -17,41 +17,22 @@ import pytest
 import trt_emulation
 
 from tiny_align.engines.build import build_engines
+from tiny_align.engines.plain import PlainDecoder
 from tiny_align.runtime import Assistant, Decoding, cuda
 from tiny_align.runtime import trt as trt_module
 from tiny_align.runtime.audio import read_audio
-from tiny_align.runtime.backend import BEST_LOGITS, Chain, Decoder, Scores, load_decoder, load_runner
+from tiny_align.runtime.backend import BEST_LOGITS, Chain, load_decoder, load_runner
 from tiny_align.runtime.bundle import Bundle, write_manifest
 from tiny_align.runtime.errors import BackendError
 from tiny_align.runtime.llm import Cache, LanguageModel
-from tiny_align.runtime.ort import OrtRunner
 
 N_UTTERANCES = 20
 RATE, SIZE = 16_000, 192  # Hz, the bundle's; D of its LLM
 
 
-class Plain(Decoder):
-    """The plain graph of the LLM in ONNX Runtime, its cache passed through numpy: what TensorRT is compared with.
-
-    The fused graph that ONNX Runtime takes rounds activations elsewhere, so that a near-tie may fall differently.
-    """
-
-    def __init__(self, bundle: Bundle):
-        self.spec = bundle.manifest.graphs["llm"]
-        self.runner = OrtRunner(bundle.graph("llm"), self.spec, 1)
-
-    def open_cache(self, capacity):
-        return {}
-
-    def read(self, embeddings, cache, past):
-        for tensor in self.spec.inputs[1:] if past == 0 else ():
-            cache[tensor.name] = np.zeros([0 if isinstance(n, str) else n for n in tensor.shape], tensor.dtype)
-        out = self.runner({"inputs_embeds": embeddings[None], **cache})
-        cache.update({n.replace("present", "past"): value for n, value in out.items() if n.startswith("present")})
-        return Scores(out["logits"][0, 0])
-
-    def rewind(self, cache, length):
-        cache.update({name: value[:, :, :length] for name, value in cache.items()})
+def plain_decoder(bundle: Bundle) -> PlainDecoder:
+    """What TensorRT is compared with: the fused graph rounds elsewhere, so that a near-tie may fall differently."""
+    return PlainDecoder(bundle.graph("llm"), bundle.manifest.graphs["llm"], 1)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +71,7 @@ def ben(bundle, make_user):
 def onnxruntime(bundle):
     """ONNX Runtime on the plain graphs."""
     with Assistant.load(bundle, threads=1) as assistant:
-        assistant.llm = LanguageModel(bundle, Plain(bundle))
+        assistant.llm = LanguageModel(bundle, plain_decoder(bundle))
         yield assistant
 
 
@@ -162,7 +143,7 @@ def test_every_stage_gives_what_onnx_runtime_gives(tensorrt, plain, speech):
 
 
 def test_the_best_tokens_are_the_plain_graphs_at_every_step(decoder, bundle):
-    np.testing.assert_array_equal(read_in_steps(decoder), read_in_steps(Plain(bundle)))
+    np.testing.assert_array_equal(read_in_steps(decoder), read_in_steps(plain_decoder(bundle)))
 
 
 def test_a_drawn_token_is_the_one_drawn_from_all_logits(tensorrt, plain):
@@ -185,7 +166,7 @@ def test_a_graph_that_picks_none_gives_every_logit(bundle_path, tmp_path, machin
     bundle = without_best(target)
     build_engines(bundle, graphs=["llm"])
     with load_decoder(bundle.graph("llm"), bundle.manifest.graphs["llm"], "tensorrt", bundle=bundle) as decoder:
-        np.testing.assert_array_equal(read_in_steps(decoder), read_in_steps(Plain(bundle)))
+        np.testing.assert_array_equal(read_in_steps(decoder), read_in_steps(plain_decoder(bundle)))
         assert decoder.read(np.zeros((1, SIZE), np.float32), decoder.open_cache(8), 0).logits.shape == (800,)
     shutil.rmtree(target)
 
@@ -359,7 +340,7 @@ FAULTS = (
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
 def test_the_emulation_notices(bundle, decoder, fault, monkeypatch):
-    want = read_in_steps(Plain(bundle))
+    want = read_in_steps(plain_decoder(bundle))
     fault(monkeypatch)
     path, spec = bundle.graph("llm"), bundle.manifest.graphs["llm"]
     try:
@@ -396,7 +377,7 @@ def test_conversations_do_not_disturb_each_others_scores(decoder):
 @pytest.mark.parametrize("length", [0, 5, 9, 12])
 def test_what_is_forgotten_is_as_if_it_had_never_been_read(decoder, bundle, length):
     embeddings = np.random.default_rng(0).standard_normal((12, SIZE)).astype(np.float32)
-    cache, plain = decoder.open_cache(16), Plain(bundle)
+    cache, plain = decoder.open_cache(16), plain_decoder(bundle)
     decoder.read(embeddings[:9], cache, 0)
     decoder.rewind(cache, length)
     left = min(length, 9)
