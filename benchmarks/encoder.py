@@ -23,11 +23,11 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from benchmarks import finish
-from benchmarks.alignment import WEIGHTS
 from tiny_align.align.datasets import load_dataset
 from tiny_align.align.demo import shipped
 from tiny_align.align.evaluate import evaluate
+from tiny_align.benchmarks import finish
+from tiny_align.benchmarks.alignment import WEIGHTS
 from tiny_align.export.bundle import write_encoder
 from tiny_align.export.encoders import load_encoder
 from tiny_align.reference.build import ENCODER_LAYERS

@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks import finish
-from benchmarks.full_size import WORK
-from benchmarks.peers import PEERS, Served
-from benchmarks.training_cost import SHAPES
+from tiny_align.benchmarks import finish
+from tiny_align.benchmarks.full_size import WORK
+from tiny_align.benchmarks.peers import PEERS, Served
+from tiny_align.benchmarks.training_cost import SHAPES
 from tiny_align.runtime.errors import DataError
 from tiny_align.runtime.machine import describe
 

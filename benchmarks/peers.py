@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.training_cost import Shape
+from tiny_align.benchmarks.training_cost import Shape
 from tiny_align.runtime.ort import INT8_PRODUCTS
 
 CONTEXT = 512  # positions

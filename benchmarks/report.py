@@ -8,7 +8,17 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks import alignment, encoder, engines, families, full_size, llm, quality, quantisation, training_cost
+from tiny_align.benchmarks import (
+    alignment,
+    encoder,
+    engines,
+    families,
+    full_size,
+    llm,
+    quality,
+    quantisation,
+    training_cost,
+)
 from tiny_align.runtime.files import write_text
 
 ROOT = Path(__file__).parent.parent

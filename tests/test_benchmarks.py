@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from benchmarks import alignment, encoder, families, quantisation, report, training_cost
 from tiny_align.align.users import load_projector
+from tiny_align.benchmarks import alignment, encoder, families, quantisation, report, training_cost
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_tokens_after_the_first_difference_are_not_equal():
 def test_the_table_of_families_is_whole():
     """Every family has its row, and what it says holds: equal to the last token."""
     pytest.importorskip("transformers", reason="the families are transformers'")
-    from benchmarks import tiny_encoders, tiny_llms
+    from tiny_align.benchmarks import tiny_encoders, tiny_llms
 
     measured = json.loads(families.RESULTS.read_text(encoding="utf-8"))
     assert measured["encoders"].keys() == tiny_encoders.MAKERS.keys()
