@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from tiny_align.benchmarks import finish
 from tiny_align.benchmarks.full_size import WORK
-from tiny_align.benchmarks.peers import PEERS, Served
+from tiny_align.benchmarks.peers import PEERS
+from tiny_align.benchmarks.processes import Served
 from tiny_align.benchmarks.training_cost import SHAPES
 from tiny_align.runtime.errors import DataError
 from tiny_align.runtime.machine import describe
@@ -60,7 +61,7 @@ def measure_bandwidth(threads: int) -> float:
 def compare(args, threads: int, bar) -> dict:
     """All engines at one number of threads, taking turns."""
     prompt = np.random.default_rng(0).integers(1000, 8000, args.prompt)
-    peers = {name: Served(name, args.work, SHAPES[args.shape], threads) for name in args.peers}
+    peers = {name: Served(PEERS[name], args.work, SHAPES[args.shape], threads, threads=threads) for name in args.peers}
     rows = {name: [] for name in peers}
     gb_s = [measure_bandwidth(threads)]
     for round_ in range(args.rounds + 1):  # the first is to warm up
@@ -93,7 +94,7 @@ def summary(rows: list[dict], prompt: np.ndarray) -> dict:
         "decode_tokens_per_s": 1 / float(np.median(steps)),
         "decode_ms_p10_p90": [float(v) * 1e3 for v in np.percentile(steps, [10, 90])],
         "load_s": rows[-1]["load_s"],
-        "peak_gb": rows[-1]["peak_gb"],
+        "peak_gb": rows[-1]["peak_bytes"] / 2**30,
     }
 
 
