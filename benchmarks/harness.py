@@ -3,9 +3,14 @@
 A side is a callable that does its work once and says what took how long, {"encoder": seconds, ...}. Each gets a turn
 before it counts; then all take turns until the noise is small (`Patience`) and every turn is kept. What is stored is
 seconds; what is compared is seconds over the kernel's, turn by turn, so that a machine that slows down, for a while or
-for good, changes no ratio (compare.py). It does not say what is worth timing.
+for good, changes no ratio (diff.py). It does not say what is worth timing.
+
+The clock stands still while this thread waits for a core that other processes use, where the kernel tells (Linux):
+what they take is no property of ours. A thread that waits for its own workers goes on being timed.
 """
 
+import functools
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -29,6 +34,8 @@ PACKAGES = (
     "tensorrt",
 )
 
+SCHEDULED = "/proc/thread-self/schedstat"  # nanoseconds on a core, nanoseconds waiting for one, ...
+
 Side = Callable[[], dict[str, float]]
 Samples = dict[str, list[float]]  # one side's: what was timed -> seconds of every turn, in order
 
@@ -49,6 +56,23 @@ class Patience:
         return n_rounds < self.most and spent < self.seconds and not settled(samples, self.width)
 
 
+@functools.cache
+def _scheduled() -> int | None:
+    """The kernel's account of the thread that asks first: the one that measures."""
+    return os.open(SCHEDULED, os.O_RDONLY) if os.path.exists(SCHEDULED) else None
+
+
+def waited() -> float:
+    """Seconds that this thread has waited for a core so far; 0 where the kernel does not tell."""
+    file = _scheduled()
+    return int(os.pread(file, 64, 0).split()[1]) / 1e9 if file is not None else 0.0
+
+
+def now() -> float:
+    """Seconds on the clock that stands still while this thread waits for a core."""
+    return time.perf_counter() - waited()
+
+
 class Kernel:
     """A fixed piece of work of a few milliseconds on one core: arithmetic in the cache, and a copy outside of it."""
 
@@ -61,11 +85,11 @@ class Kernel:
         return statistics.median(self._once() for _ in range(3))
 
     def _once(self) -> float:
-        began = time.perf_counter()
+        began = now()
         for _ in range(20):
             np.exp(self._near, out=self._near_out)
         np.copyto(self._far_out, self._far)
-        return time.perf_counter() - began
+        return now() - began
 
 
 def alternate(sides: dict[str, Side], patience: Patience = Patience(), pause_s: float = 0.0) -> dict[str, Samples]:
@@ -97,9 +121,9 @@ def timed(work: Callable[[], object], part: str = "seconds") -> Side:
     """A side of one part: all that `work` does."""
 
     def side() -> dict[str, float]:
-        began = time.perf_counter()
+        began = now()
         work()
-        return {part: time.perf_counter() - began}
+        return {part: now() - began}
 
     return side
 

@@ -10,8 +10,6 @@ CMAKE_ARGS in the Makefile.) `ratios` holds the worst over the numbers of thread
 """
 
 import argparse
-import multiprocessing
-import os
 import sys
 import time
 from datetime import date
@@ -23,6 +21,7 @@ from tqdm import tqdm
 
 from tiny_align.benchmarks import finish
 from tiny_align.benchmarks.full_size import WORK
+from tiny_align.benchmarks.limits import measure_bandwidth
 from tiny_align.benchmarks.peers import PEERS
 from tiny_align.benchmarks.processes import Served
 from tiny_align.benchmarks.training_cost import SHAPES
@@ -34,28 +33,6 @@ COMMAND = "python -m benchmarks.llm"
 OURS = "tiny-align"
 PACKAGES = ("onnxruntime", "llama-cpp-python", "transformers", "torch", "onnxruntime-genai")
 PAUSE_S = 0.1  # between turns: an engine's threads spin a little after their work
-
-
-def read_memory(barrier, megabytes: int = 512, repeats: int = 8) -> float:
-    """GB/s that this process reads, while others do the same: the best of some dot products."""
-    array, seconds = np.ones(megabytes * 2**18, np.float32), []
-    barrier.wait()
-    for _ in range(repeats):
-        began = time.perf_counter()
-        array @ array
-        seconds.append(time.perf_counter() - began)
-    return array.nbytes / min(seconds) / 1e9
-
-
-def measure_bandwidth(threads: int) -> float:
-    """GB/s that so many processes, each of one thread, read from memory together."""
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("spawn")
-    try:
-        with context.Manager() as manager, context.Pool(threads) as pool:
-            return sum(pool.map(read_memory, [manager.Barrier(threads)] * threads, chunksize=1))
-    finally:
-        del os.environ["OPENBLAS_NUM_THREADS"]
 
 
 def compare(args, threads: int, bar) -> dict:

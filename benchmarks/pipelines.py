@@ -1,8 +1,8 @@
 """The whole way from speech to text as others would build it: our pipeline with something else under it.
 
 Front end, readout, prompt and text are the same everywhere, so that what differs is what does the work. Each is an
-Assistant and lives in a process of its own (processes.py). The reference's weights stand in for what a peer needs beside
-the bundle: they lie in the source tree, and the peers that read them measure the reference bundle only.
+Assistant and lives in a process of its own (processes.py). What a peer needs beside the bundle are the reference's
+weights, which lie in the source tree: such a peer measures the reference bundle only.
 """
 
 import functools
@@ -56,7 +56,7 @@ class Cascade(Assistant):
         from tiny_align.reference.encoder import decode_letters
 
         if not hasattr(self, "_head"):
-            stored = load_file(weights("encoder") / "model.safetensors")
+            stored = load_file(weights(self.bundle, "encoder") / "model.safetensors")
             self._head = stored["ctc_head.weight"][:, :, 0].T, stored["ctc_head.bias"]
         matrix, bias = self._head
         letters = decode_letters((features[:, -len(matrix) :] @ matrix + bias).argmax(axis=1))  # the last layer's
@@ -150,9 +150,9 @@ def torch_pipeline(bundle: Bundle, threads: int, prepare: Callable = lambda modu
 
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
-    encoder = load_encoder(str(weights("encoder")), ENCODER_LAYERS)
+    encoder = load_encoder(str(weights(bundle, "encoder")), ENCODER_LAYERS)
     projector = load_projector(bundle, bundle.graph("projector")).eval()
-    llm = AutoModelForCausalLM.from_pretrained(weights("llm")).eval()
+    llm = AutoModelForCausalLM.from_pretrained(weights(bundle, "llm")).eval()
     return Assistant(
         bundle,
         TorchGraph(prepare(encoder), "features"),
@@ -195,7 +195,7 @@ def llama_cpp(bundle: Bundle, threads: int) -> Assistant:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "llm.gguf"
-        write_gguf(path, SHAPES["reference"], reference_weights(), rope_theta=10_000.0)
+        write_gguf(path, SHAPES["reference"], reference_weights(bundle), rope_theta=10_000.0)
         decoder = LlamaCppDecoder(Llama(path, SHAPES["reference"], threads))
     return with_llm(bundle, decoder, threads)
 
@@ -215,13 +215,13 @@ GGUF_NAMES = {
 }
 
 
-def reference_weights() -> Callable[[str, tuple[int, ...]], np.ndarray]:
+def reference_weights(bundle: Bundle) -> Callable[[str, tuple[int, ...]], np.ndarray]:
     """The reference LLM's tensors by their names in a GGUF file."""
     from safetensors.numpy import load_file
 
     from tiny_align.benchmarks.training_cost import SHAPES
 
-    stored = load_file(weights("llm") / "model.safetensors")
+    stored = load_file(weights(bundle, "llm") / "model.safetensors")
 
     def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
         layer, _, part = name.rpartition(".")
@@ -238,7 +238,10 @@ def turned(matrix: np.ndarray, head_size: int) -> np.ndarray:
     return heads.swapaxes(1, 2).reshape(matrix.shape)
 
 
-def weights(name: str) -> Path:
+def weights(bundle: Bundle, name: str) -> Path:
+    """The folder of the weights that the reference bundle is made of: "encoder" or "llm"."""
+    if bundle.manifest.name != "reference":
+        raise TinyAlignError("the bundle's weights are not known in this form, only the reference's are")
     if not (WEIGHTS / name).is_dir():
         raise TinyAlignError("the reference's weights are not here: run from the source tree")
     return WEIGHTS / name

@@ -1,7 +1,7 @@
 """One answer, stage by stage: timers put around the runtime's own calls, so that what is timed is what runs.
 
-A stage's seconds are its own, without those of the stages that it calls. What no timer is around is the answer's
-unexplained share. The runtime knows nothing of it; a name that it no longer has fails at once.
+A stage's seconds are its own, without those of the stages that it calls, on the harness's clock; what this thread waited
+for a core meanwhile is `waiting`. What no timer is around is the answer's unexplained share. The runtime knows nothing of it; a name that it no longer has fails at once.
 """
 
 import time
@@ -11,11 +11,11 @@ from unittest import mock
 
 import numpy as np
 
-from tiny_align.benchmarks.harness import Side
+from tiny_align.benchmarks.harness import Side, now, waited
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.llm import TextStream
 
-FIRST, PER_TOKEN, ANSWER = "to first token", "per token", "answer"
+FIRST, PER_TOKEN, ANSWER, WAITING = "to first token", "per token", "answer", "waiting for a core"
 STAGES = ("front end", "encoder", "projector", "readout", "prompt", "prefill", "decode", "text")
 
 
@@ -43,22 +43,22 @@ class Timers:
         def timed(*args, **kwargs):
             name = stage if isinstance(stage, str) else stage(*args, **kwargs)
             self._inner.append(0.0)
-            began = time.perf_counter()
+            began = now()
             try:
                 return call(*args, **kwargs)
             finally:
-                own = time.perf_counter() - began - self._inner.pop()
+                own = now() - began - self._inner.pop()
                 self.seconds[name] += own + waste(own * (self._slow.get(name, 1.0) - 1.0))
                 if self._inner:
-                    self._inner[-1] += time.perf_counter() - began
+                    self._inner[-1] += now() - began
 
         return timed
 
 
 def waste(seconds: float) -> float:
     """Be busy for so long, and say for how long it was."""
-    began = time.perf_counter()
-    while (spent := time.perf_counter() - began) < seconds:
+    began = now()
+    while (spent := now() - began) < seconds:
         pass
     return spent
 
@@ -78,15 +78,15 @@ def answering(assistant: Assistant, audio: np.ndarray, slow: dict[str, float] | 
 
     def side() -> dict[str, float]:
         with timing(assistant, slow) as timers:
-            began = time.perf_counter()
+            began, before = time.perf_counter(), waited()
             answer = assistant.answer(audio)
-            whole = time.perf_counter() - began
+            whole, waiting = time.perf_counter() - began, waited() - before
         per_token = (answer.seconds - answer.ttft_s) / max(1, len(answer.tokens) - 1)
-        return timers.seconds | {FIRST: answer.ttft_s, PER_TOKEN: per_token, ANSWER: whole}
+        return timers.seconds | {WAITING: waiting, FIRST: answer.ttft_s, PER_TOKEN: per_token, ANSWER: whole}
 
     return side
 
 
 def unexplained(seconds: dict[str, float]) -> float:
     """The share of an answer that no stage took; `seconds` are medians or one turn's."""
-    return 1 - sum(seconds[stage] for stage in STAGES) / seconds[ANSWER]
+    return 1 - sum(seconds[stage] for stage in (*STAGES, WAITING)) / seconds[ANSWER]
