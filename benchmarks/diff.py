@@ -43,15 +43,15 @@ def interval(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
     return float(np.median(b) / np.median(a)), float(low), float(high)
 
 
-def slower(a: Samples, b: Samples, stages: tuple[str, ...] = STAGES) -> list[Change]:
+def slower(a: Samples, b: Samples) -> list[Change]:
     """Every stage that matters, and everything together."""
-    kept = [part for part in weighty(a) if part in stages]
+    kept = weighty({stage: a[stage] for stage in STAGES})
     told = {part: interval(relative(a, part), relative(b, part)) for part in kept}
     medians = {part: ratio for part, (ratio, _, _) in told.items()}
     changes = []
     for part, (ratio, low, high) in told.items():
         others = statistics.median([r for other, r in medians.items() if other != part] or [1.0])
-        changes.append(Change(part, ratio, low, high, low / max(1.0, others) > 1 + MARGIN))
+        changes.append(Change(part, ratio, low, high, low / max(1 / (1 + MARGIN), others) > 1 + MARGIN))
     together = [statistics.median(values) for values in zip(*told.values())]
     return [*changes, Change(EVERYTHING, *together, together[1] > 1 + 2 * MARGIN)]
 

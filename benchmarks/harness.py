@@ -70,7 +70,11 @@ def waited() -> float:
 
 def now() -> float:
     """Seconds on the clock that stands still while this thread waits for a core."""
-    return time.perf_counter() - waited()
+    while True:
+        before = waited()
+        read = time.perf_counter()
+        if waited() == before:  # or else it lost its core between the two
+            return read - before
 
 
 class Kernel:
@@ -142,7 +146,7 @@ def settled(samples: dict[str, Samples], width: float) -> bool:
 
 
 def weighty(samples: Samples) -> list[str]:
-    """The parts of a side that are not small beside its largest."""
+    """The parts that are not small beside the largest."""
     medians = {part: statistics.median(seconds) for part, seconds in samples.items() if part != KERNEL}
     return [part for part, seconds in medians.items() if seconds >= SMALL * max(medians.values())]
 

@@ -1,21 +1,20 @@
 """One answer, stage by stage: timers put around the runtime's own calls, so that what is timed is what runs.
 
-A stage's seconds are its own, without those of the stages that it calls, on the harness's clock; what this thread waited
-for a core meanwhile is `waiting`. What no timer is around is the answer's unexplained share. The runtime knows nothing of it; a name that it no longer has fails at once.
+A stage's seconds are its own, without those of the stages that it calls, on the harness's clock. What no timer is
+around is the answer's unexplained share. The runtime knows nothing of it; a name that it no longer has fails at once.
 """
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import numpy as np
 
-from tiny_align.benchmarks.harness import Side, now, waited
+from tiny_align.benchmarks.harness import Side, now
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.llm import TextStream
 
-FIRST, PER_TOKEN, ANSWER, WAITING = "to first token", "per token", "answer", "waiting for a core"
+FIRST, PER_TOKEN, ANSWER = "to first token", "per token", "answer"
 STAGES = ("front end", "encoder", "projector", "readout", "prompt", "prefill", "decode", "text")
 
 
@@ -78,15 +77,15 @@ def answering(assistant: Assistant, audio: np.ndarray, slow: dict[str, float] | 
 
     def side() -> dict[str, float]:
         with timing(assistant, slow) as timers:
-            began, before = time.perf_counter(), waited()
-            answer = assistant.answer(audio)
-            whole, waiting = time.perf_counter() - began, waited() - before
-        per_token = (answer.seconds - answer.ttft_s) / max(1, len(answer.tokens) - 1)
-        return timers.seconds | {WAITING: waiting, FIRST: answer.ttft_s, PER_TOKEN: per_token, ANSWER: whole}
+            began = now()
+            marks = [now() for _ in assistant.stream(audio)]
+            whole = now() - began
+        per_token = (marks[-1] - marks[0]) / max(1, len(marks) - 1)
+        return timers.seconds | {FIRST: marks[0] - began, PER_TOKEN: per_token, ANSWER: whole}
 
     return side
 
 
 def unexplained(seconds: dict[str, float]) -> float:
     """The share of an answer that no stage took; `seconds` are medians or one turn's."""
-    return 1 - sum(seconds[stage] for stage in (*STAGES, WAITING)) / seconds[ANSWER]
+    return 1 - sum(seconds[stage] for stage in STAGES) / seconds[ANSWER]

@@ -9,7 +9,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -152,7 +152,7 @@ def memory(setting: Setting, processes: int = 3) -> dict:
 def from_nothing(setting: Setting, answers: int = 20) -> dict:
     """One process: memory before loading, after it, after an answer and after many; the first answer is a cold one."""
     before = resident_bytes()
-    audio = typical(setting, 16_000)
+    audio = typical(setting, Bundle.open(setting.bundle, verify=False).manifest.front_end.sample_rate)
     began = time.perf_counter()
     with Assistant.load(setting.bundle, threads=setting.threads) as assistant:
         load_s, loaded = time.perf_counter() - began, resident_bytes()
@@ -255,7 +255,9 @@ def limits(setting: Setting) -> dict:
 
 
 def growth(setting: Setting) -> dict:
-    return {"curves": growing.measure(Path(setting.bundle), setting.threads, setting.patience)}
+    """What costs grow with; each curve has a third of the usual time."""
+    patience = replace(setting.patience, seconds=setting.patience.seconds / 3)
+    return {"curves": growing.measure(Path(setting.bundle), setting.threads, patience)}
 
 
 PARTS: dict[str, Callable[[Setting], dict]] = {

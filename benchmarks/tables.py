@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tiny_align.benchmarks.pipelines import OURS
-from tiny_align.benchmarks.stages import ANSWER, FIRST, PER_TOKEN, STAGES, WAITING
+from tiny_align.benchmarks.stages import ANSWER, FIRST, PER_TOKEN, STAGES
 from tiny_align.benchmarks.standard import ALONE
 from tiny_align.runtime.files import write_text, written_file
 
@@ -52,7 +52,7 @@ def inference(parts: dict) -> str:
     """One answer by stages, and how much of it no stage explains."""
     part = parts["inference"]
     ours, whole = part["summary"][OURS], part["summary"][OURS][ANSWER]["median"]
-    rows = [[name, spread(ours[name]), f"{ours[name]['median'] / whole:.1%}"] for name in (*STAGES, WAITING)]
+    rows = [[name, spread(ours[name]), f"{ours[name]['median'] / whole:.1%}"] for name in STAGES]
     rows += [["unexplained", "", f"{part['unexplained']:.1%}"], ["whole answer", spread(ours[ANSWER]), ""]]
     alone = part["summary"][ALONE]["encoder"]
     return grid(["stage", "ms", "share"], rows) + (

@@ -42,8 +42,6 @@ def test_two_runs_alike_are_no_regression(seed):
 @pytest.mark.parametrize("stage", SECONDS)
 @pytest.mark.parametrize("seed", range(5))
 def test_a_stage_that_is_slower_by_a_fifth_is_found(seed, stage):
-    if SECONDS[stage] < 0.1 * max(SECONDS.values()):
-        pytest.skip("a stage this small is not judged")
     assert regressions(turns(seed), turns(100 + seed, slow={stage: 1.2})) == [stage]
 
 
@@ -130,11 +128,9 @@ def test_a_peer_that_fails_says_why():
     slow.close()
 
 
-def test_the_same_pipeline_on_other_engines_says_the_same(assistant, speech):
-    said = assistant.answer(speech).text
-    for make in (pipelines.plain, pipelines.torch_pipeline):
-        with make(assistant.bundle, 1) as other:
-            assert other.answer(speech).text == said
+def test_the_plain_graphs_say_the_same(assistant, speech):
+    with pipelines.plain(assistant.bundle, 1) as other:
+        assert other.answer(speech).tokens == assistant.answer(speech).tokens
 
 
 def test_the_cascade_reads_the_encoders_own_letters(assistant, speech):
@@ -207,7 +203,6 @@ def test_the_exponent_is_that_of_the_data(power):
 def result() -> dict:
     """A small one, of one part."""
     samples = {standard.OURS: turns(1) | {stages.FIRST: [0.03] * 40, stages.PER_TOKEN: [1e-3] * 40}}
-    samples[standard.OURS][stages.WAITING] = [0.0] * 40
     samples[standard.OURS][stages.ANSWER] = [sum(SECONDS.values()) * 1.01] * 40
     samples[standard.ALONE] = {"encoder": [0.015] * 40, "kernel": [1e-3] * 40}
     inference = {
