@@ -18,7 +18,7 @@ from tiny_align.benchmarks.pipelines import OURS
 from tiny_align.benchmarks.stages import STAGES
 from tiny_align.runtime.errors import DataError
 
-MARGIN = 0.05
+MARGIN = 0.08
 LEVEL, RESAMPLES = 0.95, 1000
 MORE_MEMORY, LESS_ROUGE = 1.10, 0.02
 EVERYTHING = "everything"

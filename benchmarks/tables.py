@@ -179,6 +179,9 @@ def draw_growth(part: dict, file: Path) -> None:
         sizes, points = [p["size"] for p in curve["points"]], curve["points"]
         axes.fill_between(sizes, *([1e3 * p[q] for p in points] for q in ("p10", "p90")), color="0.85")
         axes.loglog(sizes, [1e3 * p["median"] for p in points], "-o", color="0", markersize=4)
+        axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
+        axes.tick_params(labelsize=8)
+        axes.minorticks_off()
         axes.set_ylabel("ms")
         axes.title.set_fontsize(9)
     figure.savefig(file, dpi=110, format="png")
