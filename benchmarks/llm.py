@@ -10,8 +10,6 @@ CMAKE_ARGS in the Makefile.) `ratios` holds the worst over the numbers of thread
 """
 
 import argparse
-import multiprocessing
-import os
 import sys
 import time
 from datetime import date
@@ -21,10 +19,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks import finish
-from benchmarks.full_size import WORK
-from benchmarks.peers import PEERS, Served
-from benchmarks.training_cost import SHAPES
+from tiny_align.benchmarks import finish
+from tiny_align.benchmarks.full_size import WORK
+from tiny_align.benchmarks.limits import measure_bandwidth
+from tiny_align.benchmarks.peers import PEERS
+from tiny_align.benchmarks.processes import Served
+from tiny_align.benchmarks.training_cost import SHAPES
 from tiny_align.runtime.errors import DataError
 from tiny_align.runtime.machine import describe
 
@@ -35,32 +35,10 @@ PACKAGES = ("onnxruntime", "llama-cpp-python", "transformers", "torch", "onnxrun
 PAUSE_S = 0.1  # between turns: an engine's threads spin a little after their work
 
 
-def read_memory(barrier, megabytes: int = 512, repeats: int = 8) -> float:
-    """GB/s that this process reads, while others do the same: the best of some dot products."""
-    array, seconds = np.ones(megabytes * 2**18, np.float32), []
-    barrier.wait()
-    for _ in range(repeats):
-        began = time.perf_counter()
-        array @ array
-        seconds.append(time.perf_counter() - began)
-    return array.nbytes / min(seconds) / 1e9
-
-
-def measure_bandwidth(threads: int) -> float:
-    """GB/s that so many processes, each of one thread, read from memory together."""
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("spawn")
-    try:
-        with context.Manager() as manager, context.Pool(threads) as pool:
-            return sum(pool.map(read_memory, [manager.Barrier(threads)] * threads, chunksize=1))
-    finally:
-        del os.environ["OPENBLAS_NUM_THREADS"]
-
-
 def compare(args, threads: int, bar) -> dict:
     """All engines at one number of threads, taking turns."""
     prompt = np.random.default_rng(0).integers(1000, 8000, args.prompt)
-    peers = {name: Served(name, args.work, SHAPES[args.shape], threads) for name in args.peers}
+    peers = {name: Served(PEERS[name], args.work, SHAPES[args.shape], threads, threads=threads) for name in args.peers}
     rows = {name: [] for name in peers}
     gb_s = [measure_bandwidth(threads)]
     for round_ in range(args.rounds + 1):  # the first is to warm up
@@ -93,7 +71,7 @@ def summary(rows: list[dict], prompt: np.ndarray) -> dict:
         "decode_tokens_per_s": 1 / float(np.median(steps)),
         "decode_ms_p10_p90": [float(v) * 1e3 for v in np.percentile(steps, [10, 90])],
         "load_s": rows[-1]["load_s"],
-        "peak_gb": rows[-1]["peak_gb"],
+        "peak_gb": rows[-1]["peak_bytes"] / 2**30,
     }
 
 

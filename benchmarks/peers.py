@@ -1,25 +1,37 @@
 """One LLM under several engines, each behind the same two calls: read a prompt, and one token more.
 
-A peer is made from the models of benchmarks.full_size and lives in a process of its own (`Served`): its threads, its
-memory and its crashes are its own. Nothing here measures quality: weights are random.
+A peer is made from the models of benchmarks.full_size and lives in a process of its own (processes.py). Nothing here
+measures quality: weights are random, but for llama.cpp's, which pipelines.py gives real ones.
 """
 
 import ctypes
 import json
-import multiprocessing
-import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.training_cost import Shape
+from tiny_align.benchmarks.training_cost import Shape
 from tiny_align.runtime.ort import INT8_PRODUCTS
 
 CONTEXT = 512  # positions
 
 
-class TinyAlign:
+class Peer:
+    """An LLM: `prefill` reads a prompt's token ids and gives the next token, `step` reads that and gives one more."""
+
+    def measure(self, prompt: np.ndarray, tokens: int) -> dict:
+        """Seconds to read the prompt and, each, of `tokens` tokens."""
+        began = time.perf_counter()
+        token, marks = self.prefill(prompt), [time.perf_counter()]
+        for _ in range(tokens):
+            token = self.step(token)
+            marks.append(time.perf_counter())
+        return {"prefill_s": marks[0] - began, "steps_s": np.diff(marks).tolist()}
+
+
+class TinyAlign(Peer):
     """The bundle's LLM through the runtime."""
 
     def __init__(self, work: Path, shape: Shape, threads: int):
@@ -41,15 +53,30 @@ class TinyAlign:
         return int(self._llm.prefill(self._llm.embed([token]), self._cache).best(1)[0][0])
 
 
-class LlamaCpp:
+class LlamaCpp(Peer):
     """llama.cpp on a Q4_0 file of the same shapes; the prompt as embeddings, as ours."""
 
     def __init__(self, work: Path, shape: Shape, threads: int):
-        import llama_cpp as api
-
         path = work / "llm.q4_0.gguf"
         if not path.exists():
-            write_gguf(path, shape)
+            write_gguf(path, shape, random_weights())
+        self._llm = Llama(path, shape, threads)
+        self._table = np.load(work / "bundle" / "token_embeddings.npy", mmap_mode="r")
+
+    def prefill(self, ids: np.ndarray) -> int:
+        self._llm.forget()
+        return int(self._llm.read(self._table[ids].astype(np.float32)).argmax())
+
+    def step(self, token: int) -> int:
+        return int(self._llm.read_token(token).argmax())
+
+
+class Llama:
+    """A GGUF file in llama.cpp: embeddings or a token in, logits out."""
+
+    def __init__(self, path: Path, shape: Shape, threads: int):
+        import llama_cpp as api
+
         self._api = api
         self._quiet = api.llama_log_callback(lambda *_: None)
         api.llama_log_set(self._quiet, ctypes.c_void_p(0))
@@ -59,22 +86,25 @@ class LlamaCpp:
         options.n_ctx = options.n_batch = options.n_ubatch = CONTEXT
         options.n_threads = options.n_threads_batch = threads
         self._context = api.llama_init_from_model(self._model, options)
-        self._size, self._vocabulary, self._past = shape.hidden, shape.vocabulary, 0
+        self._vocabulary, self._past = shape.vocabulary, 0
         self._embeddings = api.llama_batch_init(CONTEXT, shape.hidden, 1)
         self._token = api.llama_batch_init(1, 0, 1)
-        self._table = np.load(work / "bundle" / "token_embeddings.npy", mmap_mode="r")
 
-    def prefill(self, ids: np.ndarray) -> int:
+    def forget(self) -> None:
         self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
-        self._past, rows = 0, self._table[ids].astype(np.float32)
-        ctypes.memmove(ctypes.addressof(self._embeddings.embd.contents), rows.ctypes.data, rows.nbytes)
-        return self._decode(self._embeddings, len(ids))
+        self._past = 0
 
-    def step(self, token: int) -> int:
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """(T, D) float32 embeddings -> (V,) float32 logits of the last position."""
+        rows = np.ascontiguousarray(rows)
+        ctypes.memmove(ctypes.addressof(self._embeddings.embd.contents), rows.ctypes.data, rows.nbytes)
+        return self._decode(self._embeddings, len(rows))
+
+    def read_token(self, token: int) -> np.ndarray:
         self._token.token[0] = token
         return self._decode(self._token, 1)
 
-    def _decode(self, batch, n: int) -> int:
+    def _decode(self, batch, n: int) -> np.ndarray:
         batch.n_tokens = n
         for i in range(n):
             batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = self._past + i, 1, 0
@@ -82,15 +112,28 @@ class LlamaCpp:
         self._past += n
         if status := self._api.llama_decode(self._context, batch):
             raise RuntimeError(f"llama_decode returned {status}")
-        logits = self._api.llama_get_logits_ith(self._context, -1)
-        return int(np.ctypeslib.as_array(logits, (self._vocabulary,)).argmax())
+        return np.ctypeslib.as_array(self._api.llama_get_logits_ith(self._context, -1), (self._vocabulary,))
 
 
-def write_gguf(path: Path, shape: Shape) -> None:
-    """A llama of this shape with random weights, every matrix in Q4_0."""
+Weights = Callable[[str, tuple[int, ...]], np.ndarray]  # a tensor's name in a GGUF file and its shape -> float32 values
+
+
+def random_weights() -> Weights:
+    rng = np.random.default_rng(0)
+
+    def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if len(shape) == 1:
+            return np.ones(shape, np.float32)
+        return rng.standard_normal(shape, dtype=np.float32) * np.float32(0.02)
+
+    return draw
+
+
+def write_gguf(path: Path, shape: Shape, weights: Weights, rope_theta: float = 500_000.0) -> None:
+    """A llama of this shape whose output layer is its embedding table, every matrix in Q4_0."""
     import gguf
 
-    writer, rng, kind = gguf.GGUFWriter(path, "llama"), np.random.default_rng(0), gguf.GGMLQuantizationType.Q4_0
+    writer, kind = gguf.GGUFWriter(path, "llama"), gguf.GGMLQuantizationType.Q4_0
     writer.add_context_length(4096)
     writer.add_embedding_length(shape.hidden)
     writer.add_block_count(shape.layers)
@@ -98,7 +141,7 @@ def write_gguf(path: Path, shape: Shape) -> None:
     writer.add_head_count(shape.heads)
     writer.add_head_count_kv(shape.kv_heads)
     writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(500_000.0)
+    writer.add_rope_freq_base(rope_theta)
     writer.add_rope_dimension_count(shape.head_size)
     writer.add_vocab_size(shape.vocabulary)
     writer.add_tokenizer_model("llama")
@@ -106,33 +149,33 @@ def write_gguf(path: Path, shape: Shape) -> None:
     writer.add_token_scores([0.0] * shape.vocabulary)
     writer.add_token_types([1] * shape.vocabulary)
 
-    def matrix(name: str, rows: int, columns: int) -> None:
-        values = rng.standard_normal((rows, columns), dtype=np.float32) * np.float32(0.02)
-        writer.add_tensor(f"{name}.weight", gguf.quants.quantize(values, kind), raw_dtype=kind)
+    def add(name: str, *sizes: int) -> None:
+        values, full = weights(name, sizes), f"{name}.weight"
+        if len(sizes) == 1:
+            writer.add_tensor(full, values)
+        else:
+            writer.add_tensor(full, gguf.quants.quantize(values, kind), raw_dtype=kind)
 
-    def ones(name: str) -> None:
-        writer.add_tensor(f"{name}.weight", np.ones(shape.hidden, np.float32))
-
-    matrix("token_embd", shape.vocabulary, shape.hidden)  # the output layer too
-    ones("output_norm")
+    add("token_embd", shape.vocabulary, shape.hidden)  # the output layer too
+    add("output_norm", shape.hidden)
     wide, narrow = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
     for layer in range(shape.layers):
         place = f"blk.{layer}"
-        ones(f"{place}.attn_norm")
-        ones(f"{place}.ffn_norm")
+        add(f"{place}.attn_norm", shape.hidden)
+        add(f"{place}.ffn_norm", shape.hidden)
         for name, rows in (("attn_q", wide), ("attn_k", narrow), ("attn_v", narrow)):
-            matrix(f"{place}.{name}", rows, shape.hidden)
-        matrix(f"{place}.attn_output", shape.hidden, wide)
-        matrix(f"{place}.ffn_gate", shape.mlp, shape.hidden)
-        matrix(f"{place}.ffn_up", shape.mlp, shape.hidden)
-        matrix(f"{place}.ffn_down", shape.hidden, shape.mlp)
+            add(f"{place}.{name}", rows, shape.hidden)
+        add(f"{place}.attn_output", shape.hidden, wide)
+        add(f"{place}.ffn_gate", shape.mlp, shape.hidden)
+        add(f"{place}.ffn_up", shape.mlp, shape.hidden)
+        add(f"{place}.ffn_down", shape.hidden, shape.mlp)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-class Transformers:
+class Transformers(Peer):
     """transformers in PyTorch, eager, FP32."""
 
     def __init__(self, work: Path, shape: Shape, threads: int):
@@ -158,7 +201,7 @@ class Transformers:
         return int(out.logits[0, 0].argmax())
 
 
-class Genai:
+class Genai(Peer):
     """onnxruntime-genai on the bundle's own graph, which it gets token ids for: it takes no embeddings."""
 
     def __init__(self, work: Path, shape: Shape, threads: int):
@@ -239,60 +282,3 @@ PEERS = {
     "transformers": Transformers,
     "onnxruntime-genai": Genai,
 }
-
-
-class Served:
-    """A peer in a process of its own; `why` says why there is none."""
-
-    def __init__(self, name: str, work: Path, shape: Shape, threads: int):
-        context = multiprocessing.get_context("spawn")
-        self._pipe, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(other, name, work, shape, threads), daemon=True)
-        self._process.start()
-        other.close()
-        self.why = self._ask(None)
-
-    def measure(self, prompt: np.ndarray, tokens: int) -> dict | None:
-        """Seconds to read the prompt and, each, of `tokens` tokens; None where the peer has failed."""
-        answer = self._ask((prompt, tokens)) if self.why is None else None
-        if isinstance(answer, str):
-            self.why = answer
-            return None
-        return answer
-
-    def _ask(self, question):
-        try:
-            if question is not None:
-                self._pipe.send(question)
-            return self._pipe.recv()
-        except (EOFError, OSError):
-            self._process.join(5)
-            return f"its process ended (exit status {self._process.exitcode})"
-
-    def close(self) -> None:
-        self._pipe.close()  # and its process ends
-        self._process.join()
-
-
-def _serve(pipe, name: str, work: Path, shape: Shape, threads: int) -> None:
-    try:
-        began = time.perf_counter()
-        peer = PEERS[name](work, shape, threads)
-        load_s = time.perf_counter() - began
-        pipe.send(None)
-        while True:
-            pipe.send(_measure(peer, *pipe.recv()) | {"load_s": load_s})
-    except EOFError:  # no more questions
-        return
-    except Exception as error:  # any peer's, to be reported in its place
-        pipe.send(f"{type(error).__name__}: {error}".splitlines()[0])
-
-
-def _measure(peer, prompt: np.ndarray, tokens: int) -> dict:
-    began = time.perf_counter()
-    token, marks = peer.prefill(prompt), [time.perf_counter()]
-    for _ in range(tokens):
-        token = peer.step(token)
-        marks.append(time.perf_counter())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"prefill_s": marks[0] - began, "steps_s": np.diff(marks).tolist(), "peak_gb": peak}

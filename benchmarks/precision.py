@@ -21,14 +21,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks import finish
-from benchmarks.encoder import distance
-from benchmarks.full_size import CONTEXT, make_models
-from benchmarks.quantisation import LLM
-from benchmarks.training_cost import SHAPES
 from tiny_align.align.datasets import load_dataset, split_of
 from tiny_align.align.demo import shipped
 from tiny_align.align.evaluate import Heard, hear, score
+from tiny_align.benchmarks import finish
+from tiny_align.benchmarks.encoder import distance
+from tiny_align.benchmarks.full_size import CONTEXT, make_models
+from tiny_align.benchmarks.quantisation import LLM
+from tiny_align.benchmarks.training_cost import SHAPES
 from tiny_align.engines import halves
 from tiny_align.engines.build import build_engines
 from tiny_align.engines.builder import find_builder

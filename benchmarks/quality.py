@@ -14,11 +14,11 @@ from pathlib import Path
 
 import soundfile
 
-from benchmarks import finish
 from tiny_align.align.datasets import Utterance, load_dataset
 from tiny_align.align.demo import shipped
 from tiny_align.align.evaluate import evaluate
 from tiny_align.align.personalise import Effort, personalise
+from tiny_align.benchmarks import finish
 from tiny_align.reference import corpus, recordings, speech
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.machine import describe

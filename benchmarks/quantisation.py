@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks import finish
 from tiny_align.align.datasets import load_dataset, split_of
 from tiny_align.align.demo import shipped
+from tiny_align.benchmarks import finish
 from tiny_align.engines.plain import PlainDecoder
 from tiny_align.export.quantise import Form, forms, output_layer, quantise
 from tiny_align.reference import corpus

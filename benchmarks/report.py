@@ -1,14 +1,19 @@
-"""Writes the README's measured tables from benchmarks/results/: no number there is typed.
+"""Writes the measured tables of the README and of docs/measured.md from benchmarks/results/: no number there is typed.
 
-python -m benchmarks.report            # rewrite README.md
-python -m benchmarks.report --check    # exit 1 if it is not up to date
+python -m benchmarks.report            # rewrite both
+python -m benchmarks.report --check    # exit 1 if one is not up to date
+
+Only what lies between a table's markers is replaced. The standard run's tables are those of its newest result; what was
+not measured stays blank.
 """
 
 import argparse
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import (
+from tiny_align.benchmarks import (
     alignment,
     encoder,
     engines,
@@ -18,13 +23,16 @@ from benchmarks import (
     precision,
     quality,
     quantisation,
+    streaming,
+    tables,
     training_cost,
 )
 from tiny_align.runtime.files import write_text
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
-TABLES = {
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "measured.md")
+RESULTS = ROOT / "benchmarks" / "results"
+PROGRAMS = {
     "encoder_families": (families.RESULTS, families.encoder_table),
     "llm_families": (families.RESULTS, families.llm_table),
     "encoder": (encoder.RESULTS, encoder.table),
@@ -36,35 +44,50 @@ TABLES = {
     "quantisation": (quantisation.RESULTS, quantisation.table),
     "full_size": (full_size.RESULTS, full_size.table),
     "llm": (llm.RESULTS, llm.table),
+    "streaming": (streaming.RESULTS, streaming.table),
     "training_cost": (training_cost.RESULTS, training_cost.table),
 }
+STANDARD = "bench_"  # before the name of a part
 
 
-def render(text: str) -> str:
-    """README text with every marked table made anew."""
-    for name, (results, table) in TABLES.items():
-        begin, end = f"<!-- table {name} -->", f"<!-- end {name} -->"
-        report = json.loads(results.read_text(encoding="utf-8"))
-        head, rest = text.split(begin)
-        _, tail = rest.split(end)
-        text = f"{head}{begin}\n{table(report)}\n\n{_stamp(report)}\n{end}{tail}"
-    return text
+def body_of(name: str, folder: Path = RESULTS) -> str:
+    """A table and where it was measured; "" for a part of the standard run that was not."""
+    if name.startswith(STANDARD):
+        result = newest(name.removeprefix(STANDARD), folder)
+        return f"{tables.TABLES[name.removeprefix(STANDARD)][1](result['parts'])}\n\n{_stamp(result)}" if result else ""
+    results, table = PROGRAMS[name]
+    report = json.loads(results.read_text(encoding="utf-8"))
+    return f"{table(report)}\n\n{_stamp(report)}"
+
+
+def newest(part: str, folder: Path) -> dict | None:
+    """The newest result of `tiny-align bench` that has this part."""
+    told = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json")))
+    standard = [result for result in told if part in result.get("parts", ())]
+    return max(standard, key=lambda result: result["date"], default=None)
+
+
+def render(text: str, body: Callable[[str], str] = body_of) -> str:
+    """A document with every marked table made anew; nothing else of it changes."""
+    marked = re.compile(r"<!-- table (?P<name>\w+) -->\n.*?<!-- end (?P=name) -->", re.DOTALL)
+    return marked.sub(lambda m: f"<!-- table {m['name']} -->\n{body(m['name'])}\n<!-- end {m['name']} -->", text)
 
 
 def _stamp(report: dict) -> str:
     machine = report["machine"]
     where = ", ".join(str(machine[k]) for k in ("jetson", "processor", "cores") if k in machine)
-    return f"`{report['command']}` on {where} cores, {report['date']}."
+    return f"`{report['command']}` on {where} cores, {report['date'][:10]}."
 
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args(argv)
-    old = README.read_text(encoding="utf-8")
-    new = render(old)
+    old = {path: path.read_text(encoding="utf-8") for path in DOCUMENTS}
+    new = {path: render(text) for path, text in old.items()}
     if not args.check:
-        write_text(README, new)
+        for path, text in new.items():
+            write_text(path, text)
     print(json.dumps({"up_to_date": old == new}))
     return int(args.check and old != new)
 

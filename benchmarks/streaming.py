@@ -28,10 +28,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks import finish
 from tiny_align.align.datasets import load_dataset
 from tiny_align.align.demo import shipped
 from tiny_align.align.evaluate import evaluate
+from tiny_align.benchmarks import finish
 from tiny_align.runtime import Assistant, Decoding
 from tiny_align.runtime.bundle import Bundle
 from tiny_align.runtime.errors import AudioError

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import finish
 from tiny_align.align.demo import shipped
 from tiny_align.align.users import load_projector, write_user
+from tiny_align.benchmarks import finish
 from tiny_align.engines.build import build_engines
 from tiny_align.engines.builder import find_builder
 from tiny_align.runtime.assistant import Assistant

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks import finish
+from tiny_align.benchmarks import finish
 from tiny_align.runtime.machine import describe
 
 RESULTS = Path(__file__).parent / "results" / "training_cost.json"

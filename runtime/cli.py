@@ -1,7 +1,7 @@
 """The command `tiny-align`: a table of sub-commands, each in its own stage and loaded only when called.
 
 Every command's last line on stdout is one JSON document, with --json the only one. What was given wrongly
-is one sentence on stderr and exit status 2.
+is one sentence on stderr and exit status 2. A command that finds something wrong gives its own `exit_status`.
 """
 
 import argparse
@@ -25,6 +25,7 @@ COMMANDS = {  # name -> (module, what it does, the extra that installs what it n
     "run": ("tiny_align.runtime.run", "answer a recording", None),
     "listen": ("tiny_align.runtime.listen", "talk with it: a microphone, or recordings played to it", "listen"),
     "chat": ("tiny_align.runtime.chat", "talk with it in typed turns", None),
+    "bench": ("tiny_align.benchmarks.command", "measure this machine, beside what would be used instead", "bench"),
     "doctor": ("tiny_align.runtime.doctor", "say what this machine can do and what it lacks", None),
 }
 
@@ -52,8 +53,9 @@ def main(argv=None) -> int:
         return _fail(f"{args.command} needs the package {error.name}: pip install 'tiny-align[{extra}]'")
     except KeyboardInterrupt:
         return _fail("interrupted", status=130)
+    status = result.pop("exit_status", 0)
     print(json.dumps(result, ensure_ascii=False), flush=True)
-    return 0
+    return status
 
 
 def _fail(message: str, status: int = 2) -> int:

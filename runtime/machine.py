@@ -10,7 +10,7 @@ made. It does not judge: doctor.py does, and the builder decides whether a build
     /sys/class/thermal/thermal_zone*                            kernel, driver-api/thermal/sysfs-api
     /sys/class/hwmon/hwmon*/oc*_event_cnt                       Jetson Linux Developer Guide, throttling
     /sys/kernel/mm/transparent_hugepage                         kernel, admin-guide/mm/transhuge
-    /proc/meminfo, /proc/swaps, /proc/asound                    proc(5); ALSA's designs/procfile
+    /proc/meminfo, /proc/swaps, /proc/loadavg, /proc/asound     proc(5); ALSA's designs/procfile
     /proc/device-tree/model                                     the board's device tree
     /usr/local/cuda/version.json, /usr/lib/*/libnvinfer.so.*    files of NVIDIA's Debian packages
 """
@@ -208,6 +208,21 @@ def gpu_clock(root: Path = ROOT) -> Clock | None:
         if None not in told:
             return Clock(*told)
     return None
+
+
+def cpu_mhz(root: Path = ROOT) -> float | None:
+    """The mean of the cores' clocks at this moment; None where the kernel does not tell."""
+    told = re.findall(r"^cpu MHz\s*: ([\d.]+)", read(under(root, CPUINFO)), re.MULTILINE)
+    paths = under(root, Path("/sys/devices/system/cpu")).glob("cpu[0-9]*/cpufreq/scaling_cur_freq")
+    scaled = [khz / 1000 for path in paths if (khz := _number(path))]
+    clocks = scaled or [float(mhz) for mhz in told]
+    return round(sum(clocks) / len(clocks), 1) if clocks else None
+
+
+def load(root: Path = ROOT) -> float | None:
+    """How many processes wanted to run, over the last minute."""
+    told = read(under(root, Path("/proc/loadavg"))).split()
+    return float(told[0]) if told else None
 
 
 def cores(root: Path = ROOT) -> tuple[str, str]:

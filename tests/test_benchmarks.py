@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from benchmarks import alignment, encoder, families, quantisation, report, swap, training_cost
 from tiny_align.align.users import load_projector
+from tiny_align.benchmarks import alignment, encoder, families, quantisation, report, swap, training_cost
 from tiny_align.runtime.bundle import Bundle
 
 
@@ -67,7 +67,7 @@ def test_tokens_after_the_first_difference_are_not_equal():
 def test_the_table_of_families_is_whole():
     """Every family has its row, and what it says holds: equal to the last token."""
     pytest.importorskip("transformers", reason="the families are transformers'")
-    from benchmarks import tiny_encoders, tiny_llms
+    from tiny_align.benchmarks import tiny_encoders, tiny_llms
 
     measured = json.loads(families.RESULTS.read_text(encoding="utf-8"))
     assert measured["encoders"].keys() == tiny_encoders.MAKERS.keys()
@@ -77,9 +77,24 @@ def test_the_table_of_families_is_whole():
         assert all(row[way]["equal"] == row[way]["tokens"] > 100 for way in ("embeddings", "text"))
 
 
-def test_the_readmes_tables_are_the_results():
-    text = report.README.read_text(encoding="utf-8")
-    assert report.render(text) == text
+@pytest.mark.parametrize("path", report.DOCUMENTS, ids=lambda path: path.name)
+def test_the_measured_tables_are_the_results(path):
+    text = path.read_text(encoding="utf-8")
+    assert report.render(text) == text and "<!-- table " in text
+
+
+def test_the_report_replaces_only_between_markers():
+    text = "1.23\n<!-- table a -->\nold\n<!-- end a -->\n4.56 <!-- end a -->\n<!-- table b -->\n<!-- end b -->\n"
+    expected = text.replace("old", "new a").replace("b -->\n<", "b -->\nnew b\n<")
+    assert report.render(text, body=lambda name: f"new {name}") == expected
+
+
+def test_the_newest_result_is_reported_and_none_is_blank(tmp_path):
+    for name, day, parts in (("x", 1, {"memory": 1}), ("y", 2, {"memory": 2}), ("z", 3, {})):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"date": f"2026-01-0{day}T00:00:00", "parts": parts}))
+    (tmp_path / "other.json").write_text("{}")
+    assert report.newest("memory", tmp_path)["parts"] == {"memory": 2}
+    assert report.body_of("bench_growth", tmp_path) == ""
 
 
 def test_the_distance_of_features_is_by_direction_and_by_size():

@@ -15,6 +15,7 @@ MAY_IMPORT = {  # stage -> the stages it may use
     "export": {"export", "align", "runtime"},
     "engines": {"engines", "runtime"},
     "reference": {"runtime", "align", "export", "engines", "reference"},
+    "benchmarks": {"runtime", "align", "export", "engines", "reference", "benchmarks"},
 }
 WITHOUT_TORCH = {"runtime", "engines"}
 TORCH = {"torch", "transformers", "safetensors"}
@@ -43,7 +44,7 @@ def named(path):
 
 
 STAGE_MODULES = modules(*MAY_IMPORT)
-ALL_MODULES = modules(*MAY_IMPORT, "benchmarks", "tests")
+ALL_MODULES = modules(*MAY_IMPORT, "tests")
 
 
 def imported(path) -> set[str]:

@@ -27,13 +27,14 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_the_wheel_holds_stages_and_reference(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    for name in ("runtime/cli.py", "align/train.py", "export/graphs.py", "engines/build.py", "reference/corpus.py"):
+    stages = ("runtime/cli.py", "align/train.py", "export/graphs.py", "engines/build.py", "reference/corpus.py")
+    for name in (*stages, "benchmarks/command.py"):
         assert f"tiny_align/{name}" in names
     manifest = json.loads((ROOT / "reference/bundle/manifest.json").read_text())
     for name in ("manifest.json", *manifest["files"]):
         assert f"tiny_align/reference/bundle/{name}" in names
     assert "tiny_align/reference/voice/metadata.jsonl" in names
-    assert not any("weights/" in n or "/users/" in n or n.startswith("tests/") for n in names)
+    assert not any("weights/" in n or "/users/" in n or "/results/" in n or n.startswith("tests/") for n in names)
 
 
 def test_the_demo_runs_from_the_wheel(wheel, tmp_path):

@@ -23,8 +23,8 @@ torch = pytest.importorskip("torch", reason="models are exported from torch")
 transformers = pytest.importorskip("transformers", reason="models are exported from transformers")
 onnx = pytest.importorskip("onnx", reason="exported graphs are read with onnx")
 
-from benchmarks.families import traced_once  # noqa: E402 - needs the packages above
-from benchmarks.tiny_encoders import (  # noqa: E402  # noqa: E402
+from tiny_align.benchmarks.families import traced_once  # noqa: E402 - needs the packages above
+from tiny_align.benchmarks.tiny_encoders import (  # noqa: E402  # noqa: E402
     LAYERS,
     MAKERS,
     SIZE,

@@ -26,8 +26,8 @@ onnx = pytest.importorskip("onnx", reason="exported graphs are read with onnx")
 
 from test_export import make_encoder  # noqa: E402
 
-from benchmarks.families import traced_once  # noqa: E402 - needs the packages above
-from benchmarks.tiny_llms import (  # noqa: E402
+from tiny_align.benchmarks.families import traced_once  # noqa: E402 - needs the packages above
+from tiny_align.benchmarks.tiny_llms import (  # noqa: E402
     CONTEXT,
     ENDED_TEXT,
     FAMILIES,
