@@ -257,7 +257,7 @@ class Session:
     def _heard_to_end(self, turn: Turn, end: End, window: np.ndarray, kept: slice) -> Future:
         """The last soft tokens, if this is the end: by a copy of the turn's reader."""
         if turn.end is end and not turn.cancelled.is_set():
-            reader = copy.deepcopy(turn.reader) or self._assistant.reader()
+            reader = copy.copy(turn.reader) or self._assistant.reader()
             try:
                 pieces = [reader.push(self._assistant.hear(window)[kept]), reader.finish()]
                 end.words = [soft_tokens for soft_tokens in pieces if len(soft_tokens)]
