@@ -35,6 +35,7 @@ bench-full: $(STAMPS)/dev,peers  ## every other measurement, hours
 	$(BIN)/python -m benchmarks.full_size
 	$(BIN)/python -m benchmarks.llm
 	$(BIN)/python -m benchmarks.engines
+	$(BIN)/python -m benchmarks.precision
 	$(BIN)/python -m benchmarks.report
 
 bench-short: $(STAMPS)/dev  ## whether the standard run works, a few minutes; peers where they are installed

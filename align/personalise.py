@@ -150,7 +150,7 @@ def _train(assistant, projector, utterances: list, work: Path, effort: Effort, q
     company = company_of(assistant, options.objective)
     encode_seconds = time.perf_counter() - began
     objective = make(options, embedding_table(assistant), assistant.bundle.manifest.readout.scale)
-    trained = Trainer(projector, examples, objective, options, work, company).run(quiet)
+    trained = Trainer(projector, examples, objective, options, work, company, assistant.windows).run(quiet)
     trained.record["encode_seconds"] = encode_seconds
     trained.record["train_seconds"] += encode_seconds  # what the person waits
     return trained

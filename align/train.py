@@ -21,10 +21,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tiny_align.align.feature_cache import Stored, array_of
+from tiny_align.align.windows import project
 from tiny_align.runtime.errors import DataError
 from tiny_align.runtime.files import written_file
+from tiny_align.runtime.windows import WindowSpec
 
 JUDGED = 64  # held-out recordings that are looked at together
+JUDGEMENT = ("held_out", "held_out_loss")  # of the weights, in the curve: where the first is equal, the second decides
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +85,8 @@ class Trainer:
     """One projector, one set of examples, one optimiser; `run` trains to the end.
 
     What is kept is the running mean of the weights at the end, or the weights it began with where those do better on
-    the held-out utterances. A dozen of them can tell that much; they cannot tell which step was the best.
+    the held-out utterances. A dozen of them can tell that much; they cannot tell which step was the best. Of a few, as
+    many words are often heard wrongly before and after: then the loss decides, which tells more than none.
     """
 
     def __init__(
@@ -93,8 +97,13 @@ class Trainer:
         options: TrainOptions,
         work: Path | None,
         company: list[Example] = (),
+        windows: WindowSpec | None = None,
     ):
-        """`company`: other people's utterances, and sounds without a word; `options.company` of them in every step."""
+        """Args:
+        company: other people's utterances, and sounds without a word; `options.company` of them in every step.
+        windows: the bundle's, how the features are cut.
+        """
+        self.windows = windows
         self.projector, self.objective, self.options, self.work = projector, objective, options, work
         self.held, self.used = held_out(examples, options.held_out)
         self.judges = [take for e in self.held or self.used for take in e.takes()]
@@ -124,7 +133,8 @@ class Trainer:
                 self._check(loss)
                 bar.set_postfix(loss=f"{loss:.3f}", held_out=f"{self.curve[-1]['held_out']:.3f}")
         bar.close()
-        improved = self.curve[-1]["held_out"] < self.curve[0]["held_out"]
+        before, after = ([entry[name] for name in JUDGEMENT] for entry in (self.curve[0], self.curve[-1]))
+        improved = after < before
         record = {"steps": self.step, "train_seconds": self.spent_s, "improved": improved}
         record |= {"utterances": self.n_utterances, "options": asdict(self.options), "curve": self.curve}
         return Trained(_weights(self.mean if improved or untrained else self.start), record)
@@ -165,28 +175,31 @@ class Trainer:
     def _outputs(self, projector, examples: list[Example], rng: np.random.Generator | None) -> tuple[Tensor, Tensor]:
         """What a projector gives, and its lengths; with `rng`, of a take with a share of its frames hidden."""
         takes = [e.take(rng) for e in examples]
-        n_frames = torch.tensor([len(take) for take in takes])
-        features = torch.nn.utils.rnn.pad_sequence(takes, batch_first=True)
         if rng:
-            seen = torch.from_numpy(rng.random(features.shape[:2]) >= self.options.hide)  # (B, N)
-            features = features * seen.unsqueeze(-1)
-        return projector(features, n_frames), projector.output_lengths(n_frames)
+            takes = [take * torch.from_numpy(rng.random((len(take), 1)) >= self.options.hide) for take in takes]
+        return project(projector, takes, self.windows)
 
     @torch.no_grad()
-    def _held_out_figure(self) -> float:
-        """How good the mean weights are: the objective's own measure of them, or its loss."""
+    def _held_out_figures(self) -> tuple[float, float]:
+        """How good the mean weights are: the objective's own measure of them, where it has one, and its loss."""
         measure = getattr(self.objective, "held_out", self.objective)
         parts = [self.judges[i : i + JUDGED] for i in range(0, len(self.judges), JUDGED)]
-        figures = [float(measure(*self._outputs(self.mean, part, None), part, self.step)) for part in parts]
-        return float(np.average(figures, weights=[sum(len(e.tokens) or 1 for e in part) for part in parts]))
+        figures = []
+        for part in parts:
+            outputs = self._outputs(self.mean, part, None)
+            loss = self.objective(*outputs, part, self.steps)  # as at the end: of every check the same
+            figures.append((float(measure(*outputs, part, self.step)), float(loss)))
+        weights = [sum(len(e.tokens) or 1 for e in part) for part in parts]
+        return tuple(np.average(figures, axis=0, weights=weights).tolist())
 
     @torch.no_grad()
     def _check(self, loss: float | None) -> None:
         """A point of the curve, and the state on disk."""
-        held = self._held_out_figure()
-        if not np.isfinite(held):
-            raise DataError(f"the training diverged: its loss is {held} after {self.step} steps. Check the recordings")
-        self.curve.append({"step": self.step, "seconds": round(self.spent_s, 2), "loss": loss, "held_out": held})
+        held = dict(zip(JUDGEMENT, self._held_out_figures()))
+        if not all(map(np.isfinite, held.values())):
+            shown = held["held_out_loss"]
+            raise DataError(f"the training diverged: its loss is {shown} after {self.step} steps. Check the recordings")
+        self.curve.append({"step": self.step, "seconds": round(self.spent_s, 2), "loss": loss, **held})
         if self.work:
             self._save()
 

@@ -34,6 +34,7 @@ from tiny_align.align.projector import PROJECTORS, build_projector
 from tiny_align.align.silence import hiss
 from tiny_align.align.train import Trainer, TrainOptions
 from tiny_align.align.users import load_projector
+from tiny_align.align.windows import project
 from tiny_align.reference import corpus, recordings, speech
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.bundle import Bundle
@@ -44,7 +45,7 @@ from tiny_align.runtime.readout import collapse, ctc_scale, merge_similar
 RESULTS = Path(__file__).parent / "results"
 PARTS = ("table", "curves")
 WEIGHTS = Path(__file__).parents[1] / "reference" / "weights"
-VOICES = ("slt", "awb", "kal16")
+VOICES = speech.NEW_VOICES
 SOFT_TOKENS, MERGE_COSINE = 24, 0.85  # where a projector pools
 RATES, PERSONAL_RATES = (5e-4, 1.5e-3, 4e-3, 1e-2), (1e-3, 3e-3, 1e-2)
 FEW = (10, 25, 50, 100, 200)  # utterances
@@ -80,7 +81,7 @@ class Speaking:
         import torch
 
         with torch.no_grad():
-            out = self.projector(torch.from_numpy(features)[None])[0].numpy()
+            out = project(self.projector, [torch.from_numpy(features)], self.assistant.windows)[0][0].numpy()
         if self.projector.config.soft_tokens:
             return merge_similar(out, MERGE_COSINE)
         return collapse(out, self.table, ctc_scale(self.table))
@@ -198,7 +199,9 @@ class Cell:
         )  # fmt: skip
         table = embedding_table(self.assistant)
         target = make(options, table, ctc_scale(table.numpy()), self.llm)
-        trained = Trainer(projector, examples, target, options, None, self.company).run(quiet=True)
+        trained = Trainer(projector, examples, target, options, None, self.company, self.assistant.windows).run(
+            quiet=True
+        )
         projector.load_state_dict(trained.weights)
         return trained.record
 
@@ -325,7 +328,9 @@ class Shipped:
         options = TrainOptions(seed=seed)
         projector = load_projector(self.assistant.bundle, self.assistant.bundle.graph("projector"))
         target = make(options, embedding_table(self.assistant), self.assistant.bundle.manifest.readout.scale)
-        trained = Trainer(projector, self.examples[:n], target, options, None, self.company).run(quiet=True)
+        trained = Trainer(
+            projector, self.examples[:n], target, options, None, self.company, self.assistant.windows
+        ).run(quiet=True)
         projector.load_state_dict(trained.weights)
         return projector, trained.record["train_seconds"]
 

@@ -54,15 +54,16 @@ def new_person(bundle: Path, data: Path, name: str, users: Path) -> dict:
 def measure(bundle: Path, digits: Path | None, n_train: int) -> dict:
     command = "python -m benchmarks.quality" + (" --digits FOLDER" if digits else "")
     report: dict = {"machine": describe(), "date": str(date.today()), "command": command}
-    report |= {"new_voices": {}, "people": {}}
+    report |= {"learnt_voices": {}, "new_voices": {}, "people": {}}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         with Assistant.load(bundle) as assistant:
             report["typed"] = typed_exact(assistant, 800)
             report["known_voices"] = known_voices(assistant, 60, folder)
-        for name in speech.HELD_OUT_VOICES:
-            recordings.write_voice(name, folder / name, n_train, 40)
-            report["new_voices"][name] = new_person(bundle, folder / name, name, folder / "users")
+        for group, voices in (("learnt_voices", speech.LEARNT_VOICES), ("new_voices", speech.NEW_VOICES)):
+            for name in voices:
+                recordings.write_voice(name, folder / name, n_train, 40)
+                report[group][name] = new_person(bundle, folder / name, name, folder / "users")
         for person in sorted(digits.glob("*/metadata.jsonl")) if digits else []:
             report["people"][person.parent.name] = new_person(
                 bundle, person.parent, person.parent.name, folder / "users"
@@ -80,7 +81,7 @@ def table(report: dict) -> str:
         f"| known voices, general projector | {known['rougeL']:.3f} | | {known['wer']:.3f} | | "
         f"{known['rougeL_chance']:.3f} | |",
     ]
-    for group, label in (("new_voices", "flite"), ("people", "human, digits")):
+    for group, label in (("learnt_voices", "flite, known"), ("new_voices", "flite, new"), ("people", "human, digits")):
         for name, r in report[group].items():
             lines.append(
                 f"| {name} ({label}) | {r['rougeL_before']:.3f} | {r['rougeL_after']:.3f} | {r['wer_before']:.3f} | "

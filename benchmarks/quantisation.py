@@ -25,6 +25,7 @@ from tqdm import tqdm
 from tiny_align.align.datasets import load_dataset, split_of
 from tiny_align.align.demo import shipped
 from tiny_align.benchmarks import finish
+from tiny_align.engines.plain import PlainDecoder
 from tiny_align.export.quantise import Form, forms, output_layer, quantise
 from tiny_align.reference import corpus
 from tiny_align.runtime.assistant import Assistant
@@ -152,14 +153,14 @@ class Judge:
 
     @contextlib.contextmanager
     def _llm(self, path: Path):
-        with load_runner(path, self._spec, "onnxruntime", 1) as runner:
-            yield LanguageModel(self._bundle, runner)
+        with PlainDecoder(path, self._spec, 1) as decoder:
+            yield LanguageModel(self._bundle, decoder)
 
     def _logits(self, llm: LanguageModel, prompt: np.ndarray, said: list[int]) -> np.ndarray:
         """(n, V): log-probabilities at every token of an answer, after the tokens before it."""
         cache = Cache()
-        rows = [llm.prefill(np.ascontiguousarray(prompt, np.float32), cache).copy()]
-        rows += [llm.prefill(llm.embed([token]), cache).copy() for token in said[:-1]]
+        rows = [llm.prefill(np.ascontiguousarray(prompt, np.float32), cache).logits.copy()]
+        rows += [llm.prefill(llm.embed([token]), cache).logits.copy() for token in said[:-1]]
         shifted = np.stack(rows) - np.max(rows, axis=1, keepdims=True)
         return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 

@@ -8,7 +8,11 @@ done. Nothing is loaded here: runtime does, and checks engine.json first (runtim
     jetpack                                 the L4T release it ran on, null off a Jetson
     machine                                 what it ran on: system, GPU, CUDA
     graphs: name ->
-        precision                           as in the manifest
+        precision                           as in the manifest, or the rung's that was chosen; "int4/fp16": weights in
+                                            INT4, computed in FP16
+        asked, accuracy                     of a ladder (ladder.py): what it was asked, and of each rung tried its least
+                                            cosine to the bundle's own graph and its bound
+        built_sha256                        of the ONNX file that was built: a rung's, or the bundle's
         bytes, engine_sha256                of <name>.engine
         seconds, peak_memory_bytes          of parsing, building and writing; host memory of the build process
         flags, optimization_level           of the builder
@@ -17,7 +21,7 @@ done. Nothing is loaded here: runtime does, and checks engine.json first (runtim
         profile                             input -> its "min", "opt" and "max" shape
 
 An engine is stale where `files` differs from the manifest: weights in external data leave the ONNX file unchanged. It
-is built from the manifest's plain graph, in the precision that the graph has.
+is built from the manifest's plain graph, in the precision that the graph has, or from what a ladder's rung made of it.
 """
 
 import contextlib
@@ -30,6 +34,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tiny_align.engines.builder import Builder, find_builder
+from tiny_align.engines.ladder import Ladder, choose
 from tiny_align.engines.preflight import require_memory
 from tiny_align.engines.process import run_build
 from tiny_align.runtime.bundle import Bundle
@@ -49,16 +54,19 @@ def build_engines(
     *,
     compute_capability: int | None = None,
     graphs: Iterable[str] | None = None,
+    ladder: Ladder | None = None,
     force: bool = False,
 ) -> dict[str, dict]:
     """Build a bundle's engines, or a person's (`Bundle.person`), for this machine or, with TensorRT-RTX, another GPU.
 
-    An engine that is there, whole and made from the same graph and profile stays as it is, unless `graphs` names it.
+    An engine that is there, whole and made from the same graph and profile stays as it is, unless `graphs` names it or
+    `ladder` asks for something else.
     After a kill the same call goes on: what it had finished is not built again.
 
     Args:
         compute_capability: the target GPU's, 86 for 8.6; see builder.find_builder for None.
         graphs: names of the graphs to build; None: all that lack an engine that fits.
+        ladder: which precision each graph is built in; None: the bundle's own, where there is no engine yet.
         force: build even where memory seems not to do.
 
     Returns:
@@ -66,12 +74,13 @@ def build_engines(
 
     Raises:
         BackendError: no builder, a target or a graph it refuses, too little memory, a build that was killed, a folder
-            not writable, or another build of the same engines under way.
+            not writable, another build of the same engines under way, or a precision beyond its bound.
+        AudioError: a recording of the ladder that cannot be used.
         BundleError: a graph the bundle does not have, or a damaged manifest.
     """
     names = _checked(bundle, graphs)
     builder = find_builder(compute_capability)
-    sources = {name: _source(bundle, name) for name in bundle.manifest.graphs}
+    sources = {name: _source(bundle, name, ladder) for name in bundle.manifest.graphs}
     target = engines_path(bundle, builder.facts)
     with _unfinished(target) as folder:
         done = _whole(folder, builder, sources)
@@ -81,8 +90,10 @@ def build_engines(
         for name, tell in _progress([n for n in wanted if n not in done]):
             if not force:
                 _require_memory(name, _graph_bytes(bundle, sources[name]), builder)
-            cost = run_build(name, _job(bundle.graph(name), name, builder, folder, sources[name]), tell)
-            done[name] = {**_engine_entry(folder / f"{name}.engine"), **cost, **sources[name]}
+            tell(0.0, "choosing a precision")
+            choice = choose(bundle, name, ladder or Ladder(), folder)
+            cost = run_build(name, _job(choice.graph, name, builder, folder, sources[name]), tell)
+            done[name] = {**sources[name], **choice.entry, **cost, **_engine_entry(folder / f"{name}.engine")}
             _write_record(folder, builder, done)
         _finish(folder, builder, done)
     return {name: done[name] for name in wanted}
@@ -99,7 +110,7 @@ def _checked(bundle: Bundle, graphs: Iterable[str] | None) -> list[str]:
     return names
 
 
-def _source(bundle: Bundle, name: str) -> dict:
+def _source(bundle: Bundle, name: str, ladder: Ladder | None = None) -> dict:
     """What an engine of this graph is made from, as engine.json has it."""
     graph = bundle.manifest.graphs[name]
     files = {p.relative_to(bundle.path).as_posix(): sha256(p) for p in graph_files(bundle.graph(name))}
@@ -107,7 +118,8 @@ def _source(bundle: Bundle, name: str) -> dict:
         tensor: {"min": list(least), "opt": list(usual), "max": list(greatest)}
         for tensor, (least, usual, greatest) in graph_profile(graph, bundle.manifest.dims).items()
     }
-    return {"precision": graph.precision, "graph_sha256": files[graph.file], "files": files, "profile": profile}
+    wanted = ladder.wanted(name, graph.precision) if ladder else {}
+    return {"graph_sha256": files[graph.file], "files": files, "profile": profile, **wanted}
 
 
 def graph_files(path: Path) -> list[Path]:

@@ -190,8 +190,13 @@ def peak_memory_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
-def main() -> int:
+def die_with_parent() -> None:
+    """This process ends when the one that started it does, however it does."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def main() -> int:
+    die_with_parent()
     try:
         result = build(json.load(sys.stdin))
     except TinyAlignError as error:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tiny_align.engines.build import build_engines
 from tiny_align.engines.builder import find_builder
+from tiny_align.engines.ladder import Ladder
 from tiny_align.runtime.bundle import Bundle
 from tiny_align.runtime.engines import engines_path
 from tiny_align.runtime.machine import free_memory_line
@@ -26,6 +27,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="build these graphs, even again (default: all that lack an engine that fits)",
     )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="recordings of the person who will be heard: INT8 is calibrated and every precision measured on them",
+    )
+    parser.add_argument(
+        "--precision",
+        metavar="NAME",
+        help="what graphs compute in: auto (the fastest within its bound; default with --data), int8, fp16 or fp32 "
+        "(as exported; default for what has no engine yet)",
+    )
     parser.add_argument("--user", metavar="NAME", help="build an engine of this person's projector only")
     parser.add_argument("--users", type=Path, metavar="DIR", help="where persons are kept (default: BUNDLE/users)")
     parser.add_argument("--force", action="store_true", help="build even where memory seems not to do")
@@ -37,10 +50,13 @@ def run(args: argparse.Namespace) -> dict:
     if args.user is not None:
         bundle = bundle.person(bundle.user_folder(args.user, args.users))
     builder = find_builder(args.compute_capability)
+    ladder = Ladder.of(args.data, args.precision) if args.data or args.precision else None
     if not args.json:
         print(f"{builder.package} {builder.version} for compute capability {builder.compute_capability}")
         print(free_memory_line(), flush=True)
-    engines = build_engines(bundle, compute_capability=builder.compute_capability, graphs=args.graph, force=args.force)
+    engines = build_engines(
+        bundle, compute_capability=builder.compute_capability, graphs=args.graph, ladder=ladder, force=args.force
+    )
     path = engines_path(bundle, builder.facts)
     if not args.json:
         _print_engines(engines, path)
@@ -51,6 +67,12 @@ def _print_engines(engines: dict[str, dict], path: Path) -> None:
     for name, engine in engines.items():
         print(
             f"{name}: {engine['precision']}, {engine['bytes'] / 1e6:.1f} MB, built in {engine['seconds']:.1f} s "
-            f"with {engine['peak_memory_bytes'] / 1e6:.0f} MB"
+            f"with {engine['peak_memory_bytes'] / 1e6:.0f} MB{_tried(engine['accuracy'])}"
         )
     print(f"engines in {path}")
+
+
+def _tried(accuracy: dict | None) -> str:
+    """What the ladder found."""
+    rungs = (f"{name} {found['cosine']:.5f} of {found['bound']:g}" for name, found in (accuracy or {}).items())
+    return f"; cosine {', '.join(rungs)}" if accuracy else ""

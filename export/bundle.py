@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 
 from tiny_align.export import parity
+from tiny_align.export.best import pick_best
 from tiny_align.export.encoders import encoder_graph, load_encoder
 from tiny_align.export.fused import fused_llm_graph
 from tiny_align.export.graphs import projector_graph
@@ -23,6 +24,7 @@ from tiny_align.export.llms import embedding_table, llm_graph, llm_spec, load_ll
 from tiny_align.export.packing import share_weights
 from tiny_align.export.prompts import prompt_spec
 from tiny_align.export.quantise import BLOCKS, forms, quantise
+from tiny_align.export.windows import MARGIN_S, window_spec
 from tiny_align.runtime.backend import load_decoder, load_runner
 from tiny_align.runtime.bundle import (
     MANIFEST,
@@ -38,6 +40,7 @@ from tiny_align.runtime.errors import TinyAlignError
 from tiny_align.runtime.files import sha256, writing, written_folder
 from tiny_align.runtime.llm import encode_in_place
 from tiny_align.runtime.readout import Readout, ctc_scale
+from tiny_align.runtime.windows import WindowSpec
 
 LARGE_VOCABULARY = 8192  # rows of the embedding table; of a larger one speech is read as listed tokens only
 UNTRAINED = "Leave --projector out and train one with `tiny-align align --general`"
@@ -62,6 +65,7 @@ class ExportOptions:
     max_context: int = 256
     soft_tokens: int | None = None  # the projector pools to so many; None: length follows the speech
     merge_cosine: float | None = 0.85  # where it pools, see runtime/readout.py
+    window_s: float = 3.2  # speech is encoded in windows of so many seconds while it is spoken; 0: as a whole
     seed: int = 0
 
 
@@ -102,6 +106,8 @@ def _check_sizes(options: ExportOptions) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise TinyAlignError(f"--{name.replace('_', '-')} is {value}: give at least {least}")
+    if options.window_s and not options.window_s >= 3 * MARGIN_S:  # NaN fails too
+        raise TinyAlignError(f"--window-s is {options.window_s}: give at least {3 * MARGIN_S:g}, or 0 for no windows")
 
 
 def _check_ends(path: str, llm, tokenizer) -> None:
@@ -161,8 +167,20 @@ def _write(folder: Path, options, encoder, llm, llm_sizes, tokenizer, projector,
         embeddings_sha256=bound_to,
         readout=make_readout(options, table.astype(np.float32) * llm_sizes.embedding_scale),
         files={},
+        windows=_windows(folder, options, encoder, graphs["encoder"]),
         projector_trained=options.projector is not None,
     )
+
+
+def _windows(folder: Path, options: ExportOptions, encoder, spec: GraphSpec) -> WindowSpec | None:
+    """None where an utterance is looked at as a whole: the projector pools it, or the encoder takes one length only."""
+    spec = spec.on("onnxruntime")
+    rows = spec.inputs[0]
+    if options.soft_tokens or isinstance(rows.shape[1], int):
+        return None
+    with load_runner(folder / spec.file, spec, "onnxruntime") as runner:
+        encode = lambda given: runner({rows.name: given})["features"]  # noqa: E731
+        return window_spec(options.window_s, encoder.front_end, encoder.frame_s, encode)
 
 
 def _tokens_of(sentences: str | None, tokenizer, prompt) -> np.ndarray:
@@ -231,6 +249,7 @@ def _write_llm(folder: Path, llm, options: ExportOptions, max_context: int) -> G
                 quantise(source, folder / source.name, layers, head)
                 figures[f"{options.precision}_max_abs_diff_to_pytorch"] = check(folder / source.name, exact)
         specs[name] = dataclasses.replace(exact, precision=options.precision, parity=figures)
+    specs["llm"] = pick_best(folder / specs["llm"].file, specs["llm"])
     share_weights(folder / specs["llm"].file, folder / specs["llm.ort"].file)
     return dataclasses.replace(specs["llm"], backends={"onnxruntime": specs["llm.ort"]})
 

@@ -24,6 +24,12 @@ def add_arguments(parser) -> None:
     parser.add_argument("--sentences", help="text file: what a person may be asked to read, and may say")
     parser.add_argument("--projector", help="safetensors file of a trained projector (default: an untrained one)")
     parser.add_argument("--soft-tokens", type=int, help="pool to so many, as the paper does (default: as many as said)")
+    parser.add_argument(
+        "--window-s",
+        type=float,
+        default=3.2,
+        help="encode speech in windows of so many seconds, while it is spoken (default: 3.2; 0: as a whole)",
+    )
     parser.add_argument("--out", type=Path, required=True, help="the bundle's folder")
     parser.add_argument("--precision", default="int4", help="of the LLM's weights: int4 (default), int8, fp16 or fp32")
     parser.add_argument("--head-precision", help="of the LLM's output layer (default: int8 with int4, else the same)")
@@ -38,7 +44,7 @@ def run(args) -> dict:
     from tiny_align.export.bundle import ExportOptions, export_bundle
 
     names = ("encoder", "encoder_layers", "encoder_precision", "llm", "projector", "precision", "head_precision")
-    names += ("block_size", "max_context", "soft_tokens", "sentences")
+    names += ("block_size", "max_context", "soft_tokens", "sentences", "window_s")
     options = ExportOptions(
         **{n: getattr(args, n) for n in names},
         name=args.name or args.out.name,

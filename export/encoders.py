@@ -283,7 +283,7 @@ def _nemo(value: dict) -> FrontEnd:
         window_samples=value["win_length"],
         hop_samples=value["hop_length"],
         preemphasis=value["preemphasis"],
-        **{name: value[name] for name in ("floor_db", "trim_share", "trim_margin_frames") if name in value},
+        **{name: value[name] for name in ("floor_db", "speech_share") if name in value},
     )
 
 

@@ -5,6 +5,7 @@ from tiny_align.runtime.errors import TinyAlignError
 from tiny_align.runtime.llm import encode_around, encode_in_place
 
 INSTRUCTION, WORDS, ANSWER = "INSTRUCTION-goes-HERE", "SPEECH-goes-HERE", "ANSWER-goes-HERE"
+MORE = "MORE-words-go-HERE"
 IN_ONE_TURN = "\n\n"  # between instruction and words where a template takes no system message
 SWITCHES = {"enable_thinking": False}  # an answer to speech is said at once; templates without the switch ignore it
 PROBES = ("what is the time", "Call my mother", "3 new e-mails, please!")  # nothing may change at a cut
@@ -35,7 +36,7 @@ def prompt_spec(tokenizer, instruction: str, repeat_instruction: str) -> PromptS
         raise TinyAlignError("the LLM's tokenizer has no chat template: use an instruction-tuned model")
     for turns in (system_turn, user_turn):
         if pieces := _cut(_rendered(tokenizer, turns(INSTRUCTION, WORDS))):
-            spec = PromptSpec(*pieces, instruction, repeat_instruction)
+            spec = PromptSpec(*pieces, instruction, repeat_instruction, _next_turn(tokenizer))
             _check_cuts(tokenizer, spec, turns)
             return spec
     raise TinyAlignError(
@@ -61,6 +62,14 @@ def _cut(text: str) -> tuple[str, str, str] | None:
     before, _, rest = text.partition(INSTRUCTION)
     between, mark, after = rest.partition(WORDS)
     return (before, between, after) if mark else None
+
+
+def _next_turn(tokenizer) -> str | None:
+    """What stands between an answer and the next turn's words; None where the template takes one turn only."""
+    answered = [{"role": "user", "content": WORDS}, {"role": "assistant", "content": ANSWER}]
+    text = _rendered(tokenizer, [*answered, {"role": "user", "content": MORE}])
+    between = text.partition(ANSWER)[2].partition(MORE)
+    return between[0] if between[1] else None
 
 
 def _check_cuts(tokenizer, spec: PromptSpec, turns) -> None:

@@ -10,6 +10,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from tiny_align.runtime.features import LEAST_LOUD, QUIET_SHARE, STD_GUARD, FrontEnd
+
 DB = math.log(10) / 10  # natural-log power per decibel
 PAD = -16.6  # log of the front end's guard: digital silence
 
@@ -140,16 +142,22 @@ def augment(log_mel: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor,
     return telephone(torch.log(power + math.exp(PAD))), lengths
 
 
-def normalise(x: torch.Tensor, lengths: torch.Tensor, floor_db: float | None) -> torch.Tensor:
-    """FrontEnd.normalise for a padded batch; padding becomes 0."""
-    mask = (torch.arange(x.shape[1]).unsqueeze(0) < lengths.unsqueeze(1)).unsqueeze(-1)
-    if floor_db is not None:
-        top = x.masked_fill(~mask, -1e9).amax(dim=(1, 2), keepdim=True)
-        x = torch.maximum(x, top - floor_db * DB)
-    count = lengths[:, None, None].float()
-    mean = (x * mask).sum(dim=1, keepdim=True) / count
-    var = (((x - mean) * mask) ** 2).sum(dim=1, keepdim=True) / (count - 1)
-    return (x - mean) / (var.sqrt() + 1e-5) * mask
+def normalise(x: torch.Tensor, lengths: torch.Tensor, front_end: FrontEnd) -> torch.Tensor:
+    """`front_end.finish` for a padded batch (B, T, M), whose padding becomes 0."""
+    mask = torch.arange(x.shape[1]).unsqueeze(0) < lengths.unsqueeze(1)  # (B, T)
+    x = x.masked_fill(~mask.unsqueeze(-1), -1e9)
+    x = torch.maximum(x, x.amax(dim=(1, 2), keepdim=True) - front_end.floor_db * DB)
+    level = x.amax(dim=2).masked_fill(~mask, -1e9)
+    rising = level.sort(dim=1).values  # what is padding comes first
+    before = x.shape[1] - lengths
+    quiet = rising.gather(1, (before + (QUIET_SHARE * (lengths - 1)).long()).unsqueeze(1))
+    edge = quiet + front_end.speech_share * (rising[:, -1:] - quiet)
+    least = rising.gather(1, (x.shape[1] - lengths.clamp(max=LEAST_LOUD)).unsqueeze(1))
+    loud = (mask & (level >= torch.minimum(edge, least))).unsqueeze(-1)
+    count = loud.sum(dim=1, keepdim=True)
+    mean = (x * loud).sum(dim=1, keepdim=True) / count
+    var = (((x - mean) * loud) ** 2).sum(dim=1, keepdim=True) / (count - 1)
+    return (x - mean) / (var.sqrt() + STD_GUARD) * mask.unsqueeze(-1)
 
 
 def spec_augment(x: torch.Tensor, lengths: torch.Tensor, n_masks: int = 3) -> torch.Tensor:

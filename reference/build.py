@@ -16,6 +16,8 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference", type=Path, default=Path("reference"), help="folder of weights, bundle and voice")
     parser.add_argument("--work", type=Path, default=Path("work"))
+    parser.add_argument("--start", type=Path, help="a projector's weights to begin with (default: random)")
+    parser.add_argument("--steps", type=int, default=4000, help="of the projector's training")
     args = parser.parse_args(argv)
     from tiny_align.export.bundle import ExportOptions, export_bundle
 
@@ -30,10 +32,11 @@ def main(argv=None) -> int:
         sentences=str(sentences),
         name="reference",
         block_size=32,  # the LLM was trained with its weights rounded so
+        projector=str(args.start) if args.start else None,
     )
     manifest = export_bundle(options, bundle)
     out = weights / "projector.safetensors"
-    projector.main(["--bundle", str(bundle), "--out", str(out), "--work", str(args.work)])
+    projector.main(["--bundle", str(bundle), "--out", str(out), "--work", str(args.work), "--steps", str(args.steps)])
     recordings.main(["--out", str(args.reference / "voice")])
     print(json.dumps({"bundle": str(bundle), "parity": {n: g.parity for n, g in manifest.graphs.items()}}))
     return 0

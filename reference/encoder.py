@@ -1,7 +1,7 @@
 """Trains the reference encoder: a small FastConformer (transformers' Parakeet) with CTC over letters.
 
-Speech is synthesised once by espeak-ng in hundreds of random voices and kept as log-mel (speech.npy);
-every step augments it anew (augment.py). Resumable: run the same command again.
+Speech is synthesised once by espeak-ng in hundreds of random voices, a quarter of it by flite in a few, and kept as
+log-mel (speech*.npy); every step augments it anew (augment.py). Resumable: run the same command again.
 
     python -m tiny_align.reference.encoder --work work --out reference/weights/encoder
 """
@@ -25,9 +25,10 @@ from tiny_align.runtime.features import FrontEnd
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz' "
 BLANK = len(LETTERS)
-FRONT_END = FrontEnd(floor_db=60.0, trim_share=0.2)
-N_SPEECH = 24_000  # recordings
-N_SHARDS = 6  # each shard has 200 random voices of its own
+FRONT_END = FrontEnd(floor_db=60.0, speech_share=0.2)
+N_SPEECH = 32_000  # recordings
+N_SHARDS = 8
+N_FLITE_SHARDS = 2  # of these; each of the others has 200 random espeak-ng voices of its own
 HALTING = 0.3  # share of the recordings with pauses between the words
 
 
@@ -61,19 +62,20 @@ def save_front_end(out: Path) -> None:
     """preprocessor_config.json, as transformers' ParakeetFeatureExtractor has it, and what our front end adds."""
     from transformers import ParakeetFeatureExtractor
 
-    ours = {name: getattr(FRONT_END, name) for name in ("floor_db", "trim_share", "trim_margin_frames")}
+    ours = {name: getattr(FRONT_END, name) for name in ("floor_db", "speech_share")}
     value = ParakeetFeatureExtractor(feature_size=FRONT_END.n_mels).to_dict() | ours
     (out / "preprocessor_config.json").write_text(json.dumps(value, indent=1) + "\n")
 
 
 def _speak_shard(job: tuple[int, int, Path]) -> None:
     shard, n, path = job
-    from tiny_align.reference.speech import Espeak
+    from tiny_align.reference.speech import Espeak, Flite
 
-    rng, espeak = random.Random(1000 + shard), Espeak(seed=shard)
+    rng = random.Random(1000 + shard)
+    people = Flite() if shard >= N_SHARDS - N_FLITE_SHARDS else Espeak(seed=shard)
     texts, mels = encoder_texts(n, 100 + shard), []
     for text in tqdm(texts, disable=shard > 0):
-        say = espeak.say_haltingly if rng.random() < HALTING else espeak.say_as_someone
+        say = people.say_haltingly if rng.random() < HALTING else people.say_as_someone
         mels.append(FRONT_END.log_mel(say(text, rng)).astype(np.float16))
     np.save(path.with_suffix(".partial.npy"), np.concatenate(mels))
     path.with_suffix(".json").write_text(json.dumps({"texts": texts, "frames": [len(m) for m in mels]}))
@@ -195,12 +197,12 @@ def letter_error(model, audios: list[np.ndarray], texts: list[str]) -> float:
 
 
 def check_sets(n: int = 40) -> dict[str, tuple[list[np.ndarray], list[str]]]:
-    """Held-out sentences by voices the encoder knows (espeak) and by flite's, which it never hears."""
-    from tiny_align.reference.speech import HELD_OUT_VOICES, Espeak, flite
+    """Held-out sentences by voices the encoder knows (espeak-ng's, flite's) and by those it never hears."""
+    from tiny_align.reference.speech import LEARNT_VOICES, NEW_VOICES, Espeak, flite
 
     texts, rng, espeak = [s.text for s in corpus.sentences(n, 7, held_out=True)], random.Random(7), Espeak(seed=0)
     sets = {"known": ([espeak.say_as_someone(t, rng) for t in texts], texts)}
-    return sets | {v: ([flite(t, v) for t in texts], texts) for v in HELD_OUT_VOICES if v != "kal"}
+    return sets | {v: ([flite(t, v) for t in texts], texts) for v in (*LEARNT_VOICES, *NEW_VOICES)}
 
 
 def rate_at(step: int, steps: int, warmup: int = 300, decay: float = 0.4) -> float:
@@ -240,7 +242,7 @@ def train(args) -> dict:
     for step in bar:
         mels, lengths, texts = _batch(items, rng, args.batch)
         mels, lengths = augment(mels, lengths)
-        mels = spec_augment(normalise(mels, lengths, FRONT_END.floor_db), lengths)
+        mels = spec_augment(normalise(mels, lengths, FRONT_END), lengths)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             loss = ctc_step(model, mels, lengths, texts)
         optimiser.zero_grad()

@@ -22,8 +22,10 @@ from tiny_align.reference import corpus
 
 VOCABULARY = 800
 SPECIAL = ("<unk>", "<bos>", "<eos>", "<user>", "<assistant>")
-CHAT_TEMPLATE = (
-    "<bos>{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}"
+CHAT_TEMPLATE = (  # one turn: it was trained on no more
+    "<bos>{% if messages | selectattr('role', 'equalto', 'user') | list | length > 1 %}"
+    "{{ raise_exception('this model answers one turn') }}{% endif %}"
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}"
     "{% elif m['role'] == 'user' %}<user>{{ m['content'] }}<assistant>"
     "{% else %}{{ m['content'] }}<eos>{% endif %}{% endfor %}"
 )

@@ -7,6 +7,7 @@ encoder was trained on, made as log-mel frames. flite's voices and people are no
 """
 
 import argparse
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from tiny_align.reference.encoder import N_SPEECH, speak
 from tiny_align.runtime.assistant import Assistant
+from tiny_align.runtime.windows import cut
 
 CHUNK = 32  # recordings augmented together
 
@@ -50,7 +52,17 @@ def _encode(assistant: Assistant, mels: list[np.ndarray], seed: int) -> list[np.
     lengths = torch.tensor([len(r) for r in rows])
     padded, lengths = augment(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths)
     finish = assistant.bundle.manifest.front_end.finish
-    return [assistant.encode(finish(mel[:count])) for mel, count in zip(padded.numpy(), lengths)]
+    return [
+        np.concatenate([assistant.encode(finish(mel[which])) for which in _windows_of(assistant, int(count))])
+        for mel, count in zip(padded.numpy(), lengths)
+    ]
+
+
+def _windows_of(assistant: Assistant, n_frames: int) -> list[np.ndarray]:
+    """Which frames of a log-mel belong to each of its windows: indices."""
+    spec, hop = assistant.windows, assistant.bundle.manifest.front_end.hop_samples
+    in_frames = dataclasses.replace(spec, vector_samples=spec.vector_samples // hop)
+    return [window.astype(int) for window, _ in cut(np.arange(n_frames, dtype=np.float32), in_frames)]
 
 
 def train(bundle: Path, out: Path, work: Path, n: int, steps: int, seed: int, objective: str) -> dict:

@@ -12,7 +12,7 @@ from pathlib import Path
 import soundfile
 
 from tiny_align.reference import corpus
-from tiny_align.reference.speech import HELD_OUT_VOICES, SAMPLE_RATE, flite
+from tiny_align.reference.speech import NEW_VOICES, SAMPLE_RATE, flite
 from tiny_align.runtime.files import written_folder
 
 
@@ -36,7 +36,7 @@ def write_recordings(out: Path, n_train: int, n_test: int, seed: int, say) -> No
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--voice", choices=HELD_OUT_VOICES, default="slt")
+    parser.add_argument("--voice", choices=NEW_VOICES, default="slt")
     parser.add_argument("--out", type=Path, default=Path("reference/voice"))
     parser.add_argument("--train", type=int, default=100)
     parser.add_argument("--test", type=int, default=40)

@@ -1,9 +1,10 @@
-"""Synthetic people: espeak-ng voices for training, flite voices as the people the encoder never hears.
+"""Synthetic people: espeak-ng's and some of flite's voices for training, other flite voices as the new people.
 
 espeak-ng is driven through its C library (Debian: libespeak-ng1), in a copy of its data directory to
 which random voice variants are added: formants, pitch, breath and tone drawn at random, so that
-hundreds of different "speakers" say the corpus. flite (Debian: flite) is used for held-out speakers
-only; nothing the project ships is trained on it.
+hundreds of different "speakers" say the corpus. flite's voices (Debian: flite) are made of recordings of
+people, so that they sound as people do: `LEARNT_VOICES` are trained on too, and nothing the project ships is
+trained on `NEW_VOICES`.
 """
 
 import ctypes
@@ -87,7 +88,8 @@ STOCK_VARIANTS = [
     "victor",
     "zac",
 ]
-HELD_OUT_VOICES = ("kal", "kal16", "awb", "rms", "slt")  # flite's
+LEARNT_VOICES = ("kal", "kal16", "rms")  # flite's: two ways of playing one man's recordings, and another man
+NEW_VOICES = ("awb", "slt")  # flite's: a Scottish man and a woman
 
 _RATE, _VOLUME, _PITCH, _RANGE = 1, 2, 3, 4  # espeak_PARAMETER
 _RETRIEVAL = 1  # espeak_AUDIO_OUTPUT
@@ -124,7 +126,46 @@ def _not_english(folder: str, names: list[str]) -> list[str]:
     return [name for name in names if name == "mb"]
 
 
-class Espeak:
+class Synthesiser:
+    """Somebody who can `say` a text in any of `voices`; people say it in many ways."""
+
+    voices: list[str]
+
+    def say(self, text: str, voice: str, *, rate: int = 165, pitch: int = 50, pitch_range: int = 50) -> np.ndarray:
+        """(S,) float32 at 16 kHz; `rate` in words per minute, `pitch` and `pitch_range` 0..99."""
+        raise NotImplementedError
+
+    def say_as_someone(self, text: str, rng: random.Random, voice: str | None = None) -> np.ndarray:
+        """`say` with a random voice (or the one given), rate, pitch and range."""
+        return self.say(
+            text,
+            voice or rng.choice(self.voices),
+            rate=rng.randint(115, 230),
+            pitch=rng.randint(25, 75),
+            pitch_range=rng.randint(15, 80),
+        )
+
+    def say_haltingly(self, text: str, rng: random.Random, pause_s: tuple[float, float] = (0.03, 0.6)) -> np.ndarray:
+        """`say_as_someone` by one voice, a word or a few at a time with silence between, as people read digits."""
+        voice, words, pieces = rng.choice(self.voices), text.split(), []
+        rate, pitch = rng.randint(115, 230), rng.randint(25, 75)
+        while words:
+            n = rng.choice((1, 1, 1, 2, 3))
+            said = self.say(
+                " ".join(words[:n]),
+                voice,
+                rate=round(rate * rng.uniform(0.85, 1.15)),
+                pitch=pitch + rng.randint(-8, 8),
+                pitch_range=rng.randint(15, 80),
+            )
+            loud = np.flatnonzero(np.abs(said) > 0.01 * np.abs(said).max())
+            silence = np.zeros(int(rng.uniform(*pause_s) * SAMPLE_RATE), np.float32)
+            pieces += [said[loud[0] : loud[-1] + 1], silence]
+            words = words[n:]
+        return np.concatenate(pieces[:-1])
+
+
+class Espeak(Synthesiser):
     """One espeak-ng synthesiser with `n_random` extra voices; a process holds at most one."""
 
     def __init__(self, n_random: int = 200, seed: int = 0):
@@ -170,39 +211,26 @@ class Espeak:
         audio = np.concatenate(self._chunks).astype(np.float32) / 32768
         return soxr.resample(audio, self._rate, SAMPLE_RATE).astype(np.float32)
 
-    def say_as_someone(self, text: str, rng: random.Random, voice: str | None = None) -> np.ndarray:
-        """`say` with a random voice (or the one given), rate, pitch and range."""
-        return self.say(
-            text,
-            voice or rng.choice(self.voices),
-            rate=rng.randint(115, 230),
-            pitch=rng.randint(25, 75),
-            pitch_range=rng.randint(15, 80),
-        )
 
-    def say_haltingly(self, text: str, rng: random.Random, pause_s: tuple[float, float] = (0.03, 0.6)) -> np.ndarray:
-        """`say_as_someone` by one voice, a word or a few at a time with silence between, as people read digits."""
-        voice, words, pieces = rng.choice(self.voices), text.split(), []
-        rate, pitch = rng.randint(115, 230), rng.randint(25, 75)
-        while words:
-            n = rng.choice((1, 1, 1, 2, 3))
-            said = self.say(
-                " ".join(words[:n]),
-                voice,
-                rate=round(rate * rng.uniform(0.85, 1.15)),
-                pitch=pitch + rng.randint(-8, 8),
-                pitch_range=rng.randint(15, 80),
-            )
-            loud = np.flatnonzero(np.abs(said) > 0.01 * np.abs(said).max())
-            silence = np.zeros(int(rng.uniform(*pause_s) * SAMPLE_RATE), np.float32)
-            pieces += [said[loud[0] : loud[-1] + 1], silence]
-            words = words[n:]
-        return np.concatenate(pieces[:-1])
+class Flite(Synthesiser):
+    """flite, a process for each sentence; by default in the voices that are trained on."""
+
+    def __init__(self, voices: tuple[str, ...] = LEARNT_VOICES):
+        self.voices = list(voices)
+
+    def say(self, text: str, voice: str, *, rate: int = 165, pitch: int = 50, pitch_range: int = 50) -> np.ndarray:
+        settings = {
+            "duration_stretch": 165 / rate,
+            "int_f0_target_mean": 105 * 2 ** ((pitch - 50) / 50),  # Hz
+            "int_f0_target_stddev": 0.3 * pitch_range,
+        }
+        return flite(text, voice, settings)
 
 
-def flite(text: str, voice: str) -> np.ndarray:
-    """(S,) float32 at 16 kHz in one of flite's voices."""
+def flite(text: str, voice: str, settings: dict[str, float] | None = None) -> np.ndarray:
+    """(S,) float32 at 16 kHz in one of flite's voices, as it speaks by itself or with other `settings` of its own."""
+    given = [word for name, value in (settings or {}).items() for word in ("--setf", f"{name}={value:.3f}")]
     with tempfile.NamedTemporaryFile(suffix=".wav") as out:
-        subprocess.run(["flite", "-voice", voice, "-t", text, "-o", out.name], check=True)
+        subprocess.run(["flite", "-voice", voice, *given, "-t", text, "-o", out.name], check=True)
         audio, rate = soundfile.read(out.name, dtype="float32")
     return soxr.resample(audio, rate, SAMPLE_RATE).astype(np.float32)

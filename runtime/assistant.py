@@ -1,9 +1,7 @@
-"""The product: speech in, streamed text out. Loads a bundle once; holds no conversation.
+"""The product: speech in, streamed text out. Loads a bundle once; it is session.py that holds a conversation."""
 
-Streaming input is collected and read when the person stops; encoding in windows while they speak is
-not done here yet.
-"""
-
+import logging
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,20 +10,16 @@ from pathlib import Path
 import numpy as np
 
 from tiny_align.runtime.audio import check_audio, read_audio
-from tiny_align.runtime.backend import load_decoder, load_runner
+from tiny_align.runtime.backend import BACKENDS, Chain, load_decoder, load_runner
+from tiny_align.runtime.budget import budget
 from tiny_align.runtime.bundle import Bundle
-from tiny_align.runtime.errors import AudioError, TinyAlignError
+from tiny_align.runtime.errors import AudioError
 from tiny_align.runtime.llm import Decoding, LanguageModel, TextStream
-from tiny_align.runtime.readout import collapse, merge_similar
+from tiny_align.runtime.readout import CtcReader, PooledReader, reader
+from tiny_align.runtime.session import Event, Session, Threads
+from tiny_align.runtime.windows import cut
 
-
-@dataclass(frozen=True)
-class Event:
-    """A piece of an answer or, as the only one, that nothing was heard."""
-
-    text: str  # what this token adds to the answer; may be empty
-    token: int | None  # None: no word was heard, so there is no answer
-    elapsed_s: float  # since the speech (or the text) was complete
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,13 +42,17 @@ class Answer:
 class Assistant:
     """Encoder, projector and LLM of one bundle, with one person's projector.
 
-    Shapes: audio (S,) float32 in [-1, 1] at `sample_rate`; features (N, Da); soft tokens (T, D).
+    Shapes: audio (S,) float32 in [-1, 1] at `sample_rate`; features (N, Da); soft tokens (T, D). Features of speech
+    that is longer than a window (windows.py) are those of its windows, one after another.
     """
 
-    def __init__(self, bundle: Bundle, encoder, projector, llm, backend: str, threads: int | None = None):
-        self.bundle, self.backend, self._threads = bundle, backend, threads
-        self._encoder, self._projector, self._decoder = encoder, projector, llm
-        self.llm = LanguageModel(bundle, llm)
+    def __init__(
+        self, bundle: Bundle, encoder, projector, llm: LanguageModel, backend: str, n_threads: int | None = None
+    ):
+        self.bundle, self.backend, self._n_threads = bundle, backend, n_threads
+        self._encoder, self._projector, self.llm = encoder, projector, llm
+        self.threads = Threads()  # of its sessions
+        self.windows = bundle.manifest.windows
         self._front_end, self._readout = bundle.manifest.front_end, bundle.manifest.readout
         self.sample_rate = self._front_end.sample_rate  # Hz
         self._rows = bundle.manifest.graphs["encoder"].inputs[0]  # what the front end makes
@@ -62,8 +60,8 @@ class Assistant:
 
     @property
     def max_speech_s(self) -> float:
-        """The longest utterance the encoder takes, in seconds."""
-        return self._row_range()[2] * self._row_s
+        """The longest utterance, in seconds: what the encoder takes, or any that the LLM has room for."""
+        return math.inf if self.windows else self._row_range()[2] * self._row_s
 
     def _row_range(self) -> tuple[int, int, int]:
         """Least, usual and greatest number of the encoder's input rows: frames, or samples."""
@@ -79,6 +77,7 @@ class Assistant:
         users: Path | None = None,
         backend: str = "onnxruntime",
         threads: int | None = None,
+        context: int | None = None,
     ) -> "Assistant":
         """Load a bundle's graphs.
 
@@ -88,14 +87,20 @@ class Assistant:
             users: the folder persons are kept in, if not the bundle's own.
             backend: "onnxruntime" or "tensorrt"; never replaced by another.
             threads: CPU threads per graph; None: all cores.
+            context: positions of a conversation, prompt and answers together; None: as many as the LLM has.
         Raises:
             BundleError, UserError, BackendError: see their messages.
+            TinyAlignError: less memory is free than it takes (budget.py), or a longer context than the LLM has.
         """
         bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        if backend in BACKENDS:  # another is refused where it would be loaded
+            need = budget(bundle, backend, context or bundle.manifest.llm.max_context)
+            log.info("%s takes about %s", bundle.path, need)
+            need.require()
         own, paths = bundle.projector(user, users), {n: bundle.graph(n, backend) for n in ("encoder", "llm")}
         specs = {name: graph.on(backend) for name, graph in bundle.manifest.graphs.items()}
         # the largest first: loading takes more memory
-        llm = load_decoder(paths["llm"], specs["llm"], backend, threads, bundle)
+        llm = LanguageModel(bundle, load_decoder(paths["llm"], specs["llm"], backend, threads, bundle), context)
         encoder = load_runner(paths["encoder"], specs["encoder"], backend, threads, bundle)
         projector = load_runner(own, specs["projector"], backend, threads, bundle)
         assistant = cls(bundle, encoder, projector, llm, backend, threads)
@@ -104,41 +109,72 @@ class Assistant:
 
     def features(self, audio: np.ndarray) -> np.ndarray:
         """(S,) float32 audio -> (N, Da) float32 encoder features, none of them after the end of the audio."""
-        least = self._row_range()[0]
         check_audio(audio, self.sample_rate, "the audio", max_s=self.max_speech_s)
-        rows = self._front_end(audio)  # (frames, M) or (S,)
+        return np.concatenate([self.encode_window(window) for window, _ in cut(audio, self.windows)])
+
+    def encode_window(self, audio: np.ndarray) -> np.ndarray:
+        """A window (S,), or speech that is not cut -> (N, Da) float32, none of them after the end of the audio."""
+        return self.encode(self._rows_of(audio))[: self._n_features(audio)]
+
+    def hear(self, audio: np.ndarray) -> np.ndarray:
+        """A window (S,), or speech that is not cut -> `vectors`; its features stay where the backend has them."""
+        rows = self._rows_of(audio)
+        chain = Chain(self._encoder, self._projector)
+        return chain({self._rows.name: rows[None]}, self._n_features(audio))["soft_tokens"][0]
+
+    def _n_features(self, audio: np.ndarray) -> int:
+        """How many features there are up to the end of the audio; an encoder may want silence after it."""
+        return -(-len(audio) // round(self.bundle.manifest.encoder.frame_s * self.sample_rate))
+
+    def _rows_of(self, audio: np.ndarray) -> np.ndarray:
+        """What the front end makes of a window: (frames, M) or (S,)."""
+        least = self._row_range()[0]
+        rows = self._front_end(audio)
         if len(rows) < least:
             raise AudioError(
                 f"the audio has {len(rows) * self._row_s:.3f} s for the encoder, at least {least * self._row_s:.3f} s "
                 "are needed: record longer"
             )
-        feature_samples = round(self.bundle.manifest.encoder.frame_s * self.sample_rate)
-        return self.encode(rows)[: -(-len(audio) // feature_samples)]  # an encoder may want silence after the speech
+        return np.ascontiguousarray(rows)
 
     def encode(self, rows: np.ndarray) -> np.ndarray:
         """What the front end made, (frames, M) or (S,) -> (N, Da) float32 encoder features."""
-        return self._encoder({self._rows.name: np.ascontiguousarray(rows[None])})["features"][0]
+        return self._encoder({self._rows.name: rows[None]})["features"][0]
+
+    def vectors(self, features: np.ndarray) -> np.ndarray:
+        """A window's features (N, Da) -> what the projector makes of them, for `reader`."""
+        return self._projector({"features": features[None]})["soft_tokens"][0]
+
+    def reader(self) -> CtcReader | PooledReader:
+        """What makes one utterance's soft tokens of its windows' vectors."""
+        return reader(self._readout, self.llm.speech_table)
 
     def soft_tokens(self, features: np.ndarray) -> np.ndarray:
-        """(N, Da) -> (T', D) float32 in the LLM's embedding space; no row where no word was heard."""
-        out = self._projector({"features": features[None]})["soft_tokens"][0]
-        if self._readout.kind == "ctc":
-            return collapse(out, self.llm.speech_table, self._readout.scale)
-        return merge_similar(out, self._readout.merge_cosine)
+        """(N, Da) of an utterance -> (T', D) float32 in the LLM's embedding space; no row where no word was heard."""
+        windows = self.windows.split(features) if self.windows else [features]
+        kept = self.windows.kept_of(len(windows)) if self.windows else [slice(None)]
+        reading = self.reader()
+        heard = [reading.push(self.vectors(window)[which]) for window, which in zip(windows, kept)]
+        return np.concatenate([*heard, reading.finish()])
 
     def swap_projector(self, path: Path) -> None:
-        """Use another person's projector graph, and the tokens they may say, from the next utterance on."""
-        old, spec = self._projector, self.bundle.manifest.graphs["projector"].on(self.backend)
-        self._projector = load_runner(path, spec, self.backend, self._threads, self.bundle)
+        """Use another person's projector graph, and the tokens they may say, from the next window on.
+
+        The old one goes when no window is in it any more.
+        """
+        spec = self.bundle.manifest.graphs["projector"].on(self.backend)
+        self._projector = load_runner(path, spec, self.backend, self._n_threads, self.bundle)
         self.llm.read_speech_as(self.bundle.speech_tokens(path))
-        old.close()
 
     def stream(
         self, audio: np.ndarray, instruction: str | None = None, decoding: Decoding = Decoding()
     ) -> Iterator[Event]:
         """Answer speech: (S,) float32 mono at `sample_rate` -> events, one per token; one if nothing was heard."""
         began = time.perf_counter()
-        yield from self._events(self.soft_tokens(self.features(audio)), instruction, decoding, began)
+        check_audio(audio, self.sample_rate, "the audio", max_s=self.max_speech_s)
+        session = self.listen(instruction, decoding)
+        session.push(audio)
+        yield from session.finish(began)
 
     def stream_text(
         self, text: str, instruction: str | None = None, decoding: Decoding = Decoding()
@@ -171,13 +207,14 @@ class Assistant:
         """`answer` for an audio file of any rate, channel count and format that soundfile reads."""
         return self.answer(read_audio(path, self.sample_rate, self.max_speech_s), instruction, decoding)
 
-    def listen(self, instruction: str | None = None, decoding: Decoding = Decoding()) -> "Session":
-        """A streaming session: push chunks of audio, then finish."""
+    def listen(self, instruction: str | None = None, decoding: Decoding = Decoding()) -> Session:
+        """A conversation: push chunks of audio, then finish; any number of turns, spoken and typed."""
         return Session(self, instruction, decoding)
 
     def close(self) -> None:
-        for runner in (self._encoder, self._projector, self._decoder):
-            runner.close()
+        self.threads.close()
+        for loaded in (self._encoder, self._projector, self.llm):
+            loaded.close()
 
     def __enter__(self) -> "Assistant":
         return self
@@ -194,31 +231,3 @@ def collect(events: Iterator[Event], audio_s: float) -> Answer:
     tokens = tuple(e.token for e in got if e.token is not None)
     heard = not got or got[0].token is not None
     return Answer(text, tokens, got[0].elapsed_s if got else seconds, seconds, audio_s, heard)
-
-
-class Session:
-    """Speech that arrives in chunks: `push` any number, then `finish` once; `reset` to start over."""
-
-    def __init__(self, assistant: Assistant, instruction: str | None, decoding: Decoding):
-        self._assistant, self._instruction, self._decoding = assistant, instruction, decoding
-        self._chunks: list[np.ndarray] = []
-        self._finished = False
-
-    def push(self, chunk: np.ndarray) -> None:
-        """Add (S,) float32 samples at the assistant's rate; any size."""
-        if self._finished:
-            raise TinyAlignError("this session is finished: call reset() before pushing more audio")
-        if not isinstance(chunk, np.ndarray) or chunk.ndim != 1 or chunk.dtype != np.float32:
-            given = f"{chunk.dtype} {chunk.shape}" if isinstance(chunk, np.ndarray) else type(chunk).__name__
-            raise AudioError(f"a chunk must be a float32 array of shape (S,), given was {given}: convert it")
-        self._chunks.append(chunk.copy())
-
-    def finish(self) -> Iterator[Event]:
-        """Answer what was pushed."""
-        self._finished = True
-        audio = np.concatenate([np.zeros(0, np.float32), *self._chunks])
-        return self._assistant.stream(audio, self._instruction, self._decoding)
-
-    def reset(self) -> None:
-        """Forget what was pushed."""
-        self._chunks, self._finished = [], False

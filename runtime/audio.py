@@ -71,10 +71,30 @@ def check_audio(audio: np.ndarray, sample_rate: int, name: str = "audio", max_s:
         AudioError: another type or shape, empty, NaN or infinite samples, out of range, too short or long, silence.
     """
     _check_array(audio, name)
-    if not np.isfinite(audio).all():
-        raise AudioError(f"{name}: has NaN or infinite samples; expected values in [-1, 1], record it again.")
     _check_seconds(len(audio) / sample_rate, name, max_s)
+    _check_values(audio, name)
     _check_level(audio, sample_rate, name)
+
+
+def check_chunk(chunk: np.ndarray) -> None:
+    """Accept a piece of a stream: (S,) float32 samples in [-1, 1], of any number and level.
+
+    Raises:
+        AudioError: another type or shape, NaN or infinite samples, out of range.
+    """
+    if not isinstance(chunk, np.ndarray) or chunk.ndim != 1 or chunk.dtype != np.float32:
+        given = f"{chunk.dtype} {chunk.shape}" if isinstance(chunk, np.ndarray) else type(chunk).__name__
+        raise AudioError(f"a chunk must be a float32 array of shape (S,), given was {given}: convert it")
+    if len(chunk):
+        _check_values(chunk, "a chunk")
+
+
+def _check_values(audio: np.ndarray, name: str) -> None:
+    peak = np.abs(audio).max()  # NaN if there is one
+    if not np.isfinite(peak):
+        raise AudioError(f"{name}: has NaN or infinite samples; expected values in [-1, 1], record it again.")
+    if peak > MAX_PEAK:
+        raise AudioError(f"{name}: samples reach {peak:.0f}, expected [-1, 1]; divide 16-bit samples by 32768.")
 
 
 def _check_array(audio: np.ndarray, name: str) -> None:
@@ -99,9 +119,6 @@ def _check_seconds(seconds: float, name: str, max_s: float | None) -> None:
 
 
 def _check_level(audio: np.ndarray, sample_rate: int, name: str) -> None:
-    peak = np.abs(audio).max()
-    if peak > MAX_PEAK:
-        raise AudioError(f"{name}: samples reach {peak:.0f}, expected [-1, 1]; divide 16-bit samples by 32768.")
     loudest = _loudest_db(audio, sample_rate)
     if loudest < SILENCE_DB:
         raise AudioError(

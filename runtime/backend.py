@@ -1,10 +1,12 @@
 """What every backend fulfils: `Runner`, a graph on named arrays, and `Decoder`, an LLM with its cache.
 
-`Runner.__call__` checks names, types and sizes once, here; a backend implements `_run`. A decoder's cache is memory of
-the backend's own, laid out once for the whole context: nothing of it is copied through numpy.
+`Runner.__call__` checks names, types and sizes once, here; a backend implements `_run`. A `Chain` is two of them, and a
+backend may leave what is between them where it is. A decoder's cache is memory of the backend's own, laid out once for
+the whole context: nothing of it is copied through numpy. What a decoder gives is `Scores`.
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from tiny_align.runtime.bundle import Bundle, GraphSpec, TensorSpec
 from tiny_align.runtime.errors import BackendError
 
 BACKENDS = ("onnxruntime", "tensorrt")
+BEST_LOGITS, BEST_TOKENS = "best_logits", "best_tokens"  # outputs of an LLM's graph that picks the best few itself
 
 
 class Loaded:
@@ -60,6 +63,70 @@ class Runner(Loaded, ABC):
     @abstractmethod
     def _run(self, feed: dict) -> dict: ...
 
+    def into(self, other: "Runner", feed: dict[str, np.ndarray], rows: int | None = None) -> dict[str, np.ndarray]:
+        """See Chain; a backend may do it without numpy between the two."""
+        return other({name: value[:, :rows] for name, value in self(feed).items()})
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Two graphs, one after the other: the second takes what the first gives. It owns neither of them.
+
+    Raises:
+        BackendError: the second takes something else.
+    """
+
+    first: Runner
+    second: Runner
+
+    def __post_init__(self):
+        given, taken = self.first.spec.outputs, self.second.spec.inputs
+        if [(t.name, t.dtype) for t in given] != [(t.name, t.dtype) for t in taken]:
+            takes, gives = (", ".join(f"{t.name} {t.dtype}" for t in side) for side in (taken, given))
+            raise BackendError(
+                f"{self.second.spec.file} takes {takes}, {self.first.spec.file} gives {gives}: export the bundle again"
+            )
+
+    def __call__(self, feed: dict[str, np.ndarray], rows: int | None = None) -> dict[str, np.ndarray]:
+        """Run both: the first one's inputs to the second one's outputs.
+
+        Args:
+            rows: the second gets so many rows of the first one's (1, N, Da), from the start; None: all of them.
+        """
+        return self.first.into(self.second, feed, rows)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a token is chosen by: the logits of every token, or those of the few best and which they are."""
+
+    logits: np.ndarray  # (V,) float32; or (K,), best first
+    tokens: np.ndarray | None = None  # (K,) whose they are; None: every token's, in order
+
+    def best(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """The `n` best tokens, best first, and their logits; of fewer tokens all of them.
+
+        Raises:
+            BackendError: the graph gives fewer than that.
+        """
+        if self.tokens is None:
+            best = _best(self.logits, n)
+            return best, self.logits[best]
+        if n > len(self.tokens):
+            raise BackendError(
+                f"the {n} best tokens were asked for, the LLM's graph gives {len(self.tokens)}: ask for a top_k of at "
+                f"most {len(self.tokens)}"
+            )
+        return self.tokens[:n], self.logits[:n]
+
+
+def _best(logits: np.ndarray, n: int) -> np.ndarray:
+    """Which `n` of (V,) are the greatest, the greatest first; of equals the first."""
+    if n == 1:  # greedy, at every token: no partition
+        return logits.argmax(keepdims=True)
+    some = np.argpartition(logits, -n)[-n:] if n < len(logits) else np.arange(len(logits))
+    return some[np.argsort(-logits[some], kind="stable")]
+
 
 class Decoder(Loaded, ABC):
     """A loaded LLM. It holds no conversation: a cache does, and there may be many."""
@@ -69,12 +136,16 @@ class Decoder(Loaded, ABC):
         """Memory for the keys and values of `capacity` positions."""
 
     @abstractmethod
-    def read(self, embeddings: np.ndarray, cache, past: int) -> np.ndarray:
+    def read(self, embeddings: np.ndarray, cache, past: int) -> Scores:
         """Read embeddings (T, D) float32 after the first `past` positions of the cache.
 
         Returns:
-            (V,) float32: the last position's logits, to be used before the next call with this cache.
+            The last position's, to be used before the next call with this cache.
         """
+
+    @abstractmethod
+    def rewind(self, cache, length: int) -> None:
+        """Forget all but the first `length` positions of the cache; what is read next follows them."""
 
 
 def _fits(value: np.ndarray, tensor: TensorSpec) -> bool:

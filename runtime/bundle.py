@@ -17,6 +17,7 @@ from tiny_align.runtime.errors import BundleError, UserError
 from tiny_align.runtime.files import sha256, write_json
 from tiny_align.runtime.front_end import AnyFrontEnd, front_end_from
 from tiny_align.runtime.readout import Readout
+from tiny_align.runtime.windows import WindowSpec
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -97,6 +98,7 @@ class PromptSpec:
     after: str
     instruction: str  # used where the caller gives none
     repeat_instruction: str  # asks for the user's own words; measures the word error rate
+    next: str | None = None  # from the end of an answer to the next turn's words; None: the LLM knows one turn only
 
 
 @dataclass(frozen=True)
@@ -115,12 +117,13 @@ class Manifest:
     embeddings_sha256: str  # the LLM's embedding table; a projector is bound to it
     readout: Readout  # how the projector's output becomes soft tokens
     files: dict[str, str]  # every file of the bundle but this one -> SHA-256
+    windows: WindowSpec | None = None  # how speech is cut for the encoder; None: not at all, so that nothing streams
     projector_trained: bool = True  # False: the general projector is random still
     schema: int = SCHEMA
 
     @property
     def encoder_key(self) -> str:
-        """Names what features are: the front end and the encoder, graph and weights (hex SHA-256).
+        """Names what features are: the front end, the windows and the encoder, graph and weights (hex SHA-256).
 
         A parameter of the front end counts where it is not the usual one, so that a new one changes no key.
         """
@@ -128,6 +131,7 @@ class Manifest:
         unusual = {f.name: value for f in fields if (value := getattr(self.front_end, f.name)) != f.default}
         graph = self.graphs["encoder"].file
         parts = [digest for name, digest in sorted(self.files.items()) if name.startswith(graph)]
+        parts += [dataclasses.astuple(self.windows)] if self.windows else []
         return hashlib.sha256(json.dumps([self.front_end.kind, unusual, parts], sort_keys=True).encode()).hexdigest()
 
     @property
@@ -155,6 +159,7 @@ class Manifest:
             ),
             "graphs": {name: GraphSpec(**g) for name, g in value["graphs"].items()},
             "dims": {name: tuple(d) for name, d in value["dims"].items()},
+            "windows": WindowSpec(**value["windows"]) if value.get("windows") else None,
         }
         return cls(**{**value, **made})
 

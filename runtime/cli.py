@@ -23,6 +23,8 @@ COMMANDS = {  # name -> (module, what it does, the extra that installs what it n
     "export": ("tiny_align.export.command", "export encoder, projector and LLM into a bundle", "export"),
     "build-engines": ("tiny_align.engines.commands", "build TensorRT engines for a bundle's graphs", "trt"),
     "run": ("tiny_align.runtime.run", "answer a recording", None),
+    "listen": ("tiny_align.runtime.listen", "talk with it: a microphone, or recordings played to it", "listen"),
+    "chat": ("tiny_align.runtime.chat", "talk with it in typed turns", None),
     "bench": ("tiny_align.benchmarks.command", "measure this machine, beside what would be used instead", "bench"),
     "doctor": ("tiny_align.runtime.doctor", "say what this machine can do and what it lacks", None),
 }

@@ -2,8 +2,8 @@
 
 The arithmetic is that of transformers' ParakeetFeatureExtractor (NeMo's FastConformer front end):
 pre-emphasis, centred Hann window, power spectrum, Slaney mel filters, log, per-bin normalisation over
-the utterance. Two additions, off by default: levels far below the loudest are raised to a floor, so that
-digital silence does not dominate the normalisation, and silence before and after the speech is dropped.
+the utterance. Two additions, off by default: levels far below the loudest are raised to a floor, and the
+normalisation is that of the loud frames, so that it does not depend on how much silence stands around the speech.
 It reads no files and resamples nothing; audio.py does.
 """
 
@@ -16,6 +16,8 @@ from tiny_align.runtime.mel import cut, slaney_filters
 
 LOG_GUARD = 2.0**-24  # added before the logarithm, as the reference does
 STD_GUARD = 1e-5
+LEAST_LOUD = 25  # frames that count as loud at least
+QUIET_SHARE = 0.05  # of the frames lie below the quiet level
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,7 @@ class FrontEnd:
     hop_samples: int = 160  # 10 ms
     preemphasis: float = 0.97
     floor_db: float | None = None  # below the loudest mel level; None: no floor
-    trim_share: float | None = None  # speech begins and ends above this share of the range of levels; None: no trim
-    trim_margin_frames: int = 6
+    speech_share: float | None = None  # a frame is loud above this share of the range of levels; None: all are
 
     @property
     def row_samples(self) -> int:
@@ -57,26 +58,25 @@ class FrontEnd:
             return log_mel
         return np.maximum(log_mel, log_mel.max() - self.floor_db * np.log(10) / 10)
 
-    def trim(self, log_mel: np.ndarray) -> np.ndarray:
-        """(frames, M) -> fewer frames: without the silence at both ends, but for a margin."""
-        if self.trim_share is None:
-            return log_mel
-        level = log_mel.max(axis=1)
-        quiet, loud = np.percentile(level, 5), level.max()
-        heard = np.flatnonzero(level >= quiet + self.trim_share * (loud - quiet))
-        return log_mel[max(0, heard[0] - self.trim_margin_frames) : heard[-1] + 1 + self.trim_margin_frames]
+    def loud(self, log_mel: np.ndarray) -> np.ndarray:
+        """(frames, M) -> (frames,) bool: what is speech rather than silence, the LEAST_LOUD loudest in any case."""
+        level = np.sort(log_mel.max(axis=1))
+        quiet = level[int(QUIET_SHARE * (len(level) - 1))]
+        edge = quiet + self.speech_share * (level[-1] - quiet)
+        return log_mel.max(axis=1) >= min(edge, level[-min(LEAST_LOUD, len(level))])
 
     def normalise(self, log_mel: np.ndarray) -> np.ndarray:
-        """(frames, M): zero mean and unit variance of every bin over the utterance."""
-        return (log_mel - log_mel.mean(axis=0)) / (log_mel.std(axis=0, ddof=1) + STD_GUARD)
+        """(frames, M): zero mean and unit variance of every bin over the utterance, or over its loud frames."""
+        counted = log_mel if self.speech_share is None else log_mel[self.loud(log_mel)]
+        return (log_mel - counted.mean(axis=0)) / (counted.std(axis=0, ddof=1) + STD_GUARD)
 
     def __call__(self, audio: np.ndarray) -> np.ndarray:
-        """(S,) float32 in [-1, 1] -> (frames, n_mels) float32: at most S // hop_samples frames, normalised."""
+        """(S,) float32 in [-1, 1] -> (S // hop_samples, n_mels) float32, normalised."""
         return self.finish(self.log_mel(audio))
 
     def finish(self, log_mel: np.ndarray) -> np.ndarray:
-        """What follows the logarithm: floor, trim, normalise."""
-        return self.normalise(self.trim(self.raise_to_floor(log_mel))).astype(np.float32)
+        """What follows the logarithm: floor, then normalisation."""
+        return self.normalise(self.raise_to_floor(log_mel)).astype(np.float32)
 
 
 @lru_cache

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from tiny_align.runtime.backend import Decoder
+from tiny_align.runtime.backend import Decoder, Scores
 from tiny_align.runtime.bundle import Bundle, PromptSpec
 from tiny_align.runtime.errors import DataError, TinyAlignError
 
@@ -57,9 +57,20 @@ def encode_in_place(tokenizer: Tokenizer, prompt: PromptSpec, words: str) -> lis
 class LanguageModel:
     """A bundle's LLM: typed text or soft tokens in, token ids out."""
 
-    def __init__(self, bundle: Bundle, decoder: Decoder):
+    def __init__(self, bundle: Bundle, decoder: Decoder, context: int | None = None):
+        """context: positions of a cache; None: as many as the bundle's LLM has.
+
+        Raises:
+            TinyAlignError: more than that.
+        """
         self._decoder = decoder
         self.spec = bundle.manifest.llm
+        self.capacity = context or self.spec.max_context
+        if not 1 <= self.capacity <= self.spec.max_context:
+            raise TinyAlignError(
+                f"a context of {self.capacity} positions was asked for, the bundle's LLM has {self.spec.max_context}: "
+                "ask for fewer"
+            )
         self.prompt = bundle.manifest.prompt
         self.tokenizer = Tokenizer.from_file(str(bundle.tokenizer))
         self._table = np.load(bundle.embeddings, mmap_mode="r")  # (V, D) float16
@@ -91,6 +102,9 @@ class LanguageModel:
             )
         return ids
 
+    def close(self) -> None:
+        self._decoder.close()
+
     def read_speech_as(self, tokens: np.ndarray) -> None:
         """Speech is read as these tokens from now on: the speech vocabulary, (K,) int32."""
         self.speech_tokens, self._speech_table = tokens, None
@@ -108,6 +122,11 @@ class LanguageModel:
 
     def assemble(self, speech: np.ndarray, instruction: str | None = None) -> np.ndarray:
         """Instruction injection: template and instruction around `speech` (T, D) -> (T', D)."""
+        before, after = self.around(instruction)
+        return np.concatenate([before, speech, after])
+
+    def around(self, instruction: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """What stands before and after speech, template and instruction: (P, D) and (Q, D) embeddings."""
         wanted = self.prompt.instruction if instruction is None else instruction
         before, after = encode_around(self.tokenizer, self.prompt, wanted)
         if strange := [i for i in before + after if i >= len(self._table)]:  # some special tokens have no embedding
@@ -115,41 +134,53 @@ class LanguageModel:
                 f"the prompt holds {self.tokenizer.id_to_token(strange[0])}, for which the LLM has no embedding: "
                 "write the instruction in words"
             )
-        return np.concatenate([self.embed(before), speech, self.embed(after)])
+        return self.embed(before), self.embed(after)
 
-    def prefill(self, embeddings: np.ndarray, cache: Cache) -> np.ndarray:
+    def prefill(self, embeddings: np.ndarray, cache: Cache) -> Scores:
         """Read (T, D) float32 embeddings into the cache.
 
         Returns:
-            (V,) float32 logits of the last position; the next reading into this cache overwrites them.
+            The last position's; the next reading into this cache overwrites them.
         """
-        if cache.length + len(embeddings) > self.spec.max_context:
+        if cache.length + len(embeddings) > self.capacity:
             raise TinyAlignError(
                 f"the prompt needs {cache.length + len(embeddings)} positions, the bundle's LLM has "
-                f"{self.spec.max_context}: shorten the instruction or the recording"
+                f"{self.capacity}: shorten the instruction or the recording"
             )
         if cache.memory is None:
-            cache.memory = self._decoder.open_cache(self.spec.max_context)
+            cache.memory = self._decoder.open_cache(self.capacity)
         for start in range(0, len(embeddings), CHUNK):
             chunk = embeddings[start : start + CHUNK]
             logits = self._decoder.read(chunk, cache.memory, cache.length)
             cache.length += len(chunk)
         return logits
 
+    def rewind(self, cache: Cache, length: int) -> None:
+        """Forget all but the first `length` positions."""
+        if length < cache.length:
+            self._decoder.rewind(cache.memory, length)
+            cache.length = length
+
     def generate(self, embeddings: np.ndarray, decoding: Decoding, cache: Cache | None = None) -> Iterator[int]:
-        """Token ids of the answer to a prompt (T, D), until an end token, `max_tokens`, a full context or a loop."""
+        """Token ids of the answer to a prompt (T, D): `decode` after reading it."""
         cache = Cache() if cache is None else cache
-        rng = np.random.default_rng(decoding.seed)
-        logits, said = self.prefill(np.ascontiguousarray(embeddings, np.float32), cache), []
+        yield from self.decode(self.prefill(np.ascontiguousarray(embeddings, np.float32), cache), decoding, cache)
+
+    def decode(self, scores: Scores, decoding: Decoding, cache: Cache) -> Iterator[int]:
+        """Token ids after a prompt, until an end token, `max_tokens`, a full context or a loop.
+
+        A token is read into the cache when the next one is asked for, so that the last one given is not in it.
+        """
+        rng, said = np.random.default_rng(decoding.seed), []
         for n_more in reversed(range(decoding.max_tokens)):
-            token = _choose(logits, decoding, rng)
+            token = _choose(scores, decoding, rng)
             if token in self.spec.end_tokens:
                 return
             yield token
             said.append(token)
-            if n_more == 0 or cache.length >= self.spec.max_context or loops(said, decoding.loop_tokens):
+            if n_more == 0 or cache.length >= self.capacity or loops(said, decoding.loop_tokens):
                 return
-            logits = self.prefill(self.embed([token]), cache)
+            scores = self.prefill(self.embed([token]), cache)
 
 
 def loops(tokens: list[int], n: int) -> bool:
@@ -158,15 +189,14 @@ def loops(tokens: list[int], n: int) -> bool:
     return any(last[period:] == last[:-period] for period in range(1, len(last) // 3 + 1))
 
 
-def _choose(logits: np.ndarray, decoding: Decoding, rng: np.random.Generator) -> int:
+def _choose(scores: Scores, decoding: Decoding, rng: np.random.Generator) -> int:
     """The best token, or one drawn from the `top_k` best at a temperature."""
     if decoding.temperature <= 0:
-        return int(logits.argmax())
-    best = np.argpartition(logits, -decoding.top_k)[-decoding.top_k :] if decoding.top_k < len(logits) else None
-    best = np.arange(len(logits)) if best is None else best
-    scaled = logits[best] / decoding.temperature
+        return int(scores.best(1)[0][0])
+    tokens, logits = scores.best(decoding.top_k)
+    scaled = logits / decoding.temperature
     weights = np.exp(scaled - scaled.max())
-    return int(rng.choice(best, p=weights / weights.sum()))
+    return int(rng.choice(tokens, p=weights / weights.sum()))
 
 
 class TextStream:

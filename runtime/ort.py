@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tiny_align.runtime.backend import Decoder, Runner, closed
+from tiny_align.runtime.backend import Decoder, Runner, Scores, closed
 from tiny_align.runtime.bundle import GraphSpec, TensorSpec
 from tiny_align.runtime.errors import BackendError
 from tiny_align.runtime.huge_pages import on_huge_pages
@@ -47,7 +47,11 @@ class OrtRunner(Runner):
 
 
 class OrtDecoder(Decoder):
-    """The LLM's fused graph (export/fused.py) on a cache that ONNX Runtime writes in place."""
+    """The LLM's fused graph (export/fused.py) on a cache that ONNX Runtime writes in place.
+
+    Its logits lie in this process's memory anyway, so that they are given whole: the best of 128,256 is found sooner
+    than the graph would pick the best few.
+    """
 
     name = "onnxruntime"
 
@@ -60,12 +64,15 @@ class OrtDecoder(Decoder):
             raise closed(self._spec)
         return _OrtCache(self._session, self._spec, capacity)
 
-    def read(self, embeddings: np.ndarray, cache: "_OrtCache", past: int) -> np.ndarray:
+    def read(self, embeddings: np.ndarray, cache: "_OrtCache", past: int) -> Scores:
         if self._session is None:
             raise closed(self._spec)
         cache.prepare(embeddings, past)
         self._session.run_with_iobinding(cache.binding)
-        return cache.logits
+        return cache.scores
+
+    def rewind(self, cache: "_OrtCache", length: int) -> None:
+        """Nothing to do: what lies beyond the length that the next reading gives is not looked at."""
 
     def close(self) -> None:
         self._session = None
@@ -78,7 +85,7 @@ class _OrtCache:
         self.binding, self._alive = session.io_binding(), {}
         self._length, *memory = (_zeros(tensor, capacity) for tensor in spec.inputs[1:])
         logits = _zeros(spec.outputs[0], capacity)
-        self.logits = logits[0, 0]
+        self.scores = Scores(logits[0, 0])
         for tensor, array in zip(spec.inputs[1:], (self._length, *memory), strict=True):
             self._bind(self.binding.bind_ortvalue_input, tensor.name, array)
         for tensor, array in zip(spec.outputs, (logits, *memory), strict=True):

@@ -4,10 +4,18 @@ Built by `tiny-align build-engines` and checked by engines.py; nothing is built 
 for the greatest shapes of the engine's profile. A person's projector is an engine of their own, in engines/ of their
 folder (`Bundle.person`), or else the bundle's, refitted with their weights when it is loaded.
 
+In a Chain what the encoder gives is what the projector reads, where it lies. What the projector gives comes to the CPU,
+kilobytes of it: there the readout makes soft tokens (readout.py), and the instruction's embeddings are put around them.
+Of a step of the LLM only its embeddings and the graph's few best tokens (export/best.py) cross, on a Jetson without a
+copy (cuda.exchange); where a graph picks none, as its manifest tells, every logit does.
+
 The LLM's keys and values stay on the device, in two sets of buffers: what a step writes is what the next one reads. A
 set is laid out for the whole context, but TensorRT takes (1, H, past, size) without gaps, so that it is filled from its
 start, and every position moves when one is added. Hence no CUDA graph for a step: its shapes are other ones every time,
-and a captured graph would go on computing the first.
+and a captured graph would go on computing the first. A cache of one shape, masked beyond its length, could be captured,
+but this TensorRT writes into no tensor that it reads: every step would copy the whole capacity and look through it, at
+4,096 positions of Llama-3.2-1B's shape 268 MB, read twice and written once, beside 0.8 GB of weights. What that would
+save is the time of launches, which a model of that size hides: they are made while earlier kernels still read weights.
 """
 
 import functools
@@ -19,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from tiny_align.runtime import cuda
-from tiny_align.runtime.backend import Decoder, Runner, closed
+from tiny_align.runtime.backend import BEST_LOGITS, BEST_TOKENS, Decoder, Runner, Scores, closed
 from tiny_align.runtime.bundle import Bundle, GraphSpec, TensorSpec
 from tiny_align.runtime.engines import PACKAGES, build_command, check_engine, import_tensorrt, machine_facts
 from tiny_align.runtime.errors import BackendError
@@ -143,13 +151,13 @@ class _Engine:
             raise BackendError(f"{self.file} gives {name} a size that is known only when it has run: {list(shape)}")
         return shape
 
-    def set_address(self, name: str, buffer: cuda.Buffer) -> None:
-        self._given(self._context.set_tensor_address(name, buffer.address), f"take the address of {name}")
+    def set_address(self, name: str, memory: cuda.Buffer | cuda.Copied | cuda.Mapped) -> None:
+        self._given(self._context.set_tensor_address(name, memory.address), f"take the address of {name}")
 
-    def run(self) -> None:
+    def run(self, stream: cuda.Stream) -> None:
         """Start the work; `stream.synchronise` waits for it."""
         self._log.words.clear()
-        self._given(self._context.execute_async_v3(self.stream.handle), "run the graph")
+        self._given(self._context.execute_async_v3(stream.handle), "run the graph")
 
 
 def _engine_file(bundle: Bundle, spec: GraphSpec, graph: Path, facts: dict) -> tuple[Path, bool]:
@@ -173,23 +181,53 @@ class TrtRunner(Runner):
         shapes = {t: self._engine.greatest(t.name) for t in spec.inputs}
         shapes |= {t: self._engine.shape(t.name) for t in spec.outputs}
         self._buffers = {tensor.name: _buffer(tensor, shape) for tensor, shape in shapes.items()}
-        for name, buffer in self._buffers.items():
-            self._engine.set_address(name, buffer)
+        for tensor in spec.outputs:
+            self._engine.set_address(tensor.name, self._buffers[tensor.name])
 
     def _run(self, feed: dict) -> dict:
-        if (engine := self._engine) is None:
-            raise closed(self.spec)
-        feed = {name: np.ascontiguousarray(value) for name, value in feed.items()}
+        feed = _contiguous(feed)  # stays until the copies are made
+        return self._finish(self._start(feed))
+
+    def into(self, other: Runner, feed: dict, rows: int | None = None) -> dict:
+        """The other graph reads this one's output where it lies, after it in its stream."""
+        if not isinstance(other, TrtRunner):
+            return super().into(other, feed, rows)
+        self._check(feed)
+        feed = _contiguous(feed)
+        stream = self._start(feed)
+        other._follow(self, rows, stream)
+        return other._finish(stream)
+
+    def _start(self, feed: dict) -> cuda.Stream:
+        """Have the inputs copied to the device and the graph run on them; the stream in which that happens."""
+        engine = self._opened()
         for name, value in feed.items():
             engine.set_shape(name, value.shape)
-        out = {t.name: np.empty(engine.shape(t.name), t.dtype) for t in self.spec.outputs}
-        for name, value in feed.items():
+            engine.set_address(name, self._buffers[name])
             engine.stream.upload(value, self._buffers[name])
-        engine.run()
+        engine.run(engine.stream)
+        return engine.stream
+
+    def _follow(self, before: "TrtRunner", rows: int | None, stream: cuda.Stream) -> None:
+        """Run on the first `rows` rows of the output of another graph, which runs before in this stream."""
+        engine, (own,), (given,) = self._opened(), self.spec.inputs, before.spec.outputs
+        batch, n_rows, *row = before._opened().shape(given.name)
+        engine.set_shape(own.name, (batch, n_rows if rows is None else min(rows, n_rows), *row))
+        engine.set_address(own.name, before._buffers[given.name])
+        engine.run(stream)
+
+    def _finish(self, stream: cuda.Stream) -> dict:
+        """The outputs, once the stream has come to its end."""
+        out = {t.name: np.empty(self._opened().shape(t.name), t.dtype) for t in self.spec.outputs}
         for name, value in out.items():
-            engine.stream.download(self._buffers[name], value)
-        engine.stream.synchronise()
+            stream.download(self._buffers[name], value)
+        stream.synchronise()
         return out
+
+    def _opened(self) -> _Engine:
+        if self._engine is None:
+            raise closed(self.spec)
+        return self._engine
 
     def close(self) -> None:
         self._engine, self._buffers = None, {}
@@ -202,39 +240,53 @@ class TrtDecoder(Decoder):
 
     def __init__(self, path: Path, spec: GraphSpec, bundle: Bundle):
         self._spec, self._engine = spec, _Engine(bundle, spec, path)
-        self._embeddings, self._logits = spec.inputs[0], spec.outputs[0]
-        self._buffers = [
-            _buffer(self._embeddings, self._engine.greatest(self._embeddings.name)),
-            _buffer(self._logits, self._logits.shape),
-        ]
-        self._engine.set_address(self._embeddings.name, self._buffers[0])
-        self._engine.set_address(self._logits.name, self._buffers[1])
+        self._embeddings, n_kept = spec.inputs[0], len(spec.inputs) - 1
+        scores, self._kept = spec.outputs[:-n_kept], spec.outputs[-n_kept:]
+        self._given = _exchange(self._embeddings, self._engine.greatest(self._embeddings.name))
+        self._told = {t.name: _exchange(t, t.shape) for t in _told(scores)}
+        self._untold = {t.name: _buffer(t, t.shape) for t in scores if t.name not in self._told}
+        for name, memory in {self._embeddings.name: self._given, **self._told, **self._untold}.items():
+            self._engine.set_address(name, memory)
         self._spare: list[_Memory] = []  # of conversations that are over
 
     def open_cache(self, capacity: int) -> "_TrtCache":
         if self._engine is None:
             raise closed(self._spec)
         fitting = [memory for memory in self._spare if memory.capacity == capacity]
-        memory = fitting[0] if fitting else _Memory(self._spec, capacity)
+        memory = fitting[0] if fitting else _Memory(self._kept, capacity)
         if fitting:
             self._spare.remove(memory)
         cache = _TrtCache(memory)
         weakref.finalize(cache, self._spare.append, memory)
         return cache
 
-    def read(self, embeddings: np.ndarray, cache: "_TrtCache", past: int) -> np.ndarray:
+    def read(self, embeddings: np.ndarray, cache: "_TrtCache", past: int) -> Scores:
         if (engine := self._engine) is None:
             raise closed(self._spec)
         total = cache.checked_total(past, len(embeddings))
         self._bind(cache, past, total, len(embeddings))
-        logits = np.empty(self._logits.shape, self._logits.dtype)
-        given = np.ascontiguousarray(embeddings[None], self._embeddings.dtype)
-        engine.stream.upload(given, self._buffers[0])
-        engine.run()
-        engine.stream.download(self._buffers[1], logits)
+        self._given.array[: embeddings.size] = embeddings.ravel()
+        self._given.send(engine.stream, embeddings.size)
+        engine.run(engine.stream)
+        for memory in self._told.values():
+            memory.fetch(engine.stream)
         engine.stream.synchronise()
         cache.turn(total)
-        return logits[0, 0]
+        told = {name: memory.array.copy() for name, memory in self._told.items()}  # other conversations use it too
+        return Scores(*told.values())
+
+    def rewind(self, cache: "_TrtCache", length: int) -> None:
+        """Fewer positions without gaps lie elsewhere: what stays of each head moves to the other set of buffers."""
+        if (engine := self._engine) is None:
+            raise closed(self._spec)
+        if length >= cache.length:
+            return
+        for tensor, origin, to in zip(self._kept, cache.read, cache.write, strict=True):
+            _, heads, _, size = tensor.shape
+            position = size * np.dtype(tensor.dtype).itemsize
+            engine.stream.shorten(origin, to, heads, cache.length * position, length * position)
+        engine.stream.synchronise()
+        cache.turn(length)
 
     def _bind(self, cache: "_TrtCache", past: int, total: int, new: int) -> None:
         """Shapes of this step, and the two sets of buffers in the places they have in this step."""
@@ -243,48 +295,63 @@ class TrtDecoder(Decoder):
         for tensor, buffer in zip(spec.inputs[1:], cache.read, strict=True):
             engine.set_shape(tensor.name, _sized(tensor, past))
             engine.set_address(tensor.name, buffer)
-        for tensor, buffer in zip(spec.outputs[1:], cache.write, strict=True):
+        for tensor, buffer in zip(self._kept, cache.write, strict=True):
             engine.set_address(tensor.name, buffer)
-        grown = spec.outputs[1]  # one for all of them
+        grown = self._kept[0]  # one for all of them
         if engine.shape(grown.name) != _sized(grown, total):  # it would write beyond the buffer
             raise BackendError(f"{engine.file} does not give {grown.name} for {total} positions: build it again")
 
     def close(self) -> None:
-        self._engine, self._buffers, self._spare = None, [], []
+        self._engine, self._given, self._told, self._untold, self._spare = None, None, {}, {}, []
 
 
 class _Memory:
     """Two sets of buffers, each for the keys and values of `capacity` positions."""
 
-    def __init__(self, spec: GraphSpec, capacity: int):
+    def __init__(self, tensors: tuple[TensorSpec, ...], capacity: int):
         self.capacity = capacity
-        self.sets = [[_buffer(t, _sized(t, capacity)) for t in spec.outputs[1:]] for _ in range(2)]
+        self.sets = [[_buffer(t, _sized(t, capacity)) for t in tensors] for _ in range(2)]
 
 
 class _TrtCache:
     """One conversation's keys and values: what was read lies in the set `read`."""
 
     def __init__(self, memory: _Memory):
-        self._capacity, self._length = memory.capacity, 0
+        self._capacity, self.length = memory.capacity, 0
         self.read, self.write = memory.sets
 
     def checked_total(self, past: int, new: int) -> int:
         """Positions after this step; a cache can be read on from its end, or anew."""
-        if past not in (0, self._length) or past + new > self._capacity:
+        if past not in (0, self.length) or past + new > self._capacity:
             raise BackendError(
-                f"a cache of {self._capacity} positions, {self._length} of them read, cannot take {new} after {past}: "
+                f"a cache of {self._capacity} positions, {self.length} of them read, cannot take {new} after {past}: "
                 "read on from its end, or open another"
             )
         return past + new
 
     def turn(self, length: int) -> None:
         """What was written is read from now on."""
-        self.read, self.write, self._length = self.write, self.read, length
+        self.read, self.write, self.length = self.write, self.read, length
 
 
 def _sized(tensor: TensorSpec, size: int) -> tuple[int, ...]:
     """The shape of a tensor whose one dynamic dimension is `size`."""
     return tuple(size if isinstance(dim, str) else dim for dim in tensor.shape)
+
+
+def _contiguous(feed: dict) -> dict:
+    return {name: np.ascontiguousarray(value) for name, value in feed.items()}
+
+
+def _told(scores: tuple[TensorSpec, ...]) -> list[TensorSpec]:
+    """Of a graph's outputs those that a token is chosen by, as Scores has them: the best few, or every logit."""
+    named = {tensor.name: tensor for tensor in scores}
+    wanted = (BEST_LOGITS, BEST_TOKENS) if {BEST_LOGITS, BEST_TOKENS} <= named.keys() else ("logits",)
+    return [named[name] for name in wanted]
+
+
+def _exchange(tensor: TensorSpec, shape: tuple[int, ...]) -> cuda.Copied | cuda.Mapped:
+    return cuda.exchange(int(np.prod(shape)), tensor.dtype)
 
 
 def _buffer(tensor: TensorSpec, shape: tuple[int, ...]) -> cuda.Buffer:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from tiny_align.align.users import load_projector
-from tiny_align.benchmarks import alignment, encoder, families, quantisation, report, training_cost
+from tiny_align.benchmarks import alignment, encoder, families, quantisation, report, swap, training_cost
+from tiny_align.runtime.bundle import Bundle
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +129,17 @@ def test_what_each_form_of_the_weights_costs_is_measured(monkeypatch, tmp_path):
     exact, *others = quantisation.cost(0.1, tmp_path)
     assert exact["bits"] == pytest.approx(32, abs=0.1) and exact["speed"] == 1
     assert all(5 < row["bits"] < 6.2 and row["ms"] > 0 for row in others)
+
+
+def test_a_swap_is_timed_between_projectors_that_differ(bundle_copy):
+    bundle = Bundle.open(bundle_copy)
+    graph = swap.write_person(bundle, "ana")
+    weights = graph.with_name(f"{graph.name}.data")
+    assert weights.read_bytes() != (bundle_copy / weights.name).read_bytes()
+    seconds = swap.swap_seconds(bundle, "onnxruntime", {"onnxruntime": graph}, repeats=2)
+    assert list(seconds) == ["onnxruntime"] and 0 < seconds["onnxruntime"] < 60
+    told = swap.table({"builder": "tensorrt_rtx 1.7", "build_s": 0.512, "swap_s": {"refit": 0.0213}})
+    assert told.splitlines()[2:] == [
+        "| an engine of their own is built (tensorrt_rtx 1.7) | 512 ms |",
+        "| put in, refit | 21.3 ms |",
+    ]

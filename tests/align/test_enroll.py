@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from tiny_align.align import microphone as microphone_module
 from tiny_align.align.enroll import drawn
 from tiny_align.align.recording import check_recording
 from tiny_align.align.sentences import choose, coverage, units
+from tiny_align.runtime import microphone as microphone_module
 from tiny_align.runtime.audio import read_audio
 
 RATE = 16_000

@@ -131,7 +131,7 @@ def test_a_bundle_gets_its_general_projector_and_keeps_all_else(run_cli, untrain
 def test_what_gets_no_better_stays_unless_it_was_untrained(run_cli, untrained, words, monkeypatch):
     """The held-out figure is said to grow: a trained projector stays to the last byte, an untrained one goes."""
     figures = iter(range(10_000))
-    monkeypatch.setattr(Trainer, "_held_out_figure", lambda trainer: float(next(figures)))
+    monkeypatch.setattr(Trainer, "_held_out_figures", lambda trainer: (float(next(figures)),) * 2)
     before = contents(untrained)
     first = run_cli(*arguments(untrained, words, "--steps", 2)).document
     trained = contents(untrained)

@@ -140,7 +140,7 @@ def test_what_a_person_said_before_stays_in_their_list(large, recordings):
 def test_a_general_projector_brings_the_tokens_of_its_texts(large, tmp_path, asked, monkeypatch):
     """The list is empty at first, as in a bundle just exported; the second training adds to that of the first."""
     figures = iter(range(100, 0, -1))
-    monkeypatch.setattr(Trainer, "_held_out_figure", lambda trainer: float(next(figures)))  # always better
+    monkeypatch.setattr(Trainer, "_held_out_figures", lambda trainer: (float(next(figures)),) * 2)  # always better
     np.save(large.path / SPEECH_TOKENS, np.zeros(0, np.int32))
     write_manifest(large.path, dataclasses.replace(large.manifest, projector_trained=False))
     rng, size, effort = np.random.default_rng(0), large.manifest.encoder.feature_size, Effort(steps=1, threads=1)

@@ -204,12 +204,38 @@ def test_the_weights_are_the_running_mean_at_the_end():
     trained = run.run(quiet=True)
     assert trained.record["improved"] and same(trained.weights, run.mean.state_dict())
     run.mean.load_state_dict(trained.weights)
-    assert run._held_out_figure() == pytest.approx(trained.record["curve"][-1]["held_out"], rel=1e-6)
+    last = trained.record["curve"][-1]
+    assert run._held_out_figures() == pytest.approx((last["held_out"], last["held_out_loss"]), rel=1e-6)
 
 
 def test_a_training_that_only_spoils_gives_the_weights_it_began_with():
     trained = trainer(replace(OPTIONS, rate=30.0, warmup=1)).run(quiet=True)
     assert not trained.record["improved"] and same(trained.weights, new_projector().state_dict())
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "improved"),
+    [
+        pytest.param((0.5, 1.0), (0.4, 2.0), True, id="fewer errors"),
+        pytest.param((0.5, 2.0), (0.6, 1.0), False, id="more errors"),
+        pytest.param((0.5, 2.0), (0.5, 1.0), True, id="as many, smaller loss"),
+        pytest.param((0.5, 1.0), (0.5, 1.0), False, id="all the same"),
+    ],
+)
+def test_errors_decide_and_where_they_are_as_many_the_loss(monkeypatch, before, after, improved):
+    figures = iter([before, after])
+    monkeypatch.setattr(Trainer, "_held_out_figures", lambda trainer: next(figures))
+    trained = trainer(replace(OPTIONS, steps=1)).run(quiet=True)
+    assert trained.record["improved"] == improved
+    assert same(trained.weights, new_projector().state_dict()) != improved
+
+
+def test_the_loss_is_judged_as_at_the_end_of_a_flat_start():
+    """Or no tie before it could be compared with one after it."""
+    options = replace(OPTIONS, objective="ctc", flat_start=20)
+    run = trainer(options)
+    ctc = trainer(replace(options, flat_start=0))
+    assert run._held_out_figures() == ctc._held_out_figures()
 
 
 def test_only_the_named_parts_are_trained():

@@ -490,8 +490,9 @@ def test_unwritable_bundle_says_so(child, tmp_path):
 def test_command_prints_for_people(child, tmp_path, capsys):
     child(FAKE_BUILD)
     make_bundle(tmp_path, "int4")
-    args = argparse.Namespace(bundle=tmp_path, compute_capability=None, graph=None, user=None, force=False, json=False)
-    commands.run(args)
+    parser = argparse.ArgumentParser()
+    commands.add_arguments(parser)
+    commands.run(parser.parse_args(["--bundle", str(tmp_path)], argparse.Namespace(json=False)))
     printed, shown = capsys.readouterr()
     assert "tensorrt_rtx 1.7.1 for compute capability 86" in printed and "int4: int4, 0.0 MB" in printed
     assert "100%" in shown and "int4: Halfway" in shown

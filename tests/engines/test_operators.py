@@ -1,26 +1,40 @@
-"""The shipped graphs against what TensorRT's ONNX parser takes: a lower bound for JetPack's TensorRT 10.3.
+"""The shipped graphs and the rungs made of them against what TensorRT's ONNX parser takes.
 
-The table is that of onnx-tensorrt's 10.1 release (tests/data): operators, and the types that each takes.
+The table is that of onnx-tensorrt's 10.1 release (tests/data), a lower bound for JetPack's TensorRT 10.3: operators,
+and the types that each takes.
 """
 
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 onnx = pytest.importorskip("onnx")
+from tiny_align.engines import calibrate, halves  # noqa: E402
 
 TABLE = json.loads((Path(__file__).parents[1] / "data/tensorrt-10.1-operators.json").read_text())["operators"]
-GRAPHS = ("encoder", "projector", "llm")
+GRAPHS = ("encoder", "projector", "llm", "encoder in fp16", "encoder in int8", "llm in fp16")
 NAMES = {"FLOAT": "FP32", "FLOAT16": "FP16", "BFLOAT16": "BF16"}  # ONNX's -> the table's; the others are the same
 SIZE_FROM_DATA = {"NonZero", "NonMaxSuppression", "Unique", "Compress"}  # outputs that need an output allocator
 FIRST_OUTPUT_ONLY = {"LayerNormalization", "Dropout"}
 
 
+def zeros(tensor) -> np.ndarray:
+    """In the place of weights, which change no type."""
+    return np.zeros(tensor.dims, np.float32)
+
+
 @pytest.fixture(params=GRAPHS)
 def graph(request, bundle_path):
     """A graph with the type of every tensor worked out."""
-    model = onnx.load(str(bundle_path / f"{request.param}.onnx"), load_external_data=False)
+    name, _, precision = request.param.partition(" in ")
+    model = onnx.load(str(bundle_path / f"{name}.onnx"), load_external_data=False)
+    if precision == "int8":
+        scales = dict.fromkeys(calibrate.product_inputs(model), 0.1)
+        model = calibrate.int8(model, scales, zeros)
+    if precision:
+        model = halves.half(model, zeros)
     return onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
 
 

@@ -179,7 +179,9 @@ def test_the_llm_gives_the_last_positions_logits_only(exported):
     shape = [d.dim_value for d in logits.type.tensor_type.shape.dim]
     assert logits.name == "logits" and shape == [1, 1, exported.bundle.manifest.llm.vocabulary]
     assert [t.name for t in read(exported.bundle, "llm").graph.output][1:] == [
-        f"present.{layer}.{part}" for layer in range(LAYERS) for part in ("key", "value")
+        "best_logits",
+        "best_tokens",
+        *(f"present.{layer}.{part}" for layer in range(LAYERS) for part in ("key", "value")),
     ]
 
 

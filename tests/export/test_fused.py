@@ -110,7 +110,8 @@ def test_conversations_do_not_disturb_each_other(tiny_llm, tmp_path):
     with load_decoder(tmp_path / "llm.onnx", spec, "onnxruntime", 1) as decoder, torch.no_grad():
         caches = [decoder.open_cache(16) for _ in rows]
         for position in range(9):
-            got = [decoder.read(row[position : position + 1], c, position).copy() for row, c in zip(rows, caches)]
+            read = [decoder.read(row[position : position + 1], c, position) for row, c in zip(rows, caches)]
+        got = [scores.logits for scores in read]
         want = [llm(inputs_embeds=torch.from_numpy(row)[None]).logits[0, -1].numpy() for row in rows]
     np.testing.assert_allclose(got, want, atol=1e-4)
 
@@ -122,9 +123,9 @@ def test_going_back_in_a_cache_reads_over_what_was_there(tiny_llm, tmp_path):
     with load_decoder(tmp_path / "llm.onnx", spec, "onnxruntime", 1) as decoder:
         cache, fresh = decoder.open_cache(16), decoder.open_cache(16)
         decoder.read(rows, cache, 0)
-        got = decoder.read(rows[:2], cache, 5)
+        got = decoder.read(rows[:2], cache, 5).logits
         decoder.read(rows[:5], fresh, 0)
-        np.testing.assert_allclose(got, decoder.read(rows[:2], fresh, 5), atol=1e-5)
+        np.testing.assert_allclose(got, decoder.read(rows[:2], fresh, 5).logits, atol=1e-5)
 
 
 def test_heads_that_onnx_runtime_does_not_take_are_refused(tiny_llm):

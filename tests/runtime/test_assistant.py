@@ -10,6 +10,7 @@ from tiny_align.runtime import Answer, Assistant, Decoding
 from tiny_align.runtime import assistant as assistant_module
 from tiny_align.runtime.bundle import Bundle
 from tiny_align.runtime.errors import AudioError, BackendError, DataError, TinyAlignError, UserError
+from tiny_align.runtime.readout import CtcReader
 
 DECODING = Decoding(max_tokens=16, temperature=2.0, seed=1)
 RATE = 16_000  # Hz, the bundle's
@@ -101,9 +102,9 @@ def test_a_stream_may_be_left_early(assistant, speech):
 
 @pytest.fixture
 def deaf(assistant, monkeypatch):
-    """An assistant whose projector finds no word in anything."""
+    """An assistant that finds no word in anything."""
     size = assistant.bundle.manifest.llm.hidden_size
-    monkeypatch.setattr(assistant, "soft_tokens", lambda features: np.zeros((0, size), np.float32))
+    monkeypatch.setattr(assistant, "reader", lambda: CtcReader(np.zeros((0, size), np.float32), 1.0))
     return assistant
 
 
@@ -146,15 +147,12 @@ def test_the_callers_buffer_may_be_used_again(assistant, speech):
     assert tokens(session.finish()) == tokens(assistant.stream(whole, decoding=DECODING))
 
 
-def test_a_finished_session_takes_no_more_until_it_is_reset(assistant, speech):
+def test_speech_after_the_answer_is_another_turn(assistant, speech):
     session = assistant.listen(decoding=DECODING)
     session.push(speech)
     first = tokens(session.finish())
-    with pytest.raises(TinyAlignError, match=r"this session is finished: call reset\(\)"):
-        session.push(speech)
-    session.reset()
     session.push(speech)
-    assert tokens(session.finish()) == first
+    assert tokens(session.finish()) == first  # the reference LLM knows one turn only
 
 
 def test_reset_forgets_what_was_pushed(assistant, speech):
@@ -261,12 +259,6 @@ def with_nan(speech):
     return speech
 
 
-def too_long(assistant):
-    _, _, greatest = assistant.bundle.manifest.dims["frames"]
-    n_samples = (greatest + 1) * assistant.bundle.manifest.front_end.hop_samples
-    return (0.1 * np.random.default_rng(0).standard_normal(n_samples)).astype(np.float32)
-
-
 BAD = {
     "NaN": (lambda a, s: with_nan(s), "NaN or infinite"),
     "infinite": (lambda a, s: np.append(s, np.float32(np.inf)), "NaN or infinite"),
@@ -274,7 +266,6 @@ BAD = {
     "0.05 s": (lambda a, s: s[:800], r"lasts 0\.050 s, expected at least"),
     "0.12 s": (lambda a, s: s[8_000:9_920], "at least .* needed: record longer"),
     "empty": (lambda a, s: s[:0], "is empty"),
-    "too long": (lambda a, s: too_long(a), r"expected at most .* s; cut it"),
     "integers": (lambda a, s: (s * 32767).astype(np.int16), "int16 samples"),
     "loud": (lambda a, s: s * np.float32(32768), "divide 16-bit samples"),
     "double": (lambda a, s: s.astype(np.float64), "float64 samples"),

@@ -23,7 +23,7 @@ def noise(n_samples, seed=0):
 
 
 def assert_same(audio, n_mels):
-    ours, theirs = FrontEnd(n_mels=n_mels, floor_db=None, trim_share=None)(audio), reference(audio, n_mels)
+    ours, theirs = FrontEnd(n_mels=n_mels, floor_db=None)(audio), reference(audio, n_mels)
     assert ours.shape == theirs.shape == (len(audio) // FrontEnd().hop_samples, n_mels)
     assert ours.dtype == np.float32
     difference = np.abs(ours - theirs)
@@ -53,10 +53,25 @@ def test_the_floor_lies_below_the_loudest():
     np.testing.assert_array_equal(FrontEnd(floor_db=None).raise_to_floor(log_mel), log_mel)
 
 
-def test_silence_at_both_ends_is_trimmed_and_that_within_is_not(speech):
-    pause = np.zeros(RATE, np.float32)
-    front = FrontEnd(floor_db=60.0, trim_share=0.4)
-    once, twice = (len(front(np.concatenate([pause, *parts, pause]))) for parts in ([speech], [speech, pause, speech]))
-    assert once <= len(speech) // front.hop_samples + 2 * front.trim_margin_frames
-    assert once < twice - RATE // front.hop_samples
-    assert len(FrontEnd(trim_share=None)(np.concatenate([pause, speech]))) == (RATE + len(speech)) // front.hop_samples
+def test_speech_is_the_same_whatever_silence_stands_around_it(speech):
+    front, frames = FrontEnd(floor_db=60.0, speech_share=0.2), len(speech) // FrontEnd().hop_samples
+    pause = (1e-4 * np.random.default_rng(0).standard_normal(RATE)).astype(np.float32)
+    alone, amid = front(speech), front(np.concatenate([pause, speech, pause, pause]))
+    within = amid[RATE // front.hop_samples :][:frames]
+    plain = FrontEnd(floor_db=60.0)
+    shifted = plain(np.concatenate([pause, speech, pause, pause]))[RATE // front.hop_samples :][:frames]
+    assert np.abs(within - alone).mean() < 0.1 < np.abs(shifted - plain(speech)).mean()
+
+
+@pytest.mark.parametrize("n_frames", [2, 10, 30, 333])
+def test_training_normalises_a_padded_batch_as_the_runtime_does(n_frames):
+    torch = pytest.importorskip("torch")
+    from tiny_align.reference.augment import normalise
+
+    front, rng = FrontEnd(floor_db=60.0, speech_share=0.2), np.random.default_rng(n_frames)
+    log_mel = rng.normal(-5, 2, (n_frames, 80)).astype(np.float32)
+    log_mel[: n_frames // 3] -= 8
+    padded = torch.nn.functional.pad(torch.from_numpy(log_mel), (0, 0, 0, 50))
+    batch = normalise(torch.stack([padded, padded.flip(1)]), torch.tensor([n_frames, n_frames]), front)
+    np.testing.assert_allclose(batch[0, :n_frames].numpy(), front.finish(log_mel), atol=1e-4)
+    assert not batch[:, n_frames:].any()

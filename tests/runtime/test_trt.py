@@ -1,9 +1,11 @@
 """runtime/trt.py on an emulation of TensorRT and CUDA that computes (trt_emulation.py)."""
 
+import ctypes
 import dataclasses
 import gc
 import inspect
 import json
+import os
 import re
 import shutil
 import sys
@@ -15,38 +17,22 @@ import pytest
 import trt_emulation
 
 from tiny_align.engines.build import build_engines
+from tiny_align.engines.plain import PlainDecoder
 from tiny_align.runtime import Assistant, Decoding, cuda
 from tiny_align.runtime import trt as trt_module
 from tiny_align.runtime.audio import read_audio
-from tiny_align.runtime.backend import Decoder, load_decoder, load_runner
-from tiny_align.runtime.bundle import Bundle
+from tiny_align.runtime.backend import BEST_LOGITS, Chain, load_decoder, load_runner
+from tiny_align.runtime.bundle import Bundle, write_manifest
 from tiny_align.runtime.errors import BackendError
 from tiny_align.runtime.llm import Cache, LanguageModel
-from tiny_align.runtime.ort import OrtRunner
 
 N_UTTERANCES = 20
 RATE, SIZE = 16_000, 192  # Hz, the bundle's; D of its LLM
 
 
-class Plain(Decoder):
-    """The plain graph of the LLM in ONNX Runtime, its cache passed through numpy: what TensorRT is compared with.
-
-    The fused graph that ONNX Runtime takes rounds activations elsewhere, so that a near-tie may fall differently.
-    """
-
-    def __init__(self, bundle: Bundle):
-        self.spec = bundle.manifest.graphs["llm"]
-        self.runner = OrtRunner(bundle.graph("llm"), self.spec, 1)
-
-    def open_cache(self, capacity):
-        return {}
-
-    def read(self, embeddings, cache, past):
-        for tensor in self.spec.inputs[1:] if past == 0 else ():
-            cache[tensor.name] = np.zeros([0 if isinstance(n, str) else n for n in tensor.shape], tensor.dtype)
-        out = self.runner({"inputs_embeds": embeddings[None], **cache})
-        cache.update({name.replace("present", "past"): value for name, value in out.items() if name != "logits"})
-        return out["logits"][0, 0]
+def plain_decoder(bundle: Bundle) -> PlainDecoder:
+    """What TensorRT is compared with: the fused graph rounds elsewhere, so that a near-tie may fall differently."""
+    return PlainDecoder(bundle.graph("llm"), bundle.manifest.graphs["llm"], 1)
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +60,18 @@ def ana(bundle, make_user):
 
 
 @pytest.fixture(scope="module")
+def ben(bundle, make_user):
+    """The projector of a person who has an engine of their own."""
+    folder = make_user(bundle, bundle.path / "users/ben", shift=-0.2)
+    build_engines(bundle.person(folder), graphs=["projector"])
+    return bundle.projector("ben")
+
+
+@pytest.fixture(scope="module")
 def onnxruntime(bundle):
     """ONNX Runtime on the plain graphs."""
     with Assistant.load(bundle, threads=1) as assistant:
-        assistant.llm = LanguageModel(bundle, Plain(bundle))
+        assistant.llm = LanguageModel(bundle, plain_decoder(bundle))
         yield assistant
 
 
@@ -114,22 +108,32 @@ def test_answers_are_the_same_before_and_after_each_swap(tensorrt, plain, record
     assert len(answers) > 4  # they are about what was said
 
 
-def test_twenty_utterances_in_conversations_with_a_hot_swap_are_answered_token_for_token(
-    tensorrt, plain, recordings, ana
+def test_twenty_utterances_in_conversations_with_hot_swaps_are_answered_token_for_token(
+    tensorrt, plain, recordings, ana, ben
 ):
-    """Four conversations of five turns, spoken with in turn; the projector is exchanged while all are open."""
+    """Four conversations of five turns, spoken with in turn; the projector is exchanged twice while all are open."""
     assert len(recordings) == N_UTTERANCES
+    swaps = {7: ana, 14: ben}  # by refit; an engine of his own
     conversations = {assistant: [Cache() for _ in range(4)] for assistant in (tensorrt, plain)}
     for turn, audio in enumerate(recordings):
         said = []
         for assistant, caches in conversations.items():
-            if turn == N_UTTERANCES // 2:
-                assistant.swap_projector(ana)
+            if turn in swaps:
+                assistant.swap_projector(swaps[turn])
             prompt = assistant.llm.assemble(assistant.soft_tokens(assistant.features(audio)))
             said.append(list(assistant.llm.generate(prompt, Decoding(max_tokens=16), caches[turn % 4])))
         assert said[0] == said[1], f"turn {turn}"
     for got, want in zip(*conversations.values()):
         assert got.length == want.length > 80
+
+
+@pytest.mark.parametrize("person", ["ana", "ben"])
+def test_a_swap_in_the_middle_of_an_answer_changes_nothing_of_it(tensorrt, recordings, person, request):
+    want = tensorrt.answer(recordings[0]).tokens
+    answer = tensorrt.stream(recordings[0])
+    begun = [next(answer).token for _ in range(3)]
+    tensorrt.swap_projector(request.getfixturevalue(person))
+    assert tuple(begun + [event.token for event in answer]) == want
 
 
 def test_every_stage_gives_what_onnx_runtime_gives(tensorrt, plain, speech):
@@ -138,8 +142,96 @@ def test_every_stage_gives_what_onnx_runtime_gives(tensorrt, plain, speech):
     np.testing.assert_array_equal(tensorrt.soft_tokens(features), plain.soft_tokens(features))
 
 
-def test_logits_are_the_plain_graphs_at_every_step(decoder, bundle):
-    np.testing.assert_array_equal(read_in_steps(decoder), read_in_steps(Plain(bundle)))
+def test_the_best_tokens_are_the_plain_graphs_at_every_step(decoder, bundle):
+    np.testing.assert_array_equal(read_in_steps(decoder), read_in_steps(plain_decoder(bundle)))
+
+
+def test_a_drawn_token_is_the_one_drawn_from_all_logits(tensorrt, plain):
+    decoding = Decoding(max_tokens=12, temperature=2.0, top_k=20, seed=3)
+    prompt = plain.llm.assemble(plain.llm.embed(plain.llm.encode_words("what time is it")))
+    got, want = (list(a.llm.generate(prompt, decoding)) for a in (tensorrt, plain))
+    assert got == want != list(plain.llm.generate(prompt, Decoding(max_tokens=12)))
+
+
+def test_more_tokens_than_the_graph_picks_are_not_to_be_had(tensorrt):
+    hot = Decoding(temperature=1.0, top_k=100)
+    with pytest.raises(BackendError, match=r"the 100 best .*, the LLM's graph gives 64: ask for a top_k of at most 64"):
+        tensorrt.answer_text("what time is it", decoding=hot)
+
+
+def test_a_graph_that_picks_none_gives_every_logit(bundle_path, tmp_path, machine):
+    """A bundle of an earlier export: its manifest tells, and all logits cross."""
+    target = tmp_path / "bundle"
+    shutil.copytree(bundle_path, target, ignore=shutil.ignore_patterns("users", "engines"))
+    bundle = without_best(target)
+    build_engines(bundle, graphs=["llm"])
+    with load_decoder(bundle.graph("llm"), bundle.manifest.graphs["llm"], "tensorrt", bundle=bundle) as decoder:
+        np.testing.assert_array_equal(read_in_steps(decoder), read_in_steps(plain_decoder(bundle)))
+        assert decoder.read(np.zeros((1, SIZE), np.float32), decoder.open_cache(8), 0).logits.shape == (800,)
+    shutil.rmtree(target)
+
+
+def without_best(folder: Path) -> Bundle:
+    onnx, bundle = pytest.importorskip("onnx"), Bundle.open(folder)
+    spec = bundle.manifest.graphs["llm"]
+    model = onnx.load(str(bundle.graph("llm")), load_external_data=False)
+    model.graph.node.remove(next(node for node in model.graph.node if node.output[0] == BEST_LOGITS))
+    for value in [v for v in model.graph.output if v.name.startswith("best_")]:
+        model.graph.output.remove(value)
+    onnx.save(model, str(bundle.graph("llm")))
+    left = dataclasses.replace(spec, outputs=tuple(t for t in spec.outputs if not t.name.startswith("best_")))
+    manifest = dataclasses.replace(bundle.manifest, graphs={**bundle.manifest.graphs, "llm": left})
+    return Bundle(folder, write_manifest(folder, manifest))
+
+
+@pytest.fixture
+def runners(bundle):
+    """Encoder and projector on TensorRT."""
+    specs = bundle.manifest.graphs
+    load = [load_runner(bundle.graph(n), specs[n], "tensorrt", bundle=bundle) for n in ("encoder", "projector")]
+    with load[0] as encoder, load[1] as projector:
+        yield encoder, projector
+
+
+FRAMES = {"input_features": np.random.default_rng(1).standard_normal((1, 217, 80)).astype(np.float32)}
+
+
+@pytest.mark.parametrize("rows", [None, 20, 10_000])
+def test_in_a_chain_the_features_never_leave_the_device(runners, machine, rows):
+    encoder, projector = runners
+    features = encoder(FRAMES)["features"][:, :rows]
+    want = projector({"features": features})["soft_tokens"]
+    before = {way: len(sizes) for way, sizes in machine.copied.items()}
+    got = Chain(encoder, projector)(FRAMES, rows)
+    np.testing.assert_array_equal(got["soft_tokens"], want)
+    copied = {way: sizes[before[way] :] for way, sizes in machine.copied.items()}
+    assert copied == {cuda.TO_DEVICE: [FRAMES["input_features"].nbytes], cuda.TO_HOST: [want.nbytes]}
+    np.testing.assert_array_equal(projector({"features": features})["soft_tokens"], want)  # by itself again
+
+
+def test_a_chain_whose_second_graph_does_not_wait_is_noticed(runners, monkeypatch):
+    encoder, projector = runners
+    run = trt_module._Engine.run
+    monkeypatch.setattr(trt_module._Engine, "run", lambda self, stream: run(self, self.stream))
+    assert np.isnan(Chain(encoder, projector)(FRAMES)["soft_tokens"]).all()
+
+
+def test_what_a_chain_cannot_take_is_refused(runners):
+    encoder, projector = runners
+    with pytest.raises(BackendError, match=r"encoder\.onnx takes input_features float32, projector\.onnx gives soft"):
+        Chain(projector, encoder)
+    with pytest.raises(BackendError, match=r"encoder\.onnx takes the inputs \['input_features'\], given were \['x'\]"):
+        Chain(encoder, projector)({"x": FRAMES["input_features"]})
+    projector.close()
+    with pytest.raises(BackendError, match=r"projector\.onnx is closed"):
+        Chain(encoder, projector)(FRAMES)
+
+
+def test_a_chain_of_another_backend_is_one_after_the_other(bundle):
+    specs = bundle.manifest.graphs
+    encoder, projector = (load_runner(bundle.graph(n), specs[n], "onnxruntime", 1) for n in ("encoder", "projector"))
+    want = projector({"features": encoder(FRAMES)["features"][:, :20]})
+    np.testing.assert_array_equal(Chain(encoder, projector)(FRAMES, 20)["soft_tokens"], want["soft_tokens"])
 
 
 def test_a_command_answers_with_tensorrt(bundle, voice_path, run_cli, plain):
@@ -155,23 +247,26 @@ STEPS = (7, 1, 1, 5, 1)  # positions read at once, one after the other
 
 
 def read_in_steps(decoder) -> np.ndarray:
-    """(steps, V): the logits after each step."""
-    rng, cache, past, logits = np.random.default_rng(0), decoder.open_cache(32), 0, []
+    """(steps, 2, 64): the best tokens after each step, and their logits."""
+    rng, cache, past, best = np.random.default_rng(0), decoder.open_cache(32), 0, []
     for n in STEPS:
-        logits.append(decoder.read(rng.standard_normal((n, SIZE)).astype(np.float32), cache, past).copy())
+        scores = decoder.read(rng.standard_normal((n, SIZE)).astype(np.float32), cache, past)
+        best.append(np.stack(scores.best(64)))
         past += n
-    return np.stack(logits)
+    return np.stack(best)
 
 
-@pytest.fixture
-def decoder(bundle):
+@pytest.fixture(params=["1", "0"], ids=["shared", "copied"])
+def decoder(bundle, request, monkeypatch):
+    """The LLM, what crosses at a step shared with the device or copied."""
+    monkeypatch.setenv(cuda.ZERO_COPY, request.param)
     path, spec = bundle.graph("llm", "tensorrt"), bundle.manifest.graphs["llm"].on("tensorrt")
     with load_decoder(path, spec, "tensorrt", bundle=bundle) as loaded:
         yield loaded
 
 
 def never_turned(patch):
-    patch.setattr(trt_module._TrtCache, "turn", lambda self, length: setattr(self, "_length", length))
+    patch.setattr(trt_module._TrtCache, "turn", lambda self, length: setattr(self, "length", length))
 
 
 def layers_exchanged(patch):
@@ -185,9 +280,9 @@ def layers_exchanged(patch):
 
 
 def one_set_only(patch):
-    def init(self, spec, capacity):
+    def init(self, tensors, capacity):
         self.capacity = capacity
-        buffers = [trt_module._buffer(t, trt_module._sized(t, capacity)) for t in spec.outputs[1:]]
+        buffers = [trt_module._buffer(t, trt_module._sized(t, capacity)) for t in tensors]
         self.sets = [buffers, buffers]
 
     patch.setattr(trt_module._Memory, "__init__", init)
@@ -205,10 +300,11 @@ def not_synchronised(patch):
 
 
 def run_before_the_upload(patch):
+    patch.setenv(cuda.ZERO_COPY, "0")
     upload, run = trt_module.cuda.Stream.upload, trt_module._Engine.run
     late = []
     patch.setattr(trt_module.cuda.Stream, "upload", lambda *given: late.append(given))
-    patch.setattr(trt_module._Engine, "run", lambda self: (run(self), upload(*late.pop())))
+    patch.setattr(trt_module._Engine, "run", lambda self, stream: (run(self, stream), upload(*late.pop())))
 
 
 def buffers_too_small(patch):
@@ -224,6 +320,11 @@ def address_inside_a_buffer(patch):
     patch.setattr(trt_module._Engine, "set_address", wrong)
 
 
+def the_hosts_address(patch):
+    patch.setenv(cuda.ZERO_COPY, "1")
+    patch.setattr(cuda.Mapped, "address", property(lambda self: self.array.ctypes.data, lambda self, _: None), False)
+
+
 FAULTS = (
     never_turned,
     layers_exchanged,
@@ -233,12 +334,13 @@ FAULTS = (
     run_before_the_upload,
     buffers_too_small,
     address_inside_a_buffer,
+    the_hosts_address,
 )
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
 def test_the_emulation_notices(bundle, decoder, fault, monkeypatch):
-    want = read_in_steps(Plain(bundle))
+    want = read_in_steps(plain_decoder(bundle))
     fault(monkeypatch)
     path, spec = bundle.graph("llm"), bundle.manifest.graphs["llm"]
     try:
@@ -251,6 +353,57 @@ def test_the_emulation_notices(bundle, decoder, fault, monkeypatch):
 
 
 # --- device memory ---
+
+
+def test_a_step_brings_a_few_numbers_and_none_where_memory_is_shared(decoder, machine):
+    cache, one = decoder.open_cache(8), np.zeros((1, SIZE), np.float32)
+    before = {way: len(sizes) for way, sizes in machine.copied.items()}
+    decoder.read(one, cache, 0)
+    copied = {way: sizes[before[way] :] for way, sizes in machine.copied.items()}
+    shared = os.environ[cuda.ZERO_COPY] == "1"
+    assert copied[cuda.TO_DEVICE] == ([] if shared else [one.nbytes])
+    assert copied[cuda.TO_HOST] == ([] if shared else [64 * 4, 64 * 8])
+
+
+def test_conversations_do_not_disturb_each_others_scores(decoder):
+    first, second = decoder.open_cache(8), decoder.open_cache(8)
+    rng = np.random.default_rng(0)
+    scores = decoder.read(rng.standard_normal((3, SIZE)).astype(np.float32), first, 0)
+    kept = np.stack(scores.best(64))
+    decoder.read(rng.standard_normal((3, SIZE)).astype(np.float32), second, 0)
+    np.testing.assert_array_equal(np.stack(scores.best(64)), kept)
+
+
+@pytest.mark.parametrize("length", [0, 5, 9, 12])
+def test_what_is_forgotten_is_as_if_it_had_never_been_read(decoder, bundle, length):
+    embeddings = np.random.default_rng(0).standard_normal((12, SIZE)).astype(np.float32)
+    cache, plain = decoder.open_cache(16), plain_decoder(bundle)
+    decoder.read(embeddings[:9], cache, 0)
+    decoder.rewind(cache, length)
+    left = min(length, 9)
+    got = decoder.read(embeddings[9:], cache, left)
+    want = plain.read(np.concatenate([embeddings[:left], embeddings[9:]]), plain.open_cache(16), 0)
+    np.testing.assert_array_equal(got.tokens[:5], want.best(5)[0])
+    np.testing.assert_allclose(got.logits, want.best(64)[1], atol=1e-3)
+
+
+def test_memory_is_shared_only_with_a_gpu_that_has_none_of_its_own(machine, monkeypatch):
+    monkeypatch.delenv(cuda.ZERO_COPY, raising=False)
+    assert isinstance(cuda.exchange(4, "float32"), cuda.Mapped)
+    monkeypatch.setattr(machine, "integrated", False)
+    assert isinstance(cuda.exchange(4, "float32"), cuda.Copied)
+    monkeypatch.setattr(machine, "integrated", True)
+    monkeypatch.setenv(cuda.ZERO_COPY, "0")
+    assert isinstance(cuda.exchange(4, "float32"), cuda.Copied)
+
+
+def test_shared_memory_is_given_back(machine):
+    gc.collect()
+    before, shared = machine.n_bytes, cuda.Mapped(100, "int64")
+    assert (machine.n_bytes - before, shared.array.shape) == (800, (100,))
+    del shared
+    gc.collect()
+    assert machine.n_bytes == before
 
 
 def test_memory_is_laid_out_once_and_given_back(bundle, recordings, machine, ana):
@@ -420,13 +573,11 @@ def test_a_person_is_loaded_by_refit(bundle, ana, plain, speech):
         assert got.shape != general.shape or not np.array_equal(got, general)
 
 
-def test_a_person_is_loaded_from_an_engine_of_their_own(bundle, make_user, plain, speech, monkeypatch, tmp_path):
-    folder = make_user(bundle, tmp_path / "ben", shift=-0.2)
-    build_engines(bundle.person(folder), graphs=["projector"])
+def test_a_person_is_loaded_from_an_engine_of_their_own(bundle, ben, plain, speech, monkeypatch):
     monkeypatch.setattr(trt_module._Engine, "_refit", None)
-    with Assistant.load(bundle, "ben", users=tmp_path, backend="tensorrt") as assistant:
+    with Assistant.load(bundle, "ben", backend="tensorrt") as assistant:
         features = assistant.features(speech)
-        plain.swap_projector(bundle.projector("ben", tmp_path))
+        plain.swap_projector(ben)
         np.testing.assert_array_equal(assistant.soft_tokens(features), plain.soft_tokens(features))
 
 
@@ -501,3 +652,25 @@ def test_another_version_is_told_by_its_number(bundle, monkeypatch):
     monkeypatch.setattr(sys.modules["tensorrt"], "__version__", "11.0.0")
     with pytest.raises(BackendError, match=r"11\.0\.0"):
         Assistant.load(bundle, backend="tensorrt")
+
+
+CUDA = json.loads((Path(__file__).parents[1] / "data/cuda-api.json").read_text())["versions"]
+IN_C = {  # what ctypes passes -> the types that the headers may have there
+    cuda.POINTER: {"void *", "const void *", "cudaStream_t"},
+    cuda.SIZE: {"size_t"},
+    cuda.INT: {"int", "enum cudaMemcpyKind", "enum cudaDeviceAttr"},
+    cuda.FLAGS: {"unsigned int"},
+    ctypes.POINTER(cuda.POINTER): {"void **", "cudaStream_t *"},
+    ctypes.POINTER(cuda.INT): {"int *"},
+}
+
+
+@pytest.mark.parametrize("version", CUDA)
+def test_cuda_is_called_as_its_headers_declare(version):
+    declared = CUDA[version]["functions"]
+    for name, arguments in cuda.SIGNATURES.items():
+        assert all(c in IN_C[a] for a, c in zip(arguments, declared[name], strict=True)), name
+        assert len(parameters(getattr(trt_emulation.Cudart, name))) == len(arguments), name
+    assert set(declared) == {*cuda.SIGNATURES, "cudaGetErrorString"}
+    ours = (cuda.MAPPED, cuda.INTEGRATED, cuda.CAN_MAP_HOST_MEMORY, cuda.TO_DEVICE, cuda.TO_HOST, cuda.ON_DEVICE)
+    assert tuple(CUDA[version]["constants"].values()) == ours

@@ -3,6 +3,7 @@
 What the backend gets wrong goes wrong here too. Memory of the "device" is NaN until it is written and after it was
 freed; outputs are overwritten with NaN before inputs are read; a range that leaves its allocation is an illegal
 address; nothing runs and nothing comes back before the stream is synchronised; a shape outside the profile is refused.
+Memory shared with the host has another address there than on the "device".
 An "engine" is a JSON file that names the ONNX graph, which ONNX Runtime runs. Speed is not emulated, nor is
 TensorRT's arithmetic. Classes and parameters are those of tests/data/tensorrt-api.json: test_trt.py sees to that.
 """
@@ -23,6 +24,7 @@ from tiny_align.runtime.ort import _session
 OK, INVALID_VALUE, OUT_OF_MEMORY, ILLEGAL_ADDRESS = 0, 1, 2, 700  # cudaError_t
 WORDS = {INVALID_VALUE: b"invalid argument", OUT_OF_MEMORY: b"out of memory", ILLEGAL_ADDRESS: b"illegal memory access"}
 ALIGNMENT = 256  # bytes
+MAPPED_AT = 1 << 52  # bytes between the host's address of shared memory and the device's: nothing of ours is there
 NAN = 0xFF  # a byte; four of them are a float32 that is none
 BUILD_ONE = (  # stands in for engines.build_one: the job on stdin, the cost on stdout
     "import json, sys; job = json.load(sys.stdin); "
@@ -33,10 +35,11 @@ BUILD_ONE = (  # stands in for engines.build_one: the job on stdin, the cost on 
 
 
 class Cudart:
-    """libcudart on host memory."""
+    """libcudart on host memory, of a GPU that shares it, as a Jetson's does."""
 
-    def __init__(self, capacity: int = 1 << 30):
-        self.capacity, self.n_mallocs = capacity, 0
+    def __init__(self, capacity: int = 1 << 30, integrated: bool = True):
+        self.capacity, self.n_mallocs, self.integrated = capacity, 0, integrated
+        self.copied = {cuda.TO_DEVICE: [], cuda.TO_HOST: []}  # bytes of each copy
         self.live: dict[int, np.ndarray] = {}  # address -> its bytes
         self._kept: list = []  # memory that was freed stays ours, so that no stray address harms the process
         self._queues: dict[int, list] = {}
@@ -46,16 +49,42 @@ class Cudart:
         return sum(len(memory) for memory in self.live.values())
 
     def cudaMalloc(self, address, size: int) -> int:
+        return self._allocate(address, size, 0)
+
+    def cudaFree(self, address: int) -> int:
+        return INVALID_VALUE if address >= MAPPED_AT else self._free(address)
+
+    def cudaHostAlloc(self, address, size: int, flags: int) -> int:
+        return self._allocate(address, size, MAPPED_AT) if flags == cuda.MAPPED else INVALID_VALUE
+
+    def cudaHostGetDevicePointer(self, address, host: int, flags: int) -> int:
+        address._obj.value = host + MAPPED_AT
+        return OK if host + MAPPED_AT in self.live and flags == 0 else INVALID_VALUE
+
+    def cudaFreeHost(self, address: int) -> int:
+        return self._free(address + MAPPED_AT)
+
+    def cudaGetDevice(self, device) -> int:
+        device._obj.value = 0
+        return OK
+
+    def cudaDeviceGetAttribute(self, value, which: int, device: int) -> int:
+        known = {cuda.INTEGRATED: self.integrated, cuda.CAN_MAP_HOST_MEMORY: True}
+        value._obj.value = known[which]
+        return OK if device == 0 else INVALID_VALUE
+
+    def _allocate(self, address, size: int, shift: int) -> int:
+        """Memory that the device has at `shift` bytes from its address here."""
         self.n_mallocs += 1
         if size < 1 or self.n_bytes + size > self.capacity:
             return OUT_OF_MEMORY
         block = np.full(size + ALIGNMENT, NAN, np.uint8)
         start = -block.ctypes.data % ALIGNMENT
         address._obj.value = block.ctypes.data + start
-        self.live[block.ctypes.data + start] = block[start : start + size]
+        self.live[block.ctypes.data + start + shift] = block[start : start + size]
         return OK
 
-    def cudaFree(self, address: int) -> int:
+    def _free(self, address: int) -> int:
         if address not in self.live:
             return INVALID_VALUE
         self._kept.append(self.live.pop(address))
@@ -75,11 +104,20 @@ class Cudart:
         host = origin if kind == cuda.TO_DEVICE else to
         if device is None or stream not in self._queues or self.memory(host, 1) is not None:
             return INVALID_VALUE
+        self.copied[kind].append(size)
         if kind == cuda.TO_DEVICE:  # pageable memory is read at once
             sent = ctypes.string_at(host, size)
             self.enqueue(stream, lambda: device.__setitem__(slice(None), np.frombuffer(sent, np.uint8)))
         else:
             self.enqueue(stream, lambda: ctypes.memmove(host, device.ctypes.data, size))
+        return OK
+
+    def cudaMemcpy2DAsync(self, to, to_pitch, origin, pitch, width, height, kind, stream) -> int:
+        source, target = self.memory(origin, pitch * height), self.memory(to, to_pitch * height)
+        if source is None or target is None or width > min(pitch, to_pitch) or kind != cuda.ON_DEVICE:
+            return INVALID_VALUE
+        rows, places = source.reshape(height, pitch), target.reshape(height, to_pitch)
+        self.enqueue(stream, lambda: places.__setitem__((slice(None), slice(width)), rows[:, :width].copy()))
         return OK
 
     def cudaStreamSynchronize(self, stream: int) -> int:

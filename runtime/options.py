@@ -1,0 +1,54 @@
+"""The options that every command which answers has in common, and what they are turned into."""
+
+import sys
+from pathlib import Path
+
+from tiny_align.runtime.errors import TinyAlignError
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--user", help="whose projector; without it, the general one")
+    parser.add_argument("--users", type=Path, help="where persons are kept (default: BUNDLE/users)")
+    parser.add_argument("--instruction", help="what to do with the speech (default: the bundle's)")
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the best token")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling, with a temperature")
+    parser.add_argument("--backend", default="onnxruntime", help="onnxruntime (default) or tensorrt")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument("--context", type=int, help="positions of a conversation (default: the LLM's)")
+
+
+def check(args) -> None:
+    """
+    Raises:
+        TinyAlignError: an option out of range.
+    """
+    for name, least in (("max_tokens", 1), ("temperature", 0), ("seed", 0), ("threads", 1), ("context", 1)):
+        value = getattr(args, name)
+        if value is not None and not value >= least:  # NaN fails too
+            raise TinyAlignError(f"--{name.replace('_', '-')} is {value}: give at least {least}")
+
+
+def load(args, bundle=None):
+    """The assistant that was asked for, a context manager; of a bundle that is open already, if there is one."""
+    from tiny_align.runtime.assistant import Assistant
+
+    chosen = {name: getattr(args, name) for name in ("users", "backend", "threads", "context")}
+    return Assistant.load(bundle or args.bundle, args.user, **chosen)
+
+
+def load_for_long(args, bundle):
+    """`load`, what it will take of memory said before it does."""
+    from tiny_align.runtime.budget import CACHE_SETS, budget
+
+    if not args.json and args.backend in CACHE_SETS:  # another is refused by `load`
+        need = budget(bundle, args.backend, args.context or bundle.manifest.llm.max_context)
+        print(f"tiny-align: about {need}", file=sys.stderr)
+    return load(args, bundle)
+
+
+def decoding(args):
+    from tiny_align.runtime.llm import Decoding
+
+    return Decoding(args.max_tokens, args.temperature, seed=args.seed)

@@ -1,0 +1,56 @@
+"""The LLM's graph picks the best few of its logits itself."""
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from tiny_align.export.best import N_BEST, pick_best
+from tiny_align.runtime.backend import load_runner
+from tiny_align.runtime.bundle import GraphSpec, TensorSpec
+
+
+@pytest.fixture
+def write_graph(tmp_path):
+    """write_graph(V) -> a graph that gives its input as the logits, then as a key; and its specification."""
+
+    def write(size: int):
+        shape, path = (1, 1, size), tmp_path / "llm.onnx"
+        specs = [TensorSpec(name, "float32", shape) for name in ("x", "logits", "present.0.key")]
+        x, *made = (helper.make_tensor_value_info(t.name, TensorProto.FLOAT, t.shape) for t in specs)
+        nodes = [helper.make_node("Identity", ["x"], [value.name]) for value in made]
+        graph = helper.make_graph(nodes, "llm", [x], made)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+        onnx.save(model, str(path))
+        return path, GraphSpec(path.name, "fp32", tuple(specs[:1]), tuple(specs[1:]))
+
+    return write
+
+
+def test_the_best_come_first_and_the_other_outputs_stay(write_graph):
+    path, spec = write_graph(1000)
+    picked = pick_best(path, spec)
+    assert [t.name for t in picked.outputs] == ["logits", "best_logits", "best_tokens", "present.0.key"]
+    x = np.random.default_rng(0).standard_normal((1, 1, 1000)).astype(np.float32)
+    with load_runner(path, picked, "onnxruntime", 1) as runner:
+        out = runner({"x": x})
+    assert list(out) == [t.name for t in picked.outputs]
+    best = np.argsort(-x, axis=-1)[..., :N_BEST]
+    np.testing.assert_array_equal(out["best_tokens"], best)
+    np.testing.assert_array_equal(out["best_logits"], np.take_along_axis(x, best, -1))
+    np.testing.assert_array_equal(out["present.0.key"], x)
+    for tensor in picked.outputs:
+        assert (out[tensor.name].dtype.name, out[tensor.name].shape) == (tensor.dtype, tensor.shape)
+
+
+def test_of_a_small_vocabulary_every_logit_is_given(write_graph):
+    path, spec = write_graph(N_BEST)
+    before = path.read_bytes()
+    assert pick_best(path, spec) == spec and path.read_bytes() == before
+
+
+def test_the_shipped_llm_picks_them(bundle_path):
+    model = onnx.load(str(bundle_path / "llm.onnx"), load_external_data=False)
+    (node,) = (node for node in model.graph.node if node.op_type == "TopK")
+    assert list(node.output) == ["best_logits", "best_tokens"] and node.input[0] == "logits"
+    assert {a.name: a.i for a in node.attribute} == {"axis": -1, "largest": 1, "sorted": 1}  # as TensorRT 10.1 wants it

@@ -1,0 +1,218 @@
+"""Conversations: speech is read while it is spoken, answers can be broken off, and no turn spoils another."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from tiny_align.runtime import Assistant, Decoding
+from tiny_align.runtime import session as session_module
+from tiny_align.runtime.errors import AudioError, TinyAlignError
+from tiny_align.runtime.llm import LanguageModel
+
+DECODING = Decoding(max_tokens=12)
+
+
+@pytest.fixture
+def long_speech(speech):
+    """Longer than three windows."""
+    return np.tile(speech, 1 + 160_000 // len(speech))[:160_000]
+
+
+def tokens(events):
+    return [event.token for event in events]
+
+
+def pushed(session, audio, size):
+    for start in range(0, len(audio), size):
+        session.push(audio[start : start + size])
+    return session
+
+
+def until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.005)
+    assert condition()
+
+
+@pytest.mark.parametrize("size", [160, 4_001, 51_200, 10**6])
+def test_long_speech_in_pieces_is_answered_as_the_whole(assistant, long_speech, size):
+    streamed = tokens(pushed(assistant.listen(decoding=DECODING), long_speech, size).finish())
+    features = assistant.features(long_speech)
+    whole = assistant.llm.assemble(assistant.soft_tokens(features))
+    assert streamed == tokens(assistant.stream(long_speech, decoding=DECODING))
+    assert streamed == list(assistant.llm.generate(whole, DECODING))  # read in one piece
+
+
+def test_speech_is_read_while_it_is_spoken(assistant, long_speech):
+    session, n_before = assistant.listen(), len(assistant.llm.around()[0])
+    session.push(long_speech[:100])
+    session.settle()
+    assert session.positions == n_before  # the prompt's beginning, at once
+    session.push(long_speech[100:])
+    session.settle()
+    n_soft_tokens = len(assistant.soft_tokens(assistant.features(long_speech)))
+    assert n_before + n_soft_tokens // 2 < session.positions < n_before + n_soft_tokens
+
+
+def test_the_last_window_is_all_that_is_left(assistant, long_speech, monkeypatch):
+    session, heard, hear = assistant.listen(), [], assistant.hear
+    monkeypatch.setattr(assistant, "hear", lambda audio: heard.append(len(audio)) or hear(audio))
+    session.push(long_speech)
+    spec = assistant.windows
+    n_whole = -(-(len(long_speech) - spec.samples) // spec.hop_samples)
+    session.settle()
+    assert len(heard) == n_whole
+    next(session.finish())
+    assert heard == [spec.samples] * n_whole + [len(long_speech) - n_whole * spec.hop_samples]
+
+
+def test_an_answer_is_broken_off_within_a_token(assistant, speech):
+    session = assistant.listen()
+    answer = pushed(session, speech, len(speech)).finish()
+    next(answer)
+    session.cancel()
+    assert list(answer) == []
+    session.push(speech)
+    assert tokens(session.finish()) == tokens(assistant.stream(speech))
+
+
+def test_cancelling_from_another_thread_before_the_first_token_gives_none(assistant, speech):
+    session = pushed(assistant.listen(), speech, len(speech))
+    answer = session.finish()
+    threading.Thread(target=session.cancel).start()
+    time.sleep(0.2)
+    assert list(answer) == []
+
+
+def test_speaking_ends_an_answer_that_is_being_given(assistant, speech):
+    session = pushed(assistant.listen(), speech, len(speech))
+    answer = session.finish()
+    next(answer)
+    session.push(speech)  # barge-in
+    until(lambda: session.positions == len(assistant.llm.around()[0]))
+    assert list(answer) == []
+    assert tokens(session.finish()) == tokens(assistant.stream(speech))
+
+
+def test_typed_and_spoken_turns_in_turn(assistant, speech):
+    session = assistant.listen()
+    assert tokens(session.say("turn on the kitchen light")) == list(
+        assistant.answer_text("turn on the kitchen light").tokens
+    )
+    assert tokens(pushed(session, speech, 1_000).finish()) == tokens(assistant.stream(speech))
+    assert tokens(session.say("count from one to four")) == list(assistant.answer_text("count from one to four").tokens)
+
+
+@pytest.fixture
+def talkative(assistant, monkeypatch):
+    """The reference LLM as if it knew more turns: what it answers is nonsense then, but it must be the same."""
+    import dataclasses
+
+    monkeypatch.setattr(assistant.llm, "prompt", dataclasses.replace(assistant.llm.prompt, next="<eos><user>"))
+    return assistant
+
+
+def remembered(assistant, *turns):
+    """Tokens answered to the last of `turns`, embeddings each, from a prompt with all of them, read at once."""
+    llm, said = assistant.llm, []
+    before, after = llm.around()
+    following = llm.embed(llm.encode("<eos><user>"))
+    rows = [before]
+    for words in turns:
+        rows += [words, after]
+        said = list(llm.generate(np.concatenate(rows), DECODING))
+        rows += [llm.embed(said), following]
+    return said
+
+
+def test_turns_are_remembered(talkative, speech, long_speech):
+    session, llm = talkative.listen(decoding=DECODING), talkative.llm
+    typed = llm.embed(llm.encode_words("turn on the kitchen light"))
+    spoken = [talkative.soft_tokens(talkative.features(audio)) for audio in (speech, long_speech)]
+    assert tokens(session.say("turn on the kitchen light")) == remembered(talkative, typed)
+    assert tokens(pushed(session, speech, 3_000).finish()) == remembered(talkative, typed, spoken[0])
+    session.push(np.zeros(40_000, np.float32))
+    assert tokens(session.finish()) == [None]  # nothing heard, and nothing remembered of it
+    session.push(speech)
+    session.reset()
+    assert tokens(pushed(session, long_speech, 7_000).finish()) == remembered(talkative, typed, *spoken)
+
+
+def test_the_oldest_turns_are_forgotten_when_the_context_is_full(talkative):
+    text = "turn on the kitchen light"
+    session, words = talkative.listen(decoding=DECODING), talkative.llm.embed(talkative.llm.encode_words(text))
+    for _ in range(40):
+        last = tokens(session.say(text))
+        assert session.positions <= session.capacity
+    n_kept = len(session._past)
+    assert 1 <= n_kept < 39 and last == remembered(talkative, *[words] * n_kept)
+
+
+def test_a_context_of_fewer_positions_is_kept_to(bundle_path, speech):
+    with Assistant.load(bundle_path, threads=1, context=40) as small:
+        assert small.listen().capacity == 40
+        with pytest.raises(TinyAlignError, match=r"needs \d+ positions, .* has 40"):
+            list(small.listen().say(" ".join(["one two three four five six seven"] * 10)))
+    with pytest.raises(TinyAlignError, match="context of 100000 positions was asked for"):
+        Assistant.load(bundle_path, threads=1, context=100_000)
+
+
+def test_a_turn_that_fails_is_dropped_and_the_next_is_answered(assistant, speech, monkeypatch):
+    session = assistant.listen()
+    monkeypatch.setattr(LanguageModel, "prefill", lambda *_: (_ for _ in ()).throw(TinyAlignError("no room")))
+    session.push(speech)
+    with pytest.raises(TinyAlignError, match="no room"):
+        list(session.finish())
+    monkeypatch.undo()
+    session.push(speech)
+    assert tokens(session.finish()) == tokens(assistant.stream(speech))
+
+
+def test_a_flood_waits_instead_of_growing(assistant, long_speech, monkeypatch):
+    session, behind, hear = assistant.listen(), [], assistant.hear
+
+    def slow(audio):
+        behind.append(len(session._turn.hearing))
+        time.sleep(0.01)
+        return hear(audio[: len(audio) // 8])
+
+    monkeypatch.setattr(assistant, "hear", slow)
+    session.push(np.tile(long_speech, 5))
+    assert len(behind) > session_module.MOST_WINDOWS and max(behind) <= session_module.MOST_WINDOWS + 1
+    session.reset()
+
+
+@pytest.mark.parametrize(
+    ("chunk", "why"),
+    [
+        (np.array([0.1, np.nan], np.float32), "NaN or infinite"),
+        (np.array([0.1, -np.inf], np.float32), "NaN or infinite"),
+        (np.array([0.1, 3e4], np.float32), "divide 16-bit samples"),
+    ],
+)
+def test_samples_out_of_range_are_refused_and_spoil_nothing(assistant, speech, chunk, why):
+    session = pushed(assistant.listen(), speech, 9_000)
+    with pytest.raises(AudioError, match=why):
+        session.push(chunk)
+    assert tokens(session.finish()) == tokens(assistant.stream(speech))
+
+
+def test_many_conversations_at_once(assistant, speech):
+    """Pushed in turn and answered from threads of their own, each as if it were alone."""
+    audios = [speech[: len(speech) - 500 * i] for i in range(6)]
+    sessions, answers = [assistant.listen(decoding=DECODING) for _ in audios], {}
+    for start in range(0, len(speech), 4_000):
+        for session, audio in zip(sessions, audios):
+            session.push(audio[start : start + 4_000])
+    threads = [
+        threading.Thread(target=lambda i=i, s=s: answers.update({i: tokens(s.finish())}))
+        for i, s in enumerate(sessions)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [answers[i] for i in range(6)] == [tokens(assistant.stream(a, decoding=DECODING)) for a in audios]
