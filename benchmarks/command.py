@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tiny_align.runtime.errors import TinyAlignError
 
-NAMES = ("inference", "memory", "compare", "limits", "growth", "quality", "training")
+NAMES = ("inference", "streaming", "memory", "compare", "limits", "growth", "quality", "training")
 ALL, DIFF = "all", "diff"
 
 

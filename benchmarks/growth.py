@@ -64,7 +64,7 @@ def over_prompt(assistant: Assistant, rng) -> dict:
     caches = {n: Cache() for n in prompts}
 
     def read(n: int) -> None:
-        caches[n].length = 0  # the same memory again
+        llm.rewind(caches[n], 0)
         llm.prefill(prompts[n], caches[n])
 
     return {n: lambda n=n: read(n) for n in prompts}
@@ -74,7 +74,7 @@ def over_context(assistant: Assistant, rng) -> dict:
     llm, token = assistant.llm, assistant.llm.embed([0])
 
     def read(cache: Cache, n: int) -> None:
-        cache.length = n
+        llm.rewind(cache, n)
         llm.prefill(token, cache)
 
     works = {}

@@ -64,7 +64,7 @@ class LlamaCpp(Peer):
         self._table = np.load(work / "bundle" / "token_embeddings.npy", mmap_mode="r")
 
     def prefill(self, ids: np.ndarray) -> int:
-        self._llm.forget()
+        self._llm.rewind(0)
         return int(self._llm.read(self._table[ids].astype(np.float32)).argmax())
 
     def step(self, token: int) -> int:
@@ -90,9 +90,10 @@ class Llama:
         self._embeddings = api.llama_batch_init(CONTEXT, shape.hidden, 1)
         self._token = api.llama_batch_init(1, 0, 1)
 
-    def forget(self) -> None:
-        self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
-        self._past = 0
+    def rewind(self, length: int) -> None:
+        """Forget all but the first positions."""
+        self._api.llama_memory_seq_rm(self._api.llama_get_memory(self._context), 0, length, -1)
+        self._past = length
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """(T, D) float32 embeddings -> (V,) float32 logits of the last position."""

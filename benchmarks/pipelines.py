@@ -6,16 +6,20 @@ weights, which lie in the source tree: such a peer measures the reference bundle
 """
 
 import functools
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from tiny_align.benchmarks.stages import ANSWER, FIRST, PER_TOKEN
+from tiny_align.engines.plain import PlainDecoder
 from tiny_align.runtime.assistant import Assistant
-from tiny_align.runtime.backend import Loaded, load_runner
-from tiny_align.runtime.bundle import Bundle
+from tiny_align.runtime.backend import Decoder, Runner, Scores, load_runner
+from tiny_align.runtime.bundle import Bundle, GraphSpec
 from tiny_align.runtime.errors import TinyAlignError
+from tiny_align.runtime.llm import Decoding, LanguageModel
 
 OURS = "tiny-align"
 WEIGHTS = Path(__file__).parents[1] / "reference" / "weights"
@@ -41,6 +45,10 @@ def ours(bundle: Bundle, threads: int) -> Assistant:
 
 
 def tensorrt(bundle: Bundle, threads: int) -> Assistant:
+    from tiny_align.benchmarks.jetson import reason_against
+
+    if reason := reason_against("tensorrt"):
+        raise TinyAlignError(reason)
     return Assistant.load(bundle, backend="tensorrt", threads=threads)
 
 
@@ -50,17 +58,25 @@ def tensorrt(bundle: Bundle, threads: int) -> Assistant:
 class Cascade(Assistant):
     """The encoder's own transcript, read by the LLM as text: what there is without a projector."""
 
-    def soft_tokens(self, features: np.ndarray) -> np.ndarray:
-        from safetensors.numpy import load_file
+    def stream(self, audio: np.ndarray, instruction: str | None = None, decoding: Decoding = Decoding()):
+        began, letters = time.perf_counter(), self.transcript(audio)
+        rows = self.llm.embed(self.llm.encode_words(letters)) if letters else np.zeros((0, 1), np.float32)
+        return self._events(rows, instruction, decoding, began)
 
+    def transcript(self, audio: np.ndarray) -> str:
+        """Letters of (S,) speech, no longer than a window: greedy CTC by the encoder's own head."""
         from tiny_align.reference.encoder import decode_letters
 
-        if not hasattr(self, "_head"):
-            stored = load_file(weights(self.bundle, "encoder") / "model.safetensors")
-            self._head = stored["ctc_head.weight"][:, :, 0].T, stored["ctc_head.bias"]
         matrix, bias = self._head
-        letters = decode_letters((features[:, -len(matrix) :] @ matrix + bias).argmax(axis=1))  # the last layer's
-        return self.llm.embed(self.llm.encode_words(letters) if letters else [])
+        return decode_letters((self.features(audio)[:, -len(matrix) :] @ matrix + bias).argmax(axis=1))
+
+    @functools.cached_property
+    def _head(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of the encoder's last layer, which is the last of the features."""
+        from safetensors.numpy import load_file
+
+        stored = load_file(weights(self.bundle, "encoder") / "model.safetensors")
+        return stored["ctc_head.weight"][:, :, 0].T, stored["ctc_head.bias"]
 
 
 def cascade(bundle: Bundle, threads: int) -> Assistant:
@@ -70,54 +86,39 @@ def cascade(bundle: Bundle, threads: int) -> Assistant:
 # --- ONNX Runtime without the LLM's own graph ---
 
 
-class PlainDecoder(Loaded):
-    """The LLM's plain graph as anybody runs it: keys and values go through numpy at every step."""
-
-    def __init__(self, bundle: Bundle, threads: int):
-        spec = bundle.manifest.graphs["llm"]
-        self._run, self._spec = load_runner(bundle.graph("llm"), spec, "onnxruntime", threads), spec
-
-    def open_cache(self, capacity: int) -> dict[str, np.ndarray]:
-        empty = {t.name: [0 if isinstance(size, str) else size for size in t.shape] for t in self._spec.inputs[1:]}
-        return {name: np.zeros(shape, np.float32) for name, shape in empty.items()}
-
-    def read(self, embeddings: np.ndarray, cache: dict[str, np.ndarray], past: int) -> np.ndarray:
-        out = self._run({"inputs_embeds": embeddings[None], **cache})
-        present = [out[t.name] for t in self._spec.outputs[1:]]
-        cache.update(zip(cache, present, strict=True))
-        return out[self._spec.outputs[0].name][0, -1]
-
-
-def with_llm(bundle: Bundle, decoder: Loaded, threads: int, backend: str | None = "onnxruntime") -> Assistant:
+def with_llm(bundle: Bundle, decoder: Decoder, threads: int, backend: str | None = "onnxruntime") -> Assistant:
     """Another decoder after our encoder and projector, in the form for `backend` or the plain one."""
     encoder, projector = (
         load_runner(bundle.graph(name, backend), bundle.manifest.graphs[name].on(backend), "onnxruntime", threads)
         for name in ("encoder", "projector")
     )
-    return Assistant(bundle, encoder, projector, decoder, "onnxruntime", threads)
+    return Assistant(bundle, encoder, projector, LanguageModel(bundle, decoder), "onnxruntime", threads)
 
 
 def plain(bundle: Bundle, threads: int) -> Assistant:
-    return with_llm(bundle, PlainDecoder(bundle, threads), threads, backend=None)
+    """Keys and values go through numpy at every step."""
+    decoder = PlainDecoder(bundle.graph("llm"), bundle.manifest.graphs["llm"], threads)
+    return with_llm(bundle, decoder, threads, backend=None)
 
 
 # --- PyTorch ---
 
 
-class TorchGraph(Loaded):
+class TorchGraph(Runner):
     """A module in the place of a graph of one input and one output."""
 
-    def __init__(self, module, output: str):
-        self._module, self._output = module, output
+    def __init__(self, spec: GraphSpec, module):
+        super().__init__(spec)
+        self._module = module
 
-    def __call__(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def _run(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         import torch
 
         (value,) = feed.values()
-        return {self._output: self._module(torch.from_numpy(value)).numpy()}
+        return {self.spec.outputs[0].name: self._module(torch.from_numpy(value)).numpy()}
 
 
-class TorchDecoder(Loaded):
+class TorchDecoder(Decoder):
     """transformers' LLM with a cache that grows."""
 
     def __init__(self, model):
@@ -128,15 +129,15 @@ class TorchDecoder(Loaded):
 
         return DynamicCache()
 
-    def read(self, embeddings: np.ndarray, cache, past: int) -> np.ndarray:
+    def read(self, embeddings: np.ndarray, cache, past: int) -> Scores:
         import torch
 
         rows = torch.from_numpy(np.ascontiguousarray(embeddings[None]))
-        return (
-            self._model(inputs_embeds=rows, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            .logits[0, 0]
-            .numpy()
-        )
+        out = self._model(inputs_embeds=rows, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return Scores(out.logits[0, 0].numpy())
+
+    def rewind(self, cache, length: int) -> None:
+        cache.crop(length)
 
 
 def torch_pipeline(bundle: Bundle, threads: int, prepare: Callable = lambda module: module) -> Assistant:
@@ -153,14 +154,9 @@ def torch_pipeline(bundle: Bundle, threads: int, prepare: Callable = lambda modu
     encoder = load_encoder(str(weights(bundle, "encoder")), ENCODER_LAYERS)
     projector = load_projector(bundle, bundle.graph("projector")).eval()
     llm = AutoModelForCausalLM.from_pretrained(weights(bundle, "llm")).eval()
-    return Assistant(
-        bundle,
-        TorchGraph(prepare(encoder), "features"),
-        TorchGraph(prepare(projector), "soft_tokens"),
-        TorchDecoder(prepare(llm)),
-        "pytorch",
-        threads,
-    )
+    graphs, decoder = bundle.manifest.graphs, TorchDecoder(prepare(llm))
+    runners = (TorchGraph(graphs["encoder"], prepare(encoder)), TorchGraph(graphs["projector"], prepare(projector)))
+    return Assistant(bundle, *runners, LanguageModel(bundle, decoder), "pytorch", threads)
 
 
 def compiled(bundle: Bundle, threads: int) -> Assistant:
@@ -172,24 +168,25 @@ def compiled(bundle: Bundle, threads: int) -> Assistant:
 # --- llama.cpp ---
 
 
-class LlamaCppDecoder(Loaded):
+class LlamaCppDecoder(Decoder):
     """llama.cpp in the LLM's place; it holds one conversation."""
 
     def __init__(self, llm):
         self._llm = llm
 
-    def open_cache(self, capacity: int) -> None:
-        self._llm.forget()
-        return self
+    def open_cache(self, capacity: int):
+        self._llm.rewind(0)
+        return self._llm
 
-    def read(self, embeddings: np.ndarray, cache, past: int) -> np.ndarray:
-        return self._llm.read(embeddings)
+    def read(self, embeddings: np.ndarray, cache, past: int) -> Scores:
+        return Scores(cache.read(embeddings))
+
+    def rewind(self, cache, length: int) -> None:
+        cache.rewind(length)
 
 
 def llama_cpp(bundle: Bundle, threads: int) -> Assistant:
     """Ours but for the LLM: the reference's weights in Q4_0."""
-    import tempfile
-
     from tiny_align.benchmarks.peers import Llama, write_gguf
     from tiny_align.benchmarks.training_cost import SHAPES
 

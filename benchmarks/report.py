@@ -51,11 +51,13 @@ STANDARD = "bench_"  # before the name of a part
 
 
 def body_of(name: str, folder: Path = RESULTS) -> str:
-    """A table and where it was measured; "" for a part of the standard run that was not."""
+    """A table and where it was measured; "" for what was not."""
     if name.startswith(STANDARD):
         result = newest(name.removeprefix(STANDARD), folder)
         return f"{tables.TABLES[name.removeprefix(STANDARD)][1](result['parts'])}\n\n{_stamp(result)}" if result else ""
     results, table = PROGRAMS[name]
+    if not results.exists():
+        return ""
     report = json.loads(results.read_text(encoding="utf-8"))
     return f"{table(report)}\n\n{_stamp(report)}"
 

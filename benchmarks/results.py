@@ -38,6 +38,7 @@ PARTS = {
         "summary": {str: {str: SPREAD}},
         "timings": SAMPLES,
     },
+    "streaming?": {"rows": [{str: NUMBER}], "ratios": {str: NUMBER}, "quality": {}},
     "memory?": {str: NUMBER},
     "compare?": {
         "audio_s": NUMBER,

@@ -1,32 +1,58 @@
 """One answer, stage by stage: timers put around the runtime's own calls, so that what is timed is what runs.
 
 A stage's seconds are its own, without those of the stages that it calls, on the harness's clock. What no timer is
-around is the answer's unexplained share. The runtime knows nothing of it; a name that it no longer has fails at once.
+around is the answer's unexplained share. Everything runs in one thread, one stage after another: what a session's two
+threads add or save is for the caller to measure. The runtime knows nothing of it; a name that it no longer has fails.
 """
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import numpy as np
 
 from tiny_align.benchmarks.harness import Side, now
+from tiny_align.runtime import assistant as assistant_module
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.llm import TextStream
+from tiny_align.runtime.readout import CtcReader, PooledReader
+from tiny_align.runtime.session import Session
 
 FIRST, PER_TOKEN, ANSWER = "to first token", "per token", "answer"
 STAGES = ("front end", "encoder", "projector", "readout", "prompt", "prefill", "decode", "text")
 
 
-def points(assistant: Assistant) -> list[tuple[object, str, str | Callable]]:
-    """Owner, attribute and stage of every call that is timed; a stage may depend on the call's arguments."""
+class InTurn:
+    """Instead of a session's threads: everything at once, so that stages do not overlap."""
+
+    def hear(self, work: Callable, *args) -> Future:
+        done = Future()
+        done.set_result(work(*args))
+        return done
+
+    read = hear
+
+
+def points(assistant: Assistant) -> list[tuple[object, str, str]]:
+    """Owner, attribute and stage of every call that is timed."""
     return [
-        (assistant, "features", "front end"),  # and the checks around it
-        (assistant, "encode", "encoder"),
-        (assistant, "soft_tokens", "readout"),  # all of it but the graph
-        (assistant, "_projector", "projector"),
-        (assistant.llm, "assemble", "prompt"),
-        (assistant.llm, "prefill", lambda _, cache: "decode" if cache.length else "prefill"),
+        (assistant_module, "check_audio", "front end"),
+        (Session, "push", "front end"),  # the checks and the cutting
+        (Session, "finish", "front end"),
+        (assistant, "hear", "front end"),  # all of it but the graphs
+        (assistant._encoder, "_run", "encoder"),
+        (assistant._projector, "_run", "projector"),
+        (Session, "_heard", "readout"),  # which makes the reader
+        (CtcReader, "push", "readout"),
+        (CtcReader, "finish", "readout"),
+        (PooledReader, "push", "readout"),
+        (assistant.llm, "around", "prompt"),
+        (Session, "_begin", "prompt"),
+        (Session, "_read", "prefill"),
+        (Session, "_ask", "prefill"),
+        (Session, "_extend", "prefill"),
+        (Session, "_step", "decode"),
         (TextStream, "push", "text"),
     ]
 
@@ -38,16 +64,15 @@ class Timers:
         self.seconds, self._slow = dict.fromkeys(STAGES, 0.0), slow
         self._inner: list[float] = []  # of each open call, the seconds of the calls inside of it
 
-    def around(self, call: Callable, stage: str | Callable) -> Callable:
+    def around(self, call: Callable, stage: str) -> Callable:
         def timed(*args, **kwargs):
-            name = stage if isinstance(stage, str) else stage(*args, **kwargs)
             self._inner.append(0.0)
             began = now()
             try:
                 return call(*args, **kwargs)
             finally:
                 own = now() - began - self._inner.pop()
-                self.seconds[name] += own + waste(own * (self._slow.get(name, 1.0) - 1.0))
+                self.seconds[stage] += own + waste(own * (self._slow.get(stage, 1.0) - 1.0))
                 if self._inner:
                     self._inner[-1] += now() - began
 
@@ -64,9 +89,14 @@ def waste(seconds: float) -> float:
 
 @contextmanager
 def timing(assistant: Assistant, slow: dict[str, float] | None = None) -> Iterator[Timers]:
-    """Timers around the assistant's calls; `slow` makes a stage take so many times as long, to see it reported."""
+    """Timers around the assistant's calls, one after another in this thread.
+
+    Args:
+        slow: stage -> how many times as long it takes, to see it reported.
+    """
     timers = Timers(slow or {})
     with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(assistant, "threads", InTurn()))
         for owner, name, stage in points(assistant):
             stack.enter_context(mock.patch.object(owner, name, timers.around(getattr(owner, name), stage)))
         yield timers

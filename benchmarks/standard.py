@@ -19,12 +19,12 @@ from tiny_align.benchmarks import limits as limiting
 from tiny_align.benchmarks.harness import Patience, Samples, alternate, spread, summary, timed
 from tiny_align.benchmarks.pipelines import LEFT_OUT, OURS, PIPELINES, Pipeline
 from tiny_align.benchmarks.processes import Served, apart, peak_memory_bytes
-from tiny_align.benchmarks.stages import answering, unexplained
+from tiny_align.benchmarks.stages import ANSWER, answering, unexplained
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.bundle import Bundle
 from tiny_align.runtime.errors import AudioError
 
-ALONE = "encoder alone"
+ALONE, THREADED = "encoder alone", "with a session's threads"
 PATIENCE_S = 150.0  # for a peer to be made or to answer; compiling takes some
 
 
@@ -75,6 +75,7 @@ def inference(setting: Setting) -> dict:
         sides = {
             OURS: answering(assistant, audio, dict(setting.slow)),
             ALONE: timed(lambda: assistant.encode(rows), "encoder"),
+            THREADED: timed(lambda: list(assistant.stream(audio)), ANSWER),
         }
         samples = alternate(sides, setting.patience)
         answer, features = assistant.answer(audio), assistant.features(audio)
@@ -90,6 +91,16 @@ def inference(setting: Setting) -> dict:
         "summary": {side: summary(taken) for side, taken in samples.items()},
         "timings": samples,
     }
+
+
+def streaming(setting: Setting) -> dict:
+    """What is left to do when somebody stops speaking, by length of the speech."""
+    from tiny_align.benchmarks import streaming as listening
+
+    bundle = Bundle.open(setting.bundle, verify=False)
+    audios = [u.load(bundle.manifest.front_end.sample_rate) for u in recordings(setting)]
+    rows = listening.measure(bundle, audios, setting.threads, None, rounds=1 if setting.short else 5)
+    return {"rows": rows, "ratios": listening.ratios(rows), "quality": {}}
 
 
 # --- training and quality ---
@@ -191,7 +202,7 @@ def compare(setting: Setting) -> dict:
     alive = {name: peer for name, peer in peers.items() if peer.why is None}
     samples = alternate({n: lambda p=p: ask(p, audio)["seconds"] for n, p in alive.items()}, setting.patience, 0.02)
     rows = {name: row_of(peer, samples[name], said, typed) for name, peer in alive.items()}
-    missing = {name: peer.why for name, peer in peers.items() if name not in alive}
+    missing = {name: peer.why.replace(str(bundle), "BUNDLE") for name, peer in peers.items() if name not in alive}
     for peer in peers.values():
         peer.close()
     return {
@@ -262,6 +273,7 @@ def growth(setting: Setting) -> dict:
 
 PARTS: dict[str, Callable[[Setting], dict]] = {
     "inference": inference,
+    "streaming": streaming,
     "memory": memory,
     "compare": compare,
     "limits": limits,
@@ -269,7 +281,7 @@ PARTS: dict[str, Callable[[Setting], dict]] = {
     "quality": quality,
     "training": training,
 }
-IN_ONE_PROCESS = ("inference", "quality", "growth")  # the others start their own
+IN_ONE_PROCESS = ("inference", "streaming", "quality", "growth")  # the others start their own
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tiny_align.benchmarks.pipelines import OURS
 from tiny_align.benchmarks.stages import ANSWER, FIRST, PER_TOKEN, STAGES
-from tiny_align.benchmarks.standard import ALONE
+from tiny_align.benchmarks.standard import ALONE, THREADED
 from tiny_align.runtime.files import write_text, written_file
 
 
@@ -54,11 +54,18 @@ def inference(parts: dict) -> str:
     ours, whole = part["summary"][OURS], part["summary"][OURS][ANSWER]["median"]
     rows = [[name, spread(ours[name]), f"{ours[name]['median'] / whole:.1%}"] for name in STAGES]
     rows += [["unexplained", "", f"{part['unexplained']:.1%}"], ["whole answer", spread(ours[ANSWER]), ""]]
-    alone = part["summary"][ALONE]["encoder"]
+    alone, threaded = part["summary"][ALONE]["encoder"], part["summary"][THREADED][ANSWER]
     return grid(["stage", "ms", "share"], rows) + (
         f"\n\n{part['audio_s']:.1f} s of speech, {part['answer_tokens']} tokens answered. The encoder on its own takes "
-        f"{spread(alone)} ms; in the table it runs after the LLM's last turn."
+        f"{spread(alone)} ms; in the table it runs after the LLM's last turn. Stages are timed one after another; with "
+        f"a session's two threads the answer takes {spread(threaded)} ms."
     )
+
+
+def streaming(parts: dict) -> str:
+    from tiny_align.benchmarks.streaming import table
+
+    return table(parts["streaming"])
 
 
 def memory(parts: dict) -> str:
@@ -133,6 +140,7 @@ def training(parts: dict) -> str:
 TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "compare": ("Beside what would be used instead", compare),
     "inference": ("One answer, stage by stage", inference),
+    "streaming": ("Time to first token, by length of the speech", streaming),
     "memory": ("Memory", memory),
     "limits": ("How far from the limit", limits),
     "growth": ("Growth", growth),
