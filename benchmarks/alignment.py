@@ -158,6 +158,12 @@ def frozen_llm(assistant: Assistant, weights: Path = WEIGHTS / "llm"):
     )
 
 
+def _uncut(company: list, bundle: str) -> list:
+    """Those of the bundle's replayed utterances that are no longer than a window: the same to every objective."""
+    windows = Bundle.open(bundle).manifest.windows
+    return [e for e in company if windows is None or len(e.features) <= windows.n_features]
+
+
 @dataclass
 class Cell:
     """One projector trained for one objective."""
@@ -170,13 +176,16 @@ class Cell:
         import torch
 
         torch.set_num_threads(1)
-        with Assistant.load(self.setting.bundle, threads=1) as self.assistant:
+        bundle = Bundle.open(self.setting.bundle)
+        if self.objective in POOLED:  # which look at an utterance as a whole
+            bundle = Bundle(bundle.path, replace(bundle.manifest, windows=None))
+        with Assistant.load(bundle, threads=1) as self.assistant:
             return self._measure()
 
     def _measure(self) -> dict:
         work = Path(self.setting.work)
         self.llm = frozen_llm(self.assistant) if self.objective == "end-to-end" else None
-        self.company = [] if self.llm else company_of(self.assistant, self.objective)  # which has no answers
+        self.company = [] if self.llm else _uncut(company_of(self.assistant, self.objective), self.setting.bundle)
         known, self.known_test = examples_of(self.assistant, work / "known"), test_of(self.assistant, work / "known")
         voices = {v: (examples_of(self.assistant, work / v, 100), test_of(self.assistant, work / v)) for v in VOICES}
         rate, step_s = self._tune(known)
