@@ -26,6 +26,7 @@ from tiny_align.runtime.errors import DataError
 from tiny_align.runtime.files import written_file
 from tiny_align.runtime.windows import WindowSpec
 
+STATE = 2  # the form of an interrupted training on disk: one of another form is not gone on with
 JUDGED = 64  # held-out recordings that are looked at together
 JUDGEMENT = ("held_out", "held_out_loss")  # of the weights, in the curve: where the first is equal, the second decides
 
@@ -268,7 +269,7 @@ def _read_state(path: Path) -> tuple[dict, dict[str, Tensor]]:
 
 def _fingerprint(projector, examples: list[Example], table: Tensor, options: TrainOptions) -> str:
     """Identifies a training: start weights, examples, targets and options. Another one must not be resumed."""
-    digest = hashlib.sha256(repr(options).encode())
+    digest = hashlib.sha256(repr((STATE, options)).encode())
     digest.update(table.detach().contiguous().view(torch.uint8).numpy())
     for value in projector.state_dict().values():
         digest.update(value.detach().numpy().tobytes())

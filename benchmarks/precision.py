@@ -50,6 +50,7 @@ PAIRS = (EXACT, (OWN, "int4"), ("fp16", "int4/fp16"), ("int8", "int4/fp16"))  # 
 LOSSES = {"fp16": 0.01, "int8": 0.02}  # ROUGE-L that an encoder's precision may cost, with its LLM
 COMPUTE_CAPABILITY = 86
 THREADS = 1
+LAYERS = 2  # of Llama-3.2-1B's 16
 
 
 def with_exact_llm(folder: Path) -> Bundle:
@@ -176,16 +177,22 @@ def _engine(row: dict, exact: dict[str, int]) -> str:
     return " | ".join([*cells, f"{row['seconds']:.1f} s", f"{row['peak_memory_bytes'] / 1e6:,.0f} MB", cosine])
 
 
+def command_of(args) -> str:
+    """What to type for the same report."""
+    digits = " --digits FOLDER" if args.digits else ""
+    return COMMAND + digits + (f" --layers {args.layers}" if args.layers != LAYERS else "")
+
+
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--digits", type=Path)
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
-    command, builder = COMMAND + (" --digits FOLDER" if args.digits else ""), find_builder(COMPUTE_CAPABILITY)
-    report = {"machine": describe(), "date": str(date.today()), "command": command, "layers": args.layers}
+    builder = find_builder(COMPUTE_CAPABILITY)
+    report = {"machine": describe(), "date": str(date.today()), "command": command_of(args), "layers": args.layers}
     report["builder"] = f"{builder.package} {builder.version}"
     folders = [shipped("voice"), *(sorted(p for p in args.digits.iterdir() if p.is_dir()) if args.digits else ())]
     recordings = tuple(sorted(shipped("voice").glob("train-*.flac"))[:8])

@@ -23,6 +23,7 @@ from tiny_align.benchmarks import (
     precision,
     quality,
     quantisation,
+    streaming,
     tables,
     training_cost,
 )
@@ -43,6 +44,7 @@ PROGRAMS = {
     "quantisation": (quantisation.RESULTS, quantisation.table),
     "full_size": (full_size.RESULTS, full_size.table),
     "llm": (llm.RESULTS, llm.table),
+    "streaming": (streaming.RESULTS, streaming.table),
     "training_cost": (training_cost.RESULTS, training_cost.table),
 }
 STANDARD = "bench_"  # before the name of a part

@@ -65,18 +65,19 @@ def _windows_of(assistant: Assistant, n_frames: int) -> list[np.ndarray]:
     return [window.astype(int) for window, _ in cut(np.arange(n_frames, dtype=np.float32), in_frames)]
 
 
-def train(bundle: Path, out: Path, work: Path, n: int, steps: int, seed: int, objective: str) -> dict:
+def train(args) -> dict:
+    """As `args` (main) says -> the record."""
     from safetensors.torch import save_file
 
     from tiny_align.align.general import train_general
     from tiny_align.align.personalise import Effort
 
-    effort = Effort(steps=steps, seed=seed, objective=objective)
-    with Assistant.load(bundle) as assistant:
-        examples = spoken_examples(assistant, work, n, seed)
-        trained = train_general(assistant, examples, work / f"projector-{objective}", effort)
+    effort = Effort(steps=args.steps, seed=args.seed, objective=args.objective)
+    with Assistant.load(args.bundle, threads=args.threads) as assistant:
+        examples = spoken_examples(assistant, args.work, args.utterances, args.seed)
+        trained = train_general(assistant, examples, args.work / f"projector-{args.objective}", effort)
         table = assistant.bundle.manifest.embeddings_sha256
-    save_file(trained.weights, out, {"embeddings_sha256": table})
+    save_file(trained.weights, args.out, {"embeddings_sha256": table})
     return trained.record
 
 
@@ -88,9 +89,10 @@ def main(argv=None) -> int:
     parser.add_argument("--utterances", type=int, default=16_000)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="CPU threads of the encoder (default: all cores)")
     parser.add_argument("--objective", default="ctc")
     args = parser.parse_args(argv)
-    record = train(args.bundle, args.out, args.work, args.utterances, args.steps, args.seed, args.objective)
+    record = train(args)
     report = vars(args) | record
     args.out.with_suffix(".json").write_text(json.dumps(report, indent=1, default=str) + "\n")
     print(json.dumps({k: record[k] for k in ("steps", "train_seconds", "improved")}))

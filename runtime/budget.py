@@ -62,7 +62,20 @@ def cache_bytes(graph: GraphSpec, backend: str, context: int) -> int:
     kept = [tensor for tensor in graph.on(backend).inputs if len(tensor.shape) == 4]
     shapes = [[context if isinstance(dim, str) else dim for dim in tensor.shape] for tensor in kept]
     one = sum(int(np.prod(shape)) * np.dtype(tensor.dtype).itemsize for tensor, shape in zip(kept, shapes))
-    return CACHE_SETS[backend] * one
+    return CACHE_SETS.get(backend, 1) * one
+
+
+def require_cache(bundle: Bundle, backend: str, context: int) -> None:
+    """
+    Raises:
+        TinyAlignError: less memory is free than one more conversation takes.
+    """
+    need, free = cache_bytes(bundle.manifest.graphs["llm"], backend, context), memory().get("MemAvailable")
+    if free is not None and free < need:
+        raise TinyAlignError(
+            f"one more conversation of {context} positions takes {need >> 20} MiB, and {free >> 20} MiB are available: "
+            "end another one, or load the bundle with a smaller context"
+        )
 
 
 def _weight_bytes(bundle: Bundle, graph: GraphSpec, backend: str) -> int:

@@ -48,6 +48,11 @@ class Speech:
 
 
 @dataclass(frozen=True)
+class SpeechPaused:
+    """The turn may be over; more speech, or its end, will tell."""
+
+
+@dataclass(frozen=True)
 class SpeechEnded:
     """The turn is over."""
 
@@ -58,6 +63,9 @@ class SpeechEnded:
     def hangover_s(self) -> float:
         """Seconds of audio from the end of the speech until it was noticed."""
         return (self.noticed_at_sample - self.at_sample) / SAMPLE_RATE
+
+
+Event = SpeechBegan | Speech | SpeechPaused | SpeechEnded
 
 
 class Endpointer:
@@ -99,7 +107,7 @@ class Endpointer:
         self._held: list[np.ndarray] = []  # a pause: passed on if speech follows
         self.speaking, self.level_db = False, FLOOR_DB
 
-    def push(self, chunk: np.ndarray) -> list[SpeechBegan | Speech | SpeechEnded]:
+    def push(self, chunk: np.ndarray) -> list[Event]:
         """Hear (S,) float32 samples in [-1, 1], any number, and say what became clear.
 
         Raises:
@@ -111,14 +119,14 @@ class Endpointer:
         self._rest = audio[whole:].copy()
         return [event for frame in audio[:whole].reshape(-1, FRAME_SAMPLES) for event in self._hear(frame)]
 
-    def flush(self) -> list[Speech | SpeechEnded]:
+    def flush(self) -> list[Event]:
         """The stream is over, end the turn that is open; `reset` before another stream."""
         if not self.speaking:
             return []
         tail = [] if self._held or not len(self._rest) else [Speech(self._rest)]  # less than a frame: not judged
         return [*tail, self._end()]
 
-    def _hear(self, frame: np.ndarray) -> list[SpeechBegan | Speech | SpeechEnded]:
+    def _hear(self, frame: np.ndarray) -> list[Event]:
         self._at += FRAME_SAMPLES
         return self._while_speaking(frame) if self.speaking else self._while_silent(frame)
 
@@ -127,7 +135,7 @@ class Endpointer:
         self.level_db = max(FLOOR_DB, 10 * np.log10(power)) if power else FLOOR_DB
         return self.level_db >= self.endpointing.gate_db and self._detector(frame) >= threshold
 
-    def _while_silent(self, frame: np.ndarray) -> list[SpeechBegan]:
+    def _while_silent(self, frame: np.ndarray) -> list[Event]:
         """Every frame of speech counts for a beginning, every other one against it."""
         self._recent.append(frame)
         step = 1 if self._is_speech(frame, self.endpointing.open_at) else -1
@@ -140,14 +148,14 @@ class Endpointer:
         self._recent.clear()
         return [SpeechBegan(self._at - FRAME_SAMPLES * len(frames), np.concatenate(frames))]
 
-    def _while_speaking(self, frame: np.ndarray) -> list[Speech | SpeechEnded]:
+    def _while_speaking(self, frame: np.ndarray) -> list[Event]:
         """Speech and the post-roll are passed on at once, a longer pause only when speech follows it."""
         self._held.append(frame)
         self._silent = 0 if self._is_speech(frame, self.endpointing.close_at) else self._silent + 1
         if self._silent >= self._hangover:
             return [self._end()]
         if self._silent > self._post:
-            return []
+            return [SpeechPaused()] if self._silent == self._post + 1 else []
         passed, self._held = self._held, []
         return [Speech(frame) for frame in passed]
 

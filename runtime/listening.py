@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tiny_align.runtime.endpoint import Endpointer, Speech, SpeechBegan, SpeechEnded
+from tiny_align.runtime.endpoint import Endpointer, Speech, SpeechBegan, SpeechEnded, SpeechPaused
 from tiny_align.runtime.errors import AudioError, TinyAlignError
 from tiny_align.runtime.microphone import Notice
 
@@ -191,6 +191,8 @@ class _Mouth:
                 raise item
             if isinstance(item, Level | Notice):
                 yield item
+            elif isinstance(item, SpeechPaused):
+                self._session.anticipate()
             elif isinstance(item, SpeechEnded):
                 yield from self._answer(item, when)
                 self._ears.answered.release()

@@ -12,6 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from tiny_align.runtime.backend import Decoder, Scores
+from tiny_align.runtime.budget import require_cache
 from tiny_align.runtime.bundle import Bundle, PromptSpec
 from tiny_align.runtime.errors import DataError, TinyAlignError
 
@@ -63,7 +64,7 @@ class LanguageModel:
         Raises:
             TinyAlignError: more than that.
         """
-        self._decoder = decoder
+        self._decoder, self._bundle = decoder, bundle
         self.spec = bundle.manifest.llm
         self.capacity = context or self.spec.max_context
         if not 1 <= self.capacity <= self.spec.max_context:
@@ -141,6 +142,8 @@ class LanguageModel:
 
         Returns:
             The last position's; the next reading into this cache overwrites them.
+        Raises:
+            TinyAlignError: more positions than the context has, or no memory for another conversation.
         """
         if cache.length + len(embeddings) > self.capacity:
             raise TinyAlignError(
@@ -148,6 +151,7 @@ class LanguageModel:
                 f"{self.capacity}: shorten the instruction or the recording"
             )
         if cache.memory is None:
+            require_cache(self._bundle, self._decoder.name, self.capacity)
             cache.memory = self._decoder.open_cache(self.capacity)
         for start in range(0, len(embeddings), CHUNK):
             chunk = embeddings[start : start + CHUNK]

@@ -29,7 +29,8 @@ def ctc_scale(table: np.ndarray) -> float:
 class CtcReader:
     """Greedy CTC over the embedding table: every run of one token becomes that token's expected embedding.
 
-    Nothing comes out where nothing was said, or so little and so doubtful that it was a noise.
+    Nothing comes out where nothing was said, or so little and so doubtful that it was a noise. A copy (copy.copy) goes
+    on by itself: no value is changed in place.
     """
 
     def __init__(self, table: np.ndarray, scale: float):
@@ -78,7 +79,7 @@ class CtcReader:
 
     def _close(self) -> None:
         if self._token >= 0:
-            self._held.append(self._weights / self._length @ self._table)
+            self._held = [*self._held, self._weights / self._length @ self._table]
         self._token, self._weights, self._length = -1, 0.0, 0
 
     def _given(self) -> np.ndarray:

@@ -9,6 +9,7 @@ What is in the cache is decided by the audio alone, not by the size of its piece
 """
 
 import contextlib
+import copy
 import threading
 import time
 from collections import deque
@@ -63,6 +64,16 @@ def _submitted(pool: ThreadPoolExecutor, work: Callable, *args) -> Future:
 
 
 @dataclass
+class End:
+    """A turn's end as it would be if nothing more were said."""
+
+    words: list[np.ndarray] = field(default_factory=list)  # (T, D) each: the last ones
+    scores: Scores | None = None  # after the prompt's end; None: not read
+    heard: Future | None = None  # whose result is the Future of reading it
+    error: AudioError | None = None  # why there is nothing to be heard, if this is the end
+
+
+@dataclass
 class Turn:
     """One turn, as far as it has come."""
 
@@ -72,7 +83,9 @@ class Turn:
     hearing: deque[Future] = field(default_factory=deque)  # windows on their way
     reading: deque[Future] = field(default_factory=deque)  # what the LLM is to read
     words: list[np.ndarray] = field(default_factory=list)  # (T, D) each: what the LLM has read of the person
-    asked: bool = False  # whether it has read that they end here
+    end: End | None = None  # anticipated, until more is pushed
+    end_at: int | None = None  # position of the cache where an anticipated end begins, if there is one in it
+    asked: bool = False  # whether the LLM has read that the words end here
     said: list[int] = field(default_factory=list)  # tokens of the answer
     cancelled: threading.Event = field(default_factory=threading.Event)
 
@@ -117,6 +130,7 @@ class Session:
         """
         check_chunk(chunk)
         turn = self._turn = self._turn or self._begun()
+        turn.end = None if len(chunk) else turn.end
         with self._dropped_if_failed(turn):
             for window, kept in turn.cutter.push(chunk):
                 self._hear(turn, window, kept)
@@ -133,7 +147,7 @@ class Session:
         """
         turn, self._turn = self._turn or self._begun(), None
         self._asked, turn.began_s = turn, began_s or time.perf_counter()
-        if turn.cutter.n_samples:
+        if turn.cutter.n_samples and not turn.end:
             self._hear(turn, *turn.cutter.finish())
         return self._answer_speech(turn)
 
@@ -150,6 +164,15 @@ class Session:
         turn.reading.append(self._later(self._read, turn, words))
         return self._answer(turn)
 
+    def anticipate(self) -> None:
+        """Hear and read in a pause what was pushed as if the turn ended here: then `finish` has nothing left to do.
+
+        More that is pushed undoes it; the answer is the same with it and without.
+        """
+        if (turn := self._turn) and turn.cutter.n_samples:
+            turn.end = End()
+            turn.end.heard = self._assistant.threads.hear(self._heard_to_end, turn, turn.end, *turn.cutter.finish())
+
     def settle(self) -> None:
         """Wait until what was pushed is heard and read, as far as it can be before the turn's end.
 
@@ -159,6 +182,8 @@ class Session:
         if turn := self._turn:
             with self._dropped_if_failed(turn):
                 _settle(turn.hearing)
+                if turn.end:
+                    turn.end.heard.result().result()
                 _settle(turn.reading)
 
     def reset(self) -> None:
@@ -191,10 +216,14 @@ class Session:
             if not turn.cutter.n_samples:
                 raise AudioError("the speech is empty, it holds no samples: push some before finish()")
             _settle(turn.hearing)
-            if turn.reader and len(rest := turn.reader.finish()):
+            if turn.end:
+                turn.reading.append(turn.end.heard.result())
+                if turn.end.error:
+                    raise turn.end.error
+            elif turn.reader and len(rest := turn.reader.finish()):
                 turn.reading.append(self._later(self._read, turn, rest))
             _settle(turn.reading)
-        if turn.words or turn.cancelled.is_set():
+        if turn.words or (turn.end and turn.end.words) or turn.cancelled.is_set():
             yield from self._answer(turn)
         else:
             yield Event("", None, time.perf_counter() - turn.began_s)
@@ -225,6 +254,17 @@ class Session:
         if len(soft_tokens := turn.reader.push(self._assistant.hear(window)[kept])):
             turn.reading.append(self._later(self._read, turn, soft_tokens))
 
+    def _heard_to_end(self, turn: Turn, end: End, window: np.ndarray, kept: slice) -> Future:
+        """The last soft tokens, if this is the end: by a copy of the turn's reader."""
+        if turn.end is end and not turn.cancelled.is_set():
+            reader = copy.copy(turn.reader) or self._assistant.reader()
+            try:
+                pieces = [reader.push(self._assistant.hear(window)[kept]), reader.finish()]
+                end.words = [soft_tokens for soft_tokens in pieces if len(soft_tokens)]
+            except AudioError as error:  # too little, so far
+                end.error = error
+        return self._later(self._read_to_end, turn, end)
+
     # --- the reading thread ---
 
     def _begin(self, turn: Turn) -> None:
@@ -246,15 +286,34 @@ class Session:
         return np.concatenate([self._before, *(np.concatenate([rows, following]) for rows in self._past)])
 
     def _read(self, turn: Turn, words: np.ndarray) -> None:
+        self._take_back_end(turn)
         if not turn.cancelled.is_set():
             self._extend(words)
             turn.words.append(words)
+
+    def _read_to_end(self, turn: Turn, end: End) -> None:
+        self._take_back_end(turn)
+        if turn.end is not end or turn.cancelled.is_set() or not (turn.words or end.words):
+            return
+        turn.end_at = self._cache.length
+        for words in end.words:
+            self._extend(words)
+        end.scores = self._extend(self._after)
+
+    def _take_back_end(self, turn: Turn) -> None:
+        if turn.end_at is not None:
+            self._llm.rewind(self._cache, turn.end_at)
+            turn.end_at = None
 
     def _ask(self, turn: Turn) -> Iterator[int]:
         """The words end here -> what gives the answer's tokens."""
         if turn.cancelled.is_set():
             return iter(())
-        scores, turn.asked = self._extend(self._after), True
+        if turn.end and turn.end.scores:
+            scores, turn.words = turn.end.scores, [*turn.words, *turn.end.words]
+        else:
+            scores = self._extend(self._after)
+        turn.asked = True
         return self._llm.decode(scores, self._decoding, self._cache)
 
     def _step(self, turn: Turn, steps: Iterator[int]) -> int | None:

@@ -50,6 +50,16 @@ def test_it_is_enough(bundle, voice_path):
     assert peak < budget(bundle, "onnxruntime", bundle.manifest.llm.max_context).total
 
 
+def test_a_conversation_without_memory_is_refused_and_others_go_on(assistant, speech, monkeypatch):
+    first = assistant.listen()
+    first.push(speech)
+    first.settle()
+    monkeypatch.setattr(budget_module, "memory", lambda: {"MemAvailable": 1_000})
+    with pytest.raises(TinyAlignError, match="one more conversation of 256 positions takes"):
+        list(assistant.listen().say("hello"))
+    assert [event.token for event in first.finish()]
+
+
 def test_too_little_memory_is_refused_before_anything_is_loaded(bundle, monkeypatch):
     monkeypatch.setattr(budget_module, "memory", lambda: {"MemAvailable": BASE_BYTES})
     with pytest.raises(TinyAlignError, match=r"takes about \d+ MiB \(encoder .*114 MiB are available: ask"):

@@ -16,6 +16,7 @@ from tiny_align.runtime.endpoint import (
     Speech,
     SpeechBegan,
     SpeechEnded,
+    SpeechPaused,
 )
 from tiny_align.runtime.errors import AudioError
 
@@ -72,6 +73,8 @@ def turns(events):
         elif isinstance(event, Speech):
             assert first is not None
             parts.append(event.audio)
+        elif isinstance(event, SpeechPaused):
+            assert first is not None
         else:
             assert first is not None and isinstance(event, SpeechEnded)
             found.append((first, np.concatenate(parts), event))
@@ -213,3 +216,12 @@ def test_noise_hardly_ever_begins_a_turn(silero):
     """What does is refused by the projector (test_listen.py)."""
     clips = [nothing_said(np.random.default_rng(seed), SAMPLE_RATE) for seed in range(20)]
     assert len([turn for clip in clips for turn in heard(silero, clip)]) < 6
+
+
+def test_a_pause_is_told_once_before_its_end_is():
+    sound, quiet = (level * np.ones(FRAME_SAMPLES * 40, np.float32) for level in (0.3, 0.0))
+    sound[::2] *= -1
+    endpointer = Endpointer(SAMPLE_RATE, detector=LoudOnly())
+    events = endpointer.push(np.concatenate([sound, quiet, sound, quiet]))
+    kinds = [type(event) for event in events if not isinstance(event, Speech)]
+    assert kinds == [SpeechBegan, SpeechPaused, SpeechEnded] * 2

@@ -38,6 +38,9 @@ class Echo:
     def push(self, chunk):
         self.spoken.append(chunk)
 
+    def anticipate(self):
+        pass
+
     def finish(self):
         audio, self.spoken = np.concatenate(self.spoken), []
         self.turns.append(audio)

@@ -37,6 +37,28 @@ def until(condition, seconds=20):
     assert condition()
 
 
+@pytest.fixture
+def talkative(assistant, monkeypatch):
+    """The reference LLM as if it knew more turns: what it answers is nonsense then, but it must be the same."""
+    import dataclasses
+
+    monkeypatch.setattr(assistant.llm, "prompt", dataclasses.replace(assistant.llm.prompt, next="<eos><user>"))
+    return assistant
+
+
+def remembered(assistant, *turns):
+    """Tokens answered to the last of `turns`, embeddings each, from a prompt with all of them, read at once."""
+    llm, said = assistant.llm, []
+    before, after = llm.around()
+    following = llm.embed(llm.encode("<eos><user>"))
+    rows = [before]
+    for words in turns:
+        rows += [words, after]
+        said = list(llm.generate(np.concatenate(rows), DECODING))
+        rows += [llm.embed(said), following]
+    return said
+
+
 @pytest.mark.parametrize("size", [160, 4_001, 51_200, 10**6])
 def test_long_speech_in_pieces_is_answered_as_the_whole(assistant, long_speech, size):
     streamed = tokens(pushed(assistant.listen(decoding=DECODING), long_speech, size).finish())
@@ -67,6 +89,57 @@ def test_the_last_window_is_all_that_is_left(assistant, long_speech, monkeypatch
     assert len(heard) == n_whole
     next(session.finish())
     assert heard == [spec.samples] * n_whole + [len(long_speech) - n_whole * spec.hop_samples]
+
+
+def test_an_end_that_was_foreseen_leaves_nothing_to_do(assistant, long_speech, monkeypatch):
+    expected, hear = tokens(assistant.stream(long_speech, decoding=DECODING)), assistant.hear
+    session, heard, read = pushed(assistant.listen(decoding=DECODING), long_speech, 8_000), [], []
+    session.anticipate()
+    session.settle()
+    monkeypatch.setattr(assistant, "hear", lambda audio: heard.append(audio) or hear(audio))
+    prefill = assistant.llm.prefill
+    monkeypatch.setattr(assistant.llm, "prefill", lambda rows, cache: read.append(len(rows)) or prefill(rows, cache))
+    assert tokens(session.finish()) == expected
+    assert heard == [] and set(read) == {1}  # the answer's own tokens
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_end_that_was_none_leaves_no_trace(talkative, speech, long_speech, seed):
+    """Pauses wherever they fall, and turns after that remember what was said and no more."""
+    rng, spoken = np.random.default_rng(seed), [talkative.soft_tokens(talkative.features(speech))]
+    spoken.append(talkative.soft_tokens(talkative.features(long_speech)))
+    session = talkative.listen(decoding=DECODING)
+    for turn, audio in enumerate((speech, long_speech)):
+        for piece in np.split(audio, np.sort(rng.integers(0, len(audio), 12))):
+            session.push(piece)
+            if rng.random() < 0.6:
+                session.anticipate()
+            if rng.random() < 0.5:
+                session.settle()
+        if seed % 2:
+            session.anticipate()
+        assert tokens(session.finish()) == remembered(talkative, *spoken[: turn + 1])
+
+
+def test_silence_is_foreseen_as_nothing(assistant, speech):
+    session = assistant.listen(decoding=DECODING)
+    session.push(np.zeros(30_000, np.float32))
+    session.anticipate()
+    assert tokens(session.finish()) == [None]
+    assert tokens(pushed(session, speech, 5_000).finish()) == tokens(assistant.stream(speech, decoding=DECODING))
+
+
+def test_too_little_is_foreseen_and_refused_where_it_is_the_end(assistant, speech):
+    session = pushed(assistant.listen(decoding=DECODING), speech[:1_000], 1_000)
+    session.anticipate()
+    session.settle()
+    assert tokens(pushed(session, speech[1_000:], 4_000).finish()) == tokens(
+        assistant.stream(speech, decoding=DECODING)
+    )
+    session.push(speech[:1_000])
+    session.anticipate()
+    with pytest.raises(AudioError, match="record longer"):
+        list(session.finish())
 
 
 def test_an_answer_is_broken_off_within_a_token(assistant, speech):
@@ -104,28 +177,6 @@ def test_typed_and_spoken_turns_in_turn(assistant, speech):
     )
     assert tokens(pushed(session, speech, 1_000).finish()) == tokens(assistant.stream(speech))
     assert tokens(session.say("count from one to four")) == list(assistant.answer_text("count from one to four").tokens)
-
-
-@pytest.fixture
-def talkative(assistant, monkeypatch):
-    """The reference LLM as if it knew more turns: what it answers is nonsense then, but it must be the same."""
-    import dataclasses
-
-    monkeypatch.setattr(assistant.llm, "prompt", dataclasses.replace(assistant.llm.prompt, next="<eos><user>"))
-    return assistant
-
-
-def remembered(assistant, *turns):
-    """Tokens answered to the last of `turns`, embeddings each, from a prompt with all of them, read at once."""
-    llm, said = assistant.llm, []
-    before, after = llm.around()
-    following = llm.embed(llm.encode("<eos><user>"))
-    rows = [before]
-    for words in turns:
-        rows += [words, after]
-        said = list(llm.generate(np.concatenate(rows), DECODING))
-        rows += [llm.embed(said), following]
-    return said
 
 
 def test_turns_are_remembered(talkative, speech, long_speech):
