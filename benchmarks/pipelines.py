@@ -150,10 +150,11 @@ def torch_pipeline(bundle: Bundle, threads: int, prepare: Callable = lambda modu
     from tiny_align.reference.build import ENCODER_LAYERS
 
     torch.set_num_threads(threads)
-    torch.set_grad_enabled(False)
     encoder = load_encoder(str(weights(bundle, "encoder")), ENCODER_LAYERS)
     projector = load_projector(bundle, bundle.graph("projector")).eval()
     llm = AutoModelForCausalLM.from_pretrained(weights(bundle, "llm")).eval()
+    for module in (encoder, projector, llm):
+        module.requires_grad_(False)  # whatever the thread: a session has its own
     graphs, decoder = bundle.manifest.graphs, TorchDecoder(prepare(llm))
     runners = (TorchGraph(graphs["encoder"], prepare(encoder)), TorchGraph(graphs["projector"], prepare(projector)))
     return Assistant(bundle, *runners, LanguageModel(bundle, decoder), "pytorch", threads)

@@ -128,8 +128,10 @@ def test_a_peer_that_fails_says_why():
     slow.close()
 
 
-def test_the_plain_graphs_say_the_same(assistant, speech):
-    with pipelines.plain(assistant.bundle, 1) as other:
+@pytest.mark.parametrize("make", [pipelines.plain, pipelines.torch_pipeline])
+def test_other_engines_say_the_same(make, assistant, speech):
+    pytest.importorskip("transformers")
+    with make(assistant.bundle, 1) as other:
         assert other.answer(speech).tokens == assistant.answer(speech).tokens
 
 
