@@ -71,8 +71,8 @@ class Graph:
         places = {e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"}
         with written_file(self._folder / name) as path:
             for place in places:
-                if not (self._folder / place).exists():
-                    link_file(self.path.parent / place, self._folder / place)
+                (self._folder / place).unlink(missing_ok=True)  # a killed build's may be of another bundle
+                link_file(self.path.parent / place, self._folder / place)
             path.write_bytes(model.SerializeToString())
         return self._folder / name
 

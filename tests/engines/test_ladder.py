@@ -253,6 +253,13 @@ def test_no_graph_is_left_half_written(bundle, recordings, tmp_path, full_disk):
     assert not list(tmp_path.glob("*.onnx")) and not list(tmp_path.glob(".*"))
 
 
+def test_weights_that_a_killed_build_left_are_not_taken(bundle, tmp_path):
+    graph = climb.Graph(bundle, "encoder", tmp_path)
+    (tmp_path / "encoder.onnx.data").write_bytes(b"another bundle's")
+    graph.write(graph.model, "encoder.fp16.onnx")
+    assert (tmp_path / "encoder.onnx.data").samefile(bundle.path / "encoder.onnx.data")
+
+
 def killed(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
