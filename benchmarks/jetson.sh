@@ -79,7 +79,7 @@ jetson() { "$PYTHON" -m benchmarks.jetson "$@"; }
 measured=(--bundle "$bundle" --data "$data" --out "$out" "${measure_options[@]}")
 
 step doctor tiny_align doctor --bundle "$bundle"
-step_if build build tiny_align build-engines --bundle "$bundle" # first of the work, while memory is unbroken
+step_if build build tiny_align build-engines --bundle "$bundle" --data "$data" # first of the work, while memory is unbroken
 step measure-onnxruntime jetson measure --backend onnxruntime "${measured[@]}"
 step_if tensorrt measure-tensorrt jetson measure --backend tensorrt "${measured[@]}"
 step_if tensorrt swap "$PYTHON" -m benchmarks.swap --bundle "$bundle" --out "$out/swap-results.json" --json
