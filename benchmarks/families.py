@@ -72,7 +72,7 @@ def encoder_row(family: str, folder: Path, bundle: Path, recordings: list[np.nda
     worst, largest, n_frames = 0.0, 0.0, 0
     with Assistant.load(bundle, threads=1) as assistant:
         for audio in recordings:
-            ours, theirs = assistant.features(audio), features(family, folder, audio)
+            ours, theirs = assistant.encode_window(audio), features(family, folder, audio)
             worst, largest = max(worst, float(np.abs(ours - theirs).max())), max(largest, float(np.abs(theirs).max()))
             n_frames += len(theirs)
     return {"max_abs_diff": worst, "max_abs": largest, "frames": n_frames}

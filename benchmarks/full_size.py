@@ -103,7 +103,7 @@ def run(bundle: Path, audio_s: float, threads: int, rounds: int = 3) -> dict:
         speech = assistant.llm.embed(rng.integers(0, assistant.llm.spec.vocabulary, round(2.5 * audio_s)))
         for _ in range(rounds):
             marks = [time.perf_counter()]
-            features = assistant.features(audio)
+            features = assistant.encode_window(audio)
             marks.append(time.perf_counter())
             assistant.soft_tokens(features)  # of an untrained projector: any number of them
             marks.append(time.perf_counter())

@@ -68,7 +68,7 @@ class Cascade(Assistant):
         from tiny_align.reference.encoder import decode_letters
 
         matrix, bias = self._head
-        return decode_letters((self.features(audio)[:, -len(matrix) :] @ matrix + bias).argmax(axis=1))
+        return decode_letters((self.encode_window(audio)[:, -len(matrix) :] @ matrix + bias).argmax(axis=1))
 
     @functools.cached_property
     def _head(self) -> tuple[np.ndarray, np.ndarray]:

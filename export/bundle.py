@@ -65,7 +65,7 @@ class ExportOptions:
     max_context: int = 256
     soft_tokens: int | None = None  # the projector pools to so many; None: length follows the speech
     merge_cosine: float | None = 0.85  # where it pools, see runtime/readout.py
-    window_s: float = 3.2  # speech is encoded in windows of so many seconds while it is spoken; 0: as a whole
+    window_s: float = 3.84  # speech is encoded in windows of so many seconds while it is spoken; 0: as a whole
     seed: int = 0
 
 

@@ -27,8 +27,8 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--window-s",
         type=float,
-        default=3.2,
-        help="encode speech in windows of so many seconds, while it is spoken (default: 3.2; 0: as a whole)",
+        default=3.84,
+        help="encode speech in windows of so many seconds, while it is spoken (default: 3.84; 0: as a whole)",
     )
     parser.add_argument("--out", type=Path, required=True, help="the bundle's folder")
     parser.add_argument("--precision", default="int4", help="of the LLM's weights: int4 (default), int8, fp16 or fp32")

@@ -5,7 +5,7 @@ import numpy as np
 from tiny_align.align.projector import STACK
 from tiny_align.runtime.windows import WindowSpec
 
-MARGIN_S = 0.4  # at each cut
+MARGIN_S = 0.64  # at each cut
 
 
 def window_spec(window_s: float, front_end, frame_s: float, encode) -> WindowSpec | None:

@@ -18,6 +18,7 @@ from tiny_align.runtime import Assistant
 from tiny_align.runtime.audio import read_audio
 from tiny_align.runtime.bundle import Bundle
 from tiny_align.runtime.errors import AudioError
+from tiny_align.runtime.windows import cut as windows_of
 
 torch = pytest.importorskip("torch", reason="models are exported from torch")
 transformers = pytest.importorskip("transformers", reason="models are exported from transformers")
@@ -97,7 +98,7 @@ def recordings(voice_path) -> list[np.ndarray]:
 def test_features_are_transformers_own(case, recordings):
     with Assistant.load(case.bundle, threads=1) as assistant:
         for audio in recordings:
-            ours, theirs = assistant.features(audio), features(case.family, case.folder, audio)
+            ours, theirs = assistant.encode_window(audio), features(case.family, case.folder, audio)
             assert ours.shape == theirs.shape and ours.dtype == np.float32
             difference = np.abs(ours - theirs)
             assert difference.max() <= FEATURES_TOLERANCE, (
@@ -139,10 +140,14 @@ def test_the_shortest_and_the_longest_recording(case):
     noise = (0.1 * np.random.default_rng(0).standard_normal(30 * RATE + 1)).astype(np.float32)
     greatest = case.bundle.manifest.dims["features"][2]
     with Assistant.load(case.bundle, threads=1) as assistant:
-        assert assistant.max_speech_s == 30
-        assert 0 <= greatest - len(assistant.features(noise[:-1])) <= 1  # a filter bank's last row is not full
-        with pytest.raises(AudioError, match="at most 30 s"):
-            assistant.features(noise)
+        whole = assistant.encode_window(noise[:-1])
+        assert 0 <= greatest - len(whole) <= 1  # a filter bank's last row is not full
+        if assistant.windows:
+            assert assistant.max_speech_s == np.inf and len(assistant.features(noise)) > len(whole)  # they overlap
+        else:  # an encoder of one length
+            assert case.family == "whisper" and assistant.max_speech_s == 30
+            with pytest.raises(AudioError, match="at most 30 s"):
+                assistant.features(noise)
         if case.family in ("moonshine", "parakeet"):
             with pytest.raises(AudioError, match=r"at least .* needed: record longer"):
                 assistant.features(noise[: RATE // 10])
@@ -290,3 +295,17 @@ def test_a_layer_that_is_not_there_is_refused(refused, checkpoint, tiny_llm, tmp
     models = {"encoder": checkpoint("moonshine"), "llm": tiny_llm}
     assert "has 2 layers" in refused(models, tmp_path / "out", "--encoder-layers", *layers)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_window_s_features_are_counted_and_split_again(case, speech):
+    with Assistant.load(case.bundle, threads=1) as assistant:
+        if (spec := assistant.windows) is None:
+            assert case.family == "whisper"
+            return
+        audio = np.tile(speech, 1 + 8 * RATE // len(speech))[: 8 * RATE]
+        parts = spec.split(assistant.features(audio))
+        cuts = [window for window, _ in windows_of(audio, spec)]
+        assert [len(part) for part in parts] == [len(assistant.encode_window(window)) for window in cuts]
+        kept = [assistant.vectors(part)[which] for part, which in zip(parts, spec.kept_of(len(parts)))]
+        wanted = len(audio) / spec.vector_samples
+        assert wanted - 2 <= sum(map(len, kept)) <= wanted + 1
