@@ -1,8 +1,8 @@
 """Recordings of a voice the encoder never heard, in the data-set form people use: FLAC files and metadata.jsonl.
 
-The shipped ones (reference/voice) are flite's; train and test sentences come from the two splits of the corpus.
+The shipped ones (reference/voice) are a child's; train and test sentences come from the two splits of the corpus.
 
-    python -m tiny_align.reference.recordings --voice slt --out reference/voice
+    python -m tiny_align.reference.recordings --voice child --out reference/voice
 """
 
 import argparse
@@ -12,13 +12,14 @@ from pathlib import Path
 import soundfile
 
 from tiny_align.reference import corpus
-from tiny_align.reference.speech import NEW_VOICES, SAMPLE_RATE, flite
+from tiny_align.reference.speech import NEW_VOICES, SAMPLE_RATE, child, flite
 from tiny_align.runtime.files import written_folder
 
 
 def write_voice(voice: str, out: Path, n_train: int, n_test: int, seed: int = 11) -> None:
-    """`n_train` + `n_test` sentences in one of flite's voices."""
-    write_recordings(out, n_train, n_test, seed, lambda text: flite(text, voice))
+    """`n_train` + `n_test` sentences in one of flite's voices, or a child's ("child")."""
+    say = child if voice == "child" else lambda text: flite(text, voice)
+    write_recordings(out, n_train, n_test, seed, say)
 
 
 def write_recordings(out: Path, n_train: int, n_test: int, seed: int, say) -> None:
@@ -36,7 +37,7 @@ def write_recordings(out: Path, n_train: int, n_test: int, seed: int, say) -> No
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--voice", choices=NEW_VOICES, default="slt")
+    parser.add_argument("--voice", choices=(*NEW_VOICES, "child"), default="child")
     parser.add_argument("--out", type=Path, default=Path("reference/voice"))
     parser.add_argument("--train", type=int, default=100)
     parser.add_argument("--test", type=int, default=40)

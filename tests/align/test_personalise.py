@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from tiny_align.align.projector import build_projector
-from tiny_align.align.train import Trainer
+from tiny_align.align.train import JUDGEMENT, Trainer
 from tiny_align.align.users import load_projector, write_user
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.backend import load_runner
@@ -114,7 +114,8 @@ def test_the_record_holds_hashes_and_the_training(personalised, bundle_path):
     training = record["training"]
     assert training["steps"] == STEPS and training["train_seconds"] == personalised["train_seconds"]
     assert [entry["step"] for entry in training["curve"]] == [0, 50, 60]
-    assert training["improved"] == (training["curve"][-1]["held_out"] < training["curve"][0]["held_out"])
+    before, after = ([entry[name] for name in JUDGEMENT] for entry in (training["curve"][0], training["curve"][-1]))
+    assert training["improved"] == (after < before)
 
 
 def test_nothing_but_the_person_and_the_features_is_left(personalised):

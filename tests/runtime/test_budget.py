@@ -12,13 +12,13 @@ from tiny_align.runtime.budget import BASE_BYTES, budget, cache_bytes
 from tiny_align.runtime.bundle import Bundle
 from tiny_align.runtime.errors import TinyAlignError
 
-LOADED = """
-import resource, sys
+LOADED = r"""
+import re, sys
 from tiny_align.runtime import Assistant
 from tiny_align.runtime.audio import read_audio
 with Assistant.load(sys.argv[1], threads=1) as assistant:
     assistant.answer_file(sys.argv[2])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(int(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1]) * 1024)
 """
 
 

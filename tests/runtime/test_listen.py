@@ -1,6 +1,7 @@
 """The commands listen and chat as people call them: played recordings, a microphone that fails, typed turns."""
 
 import io
+import json
 import signal
 import subprocess
 import sys
@@ -130,14 +131,19 @@ def test_a_microphone_that_fails_is_said_and_what_was_heard_is_answered(run_cli,
 def test_ctrl_c_ends_it_with_the_document(bundle_path, three):
     command = [sys.executable, "-m", "tiny_align.runtime.cli", "listen", "--bundle", bundle_path, "--threads", "1"]
     with subprocess.Popen(
-        [*map(str, command), "--wav", *map(str, three * 9)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*map(str, command), "--wav", *map(str, three * 9)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a job in the background ignores it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as process:
         for line in process.stderr:
             if "first word" in line:
                 process.send_signal(signal.SIGINT)
                 break
         stdout, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and '"turns": [{"text"' in stdout.splitlines()[-1]
+    assert process.returncode == 0 and 1 <= len(json.loads(stdout.splitlines()[-1])["turns"]) < 27
 
 
 @pytest.mark.parametrize(
