@@ -1,5 +1,11 @@
 """The torch-free runtime: load a bundle, talk to it. Names are loaded when first used."""
 
+import os
+
+# numpy's products are small here, and the threads that OpenBLAS gives them wait by spinning, beside the graphs' own. It
+# is read when numpy is loaded: where that was before, or the variable is set, nothing changes.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 _EXPORTS = {
     "Answer": "assistant",
     "Assistant": "assistant",

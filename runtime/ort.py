@@ -12,13 +12,19 @@ from tiny_align.runtime.huge_pages import on_huge_pages
 INT8_PRODUCTS = "4"  # accuracy level of MatMulNBits: activations of block-quantised weights in int8
 
 
-def _session(path: Path, threads: int | None):
-    """A graph in an ONNX Runtime session; `threads` limits its intra-op threads (None: all cores)."""
+def _session(path: Path, threads: int | None, spinning: bool):
+    """A graph in an ONNX Runtime session.
+
+    Args:
+        threads: of its operators; None: all cores.
+        spinning: whether they wait for work by spinning: faster for what runs all the time, slower for all else.
+    """
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", INT8_PRODUCTS)
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     if threads:
         options.intra_op_num_threads = threads
     try:
@@ -34,7 +40,7 @@ class OrtRunner(Runner):
 
     def __init__(self, path: Path, spec: GraphSpec, threads: int | None = None):
         super().__init__(spec)
-        self._session = _session(path, threads)
+        self._session = _session(path, threads, spinning=False)
         self._outputs = [o.name for o in self._session.get_outputs()]
 
     def _run(self, feed: dict) -> dict:
@@ -57,7 +63,7 @@ class OrtDecoder(Decoder):
 
     def __init__(self, path: Path, spec: GraphSpec, threads: int | None = None):
         with on_huge_pages():
-            self._spec, self._session = spec, _session(path, threads)
+            self._spec, self._session = spec, _session(path, threads, spinning=True)
 
     def open_cache(self, capacity: int) -> "_OrtCache":
         if self._session is None:

@@ -199,7 +199,7 @@ class Runtime:
 
 @functools.lru_cache(maxsize=16)
 def _loaded(graph: str, changed: int):
-    return _session(Path(graph), 1)
+    return _session(Path(graph), 1, spinning=False)
 
 
 @functools.lru_cache(maxsize=4096)
