@@ -12,9 +12,9 @@ NUMPY_THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")  
 
 @contextmanager
 def numpy_threads(n: int) -> Iterator[None]:
-    """Processes started within let numpy use so many threads."""
+    """Processes started within let libraries use so many threads; numpy's own products one, as the runtime has it."""
     before = {name: os.environ.get(name) for name in NUMPY_THREADS}
-    os.environ.update(dict.fromkeys(NUMPY_THREADS, str(n)))
+    os.environ.update(dict.fromkeys(NUMPY_THREADS, str(n)) | {"OPENBLAS_NUM_THREADS": "1"})
     try:
         yield
     finally:
