@@ -11,8 +11,9 @@ STAMPS := .venv/stamps
 demo: $(STAMPS)/demo  ## personalise the shipped bundle to a voice it never heard, and talk to it
 	$(BIN)/tiny-align demo
 
-test: $(STAMPS)/dev  ## the whole suite
-	$(BIN)/python -m pytest
+test: export OMP_NUM_THREADS ?= 1
+test: $(STAMPS)/dev  ## the whole suite, on two cores
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMPS)/dev
 	$(BIN)/ruff check .

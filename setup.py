@@ -20,6 +20,7 @@ DEV = [
     *TRT,
     "tensorrt-rtx>=1.2; platform_machine=='x86_64'",
     "pytest>=8",
+    "pytest-xdist>=3.5",
     "ruff>=0.6",
     "build>=1.2",
 ]

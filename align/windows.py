@@ -5,6 +5,8 @@ from torch import Tensor
 
 from tiny_align.runtime.windows import WindowSpec
 
+TOGETHER = 8  # windows padded to the longest of them: more would be more padding, fewer smaller products
+
 
 def project(projector, takes: list[Tensor], windows: WindowSpec | None) -> tuple[Tensor, Tensor]:
     """What a projector gives for utterances, each window by itself, and how many rows of each count.
@@ -16,11 +18,18 @@ def project(projector, takes: list[Tensor], windows: WindowSpec | None) -> tuple
         (B, T, ...) padded, and (B,).
     """
     parts = [take.split(windows.n_features) if windows else [take] for take in takes]
-    n_frames = torch.tensor([len(part) for utterance in parts for part in utterance])
-    padded = torch.nn.utils.rnn.pad_sequence([part for utterance in parts for part in utterance], batch_first=True)
-    out, lengths = projector(padded, n_frames), projector.output_lengths(n_frames)
-    if len(out) == len(takes):  # nothing was cut
-        return out, lengths
-    each = iter(row[:n] for row, n in zip(out, lengths))
-    joined = [torch.cat([next(each)[which] for which in windows.kept_of(len(utterance))]) for utterance in parts]
-    return torch.nn.utils.rnn.pad_sequence(joined, batch_first=True), torch.tensor([len(rows) for rows in joined])
+    each = iter(_one_by_one(projector, [part for utterance in parts for part in utterance]))
+    rows = [[next(each) for _ in utterance] for utterance in parts]
+    joined = [torch.cat([r[which] for r, which in zip(u, windows.kept_of(len(u)))]) if windows else u[0] for u in rows]
+    return torch.nn.utils.rnn.pad_sequence(joined, batch_first=True), torch.tensor([len(r) for r in joined])
+
+
+def _one_by_one(projector, parts: list[Tensor]) -> list[Tensor]:
+    """Of each part (N, Da) what the projector gives, (T, ...); those of about the same length go through it together."""
+    given, order = [None] * len(parts), sorted(range(len(parts)), key=lambda i: len(parts[i]))
+    for group in (order[i : i + TOGETHER] for i in range(0, len(order), TOGETHER)):
+        n_frames = torch.tensor([len(parts[i]) for i in group])
+        out = projector(torch.nn.utils.rnn.pad_sequence([parts[i] for i in group], batch_first=True), n_frames)
+        for i, row, n in zip(group, out, projector.output_lengths(n_frames)):
+            given[i] = row[:n]
+    return given

@@ -106,6 +106,7 @@ def _codes(weight: np.ndarray, name: str) -> tuple[list, list]:
     constants = [
         numpy_helper.from_array(np.rint(weight / scale).astype(np.int8), f"{name}.codes"),
         numpy_helper.from_array(scale, f"{name}.scales"),
+        numpy_helper.from_array(np.zeros(len(scale), np.int8), f"{name}.zeros"),
     ]
     node = helper.make_node("DequantizeLinear", [c.name for c in constants], [f"{name}.dequantised"], axis=1)
     return [node], constants

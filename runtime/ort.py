@@ -10,6 +10,7 @@ from tiny_align.runtime.errors import BackendError
 from tiny_align.runtime.huge_pages import on_huge_pages
 
 INT8_PRODUCTS = "4"  # accuracy level of MatMulNBits: activations of block-quantised weights in int8
+EXACT_INT8 = "1"  # x86 without VNNI adds products of uint8 and int8 in 16 bits, which overflow; of uint8 and uint8 it does not
 
 
 def _session(path: Path, threads: int | None, spinning: bool):
@@ -24,6 +25,9 @@ def _session(path: Path, threads: int | None, spinning: bool):
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", INT8_PRODUCTS)
+    options.enable_mem_pattern = False  # ONNX Runtime would keep a plan for every length there has been
+    if b"QuantizeLinear" in path.read_bytes():  # what comes into its products is rounded to integers
+        options.add_session_config_entry("session.x64quantprecision", EXACT_INT8)
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     if threads:
         options.intra_op_num_threads = threads
