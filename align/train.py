@@ -49,7 +49,7 @@ class TrainOptions:
     seed: int = 0
     held_out: float = 0.12  # share of the utterances that judges the training
     check_every: int = 50  # steps
-    max_seconds: float = 90.0
+    max_seconds: float = 50.0  # a slower machine takes fewer steps, and the rate falls all the same
     average: float = 0.98  # share that the running mean of the weights, which is what is kept, retains at each step
     hide: float = 0.2  # share of feature frames hidden in training
 
@@ -144,9 +144,11 @@ class Trainer:
         return self.step >= self.steps or self.spent_s > self.options.max_seconds
 
     def _rate(self) -> float:
-        """Warm-up, then a cosine to a twentieth."""
+        """Warm-up, then a cosine to a twentieth, which is reached at the last step or, where time runs short, by then."""
         warm = min(1.0, (self.step + 1) / self.options.warmup)
-        return self.options.rate * warm * (0.05 + 0.95 * 0.5 * (1 + np.cos(np.pi * self.step / self.steps)))
+        late = min(1.0, 2 * self.spent_s / self.options.max_seconds - 1)  # below 0 for the first half of the time
+        done = max(self.step / self.steps, late)
+        return self.options.rate * warm * (0.05 + 0.95 * 0.5 * (1 + np.cos(np.pi * done)))
 
     def _train_step(self) -> float:
         self.projector.train()

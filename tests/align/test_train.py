@@ -269,6 +269,23 @@ def test_time_runs_out(seconds):
     assert [entry["step"] for entry in record["curve"]] == [0, 15, 21]
 
 
+def test_the_rate_has_fallen_when_time_runs_out_and_is_that_of_the_steps_where_there_is_enough(seconds):
+    short, enough = (trainer(replace(OPTIONS, max_seconds=m)) for m in (20.0, 61.0))
+    short.run(quiet=True)
+    assert short._rate() == pytest.approx(0.05 * OPTIONS.rate)
+    at = []
+    for enough.step in range(OPTIONS.steps):
+        enough.spent_s = float(enough.step)
+        at.append(enough._rate())
+    assert at == [rate_at(enough, step) for step in range(OPTIONS.steps)]
+
+
+def rate_at(run, step):
+    """The rate at a step where no time has passed."""
+    run.step, run.spent_s = step, 0.0
+    return run._rate()
+
+
 def test_time_that_runs_out_before_the_first_check_still_gives_measured_weights(seconds):
     trained = trainer(replace(OPTIONS, max_seconds=2.0)).run(quiet=True)
     assert trained.record["steps"] == 3 and np.isfinite(trained.record["curve"][-1]["held_out"])
