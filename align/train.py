@@ -144,7 +144,7 @@ class Trainer:
         return self.step >= self.steps or self.spent_s > self.options.max_seconds
 
     def _rate(self) -> float:
-        """Warm-up, then a cosine to a twentieth, which is reached at the last step or, where time runs short, by then."""
+        """Warm-up, then a cosine to a twentieth: there at the last step or, where time is short, by then."""
         warm = min(1.0, (self.step + 1) / self.options.warmup)
         late = min(1.0, 2 * self.spent_s / self.options.max_seconds - 1)  # below 0 for the first half of the time
         done = max(self.step / self.steps, late)

@@ -25,7 +25,7 @@ def project(projector, takes: list[Tensor], windows: WindowSpec | None) -> tuple
 
 
 def _one_by_one(projector, parts: list[Tensor]) -> list[Tensor]:
-    """Of each part (N, Da) what the projector gives, (T, ...); those of about the same length go through it together."""
+    """Of each part (N, Da) what the projector gives, (T, ...); those of about the same length go together."""
     given, order = [None] * len(parts), sorted(range(len(parts)), key=lambda i: len(parts[i]))
     for group in (order[i : i + TOGETHER] for i in range(0, len(order), TOGETHER)):
         n_frames = torch.tensor([len(parts[i]) for i in group])

@@ -10,7 +10,7 @@ from tiny_align.runtime.errors import BackendError
 from tiny_align.runtime.huge_pages import on_huge_pages
 
 INT8_PRODUCTS = "4"  # accuracy level of MatMulNBits: activations of block-quantised weights in int8
-EXACT_INT8 = "1"  # x86 without VNNI adds products of uint8 and int8 in 16 bits, which overflow; of uint8 and uint8 it does not
+EXACT_INT8 = "1"  # where x86 lacks VNNI: sums of products of uint8 and int8 overflow their 16 bits there
 
 
 def _session(path: Path, threads: int | None, spinning: bool):
