@@ -1,8 +1,9 @@
 """A bundle of real sizes on this machine: wav2vec2-base, BridgeFormer and Llama-3.2-1B, exported, loaded and run.
 
-    python -m benchmarks.full_size [--seconds 10] [--threads 2] [--json]
+    python -m benchmarks.full_size [--seconds 10] [--threads 2] [--head-precision int4] [--json]
 
-Weights are random, so nothing is downloaded and the answers mean nothing. Export and run are processes of their own, so
+Weights are random, so nothing is downloaded and the answers mean nothing. The LLM is INT4 throughout, its output layer
+too, as llama.cpp's Q4_0 files are (`tiny-align export` makes that layer INT8 unless told otherwise). Export and run are processes of their own, so
 that their peak memory is their own. Writes benchmarks/results/full_size.json; the last line of stdout is the same
 document. The models and the bundle stay in work/full_size (8 GB) for benchmarks.llm.
 """
@@ -75,10 +76,10 @@ def make_tokenizer(size: int):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE, **names)
 
 
-def export(work: Path) -> dict:
+def export(work: Path, head: str) -> dict:
     """The command `tiny-align export` on the models, and what it took."""
     line = ["export", "--encoder", work / "encoder", "--llm", work / "llm", "--sentences", work / "sentences.txt"]
-    line += ["--max-context", CONTEXT, "--out", work / "bundle", "--json"]
+    line += ["--head-precision", head, "--max-context", CONTEXT, "--out", work / "bundle", "--json"]
     began = time.perf_counter()
     command = [sys.executable, "-m", "tiny_align.runtime.cli", *map(str, line)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -130,7 +131,7 @@ def table(report: dict) -> str:
     made, ran = report["export"], report["run"]
     rows = {
         "export": f"{made['seconds']:.0f} s, peak memory {made['peak_gb']:.1f} GiB",
-        "bundle": f"{made['bundle_gb']:.2f} GB",
+        "bundle": f"{made['bundle_gb']:.2f} GB, the LLM's output layer {report['head_precision'].upper()}",
         "load": f"{ran['load_s']:.1f} s",
         f"encoder, {report['audio_s']:g} s of audio": f"{ran['encoder_s']:.2f} s",
         "projector and readout": f"{ran['projector_s']:.2f} s",
@@ -148,16 +149,17 @@ def main(argv=None) -> int:
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-1b")
     parser.add_argument("--seconds", type=float, default=10.0, help="of audio")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--head-precision", default="int4", help="of the LLM's output layer")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
     report = {"machine": describe(), "date": str(date.today()), "command": COMMAND, "threads": args.threads}
-    report |= {"shape": args.shape, "audio_s": args.seconds}
+    report |= {"shape": args.shape, "audio_s": args.seconds, "head_precision": args.head_precision}
     with tqdm(total=3, desc="full size", file=sys.stderr) as bar, multiprocessing.get_context("spawn").Pool(1) as pool:
         args.work.mkdir(parents=True, exist_ok=True)
         pool.apply(make_models, (args.work, SHAPES[args.shape]))
         bar.update()
-        report["export"] = export(args.work)
+        report["export"] = export(args.work, args.head_precision)
         bar.update()
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         report["run"] = pool.apply(run, (args.work / "bundle", args.seconds, args.threads))
