@@ -49,7 +49,7 @@ class TrainOptions:
     seed: int = 0
     held_out: float = 0.12  # share of the utterances that judges the training
     check_every: int = 50  # steps
-    max_seconds: float = 50.0  # a slower machine takes fewer steps, and the rate falls all the same
+    max_seconds: float = 42.0  # a slower machine takes fewer steps, and the rate falls all the same
     average: float = 0.98  # share that the running mean of the weights, which is what is kept, retains at each step
     hide: float = 0.2  # share of feature frames hidden in training
 
