@@ -3,9 +3,9 @@
     python -m benchmarks.full_size [--seconds 10] [--threads 2] [--head-precision int4] [--json]
 
 Weights are random, so nothing is downloaded and the answers mean nothing. The LLM is INT4 throughout, its output layer
-too, as llama.cpp's Q4_0 files are (`tiny-align export` makes that layer INT8 unless told otherwise). Export and run are processes of their own, so
-that their peak memory is their own. Writes benchmarks/results/full_size.json; the last line of stdout is the same
-document. The models and the bundle stay in work/full_size (8 GB) for benchmarks.llm.
+too, as llama.cpp's Q4_0 files are (`tiny-align export` makes that layer INT8 unless told otherwise). Export and run are
+processes of their own, so that their peak memory is their own. Writes benchmarks/results/full_size.json; the last line
+of stdout is the same document. The models and the bundle stay in work/full_size (8 GB) for benchmarks.llm.
 """
 
 import argparse

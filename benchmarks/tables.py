@@ -57,8 +57,9 @@ def inference(parts: dict) -> str:
     alone, threaded = part["summary"][ALONE]["encoder"], part["summary"][THREADED][ANSWER]
     return grid(["stage", "ms", "share"], rows) + (
         f"\n\n{part['audio_s']:.1f} s of speech, {part['answer_tokens']} tokens answered. The encoder on its own takes "
-        f"{spread(alone)} ms; in the table it runs after the LLM's last turn. Stages are timed one after another; with "
-        f"a session's two threads the answer takes {spread(threaded)} ms."
+        f"{spread(alone)} ms; in the table it runs after the LLM's last turn. Stages are timed on "
+        "one core, one after another; with a session's hearing and reading beside each other the answer takes "
+        f"{spread(threaded)} ms."
     )
 
 
@@ -95,7 +96,7 @@ def limits(parts: dict) -> str:
         cells += [row["limited_by"], f"{row['share']:.0%}"]
         rows.append([*cells, *(ms(row["predicted_s"][board]) for board in boards)])
     return grid(head, rows) + (
-        f"\n\nThis machine reads {part['bandwidth_gb_s']:.1f} GB/s and does {part['products_gflop_s']:.0f} GFLOP/s "
+        f"\n\nOne core reads {part['bandwidth_gb_s']:.1f} GB/s and does {part['products_gflop_s']:.0f} GFLOP/s "
         "in FP32. The prediction is for an Orin Nano 8GB at 80 % of its memory's rate and by memory alone; no board "
         "was measured."
     )
