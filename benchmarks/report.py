@@ -45,6 +45,8 @@ PROGRAMS = {
     "full_size": (full_size.RESULTS, full_size.table),
     "llm": (llm.RESULTS, llm.table),
     "streaming": (streaming.RESULTS, streaming.table),
+    "streaming_full_size": (streaming.FULL_SIZE, streaming.table),
+    "soak": (streaming.SOAK, streaming.soak_table),
     "training_cost": (training_cost.RESULTS, training_cost.table),
 }
 STANDARD = "bench_"  # before the name of a part

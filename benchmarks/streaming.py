@@ -38,7 +38,7 @@ from tiny_align.runtime.errors import AudioError
 from tiny_align.runtime.machine import describe
 
 RESULTS = Path(__file__).parent / "results" / "streaming.json"
-SOAK = RESULTS.with_name("streaming-soak.json")
+FULL_SIZE, SOAK = RESULTS.with_name("streaming-full-size.json"), RESULTS.with_name("streaming-soak.json")
 LENGTHS_S = (2, 3, 5, 10, 20, 30)
 CHUNK_S = 0.1
 FIRST = Decoding(max_tokens=1)
@@ -218,6 +218,21 @@ def table(report: dict) -> str:
     return "\n".join(lines)
 
 
+def soak_table(report: dict) -> str:
+    """The soak's report as a table."""
+    turns = ", ".join(f"{n} {how}" for how, n in report["turns"].items())
+    sizes = [report[f"resident_bytes_{when}"] / 1e6 for when in ("after_10_min", "at_the_end")]
+    rows = {
+        "audio": f"{report['audio_s'] / 3600:.1f} h",
+        "turns": turns,
+        "resident memory after 10 minutes, at the end": f"{sizes[0]:.1f} MB, {sizes[1]:.1f} MB",
+        "growth": f"{100 * report['growth']:.2f} %",
+        "threads": "{} and {}".format(*report["threads"]),
+        "open handles": "{} and {}".format(*report["handles"]),
+    }
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, default=shipped("bundle"))
@@ -237,8 +252,8 @@ def main(argv=None) -> int:
         args.out = args.out or SOAK
         report |= {"command": f"python -m benchmarks.streaming --soak-hours {args.soak_hours:g}"}
         report |= soak(bundle, recordings, args.soak_hours, args.seed, args.threads[0])
-        return finish(report, args, f"grew by {100 * report['growth']:.2f} % after the first 10 minutes")
-    args.out = args.out or RESULTS
+        return finish(report, args, soak_table(report))
+    args.out = args.out or (FULL_SIZE if args.pace else RESULTS)
     report["command"] = "python -m benchmarks.streaming" + (" --digits FOLDER" if args.digits else "")
     report["command"] += f" --bundle BUNDLE --pace {args.pace:g}" if args.pace else ""
     report["rows"] = [row for t in args.threads for row in measure(bundle, recordings, t, args.pace, args.rounds)]
