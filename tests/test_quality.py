@@ -49,15 +49,15 @@ def demo(tmp_path_factory) -> dict:
 
 
 def test_the_demo_personalises_within_a_minute(demo):
-    """On a quiet machine in about twenty seconds."""
+    """At least a third of the wrong words are mended. Forty answers say less: 0.89 or 0.91, by how a CPU rounds."""
     assert demo["train_seconds"] < 60
-    assert 1 - demo["rougeL_after"] < 0.85 * (1 - demo["rougeL_before"])  # of the distance to the typed answers
-    assert demo["wer_after"] < demo["wer_before"]
+    assert demo["wer_after"] < 0.67 * demo["wer_before"]
+    assert demo["rougeL_after"] > demo["rougeL_before"]
     assert demo["rougeL_after"] > 3 * demo["rougeL_chance"]
 
 
 def test_the_demo_reaches_its_target(demo):
-    assert demo["rougeL_before"] >= 0.85 and demo["rougeL_after"] >= 0.89
+    assert demo["rougeL_before"] >= 0.85 and demo["wer_after"] <= 0.16
 
 
 def test_every_shipped_graph_computes_what_pytorch_does(assistant):
