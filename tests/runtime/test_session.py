@@ -266,4 +266,4 @@ def test_many_conversations_at_once(assistant, speech):
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert [answers[i] for i in range(50)] == [tokens(assistant.stream(a, decoding=DECODING)) for a in audios]
+    assert [answers[i] for i in range(len(audios))] == [tokens(assistant.stream(a, decoding=DECODING)) for a in audios]
