@@ -32,6 +32,7 @@ from tiny_align.align.datasets import load_dataset
 from tiny_align.align.demo import shipped
 from tiny_align.align.evaluate import evaluate
 from tiny_align.benchmarks import finish
+from tiny_align.benchmarks.tables import grid
 from tiny_align.runtime import Assistant, Decoding
 from tiny_align.runtime.bundle import Bundle
 from tiny_align.runtime.errors import AudioError
@@ -222,15 +223,15 @@ def soak_table(report: dict) -> str:
     """The soak's report as a table."""
     turns = ", ".join(f"{n} {how}" for how, n in report["turns"].items())
     sizes = [report[f"resident_bytes_{when}"] / 1e6 for when in ("after_10_min", "at_the_end")]
-    rows = {
-        "audio": f"{report['audio_s'] / 3600:.1f} h",
-        "turns": turns,
-        "resident memory after 10 minutes, at the end": f"{sizes[0]:.1f} MB, {sizes[1]:.1f} MB",
-        "growth": f"{100 * report['growth']:.2f} %",
-        "threads": "{} and {}".format(*report["threads"]),
-        "open handles": "{} and {}".format(*report["handles"]),
-    }
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+    rows = [
+        ["audio", f"{report['audio_s'] / 3600:.1f} h"],
+        ["turns", turns],
+        ["resident memory after 10 minutes, at the end", f"{sizes[0]:.1f} MB, {sizes[1]:.1f} MB"],
+        ["growth", f"{100 * report['growth']:.2f} %"],
+        ["threads", "{} and {}".format(*report["threads"])],
+        ["open handles", "{} and {}".format(*report["handles"])],
+    ]
+    return grid(["", ""], rows)
 
 
 def main(argv=None) -> int:
