@@ -257,6 +257,7 @@ def main(argv=None) -> int:
     args.out = args.out or (FULL_SIZE if args.pace else RESULTS)
     report["command"] = "python -m benchmarks.streaming" + (" --digits FOLDER" if args.digits else "")
     report["command"] += f" --bundle BUNDLE --pace {args.pace:g}" if args.pace else ""
+    report["command"] += f" --threads {' '.join(map(str, args.threads))} --rounds {args.rounds}"
     report["rows"] = [row for t in args.threads for row in measure(bundle, recordings, t, args.pace, args.rounds)]
     report["ratios"] = ratios(report["rows"])
     report["quality"] = {} if args.pace else _quality(bundle, args.digits)
