@@ -26,7 +26,7 @@ def _session(path: Path, threads: int | None, spinning: bool):
     options.log_severity_level = 3
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", INT8_PRODUCTS)
     options.enable_mem_pattern = False  # ONNX Runtime would keep a plan for every length there has been
-    if b"QuantizeLinear" in path.read_bytes():  # what comes into its products is rounded to integers
+    if b"QuantizeLinear" in path.read_bytes():  # what comes into products is rounded (DequantizeLinear has a small q)
         options.add_session_config_entry("session.x64quantprecision", EXACT_INT8)
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     if threads:
