@@ -135,7 +135,12 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     if not (args.work / "bundle" / "manifest.json").exists():
         raise DataError(f"{args.work} holds no bundle: run python -m benchmarks.full_size first")
-    report = {"machine": describe(), "date": str(date.today()), "command": f"{COMMAND} --rounds {args.rounds}", "versions": versions()}
+    report = {
+        "machine": describe(),
+        "date": str(date.today()),
+        "command": f"{COMMAND} --rounds {args.rounds}",
+        "versions": versions(),
+    }
     report |= {"shape": args.shape, "prompt": args.prompt, "rounds": args.rounds, "by_threads": {}}
     total = len(args.threads) * len(args.peers) * (args.rounds + 1)
     with tqdm(total=total, desc="turns", file=sys.stderr) as bar:
