@@ -19,11 +19,12 @@ lint: $(STAMPS)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# llama.cpp as a peer is compiled here; its AMX kernels crash (0.3.36), so that it is built without them, and no wheel
-# that was compiled with other flags is taken from pip's cache.
+# llama.cpp as a peer is compiled here, its library alone. Its AMX kernels crash (0.3.36),
+# so that it is built without them, and no wheel that was compiled with other flags is taken from pip's cache.
+ONLY_LIBRARY := -DLLAVA_BUILD=OFF '-DCMAKE_PROJECT_llama.cpp_INCLUDE=$(CURDIR)/benchmarks/llama_cpp.cmake'
 NO_AMX := -DGGML_NATIVE=OFF $(foreach f,SSE42 AVX AVX2 BMI2 FMA F16C AVX512 AVX512_VBMI AVX512_VNNI AVX512_BF16,-DGGML_$(f)=ON)
 bench bench-full: export PIP_NO_CACHE_DIR ?= 1
-bench bench-full: export CMAKE_ARGS ?= $(if $(shell grep -ls amx_tile /proc/cpuinfo),$(NO_AMX))
+bench bench-full: export CMAKE_ARGS ?= $(ONLY_LIBRARY) $(if $(shell grep -ls amx_tile /proc/cpuinfo),$(NO_AMX))
 bench: $(STAMPS)/dev,peers  ## the standard run on this machine, a quarter of an hour: report, pictures, README
 	$(BIN)/tiny-align bench all --out benchmarks/results
 	$(BIN)/python -m benchmarks.report
