@@ -1,11 +1,11 @@
 """Two results of one machine side by side: what is slower, larger or worse than noise explains.
 
-A stage's turns are seconds over the reference kernel's of the same moment, so that a machine that is slower as a
-whole, or for a while, is no regression. What is left is noise: a ratio of medians is believed as far as its bootstrap
+A stage's turns are compared at the speed that the reference kernel had at the same moment, so that a machine that is
+slower as a whole, or for a while, is no regression. What is left is noise: a ratio is believed as far as its bootstrap
 interval reaches, and MARGIN beyond, because two processes on one machine differ by a few per cent for good (where
-memory happens to lie). Where the stages have moved alike, the kernel and the runtime were slowed differently: a stage
-counts only as far as it is slower than the others have become, and all of them are "everything", reported from twice
-the margin on.
+memory happens to lie). Where the other stages have become faster, or slower by more than the margin, the kernel and
+the runtime were slowed differently: a stage counts as far as it is slower than the others have become, and all of them
+are "everything", reported from twice the margin on.
 """
 
 import statistics
@@ -13,13 +13,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tiny_align.benchmarks.harness import Samples, relative, weighty
+from tiny_align.benchmarks.harness import KERNEL, Samples, weighty
 from tiny_align.benchmarks.pipelines import OURS
 from tiny_align.benchmarks.stages import STAGES
 from tiny_align.runtime.errors import DataError
 
 MARGIN = 0.08
 LEVEL, RESAMPLES = 0.95, 1000
+STILL = 0.02  # deviation of the kernel's logarithm; one that varies less tells little of how it is followed
 MORE_MEMORY, LESS_ROUGE = 1.10, 0.02
 EVERYTHING = "everything"
 
@@ -35,23 +36,43 @@ class Change:
     regression: bool
 
 
-def interval(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
-    """The ratio of medians b / a, and its bootstrap interval."""
+def interval(a: Samples, b: Samples, part: str) -> tuple[float, float, float]:
+    """What `b` takes over `a` at one speed of the machine, and its bootstrap interval: an analysis of covariance.
+
+    How far a part follows the reference kernel (the slope of their logarithms, within each result) is learnt from the
+    turns themselves: a copy of memory and a matrix product do not slow down alike. Where the kernel stood still it
+    cannot be learnt, and is taken as proportional.
+    """
     rng = np.random.default_rng(0)
-    medians = [np.median(rng.choice(values, (RESAMPLES, len(values))), axis=1) for values in (a, b)]
-    low, high = np.quantile(medians[1] / medians[0], ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
-    return float(np.median(b) / np.median(a)), float(low), float(high)
+    kernels, seconds = zip(*(_resampled(np.log([taken[KERNEL], taken[part]]), rng) for taken in (a, b)))
+    within, follows = (np.concatenate([_centred(v) for v in values], axis=1) for values in (kernels, seconds))
+    still = within.shape[1] * STILL**2
+    slope = ((within * follows).sum(1) + still) / ((within**2).sum(1) + still)
+    levels = [np.median(took - slope[:, None] * kernel, axis=1) for took, kernel in zip(seconds, kernels)]
+    ratios = np.exp(levels[1] - levels[0])
+    low, high = np.quantile(ratios[1:], ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+    return float(ratios[0]), float(low), float(high)
+
+
+def _resampled(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(2, n) -> (2, 1 + RESAMPLES, n): as they are, then drawn with replacement."""
+    n = values.shape[1]
+    return values[:, np.vstack([np.arange(n), rng.integers(0, n, (RESAMPLES, n))])]
+
+
+def _centred(values: np.ndarray) -> np.ndarray:
+    return values - np.median(values, axis=1, keepdims=True)
 
 
 def slower(a: Samples, b: Samples) -> list[Change]:
     """Every stage that matters, and everything together."""
-    kept = weighty({stage: a[stage] for stage in STAGES})
-    told = {part: interval(relative(a, part), relative(b, part)) for part in kept}
+    told = {part: interval(a, b, part) for part in weighty({stage: a[stage] for stage in STAGES})}
     medians = {part: ratio for part, (ratio, _, _) in told.items()}
     changes = []
     for part, (ratio, low, high) in told.items():
         others = statistics.median([r for other, r in medians.items() if other != part] or [1.0])
-        changes.append(Change(part, ratio, low, high, low / max(1 / (1 + MARGIN), others) > 1 + MARGIN))
+        alike = others if others > 1 + MARGIN else min(1.0, max(1 / (1 + MARGIN), others))
+        changes.append(Change(part, ratio, low, high, low / alike > 1 + MARGIN))
     together = [statistics.median(values) for values in zip(*told.values())]
     return [*changes, Change(EVERYTHING, *together, together[1] > 1 + 2 * MARGIN)]
 

@@ -2,8 +2,8 @@
 
 A side is a callable that does its work once and says what took how long, {"encoder": seconds, ...}. Each gets a turn
 before it counts; then all take turns until the noise is small (`Patience`) and every turn is kept. What is stored is
-seconds; what is compared is seconds over the kernel's, turn by turn, so that a machine that slows down, for a while or
-for good, changes no ratio (diff.py). It does not say what is worth timing.
+seconds; what is compared is seconds at one speed of the kernel, so that a machine that slows down, for a while or for
+good, changes no ratio (diff.py). It does not say what is worth timing.
 
 The clock stands still while this thread waits for a core that other processes use, where the kernel tells (Linux):
 what they take is no property of ours. A thread that waits for its own workers goes on being timed.
@@ -45,7 +45,7 @@ class Patience:
     """When enough turns were taken: the noise is small, or there were many."""
 
     least: int = 9  # rounds
-    most: int = 80
+    most: int = 120
     seconds: float = 60.0
     width: float = 0.02  # half of the median's 95 % confidence interval, over the median
 
