@@ -10,6 +10,7 @@ What is in the cache is decided by the audio alone, not by the size of its piece
 
 import contextlib
 import copy
+import ctypes
 import threading
 import time
 from collections import deque
@@ -271,6 +272,7 @@ class Session:
         """The cache holds what is remembered, and is ready for a turn's words."""
         if self._latest:
             self._end(self._latest)
+            _give_back_memory()
         rows = self._remembered()
         if self._past and self.capacity - len(rows) < len(self._after) + 2 * self._decoding.max_tokens:
             while self._past and len(rows) > self.capacity // 2:
@@ -332,6 +334,15 @@ class Session:
     def _extend(self, rows: np.ndarray) -> Scores | None:
         """Read (T, D) rows; the scores after the last one."""
         return self._llm.prefill(np.ascontiguousarray(rows, np.float32), self._cache) if len(rows) else None
+
+
+def _give_back_memory() -> None:
+    """What a turn has used and freed goes back to the system, so that hours of turns leave no gaps; half a millisecond.
+
+    Where the C library knows how (glibc).
+    """
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(ctypes.c_size_t(0))
 
 
 def _settle(futures: deque[Future], left: int = 0) -> None:

@@ -1,11 +1,13 @@
 """Conversations: speech is read while it is spoken, answers can be broken off, and no turn spoils another."""
 
+import ctypes
 import threading
 import time
 
 import numpy as np
 import pytest
 
+from tiny_align.benchmarks.streaming import resident_bytes
 from tiny_align.runtime import Assistant, Decoding
 from tiny_align.runtime import session as session_module
 from tiny_align.runtime.errors import AudioError, TinyAlignError
@@ -267,3 +269,12 @@ def test_many_conversations_at_once(assistant, speech):
     for thread in threads:
         thread.join(60)
     assert [answers[i] for i in range(len(audios))] == [tokens(assistant.stream(a, decoding=DECODING)) for a in audios]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="not glibc")
+def test_memory_that_is_free_goes_back_to_the_system():
+    blocks = [np.ones(12_000) for _ in range(400)]  # 96 KB each: too small to be given back one by one
+    kept, full = blocks[-1], resident_bytes()  # the last one, above the others, holds them
+    del blocks
+    session_module._give_back_memory()
+    assert full - resident_bytes() > 20e6, kept.shape
