@@ -45,7 +45,7 @@ class Patience:
     """When enough turns were taken: the noise is small, or there were many."""
 
     least: int = 9  # rounds
-    most: int = 120
+    most: int = 80
     seconds: float = 60.0
     width: float = 0.02  # half of the median's 95 % confidence interval, over the median
 

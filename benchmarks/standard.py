@@ -25,6 +25,7 @@ from tiny_align.runtime.bundle import Bundle
 from tiny_align.runtime.errors import AudioError
 
 STAGES_THREADS = 1  # of an answer's stages
+STAGES_PATIENCE = Patience(most=120)  # more than for the rest: two results are compared by them
 ALONE, THREADED = "encoder alone", "with a session's threads"
 PATIENCE_S = 150.0  # for a peer to be made or to answer; compiling takes some
 
@@ -81,7 +82,7 @@ def inference(setting: Setting) -> dict:
             ALONE: timed(lambda: assistant.encode(rows), "encoder"),
             THREADED: timed(lambda: list(assistant.stream(audio)), ANSWER),
         }
-        samples = alternate(sides, setting.patience)
+        samples = alternate(sides, setting.patience if setting.short else STAGES_PATIENCE)
         answer, features = assistant.answer(audio), assistant.features(audio)
         prompt = assistant.llm.assemble(assistant.soft_tokens(features))
     turns = [dict(zip(samples[OURS], turn)) for turn in zip(*samples[OURS].values())]

@@ -15,7 +15,9 @@ from tiny_align.runtime.errors import DataError
 SECONDS = {"front end": 6e-3, "encoder": 15e-3, "projector": 2e-3, "readout": 1e-3, "prefill": 3e-3, "decode": 4e-3}
 
 
-def turns(seed: int, n: int = harness.Patience.most, machine: float = 1.0, slow: dict | None = None) -> dict[str, list[float]]:
+def turns(
+    seed: int, n: int = standard.STAGES_PATIENCE.most, machine: float = 1.0, slow: dict | None = None
+) -> dict[str, list[float]]:
     """A noisy machine's samples: it slows down for whole stretches, every part jitters, now and then one is held up."""
     rng = np.random.default_rng(seed)
     stretch = np.repeat(1 + 0.5 * (rng.random(n // 5) < 0.3), 5) * machine
