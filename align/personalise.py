@@ -13,7 +13,8 @@ from pathlib import Path
 from tiny_align.align.objectives import LLM_FREE, check, default_for, make
 from tiny_align.runtime.errors import AudioError, DataError, TinyAlignError, UserError
 
-VARIATIONS = 3  # of every recording, beside itself
+VARIATIONS = 3  # of every recording, beside itself; one where it is spliced too
+SPLICES, MOST_SPLICES = 2, 400  # for every recording that is trained on (splice.py), and in all
 SILENCES = 64  # sounds without a word that the projector is trained on too
 
 
@@ -136,24 +137,42 @@ def open_for(path: Path, effort: Effort):
 
 
 def _train(assistant, projector, utterances: list, work: Path, effort: Effort, quiet: bool):
-    from tiny_align.align.feature_cache import cached_features
     from tiny_align.align.train import Trainer, TrainOptions
 
     chosen = {name: getattr(effort, name) for name in ("steps", "max_seconds", "seed")}
     chosen["objective"] = effort.objective or default_for(projector.config.soft_tokens)
     options = TrainOptions(**{k: v for k, v in chosen.items() if v is not None})
     began = time.perf_counter()
-    takes = [
-        cached_features(assistant, utterances, work / "features", quiet, variation=k) for k in range(VARIATIONS + 1)
-    ]
-    examples = make_examples(assistant.llm, [u.text for u in utterances], takes)
+    examples, more = person_examples(assistant, projector, utterances, options, work / "features", quiet)
     company = company_of(assistant, options.objective)
     encode_seconds = time.perf_counter() - began
     objective = make(options, embedding_table(assistant), assistant.bundle.manifest.readout.scale)
-    trained = Trainer(projector, examples, objective, options, work, company, assistant.windows).run(quiet)
+    trained = Trainer(projector, examples, objective, options, work, company, assistant.windows, more).run(quiet)
     trained.record["encode_seconds"] = encode_seconds
     trained.record["train_seconds"] += encode_seconds  # what the person waits
     return trained
+
+
+def person_examples(assistant, projector, utterances: list, options, folder: Path, quiet: bool = False):
+    """A person's recordings as the trainer takes them, and what is spliced of those that it does not hold out.
+
+    Args:
+        projector: that the training begins with.
+        folder: where the recordings' features are kept.
+    """
+    from tiny_align.align.feature_cache import cached_features
+    from tiny_align.align.splice import spliced
+    from tiny_align.align.train import held_out
+
+    n_variations = 1 if options.objective == "ctc" else VARIATIONS  # splicing asks where a word is said
+    takes = [cached_features(assistant, utterances, folder, quiet, variation=k) for k in range(n_variations + 1)]
+    examples = make_examples(assistant.llm, [u.text for u in utterances], takes)
+    if options.objective != "ctc":
+        return examples, []
+    used = {id(e) for e in held_out(examples, options.held_out)[1]}
+    pairs = [pair for pair in zip(utterances, examples) if id(pair[1]) in used]
+    n = min(SPLICES * len(pairs), MOST_SPLICES)
+    return examples, spliced(assistant, projector, *map(list, zip(*pairs)), n, options.seed, quiet)
 
 
 def make_examples(llm, texts: list[str], takes: list[list]) -> list:
