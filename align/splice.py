@@ -7,6 +7,8 @@ projector that the training begins with. Where two words flow into each other no
 phrase or a whole recording.
 """
 
+import contextlib
+
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -15,6 +17,7 @@ from tiny_align.align.projector import STACK
 from tiny_align.align.train import Example
 from tiny_align.align.vary import vary
 from tiny_align.align.windows import project
+from tiny_align.runtime.errors import AudioError
 
 QUIET, QUIET_S = 0.005, 0.02  # share of a recording's mean power that is a gap between words; taken over so long
 PAUSE_S = (0.0, 0.15)  # between the pieces of a splice
@@ -24,7 +27,7 @@ Piece = tuple[str, np.ndarray]  # words, and how they were said: (S,) float32
 
 
 def spliced(assistant, projector, utterances: list, examples: list[Example], n: int, seed: int, quiet: bool = False):
-    """`n` splices of one person's recordings, as examples; the LLM's speech vocabulary gets the tokens it lacks.
+    """Up to `n` splices of one person's recordings, as examples; the LLM's speech vocabulary gets the tokens it lacks.
 
     Args:
         projector: what gives a row per frames and a blank (objective "ctc").
@@ -39,8 +42,9 @@ def spliced(assistant, projector, utterances: list, examples: list[Example], n: 
     texts, features = [], []
     for i in tqdm(range(n), desc="splice", unit="utt", disable=quiet, mininterval=0.5):
         words, audio = join(pieces, lengths[i % len(lengths)], assistant.sample_rate, rng)
-        texts.append(words)
-        features.append(assistant.features(vary(audio, assistant.sample_rate, rng)))
+        with contextlib.suppress(AudioError):  # a piece cut in the wrong place may be silent
+            features.append(assistant.features(vary(audio, assistant.sample_rate, rng)))
+            texts.append(words)
     return make_examples(assistant.llm, texts, [features])
 
 

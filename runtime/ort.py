@@ -11,6 +11,7 @@ from tiny_align.runtime.huge_pages import on_huge_pages
 
 INT8_PRODUCTS = "4"  # accuracy level of MatMulNBits: activations of block-quantised weights in int8
 EXACT_INT8 = "1"  # where x86 lacks VNNI: sums of products of uint8 and int8 overflow their 16 bits there
+SMALL_INT8 = b"DynamicQuantizeLinear"  # of what is multiplied by 7-bit codes (export/int8.py), where nothing overflows
 
 
 def _session(path: Path, threads: int | None, spinning: bool):
@@ -26,7 +27,7 @@ def _session(path: Path, threads: int | None, spinning: bool):
     options.log_severity_level = 3
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", INT8_PRODUCTS)
     options.enable_mem_pattern = False  # ONNX Runtime would keep a plan for every length there has been
-    if b"QuantizeLinear" in path.read_bytes():  # what comes into products is rounded (DequantizeLinear has a small q)
+    if b"QuantizeLinear" in path.read_bytes().replace(SMALL_INT8, b""):  # DequantizeLinear has a small q
         options.add_session_config_entry("session.x64quantprecision", EXACT_INT8)
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     if threads:

@@ -78,6 +78,14 @@ def test_weights_are_stored_once_in_int8(case, graphs):
     assert not (case[2].path / "encoder.ort.onnx.data").exists()
 
 
+def test_no_sum_of_two_products_overflows_16_bits(case):
+    model = onnx.load(str(case[2].graph("encoder", "onnxruntime")))
+    codes = [onnx.numpy_helper.to_array(t) for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT8]
+    weights = [c.astype(int) for c in codes if c.ndim == 2]
+    assert weights and all(2 * 255 * np.abs(w).max() < 2**15 for w in weights)
+    assert np.abs(np.concatenate([w.ravel() for w in weights])).max() == 63  # and no bit is given away
+
+
 def test_onnx_runtime_multiplies_integers_and_the_plain_graph_floats(graphs):
     plain, ort = operators(graphs[None]), operators(graphs["onnxruntime"])
     n_weights = plain.count("DequantizeLinear")
