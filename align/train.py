@@ -108,7 +108,7 @@ class Trainer:
         """
         self.windows = windows
         self.projector, self.objective, self.options, self.work = projector, objective, options, work
-        self.held, self.used = held_out(examples, options.held_out)
+        self.examples, (self.held, self.used) = examples, held_out(examples, options.held_out)
         self.judges = [take for e in self.held or self.used for take in e.takes()]
         self.used = [*self.used, *more]
         self.n_utterances, self.company = len(examples), list(company)

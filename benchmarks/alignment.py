@@ -34,8 +34,8 @@ from tiny_align.align.personalise import (
     company_of,
     embedding_table,
     make_examples,
-    person_examples,
     quiet_examples,
+    train_person,
 )
 from tiny_align.align.projector import PROJECTORS, build_projector
 from tiny_align.align.silence import hiss
@@ -332,14 +332,10 @@ class Shipped:
         return out
 
     def _personalised(self, n: int, seed: int):
-        from tiny_align.align.objectives import make
-
-        options, cache = TrainOptions(seed=seed), Path(self.setting.work) / self.name / "features"
+        cache = Path(self.setting.work) / self.name / "features"
         projector = load_projector(self.assistant.bundle, self.assistant.bundle.graph("projector"))
-        examples, more = person_examples(self.assistant, projector, self.utterances[:n], options, cache, quiet=True)
-        target = make(options, embedding_table(self.assistant), self.assistant.bundle.manifest.readout.scale)
-        trained = Trainer(projector, examples, target, options, None, self.company, self.assistant.windows, more).run(
-            quiet=True
+        trained = train_person(
+            self.assistant, projector, self.utterances[:n], TrainOptions(seed=seed), self.company, cache, None, True
         )
         projector.load_state_dict(trained.weights)
         return projector, trained.record["train_seconds"]
