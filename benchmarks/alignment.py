@@ -71,6 +71,7 @@ class Setting:
     personal_s: float  # of training for a voice
     known: int  # utterances by voices the encoder knows
     seeds: int
+    few: list[int]  # utterances to personalise on
 
 
 @dataclass
@@ -319,7 +320,7 @@ class Shipped:
             "few": {},
             "noise": {},
         }
-        for n in sorted({min(n, len(self.utterances)) for n in FEW}):
+        for n in sorted({min(n, len(self.utterances)) for n in self.setting.few}):
             runs = [self._personalised(n, seed) for seed in range(self.setting.seeds)]
             out["few"][str(n)] = [
                 {**self._quality(p, self.tests[None]), "train_seconds": seconds} for p, seconds in runs
@@ -423,7 +424,9 @@ def _run(job: tuple) -> tuple[str, dict]:
 
 
 def measure(args, part: str) -> dict:
-    setting = Setting(str(args.bundle), str(args.work), args.budget, args.personal, args.known, args.seeds)
+    setting = Setting(
+        str(args.bundle), str(args.work), args.budget, args.personal, args.known, args.seeds, tuple(args.few)
+    )
     prepare(setting, part)
     report = {"machine": describe(), "date": str(date.today())}
     report["command"] = f"python -m benchmarks.alignment --parts {part}" + (" --digits FOLDER" if args.digits else "")
@@ -485,7 +488,7 @@ def table(report: dict) -> str:
 
 def curves(report: dict) -> str:
     """The README's table of the shipped bundle: few utterances, noise, what is forgotten."""
-    few, snr = [str(n) for n in FEW], [str(db) for db in SNR_DB]
+    few, snr = [str(n) for n in report["setting"].get("few", FEW)], [str(db) for db in SNR_DB]
     head = ["who", "cascade", "general", *(f"{n} utt." for n in few), "WER at most utt.", "training"]
     head += [f"{db} dB" if db != "None" else "clean" for db in snr] + ["known voices: general", "personalised"]
     head += [f"of {N_WORDLESS} sounds without a word answered"]
@@ -574,6 +577,7 @@ def main(argv=None) -> int:
     parser.add_argument("--objectives", nargs="+", choices=FRAMED + POOLED, default=FRAMED + POOLED)
     parser.add_argument("--projectors", nargs="+", choices=PROJECTORS, default=tuple(PROJECTORS))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--few", type=int, nargs="+", default=FEW, help="utterances to personalise on")
     parser.add_argument("--budget", type=float, default=120.0, help="seconds of training from nothing, one core")
     parser.add_argument("--personal", type=float, default=15.0, help="seconds of training for a voice, one core")
     parser.add_argument("--known", type=int, default=2000, help="utterances by known voices to train on")
