@@ -5,19 +5,15 @@ old projector as it was, and the same command resumes it. The bundle's own proje
 """
 
 import contextlib
-import copy
-import shutil
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from tiny_align.align.objectives import LLM_FREE, check, default_for, make
 from tiny_align.runtime.errors import AudioError, DataError, TinyAlignError, UserError
 
-VARIATIONS = 3  # of every recording, beside itself; one where it is spliced too
-SPLICES, MOST_SPLICES = 2, 400  # for every recording that is trained on, and in all
-FIRST = 0.25  # of a training, to know where to cut
+VARIATIONS = 3  # of every recording, beside itself
 SILENCES = 64  # sounds without a word that the projector is trained on too
 
 
@@ -109,7 +105,6 @@ def personalise(bundle_path: Path, utterances: list, user: str, users: Path, eff
         summary = {k: trained.record[k] for k in ("steps", "train_seconds", "utterances", "improved")}
         write_user(bundle, folder, trained.weights, trained.record, assistant.llm.speech_tokens)
         (work / "state.safetensors").unlink(missing_ok=True)  # the features stay for the next time
-        shutil.rmtree(work / "first", ignore_errors=True)
         assistant.swap_projector(bundle.projector(user, users))
         after = score(assistant, heard, quiet=quiet)
     result = {"user": user, "path": str(folder), **summary, "backend": assistant.backend, "n_test": after.n}
@@ -141,61 +136,24 @@ def open_for(path: Path, effort: Effort):
 
 
 def _train(assistant, projector, utterances: list, work: Path, effort: Effort, quiet: bool):
-    from tiny_align.align.train import TrainOptions
+    from tiny_align.align.feature_cache import cached_features
+    from tiny_align.align.train import Trainer, TrainOptions
 
     chosen = {name: getattr(effort, name) for name in ("steps", "max_seconds", "seed")}
     chosen["objective"] = effort.objective or default_for(projector.config.soft_tokens)
     options = TrainOptions(**{k: v for k, v in chosen.items() if v is not None})
-    company = company_of(assistant, options.objective)
-    return train_person(assistant, projector, utterances, options, company, work / "features", work, quiet)
-
-
-def train_person(
-    assistant, projector, utterances: list, options, company: list, features: Path, work: Path | None, quiet=False
-):
-    """Train `projector` on a person's recordings and, by "ctc", on splices of them (splice.py).
-
-    Where the words lie is learnt first, in FIRST of the steps and of the time, on the recordings as they are; then the
-    training begins anew.
-
-    Args:
-        features: folder of the recordings' features.
-        work: where an interrupted training is kept; None: nowhere.
-    Returns:
-        align.train.Trained; its record's `train_seconds` are all that the person waits.
-    """
-    from tiny_align.align.feature_cache import cached_features
-    from tiny_align.align.train import Trainer, steps_for
-
-    def trainer(projector, options, place: Path | None, more: list):
-        objective = make(options, embedding_table(assistant), assistant.bundle.manifest.readout.scale)
-        return Trainer(projector, examples, objective, options, place, company, assistant.windows, more)
-
-    began, by_ctc, more = time.perf_counter(), options.objective == "ctc", []
-    variations = range(1, (1 if by_ctc else VARIATIONS) + 1)
-    takes = [cached_features(assistant, utterances, features, quiet, variation=k) for k in (0, *variations)]
+    began = time.perf_counter()
+    takes = [
+        cached_features(assistant, utterances, work / "features", quiet, variation=k) for k in range(VARIATIONS + 1)
+    ]
     examples = make_examples(assistant.llm, [u.text for u in utterances], takes)
-    if by_ctc:
-        steps, seconds = options.steps or steps_for(len(examples), options.batch), options.max_seconds
-        options = replace(options, max_seconds=(1 - FIRST) * seconds)
-        short = replace(options, steps=max(1, round(FIRST * steps)), max_seconds=FIRST * seconds)
-        first = trainer(copy.deepcopy(projector), short, work and work / "first", [])
-        more = _spliced(assistant, first, utterances, quiet)
-    prepare_seconds = time.perf_counter() - began
-    trained = trainer(projector, options, work, more).run(quiet)
-    trained.record["prepare_seconds"] = prepare_seconds
-    trained.record["train_seconds"] += prepare_seconds
+    company = company_of(assistant, options.objective)
+    encode_seconds = time.perf_counter() - began
+    objective = make(options, embedding_table(assistant), assistant.bundle.manifest.readout.scale)
+    trained = Trainer(projector, examples, objective, options, work, company, assistant.windows).run(quiet)
+    trained.record["encode_seconds"] = encode_seconds
+    trained.record["train_seconds"] += encode_seconds  # what the person waits
     return trained
-
-
-def _spliced(assistant, first, utterances: list, quiet: bool) -> list:
-    """Splices of the recordings that a Trainer does not hold out, cut by what it trains."""
-    from tiny_align.align.splice import spliced
-
-    used, n = {id(e) for e in first.used}, min(SPLICES * len(first.used), MOST_SPLICES)
-    pairs = [(u, e) for u, e in zip(utterances, first.examples) if id(e) in used]
-    first.projector.load_state_dict(first.run(quiet).weights)
-    return spliced(assistant, first.projector, *map(list, zip(*pairs)), n, first.options.seed, quiet)
 
 
 def make_examples(llm, texts: list[str], takes: list[list]) -> list:

@@ -99,18 +99,15 @@ class Trainer:
         work: Path | None,
         company: list[Example] = (),
         windows: WindowSpec | None = None,
-        more: list[Example] = (),
     ):
         """Args:
         company: other people's utterances, and sounds without a word; `options.company` of them in every step.
         windows: the bundle's, how the features are cut.
-        more: made of the examples that are not held out; trained on beside them, and counted nowhere.
         """
         self.windows = windows
         self.projector, self.objective, self.options, self.work = projector, objective, options, work
-        self.examples, (self.held, self.used) = examples, held_out(examples, options.held_out)
+        self.held, self.used = held_out(examples, options.held_out)
         self.judges = [take for e in self.held or self.used for take in e.takes()]
-        self.used = [*self.used, *more]
         self.n_utterances, self.company = len(examples), list(company)
         self.steps = options.steps or steps_for(len(examples), options.batch)
         self.fingerprint = _fingerprint(projector, self.held + self.used + self.company, objective.table, options)

@@ -29,14 +29,7 @@ from tiny_align.align.demo import shipped
 from tiny_align.align.evaluate import Heard, hear, score
 from tiny_align.align.feature_cache import cached_features
 from tiny_align.align.objectives import FRAMED, POOLED
-from tiny_align.align.personalise import (
-    VARIATIONS,
-    company_of,
-    embedding_table,
-    make_examples,
-    quiet_examples,
-    train_person,
-)
+from tiny_align.align.personalise import VARIATIONS, company_of, embedding_table, make_examples, quiet_examples
 from tiny_align.align.projector import PROJECTORS, build_projector
 from tiny_align.align.silence import hiss
 from tiny_align.align.train import Trainer, TrainOptions
@@ -305,10 +298,17 @@ class Shipped:
         folder, known = Path(self.data), Path(self.setting.work) / "known"
         with Assistant.load(self.setting.bundle, threads=1) as self.assistant:
             self.company = company_of(self.assistant, "ctc")
-            self.utterances, self.known_test = split_of(load_dataset(folder), "train"), test_of(self.assistant, known)
+            self.n_train = len(split_of(load_dataset(folder), "train"))
+            self.examples, self.known_test = self._examples(folder), test_of(self.assistant, known)
             self.tests = {db: noisy(self.assistant, folder, db) for db in SNR_DB}
             self.wordless = [e.features for e in quiet_examples(self.assistant, N_WORDLESS, seed=1)]
             return self._measure()
+
+    def _examples(self, folder: Path) -> list:
+        utterances = split_of(load_dataset(folder), "train")
+        cache = Path(self.setting.work) / self.name / "features"
+        takes = [cached_features(self.assistant, utterances, cache, variation=k) for k in range(VARIATIONS + 1)]
+        return make_examples(self.assistant.llm, [u.text for u in utterances], takes)
 
     def _measure(self) -> dict:
         general = load_projector(self.assistant.bundle, self.assistant.bundle.graph("projector"))
@@ -320,12 +320,12 @@ class Shipped:
             "few": {},
             "noise": {},
         }
-        for n in sorted({min(n, len(self.utterances)) for n in self.setting.few}):
+        for n in sorted({min(n, self.n_train) for n in self.setting.few}):
             runs = [self._personalised(n, seed) for seed in range(self.setting.seeds)]
             out["few"][str(n)] = [
                 {**self._quality(p, self.tests[None]), "train_seconds": seconds} for p, seconds in runs
             ]
-            if n == min(100, len(self.utterances)):
+            if n == min(100, self.n_train):
                 out["invented"] = [self._invented(projector) for projector, _ in runs]
                 out["known"] = [self._quality(projector, self.known_test) for projector, _ in runs]
                 for db, test in self.tests.items():
@@ -333,11 +333,14 @@ class Shipped:
         return out
 
     def _personalised(self, n: int, seed: int):
-        cache = Path(self.setting.work) / self.name / "features"
+        from tiny_align.align.objectives import make
+
+        options = TrainOptions(seed=seed)
         projector = load_projector(self.assistant.bundle, self.assistant.bundle.graph("projector"))
-        trained = train_person(
-            self.assistant, projector, self.utterances[:n], TrainOptions(seed=seed), self.company, cache, None, True
-        )
+        target = make(options, embedding_table(self.assistant), self.assistant.bundle.manifest.readout.scale)
+        trained = Trainer(
+            projector, self.examples[:n], target, options, None, self.company, self.assistant.windows
+        ).run(quiet=True)
         projector.load_state_dict(trained.weights)
         return projector, trained.record["train_seconds"]
 
@@ -424,9 +427,8 @@ def _run(job: tuple) -> tuple[str, dict]:
 
 
 def measure(args, part: str) -> dict:
-    setting = Setting(
-        str(args.bundle), str(args.work), args.budget, args.personal, args.known, args.seeds, tuple(args.few)
-    )
+    sizes = args.budget, args.personal, args.known, args.seeds, list(args.few)
+    setting = Setting(str(args.bundle), str(args.work), *sizes)
     prepare(setting, part)
     report = {"machine": describe(), "date": str(date.today())}
     report["command"] = f"python -m benchmarks.alignment --parts {part}" + (" --digits FOLDER" if args.digits else "")

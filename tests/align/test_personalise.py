@@ -69,24 +69,9 @@ def align(run_cli, bundle_path, few_recordings, tmp_path):
 
 @pytest.fixture
 def steps_taken(monkeypatch):
-    """The steps this process trains, as a list that grows, but those by which it learns where to cut."""
-    return record_steps(monkeypatch, lambda work: work.name != "first")
-
-
-@pytest.fixture
-def first_steps(monkeypatch):
-    """Those."""
-    return record_steps(monkeypatch, lambda work: work.name == "first")
-
-
-def record_steps(monkeypatch, wanted):
+    """The steps this process trains, as a list that grows."""
     taken, step = [], Trainer._train_step
-
-    def recorded(trainer):
-        taken.extend([trainer.step] if wanted(trainer.work) else [])
-        return step(trainer)
-
-    monkeypatch.setattr(Trainer, "_train_step", recorded)
+    monkeypatch.setattr(Trainer, "_train_step", lambda self: (taken.append(self.step), step(self))[1])
     return taken
 
 
@@ -288,18 +273,6 @@ def stop_at(step, train_step):
         return train_step(trainer)
 
     return stopped
-
-
-def test_a_training_killed_before_it_knows_where_to_cut_goes_on_too(align, tmp_path, first_steps, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", stop_at(60, Trainer._train_step))
-        assert align("--steps", 300).status == 130
-    first_steps.clear()
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", stop_at(0, Trainer._train_step))  # of the training proper
-        assert align("--steps", 300).status == 130
-    assert first_steps == list(range(CHECK_EVERY, 75))
-    assert written_names(tmp_path / "out/users") == [".bo.align"]
 
 
 def test_other_options_start_anew(align, steps_taken, monkeypatch):
