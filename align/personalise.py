@@ -5,6 +5,7 @@ old projector as it was, and the same command resumes it. The bundle's own proje
 """
 
 import contextlib
+import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ def add_training_arguments(parser) -> None:
 
 
 def run(args) -> dict:
+    share_cores()
     from tiny_align.align.datasets import load_dataset
     from tiny_align.align.general import generalise
 
@@ -121,8 +123,17 @@ def _own_or_general(bundle, user: str, users: Path) -> Path:
         return bundle.graph("projector")
 
 
+def share_cores() -> None:
+    """Let PyTorch's threads sleep while they wait: spinning, they stand still where anything else wants a core.
+
+    OpenMP reads it when PyTorch is loaded: where that was before, or the variable is set, nothing changes.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def open_for(path: Path, effort: Effort):
     """The bundle, if its projector can be trained for the objective; sets the number of threads."""
+    share_cores()
     import torch
 
     from tiny_align.runtime.bundle import Bundle

@@ -284,6 +284,28 @@ def test_other_options_start_anew(align, steps_taken, monkeypatch):
     assert steps_taken == list(range(27))
 
 
+WHEN_TORCH_IS_LOADED = """
+import importlib.abc, os, sys
+class Spy(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print(os.environ.get("OMP_WAIT_POLICY"))
+sys.meta_path.insert(0, Spy())
+from tiny_align.runtime.cli import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("whose", [["--user", "bo"], ["--general"]])
+@pytest.mark.parametrize("wish", [None, "ACTIVE"])
+def test_threads_that_wait_leave_their_core_to_others(few_recordings, tmp_path, whose, wish):
+    line = [sys.executable, "-c", WHEN_TORCH_IS_LOADED, "align", "--bundle", tmp_path, "--data", few_recordings, *whose]
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": wish} if wish else {}
+    done = subprocess.run([str(a) for a in line], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.stdout.split() == [wish or "PASSIVE"] and "manifest" in done.stderr
+
+
 # --- refused ---
 
 
