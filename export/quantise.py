@@ -148,7 +148,7 @@ def quantise_blocks(rows: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray
     """A block of every column, rounded to nearest: rows (block, N) -> codes (block, N) int8, scales (N,) float32.
 
     With 4 bits the weight farthest from zero becomes the lowest code, as in llama.cpp's Q4_0 and onnxruntime's
-    quantiser, so that a scale may be negative; with 8 bits TensorRT takes positive ones only.
+    quantiser, so that a scale may be negative; with more TensorRT takes positive ones only.
     """
     highest = (1 << (bits - 1)) - 1
     farthest = np.take_along_axis(rows, np.abs(rows).argmax(axis=0)[None], axis=0)[0]
