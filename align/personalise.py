@@ -86,6 +86,7 @@ def personalise(bundle_path: Path, utterances: list, user: str, users: Path, eff
     Raises:
         BundleError, UserError, AudioError, DataError: nothing was written; the person's old projector stays.
     """
+    share_cores()
     from tiny_align.align.datasets import split_of
     from tiny_align.align.evaluate import check_transcripts, hear, score
     from tiny_align.align.users import load_projector, write_user
@@ -133,7 +134,6 @@ def share_cores() -> None:
 
 def open_for(path: Path, effort: Effort):
     """The bundle, if its projector can be trained for the objective; sets the number of threads."""
-    share_cores()
     import torch
 
     from tiny_align.runtime.bundle import Bundle

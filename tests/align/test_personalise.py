@@ -296,10 +296,10 @@ main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("whose", [["--user", "bo"], ["--general"]])
+@pytest.mark.parametrize("command", [["align", "--user", "bo"], ["align", "--general"], ["demo"]])
 @pytest.mark.parametrize("wish", [None, "ACTIVE"])
-def test_threads_that_wait_leave_their_core_to_others(few_recordings, tmp_path, whose, wish):
-    line = [sys.executable, "-c", WHEN_TORCH_IS_LOADED, "align", "--bundle", tmp_path, "--data", few_recordings, *whose]
+def test_threads_that_wait_leave_their_core_to_others(few_recordings, tmp_path, command, wish):
+    line = [sys.executable, "-c", WHEN_TORCH_IS_LOADED, *command, "--bundle", tmp_path, "--data", few_recordings]
     environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
     environment |= {"OMP_WAIT_POLICY": wish} if wish else {}
     done = subprocess.run([str(a) for a in line], capture_output=True, text=True, env=environment, timeout=120)
