@@ -43,7 +43,7 @@ class TrainOptions:
     steps: int | None = None  # None: as many as suit the number of utterances (`steps_for`)
     batch: int = 16
     company: int = 10  # utterances of other people and of nobody that are gone over in every step, beside the batch
-    rate: float | None = None  # None: the more, the more the weights it begins with hear wrongly (`rate_for`)
+    rate: float = 1e-3
     warmup: int = 20
     weight_decay: float = 1.0  # towards the weights the training began with
     seed: int = 0
@@ -115,7 +115,7 @@ class Trainer:
         for name, parameter in projector.named_parameters():
             parameter.requires_grad_(not options.parts or name.startswith(options.parts))
         trained = [p for p in projector.parameters() if p.requires_grad]
-        self.optimiser = torch.optim.AdamW(trained, weight_decay=0.0)  # _rate gives every step its own
+        self.optimiser = torch.optim.AdamW(trained, options.rate, weight_decay=0.0)
         self.step, self.curve, self.spent_s = 0, [], 0.0
 
     def run(self, quiet: bool = False, *, untrained: bool = False) -> Trained:
@@ -136,7 +136,7 @@ class Trainer:
         bar.close()
         before, after = ([entry[name] for name in JUDGEMENT] for entry in (self.curve[0], self.curve[-1]))
         improved = after < before
-        record = {"steps": self.step, "train_seconds": self.spent_s, "improved": improved, "rate": self._peak_rate()}
+        record = {"steps": self.step, "train_seconds": self.spent_s, "improved": improved}
         record |= {"utterances": self.n_utterances, "options": asdict(self.options), "curve": self.curve}
         return Trained(_weights(self.mean if improved or untrained else self.start), record)
 
@@ -148,11 +148,7 @@ class Trainer:
         warm = min(1.0, (self.step + 1) / self.options.warmup)
         late = min(1.0, 2 * self.spent_s / self.options.max_seconds - 1)  # below 0 for the first half of the time
         done = max(self.step / self.steps, late)
-        return self._peak_rate() * warm * (0.05 + 0.95 * 0.5 * (1 + np.cos(np.pi * done)))
-
-    def _peak_rate(self) -> float:
-        measured = hasattr(self.objective, "held_out")  # of other objectives there is a loss only
-        return self.options.rate or rate_for(self.curve[0]["held_out"] if measured else 0.0)
+        return self.options.rate * warm * (0.05 + 0.95 * 0.5 * (1 + np.cos(np.pi * done)))
 
     def _train_step(self) -> float:
         self.projector.train()
@@ -238,12 +234,6 @@ class Trainer:
 def steps_for(n_utterances: int, batch: int) -> int:
     """Forty passes over the utterances, within 50 and 250 steps: more of few is learning them by heart."""
     return min(250, max(50, 40 * n_utterances // batch))
-
-
-def rate_for(wrong: float) -> float:
-    """Share of held-out tokens heard wrongly at the start -> peak rate: who is far from all that the weights know must
-    move them far, and who is near would lose by it. Factor and edges are our choices."""
-    return float(np.clip(0.012 * wrong**2, 1e-3, 8e-3))
 
 
 def held_out(examples: list[Example], share: float) -> tuple[list[Example], list[Example]]:

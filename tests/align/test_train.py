@@ -13,7 +13,7 @@ from tiny_align.align import train
 from tiny_align.align.objectives import make
 from tiny_align.align.objectives.paper import cast_places
 from tiny_align.align.projector import BridgeFormer, ProjectorConfig
-from tiny_align.align.train import Example, Trainer, TrainOptions, held_out, rate_for
+from tiny_align.align.train import Example, Trainer, TrainOptions, held_out
 from tiny_align.runtime.readout import collapse, ctc_scale
 
 CONFIG = ProjectorConfig(feature_size=12, embedding_size=16, soft_tokens=8, hidden_size=32, n_layers=1, n_heads=2)
@@ -356,26 +356,3 @@ def test_a_half_written_state_is_no_state(interrupted):
     """Killed while saving: the last whole state is still there."""
     (interrupted / ".state.safetensors.partial").write_bytes(b"half")
     assert steps_taken(work=interrupted) == 30
-
-
-# --- how far it goes ---
-
-
-def test_who_is_far_is_gone_towards_in_larger_steps():
-    rates = [rate_for(wrong) for wrong in (0.0, 0.05, 0.25, 0.5, 0.8, 1.5)]
-    assert rates == pytest.approx([0.001, 0.001, 0.001, 0.003, 0.00768, 0.008])
-
-
-def test_the_rate_is_that_of_the_start_also_when_resumed_and_one_that_is_given_stays(tmp_path):
-    options = replace(OPTIONS, objective="ctc", rate=None, warmup=1)
-    with pytest.raises(KeyboardInterrupt):
-        trainer(options, tmp_path, kind=Stopped).run(quiet=True)
-    resumed = trainer(options, tmp_path, kind=Counted)
-    record = resumed.run(quiet=True).record
-    assert resumed.taken == OPTIONS.steps - 30
-    assert record["rate"] == rate_for(record["curve"][0]["held_out"]) > rate_for(0.0)
-    assert trainer().run(quiet=True).record["rate"] == OPTIONS.rate
-
-
-def test_where_only_a_loss_is_measured_the_rate_is_the_least():
-    assert trainer(replace(OPTIONS, rate=None)).run(quiet=True).record["rate"] == rate_for(0.0)
