@@ -431,7 +431,7 @@ def measure(args, part: str) -> dict:
     setting = Setting(str(args.bundle), str(args.work), *sizes)
     prepare(setting, part)
     report = {"machine": describe(), "date": str(date.today())}
-    report["command"] = f"python -m benchmarks.alignment --parts {part}" + (" --digits FOLDER" if args.digits else "")
+    report["command"] = _command(args, part)
     with Assistant.load(args.bundle) as assistant:
         data = {name: args.work / name for name in ("known", *VOICES)} | people(args.digits)
         report["cascade"] = {name: cascade(assistant, folder) for name, folder in data.items()}
@@ -570,7 +570,17 @@ def _draw(path: Path, label: str, lines: dict) -> str:
     return path.name
 
 
-def main(argv=None) -> int:
+def _command(args, part: str) -> str:
+    """The command that measures `part` so: what is not the default is named, folders are not."""
+    words, usual = ["python -m benchmarks.alignment --parts", part], _parser().parse_args([])
+    words += ["--digits FOLDER"] if args.digits else []
+    for name in ("objectives", "projectors", "seeds", "few", "budget", "personal", "known"):
+        value, default = (np.atleast_1d(getattr(a, name)).tolist() for a in (args, usual))
+        words += [f"--{name}", *map(str, value)] if value != default else []
+    return " ".join(words)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, default=shipped("bundle"))
     parser.add_argument("--work", type=Path, default=Path("work/alignment"), help="recordings, features, what is done")
@@ -586,7 +596,11 @@ def main(argv=None) -> int:
     parser.add_argument("--processes", type=int, default=1, help="jobs at once, a core each")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the documents and pictures")
     parser.add_argument("--json", action="store_true")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None) -> int:
+    args = _parser().parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     reports = {}
     for part in args.parts:

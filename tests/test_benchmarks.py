@@ -30,6 +30,21 @@ def test_a_projector_in_pytorch_is_read_as_the_deployed_one_is(assistant):
     np.testing.assert_allclose(spoken, assistant.soft_tokens(features), atol=1e-3)
 
 
+def test_a_recorded_command_names_what_was_chosen_and_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(alignment, "measure", lambda args, part: {"command": alignment._command(args, part)})
+    for drawn in ("table", "plot_table", "curves", "plot_curves"):
+        monkeypatch.setattr(alignment, drawn, lambda *_: "")
+    given = f"--digits {tmp_path} --few 25 100 --objectives ctc --seeds 1 --out {tmp_path}"
+    assert alignment.main(["--parts", "curves", *given.split()]) == 0
+    recorded = json.loads((tmp_path / "alignment-curves.json").read_text())["command"]
+    assert recorded == (
+        "python -m benchmarks.alignment --parts curves --digits FOLDER --objectives ctc --seeds 1 --few 25 100"
+    )
+    assert alignment.main(["--parts", "table", "--out", str(tmp_path)]) == 0
+    recorded = json.loads((tmp_path / "alignment-table.json").read_text())["command"]
+    assert recorded == "python -m benchmarks.alignment --parts table"
+
+
 def test_end_to_end_training_reads_the_prompt_the_runtime_assembles(assistant):
     llm = alignment.frozen_llm(assistant)
     prompt = assistant.bundle.manifest.prompt

@@ -222,7 +222,8 @@ def test_a_killed_training_leaves_the_old_person_and_is_resumed(
 ):
     users, steps = tmp_path / "out/users", 4 * CHECK_EVERY
     folder, old = make_old_user(make_user, bundle_path, users)
-    arguments = align_arguments(bundle_path, few_recordings, tmp_path / "out", "--user", "bo", "--steps", steps)
+    enough = ("--steps", steps, "--max-seconds", 600)  # also beside other work
+    arguments = align_arguments(bundle_path, few_recordings, tmp_path / "out", "--user", "bo", *enough)
     state = kill_when_there(arguments, users / ".bo.align/state.safetensors")
 
     assert contents(folder) == old
