@@ -180,7 +180,8 @@ class Trainer:
         takes = [e.take(rng) for e in examples]
         if rng:
             takes = [take * torch.from_numpy(rng.random((len(take), 1)) >= self.options.hide) for take in takes]
-        return project(projector, takes, self.windows)
+        device = next(projector.parameters()).device
+        return project(projector, [take.to(device) for take in takes], self.windows)
 
     @torch.no_grad()
     def _held_out_figures(self) -> tuple[float, float]:
@@ -272,9 +273,9 @@ def _read_state(path: Path) -> tuple[dict, dict[str, Tensor]]:
 def _fingerprint(projector, examples: list[Example], table: Tensor, options: TrainOptions) -> str:
     """Identifies a training: start weights, examples, targets and options. Another one must not be resumed."""
     digest = hashlib.sha256(repr((STATE, options)).encode())
-    digest.update(table.detach().contiguous().view(torch.uint8).numpy())
+    digest.update(table.detach().contiguous().view(torch.uint8).cpu().numpy())
     for value in projector.state_dict().values():
-        digest.update(value.detach().numpy().tobytes())
+        digest.update(value.detach().cpu().numpy().tobytes())
     for example in examples:
         for take in (example.features, *example.variations):
             digest.update(_identity(take))

@@ -48,6 +48,7 @@ PROGRAMS = {
     "streaming_full_size": (streaming.FULL_SIZE, streaming.table),
     "soak": (streaming.SOAK, streaming.soak_table),
     "training_cost": (training_cost.RESULTS, training_cost.table),
+    "training_cost_gpu": (training_cost.GPU_RESULTS, training_cost.table),
 }
 STANDARD = "bench_"  # before the name of a part
 
@@ -79,7 +80,7 @@ def render(text: str, body: Callable[[str], str] = body_of) -> str:
 
 def _stamp(report: dict) -> str:
     machine = report["machine"]
-    where = ", ".join(str(machine[k]) for k in ("jetson", "processor", "cores") if k in machine)
+    where = ", ".join(str(machine[k]) for k in ("jetson", "gpu", "processor", "cores") if k in machine)
     return f"`{report['command']}` on {where} cores, {report['date'][:10]}."
 
 

@@ -1,11 +1,12 @@
 """What one training step costs without the LLM and through it: seconds and peak memory at real LLM sizes.
 
-    python -m benchmarks.training_cost [--shapes llama-3.2-1b llama-3.2-3b] [--json]
+    python -m benchmarks.training_cost [--shapes llama-3.2-1b llama-3.2-3b] [--device cuda] [--json]
 
 Random weights of the named shapes; the same projector, batch and utterance lengths on both sides. Without the LLM the
 table is that of the speech vocabulary, of a few thousand tokens and of as many as a large data set has. Every
-measurement is a process of its own, so that its peak memory is its own. Writes benchmarks/results/training_cost.json;
-the last line of stdout is the same document.
+measurement is a process of its own, so that its peak memory is its own; on a GPU it is what PyTorch's allocator says of
+the GPU's. Writes benchmarks/results/training_cost.json, or training_cost-gpu.json; the last line of stdout is the same
+document.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from tiny_align.benchmarks import finish
 from tiny_align.runtime.machine import describe
 
 RESULTS = Path(__file__).parent / "results" / "training_cost.json"
+GPU_RESULTS = RESULTS.with_name("training_cost-gpu.json")
 COMMAND = "python -m benchmarks.training_cost"
 BATCH, FRAMES, WORDS, SOFT_TOKENS, PROMPT, ANSWER = 16, 80, 8, 24, 12, 12  # a short sentence and its answer
 FEATURES = 768  # wav2vec2-base's
@@ -45,6 +47,7 @@ SHAPES = {  # the reference bundle's LLM, and two of https://huggingface.co/meta
     "llama-3.2-1b": Shape(2048, 16, 32, 8, 8192, 128_256, 64),
     "llama-3.2-3b": Shape(3072, 28, 24, 8, 8192, 128_256, 128),
 }
+GPU_STEPS = 20
 LARGEST = 20_000  # tokens of the speech vocabulary of a large data set
 FORMS = {  # what is trained: (objective, the LLM's precision, steps, tokens of the speech vocabulary)
     "ctc": ("ctc", "float32", 30, 4000),
@@ -96,7 +99,7 @@ def make_objective(options, shape: Shape, dtype, n_tokens: int):
         prompt = 0.02 * torch.randn(PROMPT, shape.hidden)
         return make(options, None, llm=FrozenLlm(build_llm(shape, dtype), [prompt], prompt[:1]))
     table = 0.02 * torch.randn(n_tokens, shape.hidden)
-    return make(options, table, ctc_scale(table.numpy()))
+    return make(options, table, ctc_scale(table.cpu().numpy()))
 
 
 def utterances(shape: Shape, n_tokens: int) -> list:
@@ -116,14 +119,28 @@ def utterances(shape: Shape, n_tokens: int) -> list:
     return [one() for _ in range(BATCH + 1)]  # one is held out
 
 
-def measure(shape_name: str, form: str, threads: int) -> dict:
-    """Seconds per step and peak memory of one form; a training of one step before warms up."""
+def measure(shape_name: str, form: str, threads: int, device: str = "cpu") -> dict:
+    """Seconds per step and peak memory of one form on `device`; a training of one step before warms up."""
+    import torch
+
+    torch.set_num_threads(threads)
+    with torch.device(device):
+        steps, record = _train(shape_name, form, GPU_STEPS if device == "cuda" else None)
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"step_s": record["train_seconds"] / steps, "steps": steps, "peak_gb": peak / 1e9}
+
+
+def _train(shape_name: str, form: str, n_steps: int | None) -> tuple[int, dict]:
+    """`n_steps` or as many as suit the form -> how many, and the training's record."""
     import torch
 
     from tiny_align.align.projector import build_projector
     from tiny_align.align.train import Trainer, TrainOptions
 
-    torch.set_num_threads(threads)
     torch.manual_seed(0)
     shape, (objective, precision, steps, spoken) = SHAPES[shape_name], FORMS[form]
     n_tokens = min(spoken or shape.vocabulary, shape.vocabulary)
@@ -134,10 +151,10 @@ def measure(shape_name: str, form: str, threads: int) -> dict:
     sizes = {"feature_size": FEATURES, "embedding_size": shape.hidden, "soft_tokens": soft_tokens}
     projector, examples = build_projector({**sizes, "kind": "bridgeformer"}), utterances(shape, n_tokens)
     target = make_objective(options, shape, getattr(torch, precision), n_tokens)
+    steps = n_steps or steps
     for n in (1, steps):
         record = Trainer(projector, examples, target, replace(options, steps=n), None).run(quiet=True).record
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"step_s": record["train_seconds"] / steps, "steps": steps, "peak_gb": peak / 1e9}
+    return steps, record
 
 
 def forms_of(shape: Shape) -> list[str]:
@@ -145,12 +162,23 @@ def forms_of(shape: Shape) -> list[str]:
     return [form for form, (*_, spoken) in FORMS.items() if spoken != LARGEST or shape.vocabulary >= LARGEST]
 
 
-def compare(shape_name: str, threads: int) -> dict:
-    """Every form in a process of its own, and end-to-end's step over ours."""
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        forms = {form: pool.apply(measure, (shape_name, form, threads)) for form in forms_of(SHAPES[shape_name])}
+def compare(shape_name: str, threads: int, device: str = "cpu") -> dict:
+    """Every form, on a CPU in a process of its own, and end-to-end's step over ours."""
+    names = forms_of(SHAPES[shape_name])
+    if device == "cuda":
+        forms = {form: measure(shape_name, form, threads, device) for form in names}
+    else:
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            forms = {form: pool.apply(measure, (shape_name, form, threads)) for form in names}
     ratios = {form: row["step_s"] / forms["ctc"]["step_s"] for form, row in forms.items() if not form.startswith("ctc")}
     return {"forms": forms, "step_ratio": ratios}
+
+
+def gpu_of(device: str) -> dict[str, str]:
+    """A GPU's name, for the stamp of a measurement."""
+    import torch
+
+    return {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
 
 
 def table(report: dict) -> str:
@@ -168,14 +196,18 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", type=Path, help="file (default: beside the other results)")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
-    report = {"machine": describe(), "date": str(date.today()), "command": COMMAND, "threads": args.threads}
+    args.out = args.out or (GPU_RESULTS if args.device == "cuda" else RESULTS)
+    report = {"machine": describe() | gpu_of(args.device), "date": str(date.today())}
+    report["command"] = f"{COMMAND} --device cuda" if args.device == "cuda" else COMMAND
+    report |= {"threads": args.threads}
     report |= {"batch": BATCH, "frames": FRAMES, "words": WORDS, "soft_tokens": SOFT_TOKENS, "answer": ANSWER}
     report["shapes"] = {}
     for name in tqdm(args.shapes, desc="shapes"):
-        report["shapes"][name] = compare(name, args.threads)
+        report["shapes"][name] = compare(name, args.threads, args.device)
     return finish(report, args, table(report))
 
 

@@ -31,7 +31,8 @@ def log_normaliser(frames: Tensor, table: Tensor, scale: float) -> Tensor:
 
 def sampled_log_normaliser(frames: Tensor, table: Tensor, scale: float, own: Tensor, seed: int) -> Tensor:
     """An estimate of `log_normaliser`: the tokens `own` (K,) in full, SAMPLE others for all the rest."""
-    drawn = torch.randint(len(table), (SAMPLE,), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator(table.device).manual_seed(seed)
+    drawn = torch.randint(len(table), (SAMPLE,), generator=generator, device=table.device)
     others = drawn[~torch.isin(drawn, own)]
     weight = math.log((len(table) - len(own)) / len(others))
     rest = (frames[..., :-1] @ table[others].T * scale).logsumexp(dim=-1) + weight
