@@ -3,6 +3,7 @@
 # machine with a GPU (make test TORCH=torch) or a Jetson (make demo TORCH=/path/to/torch.whl).
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+DEVICE ?= cpu
 BIN := .venv/bin
 STAMPS := .venv/stamps
 
@@ -46,8 +47,8 @@ bench-full: $(STAMPS)/dev,peers  ## every other measurement, hours
 bench-short: $(STAMPS)/dev  ## whether the standard run works, a few minutes; peers where they are installed
 	$(BIN)/tiny-align bench all --short --json --out work/bench
 
-reference: $(STAMPS)/dev  ## train and export the reference bundle again; resumable, hours (needs espeak-ng and flite)
-	$(BIN)/python -m tiny_align.reference.encoder
+reference: $(STAMPS)/dev  ## train and export the reference bundle again; resumable, days (DEVICE=cuda: an hour; needs espeak-ng and flite)
+	$(BIN)/python -m tiny_align.reference.encoder --device $(DEVICE)
 	$(BIN)/python -m tiny_align.reference.llm
 	$(BIN)/python -m tiny_align.reference.build
 

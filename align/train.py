@@ -40,6 +40,7 @@ class TrainOptions:
     objective: str = "ctc"  # one of align.objectives.FRAMED and POOLED
     flat_start: int = 0  # steps with targets cast blindly, before "ctc" and "aligned" find the places themselves
     parts: tuple[str, ...] = ("enter",)  # of the projector, that are trained: where a voice comes in; (): all
+    far: float = 0.2  # share of the held-out tokens wrong at the start beyond which all parts are trained nevertheless
     steps: int | None = None  # None: as many as suit the number of utterances (`steps_for`)
     batch: int = 16
     company: int = 10  # utterances of other people and of nobody that are gone over in every step, beside the batch
@@ -112,10 +113,7 @@ class Trainer:
         self.steps = options.steps or steps_for(len(examples), options.batch)
         self.fingerprint = _fingerprint(projector, self.held + self.used + self.company, objective.table, options)
         self.start, self.mean = copy.deepcopy(projector).eval(), copy.deepcopy(projector).eval()
-        for name, parameter in projector.named_parameters():
-            parameter.requires_grad_(not options.parts or name.startswith(options.parts))
-        trained = [p for p in projector.parameters() if p.requires_grad]
-        self.optimiser = torch.optim.AdamW(trained, options.rate, weight_decay=0.0)
+        self.optimiser = torch.optim.AdamW(projector.parameters(), options.rate, weight_decay=0.0)
         self.step, self.curve, self.spent_s = 0, [], 0.0
 
     def run(self, quiet: bool = False, *, untrained: bool = False) -> Trained:
@@ -123,6 +121,7 @@ class Trainer:
         self._resume()
         if not self.curve:
             self._check(None)  # what is to be improved on
+        self._choose_parts()
         began = time.perf_counter() - self.spent_s
         bar = tqdm(total=self.steps, initial=self.step, desc="align", disable=quiet, mininterval=0.5)
         while not self._finished():
@@ -139,6 +138,13 @@ class Trainer:
         record = {"steps": self.step, "train_seconds": self.spent_s, "improved": improved}
         record |= {"utterances": self.n_utterances, "options": asdict(self.options), "curve": self.curve}
         return Trained(_weights(self.mean if improved or untrained else self.start), record)
+
+    def _choose_parts(self) -> None:
+        """Where a voice comes in, for somebody near; for somebody far, of whom that is not all, everything."""
+        told = hasattr(self.objective, "held_out")  # or the curve has a loss, of which nobody knows what is much
+        everything = not self.options.parts or (told and self.curve[0]["held_out"] > self.options.far)
+        for name, parameter in self.projector.named_parameters():
+            parameter.requires_grad_(everything or name.startswith(self.options.parts))
 
     def _finished(self) -> bool:
         return self.step >= self.steps or self.spent_s > self.options.max_seconds

@@ -199,14 +199,15 @@ class Cell:
         row["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         return row
 
-    def _train(self, projector, examples: list, rate: float, steps: int, seed: int, parts: tuple = ()):
+    def _train(self, projector, examples: list, rate: float, steps: int, seed: int, personal: bool = False):
         from tiny_align.align.objectives import make
 
         options = TrainOptions(
-            objective=self.objective, parts=parts, flat_start=steps // 8, steps=steps, rate=rate, seed=seed,
-            weight_decay=TrainOptions.weight_decay if parts else 1e-2, company=TrainOptions.company if parts else 3,
+            objective=self.objective, flat_start=steps // 8, steps=steps, rate=rate, seed=seed,
             check_every=10**6, max_seconds=float("inf"),
         )  # fmt: skip
+        if not personal:
+            options = replace(options, weight_decay=1e-2, company=3)
         table = embedding_table(self.assistant)
         target = make(options, table, ctc_scale(table.numpy()), self.llm)
         trained = Trainer(projector, examples, target, options, None, self.company, self.assistant.windows).run(
@@ -255,7 +256,7 @@ class Cell:
         held_out = {}
         for rate in PERSONAL_RATES:
             projector.load_state_dict(start)
-            record = self._train(projector, examples, rate, steps, 99, TrainOptions().parts)
+            record = self._train(projector, examples, rate, steps, 99, personal=True)
             held_out[rate] = record["curve"][-1]["held_out"]
         return min(held_out, key=held_out.get)
 
@@ -270,7 +271,7 @@ class Cell:
         for voice, (examples, test) in voices.items():
             projector.load_state_dict(start)
             out[voice] = {"before": self._quality(projector, test)}
-            record = self._train(projector, examples, row["personal_rate"], steps, seed, TrainOptions().parts)
+            record = self._train(projector, examples, row["personal_rate"], steps, seed, personal=True)
             out[voice] |= {"train_seconds": record["train_seconds"], "after": self._quality(projector, test)}
             without = score(Speaking(self.assistant, projector), test, "", quiet=True)
             out[voice]["without_instruction"] = {name: getattr(without, name) for name in ("rouge1", "rougeL")}

@@ -114,12 +114,32 @@ def noise(power: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     return out + others * (10 ** (-talk_db / 10))[:, None, None]
 
 
-def gate(power: torch.Tensor, clean: torch.Tensor, odds: float = 0.25) -> torch.Tensor:
-    """Nothing between the words, as noise suppression and cut recordings leave it: `power` where `clean` is loud."""
+def gate(power: torch.Tensor, clean: torch.Tensor, odds: float = 0.4, hold: int = 12) -> torch.Tensor:
+    """Nothing between the words, as noise suppression and cut recordings leave it: `power` where `clean` is loud.
+
+    The gate opens and closes by up to `hold` frames too soon or too late, so that a noise is heard around the words.
+    """
     n = len(power)
-    depth_db = torch.where(torch.rand(n) < odds, _uniform(n, 25, 45), torch.tensor(300.0))
+    depth_db = torch.where(torch.rand(n) < odds, _uniform(n, 15, 45), torch.tensor(300.0))
     edge = clean.amax(dim=(1, 2)) * 10 ** (-depth_db / 10)
-    return power * (clean.amax(dim=2) >= edge.unsqueeze(1)).unsqueeze(-1)
+    near = _frames_to_open(clean.amax(dim=2) >= edge.unsqueeze(1))
+    held = torch.randint(-2, hold + 1, (n, 1))
+    return power * (near <= held).unsqueeze(-1)
+
+
+def _frames_to_open(is_open: torch.Tensor) -> torch.Tensor:
+    """(B, T) where a gate is open -> (B, T) frames to the next place where it is; inside, minus those to a closed one,
+    but for one: 0 on the last open frame. So `<= k` opens it k frames earlier and longer, or later and shorter."""
+    return _frames_to(is_open) - (_frames_to(~is_open) - 1).clamp(min=0)
+
+
+def _frames_to(there: torch.Tensor) -> torch.Tensor:
+    """(B, T) -> (B, T): frames to the nearest place that is `there`, before or after; T where none is."""
+    length = there.shape[1]
+    place = torch.arange(length).expand_as(there)
+    before = torch.where(there, place, -length).cummax(dim=1).values
+    after = -torch.where(there, -place, -2 * length).flip(1).cummax(dim=1).values.flip(1)
+    return torch.minimum(place - before, after - place).clamp(max=length)
 
 
 def telephone(x: torch.Tensor, odds: float = 0.4) -> torch.Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tiny_align.reference import corpus, projector, recordings
 
-ENCODER_LAYERS = (3, -1)  # a middle one knows more of a new voice
+ENCODER_LAYERS = (1, 3, 4, -1)  # low ones know more of a new voice
 
 
 def main(argv=None) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from tiny_align.reference.encoder import N_SPEECH, speak
+from tiny_align.reference.spoken import read_shard, shards_of, speak
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.windows import cut
 
@@ -27,7 +27,8 @@ def spoken_examples(assistant: Assistant, work: Path, n: int, seed: int) -> list
     from tiny_align.align.feature_cache import Stored, kept
     from tiny_align.align.personalise import make_examples
 
-    items = speak(work, N_SPEECH)
+    speak(work, n + n // 10).get()  # some are left out for what they say
+    items = [item for path in shards_of(work, n + n // 10) for item in read_shard(path)]
     items = [items[i] for i in random.Random(seed).sample(range(len(items)), n)]
     name = f"spoken-{assistant.bundle.manifest.encoder_key[:16]}-{n}-{seed}"
     stored = []

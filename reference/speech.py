@@ -90,6 +90,13 @@ STOCK_VARIANTS = [
 ]
 LEARNT_VOICES = ("kal", "kal16", "rms")  # flite's: two ways of playing one man's recordings, and another man
 NEW_VOICES = ("awb", "slt")  # flite's: a Scottish man and a woman
+FOREIGN = {  # an English sound in espeak-ng's spelling: what people say for it who learnt English later in life
+    "T": "tsf", "D": "dzv", "r": "R", "h": "", "w": "v", "v": "wb", "z": "s", "N": "n", "dZ": ("Z", "tS"), "tS": "S",
+    "I": ("i:", "e"), "i:": "I", "V": "aE0", "a": "E", "3:": "Ee", "@": "Ea", "A:": "a", "O:": "o", "U": ("u:",),
+    "eI": ("e", "E", "e:"), "oU": ("o", "O:"), "aI": "a", "i@": ("i:", "i"), "e@": "E", "o@": "oO", "A@": "a",
+}  # fmt: skip
+FOREIGN_FINAL = {"d": "t", "z": "s", "v": "f", "g": "k", "b": "p", "dZ": "tS"}  # at a word's end
+FOREIGN_ODDS = 0.5  # of a random voice to have an accent of its own
 CHILD = 1.3  # how much shorter a child's throat is, and how much higher the voice
 
 _RATE, _VOLUME, _PITCH, _RANGE = 1, 2, 3, 4  # espeak_PARAMETER
@@ -117,7 +124,20 @@ def random_variant(rng: random.Random, name: str) -> str:
         lines.append("breath " + " ".join(str(rng.randint(0, 12)) for _ in range(6)))
     tone = " ".join(f"{hz} {rng.randint(40, 250)}" for hz in (200, 800, 1800, 3200))
     lines.append(f"tone {tone}")
+    if rng.random() < FOREIGN_ODDS:
+        lines += foreign_sounds(rng, share=rng.uniform(0.15, 0.7))
     return "\n".join(lines) + "\n"
+
+
+def foreign_sounds(rng: random.Random, share: float) -> list[str]:
+    """Lines of a variant that replace about `share` of the sounds that foreigners find hard, in the whole voice.
+
+    The sounds are those that the literature on learners' English names; which of them go together is drawn at random,
+    so that no one language is meant.
+    """
+    kinds = [(0, s, rng.choice(list(said) or ["NULL"])) for s, said in FOREIGN.items()]
+    kinds += [(1, s, said) for s, said in FOREIGN_FINAL.items()]
+    return [f"replace {where} {sound} {said}" for where, sound, said in kinds if rng.random() < share]
 
 
 def _not_english(folder: str, names: list[str]) -> list[str]:

@@ -18,7 +18,9 @@ from tiny_align.runtime.readout import collapse, ctc_scale
 
 CONFIG = ProjectorConfig(feature_size=12, embedding_size=16, soft_tokens=8, hidden_size=32, n_layers=1, n_heads=2)
 VOCABULARY, FRAMES_PER_TOKEN, LETTERS = 20, 4, 3
-OPTIONS = TrainOptions("paper", parts=(), steps=60, batch=8, rate=2e-3, warmup=5, weight_decay=0.0, check_every=15)
+OPTIONS = TrainOptions(
+    "paper", parts=(), steps=60, batch=8, rate=2e-3, warmup=5, weight_decay=0.0, check_every=15, max_seconds=600
+)
 OBJECTIVES = {  # as keywords of TrainOptions
     "ctc": {"objective": "ctc"},
     "ctc after a flat start": {"objective": "ctc", "flat_start": 20},
@@ -238,10 +240,14 @@ def test_the_loss_is_judged_as_at_the_end_of_a_flat_start():
     assert run._held_out_figures() == ctc._held_out_figures()
 
 
-def test_only_the_named_parts_are_trained():
-    weights, start = trainer(replace(OPTIONS, parts=("enter",))).run(quiet=True).weights, new_projector().state_dict()
-    changed = {name for name in weights if not torch.equal(weights[name], start[name])}
-    assert changed == {name for name in start if name.startswith("enter")}
+@pytest.mark.parametrize("objective, far, every", [("paper", 0.2, False), ("ctc", 0.2, True), ("ctc", 2.0, False)])
+def test_only_the_named_parts_are_trained_unless_somebody_is_far(objective, far, every):
+    run = trainer(replace(OPTIONS, objective=objective, parts=("enter",), far=far))
+    start = {name: value.clone() for name, value in run.projector.state_dict().items()}
+    run.run(quiet=True)
+    now = run.projector.state_dict()
+    changed = {name for name in start if not torch.equal(now[name], start[name])}
+    assert changed == {name for name in start if every or name.startswith("enter")}
 
 
 # --- the same again ---
