@@ -573,10 +573,10 @@ def _draw(path: Path, label: str, lines: dict) -> str:
 
 def _command(args, part: str) -> str:
     """The command that measures `part` so: what is not the default is named, folders are not."""
-    words, usual = ["python -m benchmarks.alignment --parts", part], _parser().parse_args([])
+    words, parser = ["python -m benchmarks.alignment --parts", part], _parser()
     words += ["--digits FOLDER"] if args.digits else []
     for name in ("objectives", "projectors", "seeds", "few", "budget", "personal", "known"):
-        value, default = (np.atleast_1d(getattr(a, name)).tolist() for a in (args, usual))
+        value, default = (np.atleast_1d(v).tolist() for v in (getattr(args, name), parser.get_default(name)))
         words += [f"--{name}", *map(str, value)] if value != default else []
     return " ".join(words)
 
