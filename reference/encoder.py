@@ -192,20 +192,21 @@ def train(args) -> dict:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
-        if (step + 1) % TAKE_IN_EVERY == 0:
+        done = step + 1
+        if done % TAKE_IN_EVERY == 0:
             spoken.take_in()
-        if (step + 1) % args.check_every == 0:
+        if done % args.check_every == 0:
             bar.set_postfix(loss=f"{float(loss.detach()):.3f}", refresh=False)
-            row = {"step": step + 1, "recordings": len(spoken), "loss": round(float(loss.detach()), 3)}
+            row = {"step": done, "recordings": len(spoken), "loss": round(float(loss.detach()), 3)}
             row |= {"seconds": round(time.monotonic() - began)}
             row |= {name: round(letter_error(model, *check), 3) for name, check in checks.items()}
             log.append(row)
             print(json.dumps(row), flush=True)
             state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "log": json.dumps(log)}
-            torch.save(state | {"step": step + 1}, checkpoint.with_suffix(".partial"))
+            torch.save(state | {"step": done}, checkpoint.with_suffix(".partial"))
             checkpoint.with_suffix(".partial").replace(checkpoint)
     model.save_pretrained(out)
-    return {"steps_done": step + 1, "parameters": sum(p.numel() for p in model.parameters()), "log": log}
+    return {"steps_done": done, "parameters": sum(p.numel() for p in model.parameters()), "log": log}
 
 
 def main(argv=None) -> int:
