@@ -47,7 +47,7 @@ bench-full: $(STAMPS)/dev,peers  ## every other measurement, hours
 bench-short: $(STAMPS)/dev  ## whether the standard run works, a few minutes; peers where they are installed
 	$(BIN)/tiny-align bench all --short --json --out work/bench
 
-reference: $(STAMPS)/dev  ## train and export the reference bundle again; resumable, days (DEVICE=cuda: an hour; needs espeak-ng and flite)
+reference: $(STAMPS)/dev  ## train and export the reference bundle again; resumable, very long but with DEVICE=cuda (needs espeak-ng and flite)
 	$(BIN)/python -m tiny_align.reference.encoder --device $(DEVICE)
 	$(BIN)/python -m tiny_align.reference.llm
 	$(BIN)/python -m tiny_align.reference.build
