@@ -123,12 +123,13 @@ def train_general(
 
 
 def options_for(n: int, objective: str, untrained: bool, effort: Effort) -> TrainOptions:
-    """How a general projector is trained on `n` utterances: every part of it, and for long."""
+    """How a general projector is trained on `n` utterances: every part of it but a person's, and for long."""
     batch = 28
     steps = effort.steps or max(LEAST_STEPS, PASSES * n // batch)
     return TrainOptions(
         objective=objective,
         parts=(),
+        far=None,
         flat_start=min(FLAT_STEPS, steps // 8) if untrained else 0,
         steps=steps,
         batch=batch,

@@ -26,7 +26,8 @@ from tiny_align.runtime.errors import DataError
 from tiny_align.runtime.files import written_file
 from tiny_align.runtime.windows import WindowSpec
 
-STATE = 2  # the form of an interrupted training on disk: one of another form is not gone on with
+SHORTCUT = "shortcut"  # the projector's part for somebody far
+STATE = 3  # the form of an interrupted training on disk: one of another form is not gone on with
 JUDGED = 64  # held-out recordings that are looked at together
 JUDGEMENT = ("held_out", "held_out_loss")  # of the weights, in the curve: where the first is equal, the second decides
 
@@ -39,12 +40,14 @@ class TrainOptions:
 
     objective: str = "ctc"  # one of align.objectives.FRAMED and POOLED
     flat_start: int = 0  # steps with targets cast blindly, before "ctc" and "aligned" find the places themselves
-    parts: tuple[str, ...] = ("enter",)  # of the projector, that are trained: where a voice comes in; (): all
-    far: float = 0.2  # share of the held-out tokens wrong at the start beyond which all parts are trained nevertheless
+    parts: tuple[str, ...] = ("enter",)  # of the projector, that are trained: where a voice comes in; (): all but the next
+    far: float | None = 0.2  # share of the held-out tokens wrong at the start beyond which its shortcut is trained too
     steps: int | None = None  # None: as many as suit the number of utterances (`steps_for`)
     batch: int = 16
     company: int = 10  # utterances of other people and of nobody that are gone over in every step, beside the batch
     rate: float = 1e-3
+    far_rate: float = 2e-3  # where the shortcut is trained
+    far_epsilon: float = 1e-3  # of Adam, for the shortcut: what hardly errs hardly changes it, however many weights it has
     warmup: int = 20
     weight_decay: float = 1.0  # towards the weights the training began with
     seed: int = 0
@@ -113,7 +116,7 @@ class Trainer:
         self.steps = options.steps or steps_for(len(examples), options.batch)
         self.fingerprint = _fingerprint(projector, self.held + self.used + self.company, objective.table, options)
         self.start, self.mean = copy.deepcopy(projector).eval(), copy.deepcopy(projector).eval()
-        self.optimiser = torch.optim.AdamW(projector.parameters(), options.rate, weight_decay=0.0)
+        self.optimiser = torch.optim.AdamW(_groups(projector, options), weight_decay=0.0)
         self.step, self.curve, self.spent_s = 0, [], 0.0
 
     def run(self, quiet: bool = False, *, untrained: bool = False) -> Trained:
@@ -139,12 +142,17 @@ class Trainer:
         record |= {"utterances": self.n_utterances, "options": asdict(self.options), "curve": self.curve}
         return Trained(_weights(self.mean if improved or untrained else self.start), record)
 
+    @property
+    def _is_far(self) -> bool:
+        """Whether much was heard wrongly at the start; where the curve has only a loss, nobody knows what is much."""
+        told = self.options.far is not None and hasattr(self.objective, "held_out")
+        return told and self.curve[0]["held_out"] > self.options.far
+
     def _choose_parts(self) -> None:
-        """Where a voice comes in, for somebody near; for somebody far, of whom that is not all, everything."""
-        told = hasattr(self.objective, "held_out")  # or the curve has a loss, of which nobody knows what is much
-        everything = not self.options.parts or (told and self.curve[0]["held_out"] > self.options.far)
+        """Where a voice comes in; for somebody far, of whom that is not all, patterns of their sounds too."""
         for name, parameter in self.projector.named_parameters():
-            parameter.requires_grad_(everything or name.startswith(self.options.parts))
+            chosen = not self.options.parts or name.startswith(self.options.parts)
+            parameter.requires_grad_(self._is_far if name.startswith(SHORTCUT) else chosen)
 
     def _finished(self) -> bool:
         return self.step >= self.steps or self.spent_s > self.options.max_seconds
@@ -154,7 +162,8 @@ class Trainer:
         warm = min(1.0, (self.step + 1) / self.options.warmup)
         late = min(1.0, 2 * self.spent_s / self.options.max_seconds - 1)  # below 0 for the first half of the time
         done = max(self.step / self.steps, late)
-        return self.options.rate * warm * (0.05 + 0.95 * 0.5 * (1 + np.cos(np.pi * done)))
+        rate = self.options.far_rate if self._is_far else self.options.rate
+        return rate * warm * (0.05 + 0.95 * 0.5 * (1 + np.cos(np.pi * done)))
 
     def _train_step(self) -> float:
         self.projector.train()
@@ -236,6 +245,13 @@ class Trainer:
         self.optimiser.load_state_dict(optimiser)
         for name, value in numbers.items():
             setattr(self, name, value)
+
+
+def _groups(projector, options: TrainOptions) -> list[dict]:
+    """Of AdamW: the parameters, the shortcut's apart."""
+    named = list(projector.named_parameters())
+    shortcut, rest = ([p for name, p in named if name.startswith(SHORTCUT) == is_it] for is_it in (True, False))
+    return [{"params": rest}, {"params": shortcut, "eps": options.far_epsilon}]
 
 
 def steps_for(n_utterances: int, batch: int) -> int:

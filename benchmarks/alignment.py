@@ -207,7 +207,7 @@ class Cell:
             check_every=10**6, max_seconds=float("inf"),
         )  # fmt: skip
         if not personal:
-            options = replace(options, parts=(), weight_decay=1e-2, company=3)
+            options = replace(options, parts=(), far=None, weight_decay=1e-2, company=3)
         table = embedding_table(self.assistant)
         target = make(options, table, ctc_scale(table.numpy()), self.llm)
         trained = Trainer(projector, examples, target, options, None, self.company, self.assistant.windows).run(

@@ -6,6 +6,7 @@ import torch
 from tiny_align.align import projector as module
 from tiny_align.align.projector import (
     PROJECTORS,
+    REACH,
     BridgeFormer,
     ProjectorConfig,
     build_projector,
@@ -108,11 +109,21 @@ def test_a_configuration_builds_the_same_projector_again(projector, features):
     assert torch.equal(again(features), projector(features))
 
 
-@pytest.fixture(params=PROJECTORS)
-def framed(request):
-    """Each kind, not pooled."""
+def following(kind="bridgeformer", **more):
+    """A projector that pools nothing, every weight of it random."""
     torch.manual_seed(0)
-    return build_projector({**config_of(BridgeFormer(CONFIG)), "soft_tokens": None, "kind": request.param}).eval()
+    config = {**config_of(BridgeFormer(CONFIG)), "soft_tokens": None, "kind": kind, **more}
+    projector = build_projector(config).eval()
+    for value in projector.parameters():
+        value.data += 0.1 * torch.randn_like(value)
+    return projector
+
+
+@pytest.fixture(params=[(kind, near) for kind in PROJECTORS for near in (0, 6)], ids="{0[0]}-{0[1]}".format)
+def framed(request):
+    """Each kind, not pooled, without a shortcut and with one."""
+    kind, near = request.param
+    return following(kind, near_size=near)
 
 
 def test_without_pooling_length_follows_the_speech(framed):
@@ -128,6 +139,45 @@ def test_a_padded_batch_that_is_not_pooled_is_its_rows_one_by_one(framed):
     together = framed(padded, torch.tensor([len(row) for row in rows]))
     for row, got in zip(rows, together):
         assert difference(got[: len(row) // 2], framed(row[None])[0]) < 1e-5
+
+
+@pytest.mark.parametrize("near_size", [6, CONFIG.feature_size])
+@pytest.mark.parametrize("hidden_size", [8, 16])  # fewer than the features that are read, and more
+def test_an_untrained_shortcut_changes_nothing(features, near_size, hidden_size):
+    with_it = following(near_size=near_size, hidden_size=hidden_size)
+    torch.nn.init.zeros_(with_it.shortcut.patterns.weight)
+    torch.nn.init.zeros_(with_it.shortcut.patterns.bias)
+    without = following(hidden_size=hidden_size)
+    without.load_state_dict(with_it.state_dict(), strict=False)
+    assert torch.equal(with_it(features), without(features))
+
+
+def test_an_untrained_projector_has_an_untrained_shortcut():
+    projector = BridgeFormer(ProjectorConfig(feature_size=10, embedding_size=6, near_size=6))
+    assert not any(value.any() for value in projector.shortcut.parameters())
+
+
+def test_a_pooled_projector_has_no_shortcut():
+    assert BridgeFormer(ProjectorConfig(feature_size=10, embedding_size=6, soft_tokens=5, near_size=6)).shortcut is None
+
+
+def test_the_shortcut_is_a_linear_map_of_the_frames_within_reach_of_a_pair():
+    projector = following("mlp", near_size=6)
+    features = torch.randn(1, 60, CONFIG.feature_size, dtype=torch.double)
+    shortcut = projector.double().shortcut
+    given = shortcut(features, None)[0]  # (30, size)
+    near = torch.nn.functional.layer_norm(features[0, :, :6], (6,))
+    for pair in (10, 17):
+        first = 2 * pair - (REACH // 2 - 1)
+        seen = near[first : first + REACH]  # five frames, the pair, five frames
+        expected = torch.einsum("nf,cfn->c", seen, shortcut.patterns.weight) + shortcut.patterns.bias
+        assert torch.allclose(given[pair], expected)
+
+
+def test_the_shortcut_reads_the_first_features_only(features):
+    shortcut, changed = following(near_size=6).shortcut, features.clone()
+    changed[..., 6:] += 1
+    assert torch.equal(shortcut(changed, None), shortcut(features, None))
 
 
 @pytest.mark.parametrize("config", [{"kind": "perceiver", "feature_size": 3}, {"feature_size": 3}])

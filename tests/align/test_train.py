@@ -1,5 +1,6 @@
 """The trainer on synthetic speech: every token sounds like four noisy frames of its own pattern."""
 
+import copy
 import itertools
 import logging
 from dataclasses import replace
@@ -16,7 +17,9 @@ from tiny_align.align.projector import BridgeFormer, ProjectorConfig
 from tiny_align.align.train import Example, Trainer, TrainOptions, held_out
 from tiny_align.runtime.readout import collapse, ctc_scale
 
-CONFIG = ProjectorConfig(feature_size=12, embedding_size=16, soft_tokens=8, hidden_size=32, n_layers=1, n_heads=2)
+CONFIG = ProjectorConfig(
+    feature_size=12, embedding_size=16, soft_tokens=8, hidden_size=32, n_layers=1, n_heads=2, near_size=12
+)
 VOCABULARY, FRAMES_PER_TOKEN, LETTERS = 20, 4, 3
 OPTIONS = TrainOptions(
     "paper", parts=(), steps=60, batch=8, rate=2e-3, warmup=5, weight_decay=0.0, check_every=15, max_seconds=600
@@ -240,14 +243,37 @@ def test_the_loss_is_judged_as_at_the_end_of_a_flat_start():
     assert run._held_out_figures() == ctc._held_out_figures()
 
 
-@pytest.mark.parametrize("objective, far, every", [("paper", 0.2, False), ("ctc", 0.2, True), ("ctc", 2.0, False)])
-def test_only_the_named_parts_are_trained_unless_somebody_is_far(objective, far, every):
-    run = trainer(replace(OPTIONS, objective=objective, parts=("enter",), far=far))
+@pytest.mark.parametrize(
+    "objective, far, is_far", [("paper", 0.2, False), ("ctc", 0.2, True), ("ctc", 2.0, False), ("ctc", None, False)]
+)
+@pytest.mark.parametrize("parts", [("enter",), ()])
+def test_the_shortcut_is_trained_for_somebody_far_only(objective, far, is_far, parts):
+    run = trainer(replace(OPTIONS, objective=objective, parts=parts, far=far, steps=5))
     start = {name: value.clone() for name, value in run.projector.state_dict().items()}
     run.run(quiet=True)
     now = run.projector.state_dict()
     changed = {name for name in start if not torch.equal(now[name], start[name])}
-    assert changed == {name for name in start if every or name.startswith("enter")}
+    shortcut = {name for name in start if name.startswith("shortcut")}
+    assert bool(shortcut) == (objective == "ctc")  # what pools has none
+    others = {name for name in start.keys() - shortcut if not parts or name.startswith(parts)}
+    assert changed == (others | shortcut if is_far else others)
+
+
+def test_a_shortcut_learns_little_from_small_gradients_and_other_weights_as_much():
+    """Adam's steps are of one size, however small the gradients: a shortcut has many weights and would add up noise."""
+    moved = []
+    for scale in (1.0, 1e-5):
+        run = trainer(replace(OPTIONS, objective="ctc"))
+        before = copy.deepcopy(run.projector)
+        for value in run.projector.parameters():
+            value.grad = scale * torch.ones_like(value)
+        for group in run.optimiser.param_groups:
+            group["lr"] = 1e-3
+        run.optimiser.step()
+        pairs = zip(run.projector.named_parameters(), before.parameters())
+        moved.append({name: (now - old).abs().max().item() for (name, now), old in pairs})
+    for name, full in moved[0].items():
+        assert moved[1][name] < 0.02 * full if name.startswith("shortcut") else moved[1][name] > 0.9 * full
 
 
 # --- the same again ---
