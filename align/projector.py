@@ -5,10 +5,10 @@ BridgeFormer after Tiny-Align (arXiv 2411.13766): input MLP, transformer-encoder
 sizes are not public; these are ours. A transformer with positions, an MLP and a linear map are there to compare with.
 
 With `soft_tokens` a projector pools to so many; without, it gives one vector per pair of frames and a blank's logit,
-which the runtime collapses (runtime/readout.py). Such a one has a shortcut beside all that: a linear map of REACH frames
-of the lowest layer that is exported, added just before the last linear map. A voice that the encoder misunderstands is
-learnt there from a few hundred words, as patterns of sound, with half of the mistakes (figures in the README). It knows
-nothing of objectives or training.
+which the runtime collapses (runtime/readout.py). Such a one has a shortcut beside all that: a linear map of REACH
+frames of the first layer that is exported, added just before the last linear map. A voice that the encoder
+misunderstands is learnt there from a few hundred words, as patterns of sound. The shortcut is ours, not the paper's. A
+projector knows nothing of objectives or training.
 """
 
 import math

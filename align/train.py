@@ -40,14 +40,14 @@ class TrainOptions:
 
     objective: str = "ctc"  # one of align.objectives.FRAMED and POOLED
     flat_start: int = 0  # steps with targets cast blindly, before "ctc" and "aligned" find the places themselves
-    parts: tuple[str, ...] = ("enter",)  # of the projector, that are trained: where a voice comes in; (): all but the next
-    far: float | None = 0.2  # share of the held-out tokens wrong at the start beyond which its shortcut is trained too
+    parts: tuple[str, ...] = ("enter",)  # of the projector, that are trained beside the shortcut; (): all
+    far: float | None = 0.2  # share of held-out tokens wrong at the start above which the shortcut is trained too
     steps: int | None = None  # None: as many as suit the number of utterances (`steps_for`)
     batch: int = 16
     company: int = 10  # utterances of other people and of nobody that are gone over in every step, beside the batch
     rate: float = 1e-3
     far_rate: float = 2e-3  # where the shortcut is trained
-    far_epsilon: float = 1e-3  # of Adam, for the shortcut: what hardly errs hardly changes it, however many weights it has
+    far_epsilon: float = 1e-3  # of Adam, for the shortcut: small gradients hardly change it, many weights though it has
     warmup: int = 20
     weight_decay: float = 1.0  # towards the weights the training began with
     seed: int = 0

@@ -203,7 +203,7 @@ class Cell:
         from tiny_align.align.objectives import make
 
         options = TrainOptions(
-            objective=self.objective, flat_start=steps // 8, steps=steps, rate=rate, seed=seed,
+            objective=self.objective, flat_start=steps // 8, steps=steps, rate=rate, far_rate=rate, seed=seed,
             check_every=10**6, max_seconds=float("inf"),
         )  # fmt: skip
         if not personal:
@@ -221,12 +221,8 @@ class Cell:
 
         torch.manual_seed(seed)
         manifest = self.assistant.bundle.manifest
-        sizes = {
-            k: manifest.projector[k] for k in ("feature_size", "embedding_size", "hidden_size", "n_layers", "n_heads")
-        }
-        return build_projector(
-            {**sizes, "kind": self.kind, "soft_tokens": None if self.objective in FRAMED else SOFT_TOKENS}
-        )
+        soft_tokens = None if self.objective in FRAMED else SOFT_TOKENS
+        return build_projector({**manifest.projector, "kind": self.kind, "soft_tokens": soft_tokens})
 
     def _tune(self, known: list) -> tuple[float, float]:
         """The rate with the best held-out figure after a quarter of the budget, and seconds per step."""

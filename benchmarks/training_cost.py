@@ -2,10 +2,11 @@
 
     python -m benchmarks.training_cost [--shapes llama-3.2-1b llama-3.2-3b] [--device cuda] [--json]
 
-Random weights of the named shapes; the same projector, batch and utterance lengths on both sides. Without the LLM the
-table is that of the speech vocabulary, of a few thousand tokens and of as many as a large data set has. Every
-measurement is a process of its own, so that its peak memory is its own; on a GPU it is what PyTorch's allocator says of
-the GPU's. Writes benchmarks/results/training_cost.json, or training_cost-gpu.json; the last line of stdout is the same
+Random weights of the named shapes; the same batch and utterance lengths on both sides, and those parts of a projector
+that a person's training changes: its entrance and, where nothing is pooled, its shortcut. Without the LLM the table is
+that of the speech vocabulary, of a few thousand tokens and of as many as a large data set has. Every measurement is a
+process of its own, so that its peak memory is its own; on a GPU it is what PyTorch's allocator says of the
+GPU's. Writes benchmarks/results/training_cost.json, or training_cost-gpu.json; the last line of stdout is the same
 document.
 """
 
@@ -145,10 +146,11 @@ def _train(shape_name: str, form: str, n_steps: int | None) -> tuple[int, dict]:
     shape, (objective, precision, steps, spoken) = SHAPES[shape_name], FORMS[form]
     n_tokens = min(spoken or shape.vocabulary, shape.vocabulary)
     options = TrainOptions(
-        objective=objective, parts=(), batch=BATCH, held_out=0.0, max_seconds=float("inf"), check_every=10**6
-    )
+        objective=objective, far=0.0, batch=BATCH, held_out=0.0, max_seconds=float("inf"), check_every=10**6
+    )  # somebody far: their shortcut is trained too
     soft_tokens = None if objective == "ctc" else SOFT_TOKENS
-    sizes = {"feature_size": FEATURES, "embedding_size": shape.hidden, "soft_tokens": soft_tokens}
+    sizes = {"feature_size": FEATURES, "near_size": FEATURES, "embedding_size": shape.hidden}
+    sizes |= {"soft_tokens": soft_tokens}
     projector, examples = build_projector({**sizes, "kind": "bridgeformer"}), utterances(shape, n_tokens)
     target = make_objective(options, shape, getattr(torch, precision), n_tokens)
     steps = n_steps or steps

@@ -53,7 +53,7 @@ class ExportOptions:
     encoder: str
     llm: str
     encoder_precision: str = "fp32"  # or "int8": weights, and on ONNX Runtime products
-    encoder_layers: tuple[int, ...] = (-1,)  # hidden states that make the features; -1 is the last layer's
+    encoder_layers: tuple[int, ...] = (-1,)  # hidden states of the features, the shortcut's first; -1: the last layer's
     sentences: str | None = None  # a text file: what a person may be asked to read and may say, a sentence per line
     projector: str | None = None  # a safetensors file; None: an untrained one
     precision: str = "int4"  # of the LLM's weights: see quantise.BITS

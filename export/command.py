@@ -12,7 +12,7 @@ def add_arguments(parser) -> None:
         type=int,
         nargs="+",
         default=[-1],
-        help="layers whose outputs are the features (default: last)",
+        help="layers whose outputs are the features, the shortcut reads the first (default: last)",
     )
     parser.add_argument(
         "--encoder-precision",
