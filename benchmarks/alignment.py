@@ -112,9 +112,18 @@ def prepare(setting: Setting, part: str) -> None:
     for voice in VOICES:
         if not (work / voice).exists():
             recordings.write_voice(voice, work / voice, max(FEW), N_TEST)
-    with Assistant.load(setting.bundle) as assistant:
-        for name in ("known", *VOICES) if part == "table" else ():  # which many processes read
-            examples_of(assistant, work / name)
+    for objective in ("ctc", "paper") if part == "table" else ():  # what many processes read
+        with Assistant.load(bundle_for(setting, objective)) as assistant:
+            for name in ("known", *VOICES):
+                examples_of(assistant, work / name)
+
+
+def bundle_for(setting: Setting, objective: str) -> Bundle:
+    """The bundle, without windows where the objective's projectors look at an utterance as a whole."""
+    bundle = Bundle.open(setting.bundle)
+    if objective in POOLED:
+        return Bundle(bundle.path, replace(bundle.manifest, windows=None))
+    return bundle
 
 
 def examples_of(assistant: Assistant, folder: Path, n: int | None = None) -> list:
@@ -177,10 +186,7 @@ class Cell:
         import torch
 
         torch.set_num_threads(1)
-        bundle = Bundle.open(self.setting.bundle)
-        if self.objective in POOLED:  # which look at an utterance as a whole
-            bundle = Bundle(bundle.path, replace(bundle.manifest, windows=None))
-        with Assistant.load(bundle, threads=1) as self.assistant:
+        with Assistant.load(bundle_for(self.setting, self.objective), threads=1) as self.assistant:
             return self._measure()
 
     def _measure(self) -> dict:

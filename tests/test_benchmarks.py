@@ -45,6 +45,12 @@ def test_a_recorded_command_names_what_was_chosen_and_no_folder(tmp_path, monkey
     assert recorded == "python -m benchmarks.alignment --parts table"
 
 
+def test_what_pools_is_measured_without_windows(bundle_path):
+    setting = SimpleNamespace(bundle=bundle_path)
+    framed, pooled = (alignment.bundle_for(setting, name).manifest for name in ("ctc", "paper"))
+    assert framed.windows and pooled.windows is None and framed.encoder_key != pooled.encoder_key
+
+
 def test_end_to_end_training_reads_the_prompt_the_runtime_assembles(assistant):
     llm = alignment.frozen_llm(assistant)
     prompt = assistant.bundle.manifest.prompt
