@@ -81,7 +81,7 @@ class Block(nn.Module):
 
 
 class Shortcut(nn.Module):
-    """(B, N, Da) -> (B, N/2, size): what the lowest layer gives for REACH frames, linearly; nothing before training."""
+    """(B, N, Da) -> (B, N/2, size): what the first layer gives for REACH frames, linearly; nothing before training."""
 
     def __init__(self, config: ProjectorConfig, size: int):
         super().__init__()
