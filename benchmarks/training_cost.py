@@ -150,8 +150,8 @@ def _train(shape_name: str, form: str, n_steps: int | None) -> tuple[int, dict]:
     )  # somebody far: their shortcut is trained too
     soft_tokens = None if objective == "ctc" else SOFT_TOKENS
     sizes = {"feature_size": FEATURES, "near_size": FEATURES, "embedding_size": shape.hidden}
-    sizes |= {"soft_tokens": soft_tokens}
-    projector, examples = build_projector({**sizes, "kind": "bridgeformer"}), utterances(shape, n_tokens)
+    sizes |= {"soft_tokens": soft_tokens, "kind": "bridgeformer"}
+    projector, examples = build_projector(sizes), utterances(shape, n_tokens)
     target = make_objective(options, shape, getattr(torch, precision), n_tokens)
     steps = n_steps or steps
     for n in (1, steps):
