@@ -103,8 +103,8 @@ def write_known(out: Path, n: int) -> None:
     recordings.write_recordings(out, n, N_TEST, 31, lambda text: espeak.say_as_someone(text, rng))
 
 
-def prepare(setting: Setting, part: str) -> None:
-    """Every recording and, for the table, its features, in the work folder."""
+def prepare(setting: Setting, objectives: list[str]) -> None:
+    """Every recording and, for the table's objectives, its features, in the work folder."""
     work = Path(setting.work)
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "known").exists():
@@ -112,7 +112,7 @@ def prepare(setting: Setting, part: str) -> None:
     for voice in VOICES:
         if not (work / voice).exists():
             recordings.write_voice(voice, work / voice, max(FEW), N_TEST)
-    for objective in ("ctc", "paper") if part == "table" else ():  # what many processes read
+    for objective in {name in POOLED: name for name in objectives}.values():  # one of each form: many processes read it
         with Assistant.load(bundle_for(setting, objective)) as assistant:
             for name in ("known", *VOICES):
                 examples_of(assistant, work / name)
@@ -432,7 +432,7 @@ def _run(job: tuple) -> tuple[str, dict]:
 def measure(args, part: str) -> dict:
     sizes = args.budget, args.personal, args.known, args.seeds, list(args.few)
     setting = Setting(str(args.bundle), str(args.work), *sizes)
-    prepare(setting, part)
+    prepare(setting, args.objectives if part == "table" else [])
     report = {"machine": describe(), "date": str(date.today())}
     report["command"] = _command(args, part)
     with Assistant.load(args.bundle) as assistant:
