@@ -21,13 +21,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tiny_align.align.feature_cache import Stored, array_of
+from tiny_align.align.muon import Muon
 from tiny_align.align.windows import project
 from tiny_align.runtime.errors import DataError
 from tiny_align.runtime.files import written_file
 from tiny_align.runtime.windows import WindowSpec
 
 SHORTCUT = "shortcut"  # the projector's part for somebody far
-STATE = 3  # the form of an interrupted training on disk: one of another form is not gone on with
+STATE = 4  # the form of an interrupted training on disk: one of another form is not gone on with
 JUDGED = 64  # held-out recordings that are looked at together
 JUDGEMENT = ("held_out", "held_out_loss")  # of the weights, in the curve: where the first is equal, the second decides
 
@@ -116,7 +117,7 @@ class Trainer:
         self.steps = options.steps or steps_for(len(examples), options.batch)
         self.fingerprint = _fingerprint(projector, self.held + self.used + self.company, objective.table, options)
         self.start, self.mean = copy.deepcopy(projector).eval(), copy.deepcopy(projector).eval()
-        self.optimiser = torch.optim.AdamW(_groups(projector, options), weight_decay=0.0)
+        self.optimisers = _optimisers(projector, options)
         self.step, self.curve, self.spent_s = 0, [], 0.0
 
     def run(self, quiet: bool = False, *, untrained: bool = False) -> Trained:
@@ -167,14 +168,15 @@ class Trainer:
 
     def _train_step(self) -> float:
         self.projector.train()
-        for group in self.optimiser.param_groups:
+        for group in (group for optimiser in self.optimisers for group in optimiser.param_groups):
             group["lr"] = self._rate()
         rng = np.random.default_rng((self.options.seed, self.step))
         loss = self._loss(self._chosen(rng), rng)
-        self.optimiser.zero_grad()
+        self.projector.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.projector.parameters(), 1.0)
-        self.optimiser.step()
+        for optimiser in self.optimisers:
+            optimiser.step()
         with torch.no_grad():
             triples = zip(self.projector.parameters(), self.start.parameters(), self.mean.parameters())
             for now, start, mean in (t for t in triples if t[0].requires_grad):
@@ -225,8 +227,9 @@ class Trainer:
     def _save(self) -> None:
         tensors = {f"now.{k}": v for k, v in _weights(self.projector).items()}
         tensors |= {f"mean.{k}": v for k, v in _weights(self.mean).items()}
-        for i, state in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"optimiser.{i}.{k}": v for k, v in state.items()}
+        for i, optimiser in enumerate(self.optimisers):
+            for j, state in optimiser.state_dict()["state"].items():
+                tensors |= {f"optimiser.{i}.{j}.{k}": v for k, v in state.items()}
         numbers = {k: getattr(self, k) for k in ("fingerprint", "step", "curve", "spent_s")}
         with written_file(self.work / "state.safetensors") as temporary:
             temporary.write_bytes(save(tensors, {"numbers": json.dumps(numbers)}))
@@ -238,20 +241,28 @@ class Trainer:
             return
         self.projector.load_state_dict(_under("now.", tensors))
         self.mean.load_state_dict(_under("mean.", tensors))
-        optimiser = self.optimiser.state_dict()
-        for name, value in _under("optimiser.", tensors).items():
-            index, key = name.split(".")
-            optimiser["state"].setdefault(int(index), {})[key] = value
-        self.optimiser.load_state_dict(optimiser)
+        for i, optimiser in enumerate(self.optimisers):
+            state = optimiser.state_dict()
+            for name, value in _under(f"optimiser.{i}.", tensors).items():
+                index, key = name.split(".")
+                state["state"].setdefault(int(index), {})[key] = value
+            optimiser.load_state_dict(state)
         for name, value in numbers.items():
             setattr(self, name, value)
 
 
-def _groups(projector, options: TrainOptions) -> list[dict]:
-    """Of AdamW: the parameters, the shortcut's apart."""
-    named = list(projector.named_parameters())
-    shortcut, rest = ([p for name, p in named if name.startswith(SHORTCUT) == is_it] for is_it in (True, False))
-    return [{"params": rest}, {"params": shortcut, "eps": options.far_epsilon}]
+def _optimisers(projector, options: TrainOptions) -> list[torch.optim.Optimizer]:
+    """AdamW; where all parts are trained, Muon for all matrices but the last.
+
+    On the few recordings of one person, who trains the entrance only, Muon is no better.
+    """
+    rest, shortcut, matrices = [], [], []
+    for name, parameter in projector.named_parameters():
+        inner = parameter.ndim > 1 and parameter is not projector.leave[-1].weight
+        kind = shortcut if name.startswith(SHORTCUT) else matrices if inner and not options.parts else rest
+        kind.append(parameter)
+    adam = torch.optim.AdamW([{"params": rest}, {"params": shortcut, "eps": options.far_epsilon}], weight_decay=0.0)
+    return [adam, Muon(matrices)] if matrices else [adam]
 
 
 def steps_for(n_utterances: int, batch: int) -> int:
