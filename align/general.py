@@ -134,7 +134,7 @@ def options_for(n: int, objective: str, untrained: bool, effort: Effort) -> Trai
         steps=steps,
         batch=batch,
         company=4,
-        rate=1e-3,
+        rate=2e-3 if untrained else 1e-3,
         weight_decay=1e-2,
         warmup=min(100, -(-steps // 8)),
         seed=effort.seed,

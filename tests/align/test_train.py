@@ -260,7 +260,7 @@ def test_the_shortcut_is_trained_for_somebody_far_only(objective, far, is_far, p
 
 
 def test_a_shortcut_learns_little_from_small_gradients_and_other_weights_as_much():
-    """Of other weights a step is of one size, however small the gradients: a shortcut has many, and noise would add up."""
+    """Of other weights a step is of one size, however small the gradients: in a shortcut's many, noise would add up."""
     moved = []
     for scale in (1.0, 1e-5):
         run = trainer(replace(OPTIONS, objective="ctc"))
