@@ -32,7 +32,7 @@ from tiny_align.align.objectives import FRAMED, POOLED
 from tiny_align.align.personalise import VARIATIONS, company_of, embedding_table, make_examples, quiet_examples
 from tiny_align.align.projector import PROJECTORS, build_projector
 from tiny_align.align.silence import hiss
-from tiny_align.align.train import Trainer, TrainOptions
+from tiny_align.align.train import JUDGEMENT, Trainer, TrainOptions
 from tiny_align.align.users import load_projector
 from tiny_align.align.windows import project
 from tiny_align.reference import corpus, recordings, speech
@@ -231,13 +231,13 @@ class Cell:
         return build_projector({**manifest.projector, "kind": self.kind, "soft_tokens": soft_tokens})
 
     def _tune(self, known: list) -> tuple[float, float]:
-        """The rate with the best held-out figure after a quarter of the budget, and seconds per step."""
+        """The rate that is best on held-out utterances after half the budget, and seconds per step."""
         record = self._train(self._new(99), known, RATES[0], 10, seed=99)
         step_s = record["train_seconds"] / 10
         held_out = {}
         for rate in RATES:
-            record = self._train(self._new(99), known, rate, self._steps(self.setting.budget_s / 4, step_s), seed=99)
-            held_out[rate], step_s = record["curve"][-1]["held_out"], record["train_seconds"] / record["steps"]
+            record = self._train(self._new(99), known, rate, self._steps(self.setting.budget_s / 2, step_s), seed=99)
+            held_out[rate], step_s = _judged(record), record["train_seconds"] / record["steps"]
         return min(held_out, key=held_out.get), step_s
 
     def _steps(self, seconds: float, step_s: float) -> int:
@@ -253,27 +253,26 @@ class Cell:
             curve.append({"seconds": share * self.setting.budget_s, "rougeL": quality.rougeL})
         return curve
 
-    def _tune_personal(self, projector, start: dict, examples: list, steps: int) -> float:
-        """The rate with the best held-out figure of the first voice, from the first seed's general weights."""
-        held_out = {}
+    def _tune_personal(self, projector, start: dict, examples: list) -> tuple[float, int]:
+        """The rate that is best for the first voice, from the first seed's general weights, and how many steps."""
+        record = self._train(projector, examples, PERSONAL_RATES[0], 10, 99, personal=True)
+        steps, held_out = self._steps(self.setting.personal_s, record["train_seconds"] / 10), {}
         for rate in PERSONAL_RATES:
             projector.load_state_dict(start)
-            record = self._train(projector, examples, rate, steps, 99, personal=True)
-            held_out[rate] = record["curve"][-1]["held_out"]
-        return min(held_out, key=held_out.get)
+            held_out[rate] = _judged(self._train(projector, examples, rate, steps, 99, personal=True))
+        return min(held_out, key=held_out.get), steps
 
     def _one_seed(self, known: list, voices: dict, row: dict, seed: int) -> dict:
         projector, step_s = self._new(seed), row["step_s"]
         record = self._train(projector, known, row["rate"], self._steps(self.setting.budget_s, step_s), seed)
         out = {"train_seconds": record["train_seconds"], "known": self._quality(projector, self.known_test)}
         start = {k: v.clone() for k, v in projector.state_dict().items()}
-        steps = self._steps(self.setting.personal_s, step_s)
         if "personal_rate" not in row:
-            row["personal_rate"] = self._tune_personal(projector, start, voices[VOICES[0]][0], steps)
+            row["personal_rate"], row["personal_steps"] = self._tune_personal(projector, start, voices[VOICES[0]][0])
         for voice, (examples, test) in voices.items():
             projector.load_state_dict(start)
             out[voice] = {"before": self._quality(projector, test)}
-            record = self._train(projector, examples, row["personal_rate"], steps, seed, personal=True)
+            record = self._train(projector, examples, row["personal_rate"], row["personal_steps"], seed, personal=True)
             out[voice] |= {"train_seconds": record["train_seconds"], "after": self._quality(projector, test)}
             without = score(Speaking(self.assistant, projector), test, "", quiet=True)
             out[voice]["without_instruction"] = {name: getattr(without, name) for name in ("rouge1", "rougeL")}
@@ -281,6 +280,11 @@ class Cell:
 
     def _quality(self, projector, test: list[Heard]) -> dict:
         return figures(self.assistant, projector, test)
+
+
+def _judged(record: dict) -> tuple[float, ...]:
+    """How good the end of a training is, as the trainer itself judges it: smaller is better."""
+    return tuple(record["curve"][-1][name] for name in JUDGEMENT)
 
 
 # --- the shipped bundle ---
