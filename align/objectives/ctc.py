@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tiny_align.align.objectives.paper import cast_places
 
-EXACT = 8192  # tokens; a larger speech vocabulary is sampled
+EXACT = 2048  # tokens; a larger speech vocabulary is sampled
 SAMPLE = 1024  # tokens that stand for those which no transcript of the batch holds
 
 
