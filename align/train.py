@@ -88,7 +88,7 @@ class Trained:
 
 
 class Trainer:
-    """One projector, one set of examples, one optimiser; `run` trains to the end.
+    """One projector, one set of examples, one objective; `run` trains to the end.
 
     What is kept is the running mean of the weights at the end, or the weights it began with where those do better on
     the held-out utterances. A dozen of them can tell that much; they cannot tell which step was the best. Of a few, as
