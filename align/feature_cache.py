@@ -4,8 +4,10 @@ One .npy file per recording, which appears whole: an encoding that was killed go
 features are read into memory; those of a large data set stay where they are (`Stored`).
 """
 
+import contextlib
 import hashlib
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +15,10 @@ import numpy as np
 from tqdm import tqdm
 
 from tiny_align.align.datasets import Utterance
+from tiny_align.align.silence import nothing_said
 from tiny_align.align.vary import vary
 from tiny_align.runtime.assistant import Assistant
+from tiny_align.runtime.errors import AudioError
 from tiny_align.runtime.files import written_file
 
 
@@ -78,3 +82,16 @@ def cached_file(assistant: Assistant, utterance: Utterance, folder: Path, *, var
 def _encode(assistant: Assistant, utterance: Utterance, rng: np.random.Generator, varied: bool) -> np.ndarray:
     audio = utterance.load(assistant.sample_rate)
     return assistant.features(vary(audio, assistant.sample_rate, rng) if varied else audio)
+
+
+def wordless_files(assistant: Assistant, n: int, seed: int, folder: Path) -> list[Path]:
+    """Where in `folder` the features of `n` sounds without a word lie, encoded and written there unless they are."""
+    return list(itertools.islice(_wordless_files(assistant, seed, folder), n))
+
+
+def _wordless_files(assistant: Assistant, seed: int, folder: Path) -> Iterator[Path]:
+    name = f"nothing-{assistant.bundle.manifest.encoder_key[:16]}-{seed}"
+    for i in itertools.count():
+        sound = nothing_said(np.random.default_rng([seed, i]), assistant.sample_rate)
+        with contextlib.suppress(AudioError):  # a knock may be too short to be looked at
+            yield kept(folder / f"{name}-{i}.npy", lambda sound=sound: assistant.features(sound))

@@ -5,18 +5,13 @@ only: they may be more than memory holds. A run that is killed, in the encoding 
 same command. The bundle's old projector stays unless the new one is better on recordings held out of the training.
 """
 
-import contextlib
-import itertools
 import logging
 import tempfile
 from pathlib import Path
 
-import numpy as np
-
-from tiny_align.align.feature_cache import Stored, cached_file, kept
+from tiny_align.align.feature_cache import Stored, cached_file, wordless_files
 from tiny_align.align.objectives import default_for, make
-from tiny_align.align.personalise import SILENCES, Effort, embedding_table, make_examples, open_for
-from tiny_align.align.silence import nothing_said
+from tiny_align.align.personalise import Effort, embedding_table, make_examples, open_for
 from tiny_align.align.train import Example, Trained, Trainer, TrainOptions
 from tiny_align.align.users import load_projector, write_general
 from tiny_align.runtime.assistant import Assistant
@@ -27,7 +22,7 @@ LEAST = 50  # utterances
 LEAST_STEPS, PASSES = 1000, 7  # over the utterances
 FLAT_STEPS = 500  # at most an eighth of all
 MOST_HELD_OUT = 480  # utterances
-SOUNDS_SHARE, MOST_SOUNDS = 8, 2000  # one sound without a word beside so many utterances
+SOUNDS_SHARE, LEAST_SOUNDS, MOST_SOUNDS = 8, 64, 2000  # one sound without a word beside so many utterances
 REPLAYED = 64  # utterances whose features the bundle keeps for the training of a person
 MEASURED = 40  # utterances of the test split that the LLM answers before and after
 ENDLESS_S = 1e9
@@ -109,15 +104,17 @@ def train_general(
     untrained = not bundle.manifest.projector_trained
     objective = effort.objective or default_for(bundle.manifest.projector["soft_tokens"])
     options = options_for(len(examples), objective, untrained, effort)
-    silence = stored_silence(assistant, len(examples), effort.seed, work / "features") if objective == "ctc" else []
+    n_sounds = sounds_beside(len(examples)) if objective == "ctc" else 0
+    sounds = wordless_files(assistant, n_sounds, effort.seed, work / "features")
+    wordless = [Example(Stored(path), [], []) for path in sounds]
     projector = load_projector(bundle, bundle.graph("projector"))
     target = make(options, embedding_table(assistant), bundle.manifest.readout.scale)
-    trained = Trainer(projector, examples, target, options, work, silence, assistant.windows).run(
+    trained = Trainer(projector, examples, target, options, work, wordless, assistant.windows).run(
         quiet, untrained=untrained
     )
     if trained.record["improved"] or untrained:
         spread = examples[:: max(1, len(examples) // REPLAYED)][:REPLAYED]  # of many people, where they come in turn
-        write_general(bundle, trained.weights, spread + silence[:SILENCES], assistant.llm.speech_tokens)
+        write_general(bundle, trained.weights, spread + wordless[:LEAST_SOUNDS], assistant.llm.speech_tokens)
     (work / "state.safetensors").unlink(missing_ok=True)  # the features stay for the next time
     return trained
 
@@ -144,14 +141,6 @@ def options_for(n: int, objective: str, untrained: bool, effort: Effort) -> Trai
     )
 
 
-def stored_silence(assistant: Assistant, n_utterances: int, seed: int, folder: Path) -> list[Example]:
-    """Sounds in which nothing is said, as utterances without a word, as many as suit so many utterances."""
-    name = f"nothing-{assistant.bundle.manifest.encoder_key[:16]}-{seed}"
-    wanted, made = min(max(n_utterances // SOUNDS_SHARE, SILENCES), MOST_SOUNDS), []
-    for i in itertools.count():
-        if len(made) == wanted:
-            return made
-        sound = nothing_said(np.random.default_rng([seed, i]), assistant.sample_rate)
-        with contextlib.suppress(AudioError):  # a knock may be too short to be looked at
-            path = kept(folder / f"{name}-{i}.npy", lambda sound=sound: assistant.features(sound))
-            made.append(Example(Stored(path), [], []))
+def sounds_beside(n: int) -> int:
+    """How many sounds without a word `n` utterances are trained beside."""
+    return min(max(n // SOUNDS_SHARE, LEAST_SOUNDS), MOST_SOUNDS)

@@ -4,7 +4,6 @@ The person's `train` split is trained on, the `test` split only measured. A run 
 old projector as it was, and the same command resumes it. The bundle's own projector (`--general`) is general.py's.
 """
 
-import contextlib
 import os
 import time
 from collections.abc import Iterable
@@ -12,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tiny_align.align.objectives import LLM_FREE, check, default_for, make
-from tiny_align.runtime.errors import AudioError, DataError, TinyAlignError, UserError
+from tiny_align.runtime.errors import DataError, TinyAlignError, UserError
 
 VARIATIONS = 3  # of every recording, beside itself
-SILENCES = 64  # sounds without a word that the projector is trained on too
+SOUNDS, SOUNDS_SEED = 128, 1  # sounds without a word that are trained on beside the replay's, which are of seed 0
 
 
 @dataclass(frozen=True)
@@ -149,6 +148,7 @@ def open_for(path: Path, effort: Effort):
 def _train(assistant, projector, utterances: list, work: Path, effort: Effort, quiet: bool):
     from tiny_align.align.feature_cache import cached_features
     from tiny_align.align.train import Trainer, TrainOptions
+    from tiny_align.align.users import load_projector
 
     chosen = {name: getattr(effort, name) for name in ("steps", "max_seconds", "seed")}
     chosen["objective"] = effort.objective or default_for(projector.config.soft_tokens)
@@ -158,10 +158,11 @@ def _train(assistant, projector, utterances: list, work: Path, effort: Effort, q
         cached_features(assistant, utterances, work / "features", quiet, variation=k) for k in range(VARIATIONS + 1)
     ]
     examples = make_examples(assistant.llm, [u.text for u in utterances], takes)
-    company = company_of(assistant, options.objective)
+    company = company_of(assistant, options.objective, work / "features")
     encode_seconds = time.perf_counter() - began
     objective = make(options, embedding_table(assistant), assistant.bundle.manifest.readout.scale)
-    trained = Trainer(projector, examples, objective, options, work, company, assistant.windows).run(quiet)
+    general = load_projector(assistant.bundle, assistant.bundle.graph("projector"))
+    trained = Trainer(projector, examples, objective, options, work, company, assistant.windows, general).run(quiet)
     trained.record["encode_seconds"] = encode_seconds
     trained.record["train_seconds"] += encode_seconds  # what the person waits
     return trained
@@ -192,27 +193,22 @@ def extend_speech(llm, tokens: Iterable[int]) -> None:
     llm.read_speech_as(np.array(list(dict.fromkeys([*llm.speech_tokens.tolist(), *tokens])), np.int32))
 
 
-def company_of(assistant, objective: str) -> list:
-    """What a person's training goes over beside their recordings: the bundle's replay or, without one, SILENCES."""
-    from tiny_align.align.replay import read_replay
+def company_of(assistant, objective: str, folder: Path) -> list:
+    """What a person's training goes over beside their recordings: the bundle's replay and, for ctc, more sounds.
 
-    if objective == "ctc":
-        return read_replay(assistant.bundle.replay) or quiet_examples(assistant, SILENCES, seed=0)
-    return [e for e in read_replay(assistant.bundle.replay) if e.tokens]  # a pooled projector always says something
-
-
-def quiet_examples(assistant, n: int, seed: int) -> list:
-    """`n` sounds in which nothing is said, as utterances without a word."""
+    Args:
+        folder: keeps the features of the sounds.
+    """
     import numpy as np
 
-    from tiny_align.align.silence import nothing_said
+    from tiny_align.align.feature_cache import wordless_files
+    from tiny_align.align.replay import read_replay
     from tiny_align.align.train import Example
 
-    rng, made = np.random.default_rng(seed), []
-    while len(made) < n:
-        with contextlib.suppress(AudioError):  # a knock may be too short to be looked at
-            made.append(Example(assistant.features(nothing_said(rng, assistant.sample_rate)), [], []))
-    return made
+    replay = read_replay(assistant.bundle.replay)
+    if objective != "ctc":
+        return [e for e in replay if e.tokens]  # a pooled projector always says something
+    return replay + [Example(np.load(path), [], []) for path in wordless_files(assistant, SOUNDS, SOUNDS_SEED, folder)]
 
 
 def embedding_table(assistant):

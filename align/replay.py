@@ -1,7 +1,7 @@
 """A few other people's features, shipped with a bundle: a person's training goes over them too, and forgets nobody.
 
 Rehearsal on old examples is the plainest cure of forgetting (Robins 1995, "Catastrophic Forgetting, Rehearsal and
-Pseudorehearsal"). Sounds without a word are among them, so that no device has to make them.
+Pseudorehearsal"). Sounds without a word are among them; a person's training makes more (personalise.py).
 """
 
 from pathlib import Path

@@ -11,6 +11,7 @@ import logging
 import time
 import zlib
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from tiny_align.runtime.windows import WindowSpec
 
 SHORTCUT = "shortcut"  # the projector's part for somebody far
 STATE = 4  # the form of an interrupted training on disk: one of another form is not gone on with
+LEAST_JUDGES = 4  # held-out recordings
 JUDGED = 64  # held-out recordings that are looked at together
 JUDGEMENT = ("held_out", "held_out_loss")  # of the weights, in the curve: where the first is equal, the second decides
 
@@ -42,10 +44,10 @@ class TrainOptions:
     objective: str = "ctc"  # one of align.objectives.FRAMED and POOLED
     flat_start: int = 0  # steps with targets cast blindly, before "ctc" and "aligned" find the places themselves
     parts: tuple[str, ...] = ("enter",)  # of the projector, that are trained beside the shortcut; (): all
-    far: float | None = 0.2  # share of held-out tokens wrong at the start above which the shortcut is trained too
+    far: float | None = 0.2  # share of tokens wrong by the general projector above which the shortcut is trained too
     steps: int | None = None  # None: as many as suit the number of utterances (`steps_for`)
     batch: int = 16
-    company: int = 10  # utterances of other people and of nobody that are gone over in every step, beside the batch
+    company: int = 12  # utterances of other people and of nobody that are gone over in every step, beside the batch
     rate: float = 1e-3
     far_rate: float = 2e-3  # where the shortcut is trained
     far_epsilon: float = 1e-3  # of Adam, for the shortcut: small gradients hardly change it, many weights though it has
@@ -104,10 +106,12 @@ class Trainer:
         work: Path | None,
         company: list[Example] = (),
         windows: WindowSpec | None = None,
+        general=None,
     ):
         """Args:
         company: other people's utterances, and sounds without a word; `options.company` of them in every step.
         windows: the bundle's, how the features are cut.
+        general: the projector that tells who is far; None: the one that is to be trained.
         """
         self.windows = windows
         self.projector, self.objective, self.options, self.work = projector, objective, options, work
@@ -117,6 +121,7 @@ class Trainer:
         self.steps = options.steps or steps_for(len(examples), options.batch)
         self.fingerprint = _fingerprint(projector, self.held + self.used + self.company, objective.table, options)
         self.start, self.mean = copy.deepcopy(projector).eval(), copy.deepcopy(projector).eval()
+        self.general = self.start if general is None else general.eval()
         self.optimisers = _optimisers(projector, options)
         self.step, self.curve, self.spent_s = 0, [], 0.0
 
@@ -143,11 +148,14 @@ class Trainer:
         record |= {"utterances": self.n_utterances, "options": asdict(self.options), "curve": self.curve}
         return Trained(_weights(self.mean if improved or untrained else self.start), record)
 
-    @property
+    @cached_property
     def _is_far(self) -> bool:
-        """Whether much was heard wrongly at the start; where the curve has only a loss, nobody knows what is much."""
+        """Whether the general projector hears much wrongly; of a mere loss, nobody knows what is much.
+
+        All recordings tell, held out or not, as it was trained on none of them.
+        """
         told = self.options.far is not None and hasattr(self.objective, "held_out")
-        return told and self.curve[0]["held_out"] > self.options.far
+        return told and self._figures(self.general, self.held + self.used)[0] > self.options.far
 
     def _choose_parts(self) -> None:
         """Where a voice comes in; for somebody far, of whom that is not all, patterns of their sounds too."""
@@ -200,14 +208,18 @@ class Trainer:
         device = next(projector.parameters()).device
         return project(projector, [take.to(device) for take in takes], self.windows)
 
-    @torch.no_grad()
     def _held_out_figures(self) -> tuple[float, float]:
-        """How good the mean weights are: the objective's own measure of them, where it has one, and its loss."""
+        """How good the mean weights are."""
+        return self._figures(self.mean, self.judges)
+
+    @torch.no_grad()
+    def _figures(self, projector, examples: list[Example]) -> tuple[float, float]:
+        """The objective's own measure of a projector, where it has one, and its loss."""
         measure = getattr(self.objective, "held_out", self.objective)
-        parts = [self.judges[i : i + JUDGED] for i in range(0, len(self.judges), JUDGED)]
+        parts = [examples[i : i + JUDGED] for i in range(0, len(examples), JUDGED)]
         figures = []
         for part in parts:
-            outputs = self._outputs(self.mean, part, None)
+            outputs = self._outputs(projector, part, None)
             loss = self.objective(*outputs, part, self.steps)  # as at the end: of every check the same
             figures.append((float(measure(*outputs, part, self.step)), float(loss)))
         weights = [sum(len(e.tokens) or 1 for e in part) for part in parts]
@@ -271,11 +283,16 @@ def steps_for(n_utterances: int, batch: int) -> int:
 
 
 def held_out(examples: list[Example], share: float) -> tuple[list[Example], list[Example]]:
-    """(held out, used): which is which depends on the recording alone, so that it stays so when others are added."""
-    if len(examples) < 5:
+    """(held out, used): of few, one in five up to LEAST_JUDGES at least, as one or two cannot judge a training.
+
+    Which is which is drawn from the recording alone, so that what was trained on stays so when others are added
+    (to twenty or more; of fewer some may become judges).
+    """
+    least = min(LEAST_JUDGES, len(examples) // 5)
+    if not least:
         return [], list(examples)
     lots = [zlib.crc32(_identity(e.features)) / 2**32 for e in examples]
-    edge = max(share, min(lots))  # one at least
+    edge = max(share, sorted(lots)[least - 1])
     return [e for e, lot in zip(examples, lots) if lot <= edge], [e for e, lot in zip(examples, lots) if lot > edge]
 
 

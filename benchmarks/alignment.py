@@ -27,9 +27,9 @@ from tqdm import tqdm
 from tiny_align.align.datasets import load_dataset, split_of
 from tiny_align.align.demo import shipped
 from tiny_align.align.evaluate import Heard, hear, score
-from tiny_align.align.feature_cache import cached_features
+from tiny_align.align.feature_cache import cached_features, wordless_files
 from tiny_align.align.objectives import FRAMED, POOLED
-from tiny_align.align.personalise import VARIATIONS, company_of, embedding_table, make_examples, quiet_examples
+from tiny_align.align.personalise import VARIATIONS, company_of, embedding_table, make_examples
 from tiny_align.align.projector import PROJECTORS, build_projector
 from tiny_align.align.silence import hiss
 from tiny_align.align.train import JUDGEMENT, Trainer, TrainOptions
@@ -116,6 +116,8 @@ def prepare(setting: Setting, objectives: list[str]) -> None:
         with Assistant.load(bundle_for(setting, objective)) as assistant:
             for name in ("known", *VOICES):
                 examples_of(assistant, work / name)
+            if objective not in POOLED:
+                company_of(assistant, "ctc", work / "features")
 
 
 def bundle_for(setting: Setting, objective: str) -> Bundle:
@@ -192,7 +194,8 @@ class Cell:
     def _measure(self) -> dict:
         work = Path(self.setting.work)
         self.llm = frozen_llm(self.assistant) if self.objective == "end-to-end" else None
-        self.company = [] if self.llm else _uncut(company_of(self.assistant, self.objective), self.setting.bundle)
+        company = [] if self.llm else company_of(self.assistant, self.objective, work / "features")
+        self.company = _uncut(company, self.setting.bundle)
         known, self.known_test = examples_of(self.assistant, work / "known"), test_of(self.assistant, work / "known")
         voices = {v: (examples_of(self.assistant, work / v, 100), test_of(self.assistant, work / v)) for v in VOICES}
         rate, step_s = self._tune(known)
@@ -303,18 +306,18 @@ class Shipped:
 
         torch.set_num_threads(1)
         folder, known = Path(self.data), Path(self.setting.work) / "known"
+        self.cache = Path(self.setting.work) / self.name / "features"
         with Assistant.load(self.setting.bundle, threads=1) as self.assistant:
-            self.company = company_of(self.assistant, "ctc")
+            self.company = company_of(self.assistant, "ctc", self.cache)
             self.n_train = len(split_of(load_dataset(folder), "train"))
             self.examples, self.known_test = self._examples(folder), test_of(self.assistant, known)
             self.tests = {db: noisy(self.assistant, folder, db) for db in SNR_DB}
-            self.wordless = [e.features for e in quiet_examples(self.assistant, N_WORDLESS, seed=1)]
+            self.wordless = [np.load(path) for path in wordless_files(self.assistant, N_WORDLESS, 2, self.cache)]
             return self._measure()
 
     def _examples(self, folder: Path) -> list:
         utterances = split_of(load_dataset(folder), "train")
-        cache = Path(self.setting.work) / self.name / "features"
-        takes = [cached_features(self.assistant, utterances, cache, variation=k) for k in range(VARIATIONS + 1)]
+        takes = [cached_features(self.assistant, utterances, self.cache, variation=k) for k in range(VARIATIONS + 1)]
         return make_examples(self.assistant.llm, [u.text for u in utterances], takes)
 
     def _measure(self) -> dict:

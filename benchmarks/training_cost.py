@@ -105,7 +105,7 @@ def make_objective(options, shape: Shape, dtype, n_tokens: int):
 
 def utterances(shape: Shape, n_tokens: int) -> list:
     """A batch of them: noise for features, random words of the speech vocabulary."""
-    from tiny_align.align.train import Example
+    from tiny_align.align.train import LEAST_JUDGES, Example
 
     rng = np.random.default_rng(0)
 
@@ -117,7 +117,7 @@ def utterances(shape: Shape, n_tokens: int) -> list:
         answer = tuple(tokens(ANSWER, shape.vocabulary))
         return Example(features, tokens(WORDS, n_tokens), [5] * WORDS, answers=(answer,))
 
-    return [one() for _ in range(BATCH + 1)]  # one is held out
+    return [one() for _ in range(BATCH + LEAST_JUDGES)]  # which are held out
 
 
 def measure(shape_name: str, form: str, threads: int, device: str = "cpu") -> dict:

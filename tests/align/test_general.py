@@ -122,7 +122,7 @@ def test_a_bundle_gets_its_general_projector_and_keeps_all_else(run_cli, untrain
     assert before.keys() <= after.keys() and changed == {"projector.onnx.data", "replay.npz", "manifest.json"}
     assert bundle.manifest.projector_trained and check_user(untrained / "users/ana", bundle.manifest)
     replayed = read_replay(bundle.replay)
-    assert [sum(bool(e.tokens) == said for e in replayed) for said in (True, False)] == [N, general.SILENCES]
+    assert [sum(bool(e.tokens) == said for e in replayed) for said in (True, False)] == [N, general.LEAST_SOUNDS]
     assert names(untrained.parent) == [".bundle.align", "bundle"]
     assert names(untrained.parent / ".bundle.align") == ["features"]
     assert all(p.stat().st_nlink == 1 for p in untrained.rglob("*") if p.is_file())  # the old one is gone
@@ -230,7 +230,7 @@ def test_features_are_in_memory_only_while_their_batch_is(tmp_path):
         np.save(path, np.full((FRAMES, SIZE), i % 7, np.float32))
         examples.append(Example(Stored(path), [i % 5], [3]))
     config = ProjectorConfig(feature_size=SIZE, embedding_size=8, hidden_size=8, n_layers=0, kind="mlp")
-    options = TrainOptions("ctc", parts=(), batch=3, steps=40, held_out=0.02, check_every=20)
+    options = TrainOptions("ctc", parts=(), far=None, batch=3, steps=40, held_out=0.02, check_every=20)
     table = torch.randn(5, 8)
 
     def train():

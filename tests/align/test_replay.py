@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tiny_align.align.personalise import SILENCES, company_of
+from tiny_align.align.personalise import SOUNDS, company_of
 from tiny_align.align.replay import read_replay, write_replay
 from tiny_align.align.train import Example
 
@@ -26,13 +26,13 @@ def test_a_bundle_without_replay_has_none(tmp_path):
     assert read_replay(tmp_path / "replay.npz") == []
 
 
-def test_the_reference_bundle_ships_people_and_sounds(assistant):
-    company = company_of(assistant, "ctc")
-    assert sum(not e.tokens for e in company) == SILENCES and sum(bool(e.tokens) for e in company) >= 50
-    assert all(e.tokens for e in company_of(assistant, "aligned"))
+def test_beside_the_people_and_sounds_that_the_reference_bundle_ships_others_are_made(assistant, tmp_path):
+    company = company_of(assistant, "ctc", tmp_path)
+    assert sum(not e.tokens for e in company) == 64 + SOUNDS and sum(bool(e.tokens) for e in company) >= 50
+    assert all(e.tokens for e in company_of(assistant, "aligned", tmp_path))
 
 
 def test_without_replay_the_company_is_sounds_without_a_word(assistant, monkeypatch, tmp_path):
     monkeypatch.setattr(type(assistant.bundle), "replay", property(lambda _: tmp_path / "replay.npz"))
-    assert [e.tokens for e in company_of(assistant, "ctc")] == [[]] * SILENCES
-    assert company_of(assistant, "aligned") == []
+    assert [e.tokens for e in company_of(assistant, "ctc", tmp_path)] == [[]] * SOUNDS
+    assert company_of(assistant, "aligned", tmp_path) == []
