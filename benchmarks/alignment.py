@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from tiny_align.align.datasets import load_dataset, split_of
 from tiny_align.align.demo import shipped
-from tiny_align.align.evaluate import Heard, hear, score
+from tiny_align.align.evaluate import Heard, Quality, hear, score
 from tiny_align.align.feature_cache import cached_features, wordless_files
 from tiny_align.align.objectives import FRAMED, POOLED
 from tiny_align.align.personalise import VARIATIONS, company_of, embedding_table, make_examples
@@ -52,6 +52,7 @@ FEW = (10, 25, 50, 100, 200)  # utterances
 SNR_DB = (None, 20, 10, 5, 0)
 N_TEST, N_WORDLESS = 40, 60
 FIGURES = ("rouge1", "rougeL", "wer")
+INSTRUCTED = (("answer", "untold"), ("repeat", "told"), ("repeat", "untold"))  # columns; answers told to are ROUGE-L's
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,32 @@ class Speaking:
 
 def figures(assistant: Assistant, projector, test: list[Heard]) -> dict:
     """FIGURES and the chance level of a projector in PyTorch."""
-    quality = score(Speaking(assistant, projector.eval()), test, quiet=True)
+    return _shown_of(score(Speaking(assistant, projector.eval()), test, quiet=True))
+
+
+def _shown_of(quality: Quality) -> dict:
     return {name: getattr(quality, name) for name in (*FIGURES, "rougeL_chance")}
+
+
+def instructed(told: Quality, untold: Quality) -> dict:
+    """ROUGE-L of each thing that the LLM can be asked for, told so and with no instruction at all.
+
+    An answer is measured against the answer to typed text, a repetition against the text.
+    """
+    texts = [row["text"] for row in told.rows]
+    repeated, anything = [row["repeated"] for row in told.rows], [row["spoken"] for row in untold.rows]
+    return {
+        "answer": {"told": told.rougeL, "untold": untold.rougeL},
+        "repeat": {"told": rouge_l(texts, repeated), "untold": rouge_l(texts, anything)},
+    }
+
+
+def rouge_l(wanted: list[str], said: list[str]) -> float:
+    """Mean ROUGE-L."""
+    from rouge_score import rouge_scorer
+
+    scorer = rouge_scorer.RougeScorer(["rougeL"])
+    return statistics.mean(scorer.score(w, s)["rougeL"].fmeasure for w, s in zip(wanted, said, strict=True))
 
 
 # --- data ---
@@ -276,9 +301,10 @@ class Cell:
             projector.load_state_dict(start)
             out[voice] = {"before": self._quality(projector, test)}
             record = self._train(projector, examples, row["personal_rate"], row["personal_steps"], seed, personal=True)
-            out[voice] |= {"train_seconds": record["train_seconds"], "after": self._quality(projector, test)}
-            without = score(Speaking(self.assistant, projector), test, "", quiet=True)
-            out[voice]["without_instruction"] = {name: getattr(without, name) for name in ("rouge1", "rougeL")}
+            speaking = Speaking(self.assistant, projector.eval())
+            told, untold = (score(speaking, test, instruction, quiet=True) for instruction in (None, ""))
+            out[voice] |= {"train_seconds": record["train_seconds"], "after": _shown_of(told)}
+            out[voice]["instruction"] = instructed(told, untold)
         return out
 
     def _quality(self, projector, test: list[Heard]) -> dict:
@@ -475,7 +501,7 @@ def _at(value: dict, path: tuple):
 def table(report: dict) -> str:
     """The README's table of projectors and objectives."""
     head = ["projector", "objective", "known ROUGE-L", "new voice before", "after: ROUGE-1", "ROUGE-L", "WER"]
-    head += ["no instruction", "rates", "s per step", "s to 95 %", "peak GB"]
+    head += ["not told to answer", "told to repeat", "not told to", "rates", "s per step", "s to 95 %", "peak GB"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     chance = []
     for row in report["results"].values():
@@ -483,10 +509,8 @@ def table(report: dict) -> str:
         shown = [over_voices(row, "after", name) for name in FIGURES]
         cells = [row["projector"], row["objective"], f"{median(s['known']['rougeL'] for s in row['seeds']):.3f}"]
         cells += [f"{over_voices(row, 'before', 'rougeL'):.3f}", *(f"{f:.3f}" for f in shown)]
-        cells += [
-            f"{over_voices(row, 'without_instruction', 'rougeL'):.3f}",
-            f"{row['rate']:g}, {row['personal_rate']:g}",
-        ]
+        cells += [f"{over_voices(row, 'instruction', *path):.3f}" for path in INSTRUCTED]
+        cells.append(f"{row['rate']:g}, {row['personal_rate']:g}")
         cells += [f"{row['step_s']:.3f}", f"{row['seconds_to_95']:.0f}", f"{row['peak_gb']:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
     heard = sum(report["cascade"][v]["rougeL"] for v in VOICES) / len(VOICES)
@@ -527,7 +551,11 @@ def summary(results: dict) -> dict:
     if "ctc" in after and papers:
         out["distance_to_typed_over_the_papers"] = (1 - after["ctc"]) / (1 - max(papers))
     if "ctc" in after:
-        out["over_no_instruction"] = after["ctc"] / over_voices(rows["ctc"], "without_instruction", "rougeL")
+        out["over_no_instruction"] = {
+            task: over_voices(rows["ctc"], "instruction", task, "told")
+            / over_voices(rows["ctc"], "instruction", task, "untold")
+            for task in ("answer", "repeat")
+        }
     if {"ctc", "end-to-end"} <= set(rows):
         curves_ = [rows[name]["budget_curve"] for name in ("ctc", "end-to-end")]
         level = 0.95 * min(max(p["rougeL"] for p in curve) for curve in curves_)

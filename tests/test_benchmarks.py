@@ -69,6 +69,21 @@ def test_every_sentence_that_is_trained_on_has_its_answer(assistant, voice):
         assert example.answers[1] == (*example.tokens, end)
 
 
+def test_what_an_instruction_is_worth_is_measured_for_everything_it_can_ask_for():
+    """Without one the LLM does one thing, which is right for that and wrong for the other."""
+    texts, answers = ["one two three", "four"], ["a b c", "d"]
+    rows = [
+        {"text": t, "typed": a, "spoken": a, "repeated": r}
+        for t, a, r in zip(texts, answers, ["one two three", "five"])
+    ]
+    told = SimpleNamespace(rougeL=1.0, rows=rows)
+    untold = SimpleNamespace(
+        rougeL=0.5, rows=[{"text": texts[0], "spoken": "a b c"}, {"text": "four", "spoken": "four"}]
+    )
+    got = alignment.instructed(told, untold)
+    assert got == {"answer": {"told": 1.0, "untold": 0.5}, "repeat": {"told": 0.5, "untold": 0.5}}
+
+
 @pytest.mark.parametrize("snr_db", [20, 0])
 def test_noise_changes_what_is_heard_but_not_what_was_said(assistant, voice, snr_db):
     clean, noisy = (alignment.noisy(assistant, voice, db) for db in (None, snr_db))
