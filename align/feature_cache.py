@@ -90,8 +90,10 @@ def wordless_files(assistant: Assistant, n: int, seed: int, folder: Path) -> lis
 
 
 def _wordless_files(assistant: Assistant, seed: int, folder: Path) -> Iterator[Path]:
+    def features(i: int) -> np.ndarray:
+        return assistant.features(nothing_said(np.random.default_rng([seed, i]), assistant.sample_rate))
+
     name = f"nothing-{assistant.bundle.manifest.encoder_key[:16]}-{seed}"
     for i in itertools.count():
-        sound = nothing_said(np.random.default_rng([seed, i]), assistant.sample_rate)
         with contextlib.suppress(AudioError):  # a knock may be too short to be looked at
-            yield kept(folder / f"{name}-{i}.npy", lambda sound=sound: assistant.features(sound))
+            yield kept(folder / f"{name}-{i}.npy", lambda i=i: features(i))
