@@ -22,7 +22,11 @@ LEAST = 50  # utterances
 LEAST_STEPS, PASSES = 1000, 7  # over the utterances
 FLAT_STEPS = 500  # at most an eighth of all
 MOST_HELD_OUT = 480  # utterances
-SOUNDS_SHARE, LEAST_SOUNDS, MOST_SOUNDS = 8, 64, 2000  # one sound without a word beside so many utterances
+SOUNDS_SHARE, LEAST_SOUNDS, MOST_SOUNDS = (
+    8,
+    64,
+    2000,
+)  # one without a word beside so many utterances; the bundle keeps the least
 REPLAYED = 64  # utterances whose features the bundle keeps for the training of a person
 MEASURED = 40  # utterances of the test split that the LLM answers before and after
 ENDLESS_S = 1e9
@@ -104,7 +108,7 @@ def train_general(
     untrained = not bundle.manifest.projector_trained
     objective = effort.objective or default_for(bundle.manifest.projector["soft_tokens"])
     options = options_for(len(examples), objective, untrained, effort)
-    n_sounds = sounds_beside(len(examples)) if objective == "ctc" else 0
+    n_sounds = min(max(len(examples) // SOUNDS_SHARE, LEAST_SOUNDS), MOST_SOUNDS) if objective == "ctc" else 0
     sounds = wordless_files(assistant, n_sounds, effort.seed, work / "features")
     wordless = [Example(Stored(path), [], []) for path in sounds]
     projector = load_projector(bundle, bundle.graph("projector"))
@@ -139,8 +143,3 @@ def options_for(n: int, objective: str, untrained: bool, effort: Effort) -> Trai
         check_every=min(200, -(-steps // 10)),
         max_seconds=effort.max_seconds or ENDLESS_S,
     )
-
-
-def sounds_beside(n: int) -> int:
-    """How many sounds without a word `n` utterances are trained beside."""
-    return min(max(n // SOUNDS_SHARE, LEAST_SOUNDS), MOST_SOUNDS)
