@@ -91,23 +91,27 @@ def score(assistant: Assistant, heard: list[Heard], instruction: str | None = No
         instruction: for the ROUGE answers; None: the bundle's own. The repeats always use the bundle's.
     """
     import jiwer
-    from rouge_score import rouge_scorer
 
     rows = [_row(assistant, h, instruction) for h in _shown(heard, "evaluate", quiet)]
     spoken, typed = [r["spoken"] for r in rows], [r["typed"] for r in rows]
-    scorer = rouge_scorer.RougeScorer(["rouge1", "rougeL"])
-    scores = [scorer.score(t, s) for t, s in zip(typed, spoken)]
-    chance = [scorer.score(t, s) for t, s in zip(typed[1:] + typed[:1], spoken)]
     words, repeated = [r["text"] for r in rows], [r["repeated"] or " " for r in rows]
     return Quality(
-        rouge1=_mean(s["rouge1"].fmeasure for s in scores),
-        rougeL=_mean(s["rougeL"].fmeasure for s in scores),
-        rougeL_chance=_mean(s["rougeL"].fmeasure for s in chance),
+        rouge1=rouge(typed, spoken, "rouge1"),
+        rougeL=rouge(typed, spoken),
+        rougeL_chance=rouge(typed[1:] + typed[:1], spoken),
         wer=float(jiwer.wer(words, repeated)),
         cer=float(jiwer.cer(words, repeated)),
         n=len(rows),
         rows=tuple(rows),
     )
+
+
+def rouge(wanted: list[str], said: list[str], kind: str = "rougeL") -> float:
+    """Mean F-measure of texts against those they should be, pair by pair."""
+    from rouge_score import rouge_scorer
+
+    scorer = rouge_scorer.RougeScorer([kind])
+    return _mean(scorer.score(w, s)[kind].fmeasure for w, s in zip(wanted, said, strict=True))
 
 
 def check_transcripts(assistant: Assistant, utterances: list) -> None:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from tiny_align.align.datasets import load_dataset, split_of
 from tiny_align.align.demo import shipped
-from tiny_align.align.evaluate import Heard, Quality, hear, score
+from tiny_align.align.evaluate import Heard, Quality, hear, rouge, score
 from tiny_align.align.feature_cache import cached_features, wordless_files
 from tiny_align.align.objectives import FRAMED, POOLED
 from tiny_align.align.personalise import VARIATIONS, company_of, embedding_table, make_examples
@@ -107,16 +107,8 @@ def instructed(told: Quality, untold: Quality) -> dict:
     repeated, anything = [row["repeated"] for row in told.rows], [row["spoken"] for row in untold.rows]
     return {
         "answer": {"told": told.rougeL, "untold": untold.rougeL},
-        "repeat": {"told": rouge_l(texts, repeated), "untold": rouge_l(texts, anything)},
+        "repeat": {"told": rouge(texts, repeated), "untold": rouge(texts, anything)},
     }
-
-
-def rouge_l(wanted: list[str], said: list[str]) -> float:
-    """Mean ROUGE-L."""
-    from rouge_score import rouge_scorer
-
-    scorer = rouge_scorer.RougeScorer(["rougeL"])
-    return statistics.mean(scorer.score(w, s)["rougeL"].fmeasure for w, s in zip(wanted, said, strict=True))
 
 
 # --- data ---
@@ -407,19 +399,18 @@ def noisy(assistant: Assistant, folder: Path, snr_db: float | None) -> list[Hear
 def cascade(assistant: Assistant, folder: Path) -> dict:
     """The encoder's own letters, read by the LLM as text: what there is without a projector."""
     import torch
-    from rouge_score import rouge_scorer
     from transformers import ParakeetForCTC
 
     from tiny_align.reference.encoder import FRONT_END, decode_letters
 
     model = ParakeetForCTC.from_pretrained(WEIGHTS / "encoder").eval()
-    scorer, scores = rouge_scorer.RougeScorer(["rougeL"]), []
+    typed, spoken = [], []
     for utterance in split_of(load_dataset(folder), "test"):
         with torch.no_grad():
             letters = model(torch.from_numpy(FRONT_END(utterance.load(speech.SAMPLE_RATE)))[None]).logits[0].argmax(-1)
-        spoken = assistant.answer_text(decode_letters(letters.numpy()) or " ").text
-        scores.append(scorer.score(assistant.answer_text(utterance.text).text, spoken)["rougeL"].fmeasure)
-    return {"rougeL": sum(scores) / len(scores), "n": len(scores)}
+        spoken.append(assistant.answer_text(decode_letters(letters.numpy()) or " ").text)
+        typed.append(assistant.answer_text(utterance.text).text)
+    return {"rougeL": rouge(typed, spoken), "n": len(spoken)}
 
 
 # --- the run ---

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from tiny_align.align.datasets import load_dataset, split_of
 from tiny_align.align.demo import shipped
+from tiny_align.align.evaluate import rouge
 from tiny_align.benchmarks import finish
 from tiny_align.engines.plain import PlainDecoder
 from tiny_align.export.quantise import Form, forms, output_layer, quantise
@@ -166,9 +167,6 @@ class Judge:
 
     def measure(self, path: Path) -> dict:
         """Of a graph: shares and means over tokens, sentences or recordings."""
-        from rouge_score import rouge_scorer
-
-        scorer = rouge_scorer.RougeScorer(["rougeL"])
         with self._llm(path) as llm:
             got = [self._logits(llm, p, said) for p, said in zip(self._prompts, self._said)]
             same = [w.argmax(axis=1) == g.argmax(axis=1) for w, g in zip(self._wanted, got)]
@@ -176,11 +174,11 @@ class Judge:
             spoken = [_text(llm, llm.assemble(soft_tokens)) for soft_tokens in self._heard]
         divergence = [(np.exp(w) * (w - g)).sum(axis=1) for w, g in zip(self._wanted, got)]
         return {
-            "rougeL": _mean(scorer.score(s.answer, a)["rougeL"].fmeasure for s, a in zip(self._sentences, answers)),
+            "rougeL": rouge([s.answer for s in self._sentences], answers),
             "tokens_equal": float(np.mean(np.concatenate(same))),
             "answers_equal": _mean(s.all() for s in same),
             "divergence": float(np.mean(np.concatenate(divergence))),
-            "spoken_rougeL": _mean(scorer.score(w, s)["rougeL"].fmeasure for w, s in zip(self._spoken, spoken)),
+            "spoken_rougeL": rouge(self._spoken, spoken),
         }
 
 

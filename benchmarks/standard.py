@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tiny_align.align.evaluate import rouge
 from tiny_align.benchmarks import growth as growing
 from tiny_align.benchmarks import limits as limiting
 from tiny_align.benchmarks.harness import Patience, Samples, alternate, spread, summary, timed
@@ -231,13 +232,10 @@ def ask(peer: Served, audio: np.ndarray) -> dict:
 
 def row_of(peer: Served, samples: Samples, said: list, typed: list[str]) -> dict:
     """A peer's figures: seconds of the one recording, quality over all."""
-    from rouge_score import rouge_scorer
-
-    scorer, rows = rouge_scorer.RougeScorer(["rougeL"]), [ask(peer, audio) for audio in said]
-    scores = [scorer.score(right, row["text"])["rougeL"].fmeasure for right, row in zip(typed, rows, strict=True)]
+    rows = [ask(peer, audio) for audio in said]
     return {
         "seconds": {part: spread(seconds) for part, seconds in samples.items()},
-        "rougeL": sum(scores) / len(scores),
+        "rougeL": rouge(typed, [row["text"] for row in rows]),
         "load_s": rows[-1]["load_s"],
         "peak_bytes": rows[-1]["peak_bytes"],
     }
