@@ -14,7 +14,7 @@ from tiny_align.align.objectives import LLM_FREE, check, default_for, make
 from tiny_align.runtime.errors import DataError, TinyAlignError, UserError
 
 VARIATIONS = 3  # of every recording, beside itself
-SOUNDS, SOUNDS_SEED = 128, 1  # sounds without a word that are trained on beside the replay's, which are of seed 0
+SOUNDS, SOUNDS_SEED = 128, 1  # sounds without a word beside the replay's, which are of the general training's seed (0)
 
 
 @dataclass(frozen=True)
