@@ -29,7 +29,9 @@ from tiny_align.runtime.files import written_file
 from tiny_align.runtime.windows import WindowSpec
 
 SHORTCUT = "shortcut"  # the projector's part for somebody far
-STATE = 4  # the form of an interrupted training on disk: one of another form is not gone on with
+STATE = 5  # the form of an interrupted training on disk: one of another form is not gone on with
+LAST_RATE = 0.05  # share of the rate that is left at the end
+ETA = 3  # of the mean of the weights: step t counts as t(t + 1)(t + 2), so that it is mostly the last quarter
 LEAST_JUDGES = 4  # held-out recordings
 JUDGED = 64  # held-out recordings that are looked at together
 JUDGEMENT = ("held_out", "held_out_loss")  # of the weights, in the curve: where the first is equal, the second decides
@@ -57,7 +59,6 @@ class TrainOptions:
     held_out: float = 0.12  # share of the utterances that judges the training
     check_every: int = 50  # steps
     max_seconds: float = 42.0  # a slower machine takes fewer steps, and the rate falls all the same
-    average: float = 0.98  # share that the running mean of the weights, which is what is kept, retains at each step
     hide: float = 0.2  # share of feature frames hidden in training
 
 
@@ -92,9 +93,10 @@ class Trained:
 class Trainer:
     """One projector, one set of examples, one objective; `run` trains to the end.
 
-    What is kept is the running mean of the weights at the end, or the weights it began with where those do better on
-    the held-out utterances. A dozen of them can tell that much; they cannot tell which step was the best. Of a few, as
-    many words are often heard wrongly before and after: then the loss decides, which tells more than none.
+    What is kept is the mean of all steps' weights, the later the more (polynomial-decay averaging, arXiv 1212.1824), or
+    the weights it began with where those do better on the held-out utterances. A dozen of them can tell that much; they
+    cannot tell which step was the best. Of a few, as many words are often heard wrongly before and after: then the loss
+    decides, which tells more than none.
     """
 
     def __init__(
@@ -119,9 +121,10 @@ class Trainer:
         self.judges = [take for e in self.held or self.used for take in e.takes()]
         self.n_utterances, self.company = len(examples), list(company)
         self.steps = options.steps or steps_for(len(examples), options.batch)
-        self.fingerprint = _fingerprint(projector, self.held + self.used + self.company, objective.table, options)
         self.start, self.mean = copy.deepcopy(projector).eval(), copy.deepcopy(projector).eval()
         self.general = self.start if general is None else general.eval()
+        examples = self.held + self.used + self.company
+        self.fingerprint = _fingerprint((self.start, self.general), examples, objective.table, options)
         self.optimisers = _optimisers(projector, options)
         self.step, self.curve, self.spent_s = 0, [], 0.0
 
@@ -167,12 +170,12 @@ class Trainer:
         return self.step >= self.steps or self.spent_s > self.options.max_seconds
 
     def _rate(self) -> float:
-        """Warm-up, then a cosine to a twentieth: there at the last step or, where time is short, by then."""
+        """Warm-up, then a cosine to LAST_RATE: there at the last step or, where time is short, by then."""
         warm = min(1.0, (self.step + 1) / self.options.warmup)
         late = min(1.0, 2 * self.spent_s / self.options.max_seconds - 1)  # below 0 for the first half of the time
         done = max(self.step / self.steps, late)
         rate = self.options.far_rate if self._is_far else self.options.rate
-        return rate * warm * (0.05 + 0.95 * 0.5 * (1 + np.cos(np.pi * done)))
+        return rate * warm * (LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + np.cos(np.pi * done)))
 
     def _train_step(self) -> float:
         self.projector.train()
@@ -189,7 +192,7 @@ class Trainer:
             triples = zip(self.projector.parameters(), self.start.parameters(), self.mean.parameters())
             for now, start, mean in (t for t in triples if t[0].requires_grad):
                 now.lerp_(start, self._rate() * self.options.weight_decay)
-                mean.lerp_(now, 1 - self.options.average)
+                mean.lerp_(now, (1 + ETA) / (self.step + 1 + ETA))
         return loss.item()
 
     def _chosen(self, rng: np.random.Generator) -> list[Example]:
@@ -320,11 +323,11 @@ def _read_state(path: Path) -> tuple[dict, dict[str, Tensor]]:
         return {}, {}
 
 
-def _fingerprint(projector, examples: list[Example], table: Tensor, options: TrainOptions) -> str:
-    """Identifies a training: start weights, examples, targets and options. Another one must not be resumed."""
+def _fingerprint(projectors: tuple, examples: list[Example], table: Tensor, options: TrainOptions) -> str:
+    """Identifies a training: start and general weights, examples, targets, options. Another must not be resumed."""
     digest = hashlib.sha256(repr((STATE, options)).encode())
     digest.update(table.detach().contiguous().view(torch.uint8).cpu().numpy())
-    for value in projector.state_dict().values():
+    for value in (value for projector in projectors for value in projector.state_dict().values()):
         digest.update(value.detach().cpu().numpy().tobytes())
     for example in examples:
         for take in (example.features, *example.variations):

@@ -14,7 +14,7 @@ from tiny_align.align import train
 from tiny_align.align.objectives import make
 from tiny_align.align.objectives.paper import cast_places
 from tiny_align.align.projector import BridgeFormer, ProjectorConfig
-from tiny_align.align.train import Example, Trainer, TrainOptions, held_out
+from tiny_align.align.train import LAST_RATE, Example, Trainer, TrainOptions, held_out
 from tiny_align.runtime.readout import collapse, ctc_scale
 
 CONFIG = ProjectorConfig(
@@ -214,6 +214,19 @@ def test_the_weights_are_the_running_mean_at_the_end():
     assert run._held_out_figures() == pytest.approx((last["held_out"], last["held_out_loss"]), rel=1e-6)
 
 
+def test_the_mean_counts_later_steps_more():
+    """As t(t + 1)(t + 2), which is what the mean's eta of 3 comes to when it is worked out."""
+    run = trainer()
+    seen = []
+    for run.step in range(7):
+        run._train_step()
+        seen.append(copy.deepcopy(run.projector.state_dict()))
+    counts = np.array([t * (t + 1) * (t + 2) for t in range(1, 8)], dtype=np.float32)
+    for name, mean in run.mean.state_dict().items():
+        expected = sum(float(c) * weights[name] for c, weights in zip(counts / counts.sum(), seen))
+        assert torch.allclose(mean, expected, atol=1e-6)
+
+
 def test_a_training_that_only_spoils_gives_the_weights_it_began_with():
     trained = trainer(replace(OPTIONS, rate=30.0, warmup=1)).run(quiet=True)
     assert not trained.record["improved"] and same(trained.weights, new_projector().state_dict())
@@ -326,7 +339,7 @@ def test_time_runs_out(seconds):
 def test_the_rate_has_fallen_when_time_runs_out_and_is_that_of_the_steps_where_there_is_enough(seconds):
     short, enough = (trainer(replace(OPTIONS, max_seconds=m)) for m in (20.0, 61.0))
     short.run(quiet=True)
-    assert short._rate() == pytest.approx(0.05 * OPTIONS.rate)
+    assert short._rate() == pytest.approx(LAST_RATE * OPTIONS.rate)
     at = []
     for enough.step in range(OPTIONS.steps):
         enough.spent_s = float(enough.step)
@@ -390,9 +403,14 @@ def test_a_state_of_another_training_is_not_resumed(interrupted, changes):
     assert steps_taken(work=interrupted, **changes) == OPTIONS.steps
 
 
-def test_a_state_of_other_start_weights_is_not_resumed(interrupted):
+@pytest.mark.parametrize("whose", ["projector", "general"])
+def test_a_state_of_other_weights_is_not_resumed(interrupted, whose):
     torch.manual_seed(7)
-    run = Counted(BridgeFormer(CONFIG), sentences(40), make(OPTIONS, TABLE), OPTIONS, interrupted)
+    projectors = {whose: BridgeFormer(CONFIG)}
+    projectors = {"projector": new_projector(), "general": new_projector()} | projectors
+    run = Counted(
+        examples=sentences(40), objective=make(OPTIONS, TABLE), options=OPTIONS, work=interrupted, **projectors
+    )
     run.run(quiet=True)
     assert run.taken == OPTIONS.steps
 
