@@ -22,11 +22,7 @@ LEAST = 50  # utterances
 LEAST_STEPS, PASSES = 1000, 7  # over the utterances
 FLAT_STEPS = 500  # at most an eighth of all
 MOST_HELD_OUT = 480  # utterances
-SOUNDS_SHARE, LEAST_SOUNDS, MOST_SOUNDS = (
-    8,
-    64,
-    2000,
-)  # one without a word beside so many utterances; the bundle keeps the least
+SOUNDS_SHARE, LEAST_SOUNDS, MOST_SOUNDS = 8, 64, 2000  # one beside so many utterances; a bundle keeps the least
 REPLAYED = 64  # utterances whose features the bundle keeps for the training of a person
 MEASURED = 40  # utterances of the test split that the LLM answers before and after
 ENDLESS_S = 1e9
