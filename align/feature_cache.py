@@ -9,6 +9,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -96,4 +97,4 @@ def _wordless_files(assistant: Assistant, seed: int, folder: Path) -> Iterator[P
     name = f"nothing-{assistant.bundle.manifest.encoder_key[:16]}-{seed}"
     for i in itertools.count():
         with contextlib.suppress(AudioError):  # a knock may be too short to be looked at
-            yield kept(folder / f"{name}-{i}.npy", lambda i=i: features(i))
+            yield kept(folder / f"{name}-{i}.npy", partial(features, i))
