@@ -205,7 +205,7 @@ def test_the_record_says_how_the_weights_came_about():
     assert record["options"]["seed"] == OPTIONS.seed
 
 
-def test_the_weights_are_the_running_mean_at_the_end():
+def test_the_weights_are_the_mean_at_the_end():
     run = trainer()
     trained = run.run(quiet=True)
     assert trained.record["improved"] and same(trained.weights, run.mean.state_dict())
@@ -406,11 +406,10 @@ def test_a_state_of_another_training_is_not_resumed(interrupted, changes):
 @pytest.mark.parametrize("whose", ["projector", "general"])
 def test_a_state_of_other_weights_is_not_resumed(interrupted, whose):
     torch.manual_seed(7)
-    projectors = {whose: BridgeFormer(CONFIG)}
-    projectors = {"projector": new_projector(), "general": new_projector()} | projectors
-    run = Counted(
-        examples=sentences(40), objective=make(OPTIONS, TABLE), options=OPTIONS, work=interrupted, **projectors
-    )
+    other = BridgeFormer(CONFIG)
+    projectors = {"projector": new_projector(), "general": new_projector(), whose: other}
+    target = make(OPTIONS, TABLE)
+    run = Counted(**projectors, examples=sentences(40), objective=target, options=OPTIONS, work=interrupted)
     run.run(quiet=True)
     assert run.taken == OPTIONS.steps
 
