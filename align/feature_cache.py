@@ -22,6 +22,8 @@ from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.errors import AudioError
 from tiny_align.runtime.files import written_file
 
+FORM = 2  # of what is made of a recording before the encoder: features of another form are made again
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -54,7 +56,7 @@ def utterance_key(assistant: Assistant, utterance: Utterance) -> str:
     """Names an utterance's features: front end, encoder (graph and weights), the recording and its part of it."""
     digest = hashlib.sha256(assistant.bundle.manifest.encoder_key.encode())
     digest.update(utterance.audio.read_bytes())
-    digest.update(f"{utterance.start_s} {utterance.end_s}".encode())
+    digest.update(f"{utterance.start_s} {utterance.end_s} {FORM}".encode())
     return digest.hexdigest()[:32]
 
 

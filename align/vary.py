@@ -1,4 +1,4 @@
-"""A recording made a little differently: said faster or slower, in another room, beside a noise, over a telephone.
+"""A recording made a little differently: said faster or slower, in another room, beside a noise, clipped.
 
 A person records a hundred sentences; the projector is trained on a few variations of each as well. They are made of
 the samples themselves, so that they serve any encoder. Kinds, ranges and odds are our choices.
@@ -17,6 +17,7 @@ ECHO_ODDS, ECHO_S, ECHO_LEVEL = 0.3, (0.1, 0.5), (0.05, 0.4)
 NOISE_ODDS, SNR_DB = 0.6, (5.0, 30.0)
 TELEPHONE_ODDS, TELEPHONE_HZ = 0.15, (300.0, 3400.0)
 GAIN_DB = (-12.0, 6.0)
+CLIP_ODDS, CLIP_DB = 0.15, (3.0, 15.0)  # the peak over full scale
 
 
 def vary(audio: np.ndarray, sample_rate: int, rng: np.random.Generator) -> np.ndarray:
@@ -29,6 +30,8 @@ def vary(audio: np.ndarray, sample_rate: int, rng: np.random.Generator) -> np.nd
     if rng.random() < TELEPHONE_ODDS:
         varied = telephone(varied, sample_rate)
     varied = varied * 10 ** (rng.uniform(*GAIN_DB) / 20)
+    if rng.random() < CLIP_ODDS:
+        varied = np.clip(varied / np.abs(varied).max() * 10 ** (rng.uniform(*CLIP_DB) / 20), -1, 1)
     return (varied / max(1.0, np.abs(varied).max())).astype(np.float32)
 
 

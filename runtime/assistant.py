@@ -13,6 +13,7 @@ from tiny_align.runtime.audio import check_audio, read_audio
 from tiny_align.runtime.backend import BACKENDS, Chain, load_decoder, load_runner
 from tiny_align.runtime.budget import budget
 from tiny_align.runtime.bundle import Bundle
+from tiny_align.runtime.conditioning import condition
 from tiny_align.runtime.errors import AudioError
 from tiny_align.runtime.llm import Decoding, LanguageModel, TextStream
 from tiny_align.runtime.readout import CtcReader, PooledReader, reader
@@ -110,7 +111,7 @@ class Assistant:
     def features(self, audio: np.ndarray) -> np.ndarray:
         """(S,) float32 audio -> (N, Da) float32 encoder features, none of them after the end of the audio."""
         check_audio(audio, self.sample_rate, "the audio", max_s=self.max_speech_s)
-        return np.concatenate([self.encode_window(window) for window, _ in cut(audio, self.windows)])
+        return np.concatenate([self.encode_window(window) for window, _ in cut(audio, self.windows, self.sample_rate)])
 
     def encode_window(self, audio: np.ndarray) -> np.ndarray:
         """A window (S,), or speech that is not cut -> (N, Da) float32, none of them after the end of the audio."""
@@ -129,7 +130,7 @@ class Assistant:
     def _rows_of(self, audio: np.ndarray) -> np.ndarray:
         """What the front end makes of a window: (frames, M) or (S,)."""
         least = self._row_range()[0]
-        rows = self._front_end(audio)
+        rows = self._front_end(condition(audio, self.sample_rate))
         if len(rows) < least:
             raise AudioError(
                 f"the audio has {len(rows) * self._row_s:.3f} s for the encoder, at least {least * self._row_s:.3f} s "

@@ -149,7 +149,8 @@ class Session:
         turn, self._turn = self._turn or self._begun(), None
         self._asked, turn.began_s = turn, began_s or time.perf_counter()
         if turn.cutter.n_samples and not turn.end:
-            self._hear(turn, *turn.cutter.finish())
+            for window, kept in turn.cutter.finish():
+                self._hear(turn, window, kept)
         return self._answer_speech(turn)
 
     def say(self, text: str) -> Iterator[Event]:
@@ -172,7 +173,7 @@ class Session:
         """
         if (turn := self._turn) and turn.cutter.n_samples:
             turn.end = End()
-            turn.end.heard = self._assistant.threads.hear(self._heard_to_end, turn, turn.end, *turn.cutter.finish())
+            turn.end.heard = self._assistant.threads.hear(self._heard_to_end, turn, turn.end, turn.cutter.finish())
 
     def settle(self) -> None:
         """Wait until what was pushed is heard and read, as far as it can be before the turn's end.
@@ -202,7 +203,7 @@ class Session:
 
     def _begun(self) -> Turn:
         """A turn, the beginning of whose prompt is read at once."""
-        turn = Turn(Cutter(self._assistant.windows))
+        turn = Turn(Cutter(self._assistant.windows, self._assistant.sample_rate))
         turn.reading.append(self._later(self._begin, turn))
         return turn
 
@@ -255,13 +256,13 @@ class Session:
         if len(soft_tokens := turn.reader.push(self._assistant.hear(window)[kept])):
             turn.reading.append(self._later(self._read, turn, soft_tokens))
 
-    def _heard_to_end(self, turn: Turn, end: End, window: np.ndarray, kept: slice) -> Future:
+    def _heard_to_end(self, turn: Turn, end: End, windows: list) -> Future:
         """The last soft tokens, if this is the end: by a copy of the turn's reader."""
         if turn.end is end and not turn.cancelled.is_set():
             reader = copy.copy(turn.reader) or self._assistant.reader()
             try:
-                pieces = [reader.push(self._assistant.hear(window)[kept]), reader.finish()]
-                end.words = [soft_tokens for soft_tokens in pieces if len(soft_tokens)]
+                pieces = [reader.push(self._assistant.hear(window)[kept]) for window, kept in windows]
+                end.words = [soft_tokens for soft_tokens in [*pieces, reader.finish()] if len(soft_tokens)]
             except AudioError as error:  # too little, so far
                 end.error = error
         return self._later(self._read_to_end, turn, end)

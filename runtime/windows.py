@@ -2,12 +2,14 @@
 
 A window goes through encoder and projector by itself. Of what comes out, the margins at the cuts are dropped, because
 there the encoder saw too little of one side; what remains stands side by side. An utterance that fits into one window
-is never cut. Where a window begins and ends depends on the number of samples alone, and not on how they arrive.
+is never cut. Where a window begins and ends depends on the audio alone, and not on how it arrives.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
+
+from tiny_align.runtime.pauses import Pauses
 
 
 @dataclass(frozen=True)
@@ -48,33 +50,60 @@ class WindowSpec:
 class Cutter:
     """Audio that arrives in pieces of any size -> windows of it, each as soon as it is whole and not the last."""
 
-    def __init__(self, spec: WindowSpec | None):
-        """`spec` None: one window, which is the whole utterance."""
-        self.spec, self.n_samples = spec, 0  # samples so far
-        self._pieces: list[np.ndarray] = []  # from the beginning of the present window on
-        self._held, self._first = 0, True  # samples in the pieces; whether no window has been cut yet
+    def __init__(self, spec: WindowSpec | None, sample_rate: int | None = None):
+        """
+        Args:
+            spec: None: one window, which is the whole utterance.
+            sample_rate: Hz, to leave long pauses out (pauses.py); None: they stay.
+        """
+        self.spec, self.n_samples = spec, 0  # samples so far, pauses included
+        self._pauses = Pauses(sample_rate) if sample_rate else None
+        self._waiting: list[np.ndarray] = []  # pieces that come after the kept audio
+        self._n_waiting = 0  # samples in them
+        self._kept = np.zeros(0, np.float32)  # from the beginning of the present window on
+        self._first = True  # whether no window has been cut yet
 
     def push(self, audio: np.ndarray) -> list[tuple[np.ndarray, slice]]:
         """(S,) float32 -> the windows that it completes, and which of their vectors remain."""
-        self._pieces.append(audio.copy())  # the caller may use the array again
-        self._held += len(audio)
+        self._waiting.append(audio.copy())  # the caller may use the array again
+        self._n_waiting += len(audio)
         self.n_samples += len(audio)
-        if self.spec is None or self._held <= self.spec.samples:  # this window may be the last
-            return []
-        held, windows = np.concatenate(self._pieces), []
-        while len(held) > self.spec.samples:
-            windows.append((held[: self.spec.samples], self.spec.kept(self._first, last=False)))
-            held, self._first = held[self.spec.hop_samples :], False
-        self._pieces, self._held = [held.copy()], len(held)
+        windows = []
+        while self.spec and self._n_waiting > self._n_wanted():  # more follows: it is not the last window
+            self._take(self._n_wanted())
+            if len(self._kept) >= self.spec.samples:
+                windows.append((self._kept[: self.spec.samples], self.spec.kept(self._first, last=False)))
+                self._kept, self._first = self._kept[self.spec.hop_samples :], False
         return windows
 
-    def finish(self) -> tuple[np.ndarray, slice]:
-        """The last window, and which of its vectors remain."""
-        held = np.concatenate([np.zeros(0, np.float32), *self._pieces])
-        return held, slice(None) if self.spec is None else self.spec.kept(self._first, last=True)
+    def finish(self) -> list[tuple[np.ndarray, slice]]:
+        """The last windows, and which of their vectors remain, if the audio ends here; nothing is changed."""
+        waiting = np.concatenate([self._kept[:0], *self._waiting])
+        rest = self._pauses.judge(waiting, last=True)[0] if self._pauses else waiting
+        audio, first, windows = np.concatenate([self._kept, rest]), self._first, []
+        if not len(audio):
+            audio = waiting  # no sound stands out in it: the projector tells whether there is a word
+        while self.spec and len(audio) > self.spec.samples:
+            windows.append((audio[: self.spec.samples], self.spec.kept(first, last=False)))
+            audio, first = audio[self.spec.hop_samples :], False
+        return [*windows, (audio, self.spec.kept(first, last=True) if self.spec else slice(None))]
+
+    def _n_wanted(self) -> int:
+        """How many waiting samples are looked at together: what the window lacks."""
+        missing = self.spec.samples - len(self._kept)
+        return self._pauses.block_samples(missing) if self._pauses else missing
+
+    def _take(self, n: int) -> None:
+        """Of the first `n` waiting samples, what is certain joins the window or is left out."""
+        waiting = np.concatenate(self._waiting)
+        kept, n_judged = waiting[:n], n
+        if self._pauses:
+            kept, n_judged, self._pauses = self._pauses.judge(waiting[:n], last=False)
+        self._kept = np.concatenate([self._kept, kept])
+        self._waiting, self._n_waiting = [waiting[n_judged:]], len(waiting) - n_judged
 
 
-def cut(audio: np.ndarray, spec: WindowSpec | None) -> list[tuple[np.ndarray, slice]]:
+def cut(audio: np.ndarray, spec: WindowSpec | None, sample_rate: int | None = None) -> list[tuple[np.ndarray, slice]]:
     """(S,) -> all windows of an utterance, and which vectors of each remain."""
-    cutter = Cutter(spec)
-    return [*cutter.push(audio), cutter.finish()]
+    cutter = Cutter(spec, sample_rate)
+    return [*cutter.push(audio), *cutter.finish()]

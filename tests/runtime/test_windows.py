@@ -34,7 +34,7 @@ def test_pieces_of_any_size_give_the_same_windows(seed):
     audio = rng.standard_normal(rng.integers(1, 400)).astype(np.float32)
     cutter = Cutter(SPEC)
     pieces = np.split(audio, np.sort(rng.integers(0, len(audio), rng.integers(0, 30))))
-    got = [*(window for piece in pieces for window in cutter.push(piece)), cutter.finish()]
+    got = [*(window for piece in pieces for window in cutter.push(piece)), *cutter.finish()]
     for (ours, kept), (whole, wanted) in zip(got, cut(audio, SPEC), strict=True):
         np.testing.assert_array_equal(ours, whole)
         assert kept == wanted

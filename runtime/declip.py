@@ -1,0 +1,91 @@
+"""Clipped speech repaired: the tops that an input stage cut off, drawn again as the sparsest spectrum that fits.
+
+The method is A-SPADE (Kitic, Bertin, Gribonval 2015, "Sparsity and cosparsity for audio declipping: a flexible
+non-convex approach", arXiv 1506.01830): a frame's coefficients are limited to a number that grows, while its reliable
+samples stay as they are and its clipped ones stay beyond the ceiling. It costs about a tenth of the time that the
+clipped speech lasts, on one core; speech that is not clipped costs a histogram. The limits are our choices.
+"""
+
+import numpy as np
+
+FRAME = 768  # samples; half of it to the next frame
+N_STEPS, MORE = 100, 2  # iterations, coefficients that each adds
+BINS = 100  # of amplitudes, from 0 to the greatest
+RESAMPLED = 0.95  # of the ceiling: resampling after the clipping has moved samples by so much
+LEAST_SHARE = 1e-3  # of the samples lie at the ceiling
+PILE = 2.0  # the ceiling's bins hold so many times more than those below it
+
+
+def clipping(audio: np.ndarray) -> tuple[float, float]:
+    """(S,) -> the amplitudes from which positive and negative samples count as clipped; inf: none does."""
+    return _ceiling(audio), _ceiling(-audio)
+
+
+def declip(audio: np.ndarray) -> np.ndarray:
+    """(S,) float32 in [-1, 1] -> (S,) float32 in [-1, 1]: as it was before it was clipped, but for its level.
+
+    Audio that is not clipped is returned as it is.
+    """
+    above, below = clipping(audio)
+    high, low = audio >= above, audio <= -below
+    if not (high.any() or low.any()):
+        return audio
+    hop, window = FRAME // 2, np.sin(np.pi * (np.arange(FRAME) + 0.5) / FRAME).astype(np.float32)
+    frames, highs, lows = (_frames(array, hop) for array in (audio, high, low))
+    weighted = frames * window
+    damaged = (highs | lows).any(axis=1)
+    weighted[damaged] = _restored(
+        weighted[damaged],
+        np.where(highs[damaged], np.float32(min(above, 1e3)) * window, -np.inf),
+        np.where(lows[damaged], np.float32(-min(below, 1e3)) * window, np.inf),
+        highs[damaged] | lows[damaged],
+    )
+    restored = _overlapped(weighted * window, hop, len(audio))
+    return restored / max(1.0, float(np.abs(restored).max()))
+
+
+def _ceiling(audio: np.ndarray) -> float:
+    """Where positive amplitudes pile up, inf where they don't."""
+    top = float(audio.max(initial=0.0))
+    if top <= 0:
+        return np.inf
+    counts, edges = np.histogram(audio, BINS, (0.0, top))
+    first = BINS * 3 // 4
+    at = first + int(counts[first:].argmax())
+    pile = counts[at - 1 : at + 2].sum() / 3
+    below = counts[at - BINS // 5 : at - BINS // 15].mean()
+    clipped = 3 * pile >= LEAST_SHARE * len(audio) and pile > PILE * below
+    return RESAMPLED * float(edges[at + 1]) if clipped else np.inf
+
+
+def _frames(array: np.ndarray, hop: int) -> np.ndarray:
+    """(S,) -> (N, FRAME): every sample in two frames; zeros at both ends."""
+    n = -(-len(array) // hop) + 1
+    padded = np.zeros((n + 1) * hop, array.dtype)
+    padded[hop : hop + len(array)] = array
+    return np.lib.stride_tricks.sliding_window_view(padded, FRAME)[::hop]
+
+
+def _overlapped(frames: np.ndarray, hop: int, n_samples: int) -> np.ndarray:
+    """The inverse of `_frames` for frames that were weighted twice by a window whose squares add up to one."""
+    whole = np.zeros((len(frames) + 1, hop), np.float32)
+    whole[:-1] += frames[:, :hop]
+    whole[1:] += frames[:, hop:]
+    return whole.reshape(-1)[hop : hop + n_samples]
+
+
+def _restored(frames: np.ndarray, least: np.ndarray, greatest: np.ndarray, damaged: np.ndarray) -> np.ndarray:
+    """A-SPADE for frames (N, FRAME): the damaged samples anew, between `least` and `greatest`."""
+    scale = np.float32(np.sqrt(2 * FRAME))
+    audio, dual = frames, np.zeros((len(frames), FRAME + 1), np.complex64)
+    spectrum = (np.fft.rfft(audio, 2 * FRAME) / scale).astype(np.complex64)
+    for n_kept in range(MORE, MORE * (N_STEPS + 1), MORE):
+        wanted = spectrum + dual
+        size = np.abs(wanted)
+        edge = np.partition(size, -n_kept, axis=1)[:, -n_kept, None]
+        sparse = np.where(size >= edge, wanted, 0)
+        near = np.fft.irfft((sparse - dual) * scale, 2 * FRAME)[:, :FRAME].astype(np.float32)
+        audio = np.where(damaged, np.clip(near, least, greatest), frames)
+        spectrum = (np.fft.rfft(audio, 2 * FRAME) / scale).astype(np.complex64)
+        dual = dual + spectrum - sparse
+    return audio

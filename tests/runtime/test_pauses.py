@@ -1,0 +1,111 @@
+"""Long pauses are left out, sounds never: against known answers, in pieces of any size, and on real speech."""
+
+import numpy as np
+import pytest
+
+from tiny_align.runtime.pauses import KEPT_S
+from tiny_align.runtime.windows import Cutter, WindowSpec, cut
+
+RATE = 16_000
+WINDOWS = WindowSpec(n_vectors=48, margin=8, vector_samples=1280, n_features=96)  # 3.84 s
+
+
+def room(seconds, db=-60.0, seed=0):
+    rng = np.random.default_rng(seed)
+    return (10 ** (db / 20) * rng.standard_normal(round(seconds * RATE))).astype(np.float32)
+
+
+def voice(seconds, db=-20.0, seed=0):
+    """Noise that rises and falls four times a second, as a voice does."""
+    audio = room(seconds, db, seed)
+    return audio * (1 + np.sin(8 * np.pi * np.arange(len(audio)) / RATE)).astype(np.float32)
+
+
+def kept(audio, windows=None):
+    """What is left of an utterance where windows do not overlap: one after another."""
+    return np.concatenate([window for window, _ in cut(audio, windows, RATE)])
+
+
+def seconds(audio):
+    return len(audio) / RATE
+
+
+@pytest.mark.parametrize("db", [-80, -60, -45])
+@pytest.mark.parametrize("length", [1, 2, 5, 12])
+def test_noise_before_inside_and_after_is_left_out(length, db):
+    speech = [voice(1.5, seed=1), voice(1.5, seed=2)]
+    before, inside, after = (room(length, db, seed) for seed in (3, 4, 5))
+    left = seconds(kept(np.concatenate([before, speech[0], inside, speech[1], after])))
+    assert 3 <= left < 3 + 4 * KEPT_S + 0.3
+
+
+@pytest.mark.parametrize("gain_db", [-45, 0, 15])
+def test_the_level_decides_nothing(gain_db):
+    audio = np.concatenate([room(2), voice(1.5), room(2)])
+    assert len(kept(audio * np.float32(10 ** (gain_db / 20)))) == len(kept(audio))
+
+
+def test_an_offset_decides_nothing():
+    audio = np.concatenate([room(2), voice(1.5), room(2)])
+    assert len(kept(audio + np.float32(0.2))) == len(kept(audio))
+
+
+def test_digital_silence_is_left_out():
+    audio = np.concatenate([np.zeros(3 * RATE, np.float32), voice(1.5), np.zeros(3 * RATE, np.float32)])
+    assert seconds(kept(audio)) < 1.5 + 2 * KEPT_S + 0.1
+
+
+@pytest.mark.parametrize("pause", [0.1, 0.3])
+def test_a_short_pause_stays(pause):
+    audio = np.concatenate([voice(1), room(pause), voice(1)])
+    assert np.array_equal(kept(audio), audio)
+
+
+def test_speech_in_loud_noise_stays_whole():
+    audio = voice(3, -20) + room(3, -22, 1)
+    assert np.array_equal(kept(audio), audio)
+
+
+def test_a_voice_that_gets_soft_stays():
+    audio = np.concatenate([voice(1.5, -15), voice(1.5, -40, 1), room(3, -75)])
+    assert np.array_equal(kept(audio)[: 3 * RATE], audio[: 3 * RATE])
+
+
+@pytest.mark.parametrize("length", [0.02, 0.3, 3])
+def test_noise_alone_is_left_to_the_projector(length):
+    audio = room(length)
+    assert np.array_equal(kept(audio), audio)
+
+
+def test_minutes_of_noise_are_not_kept_waiting():
+    cutter = Cutter(WINDOWS, RATE)
+    assert not [window for _ in range(60) for window in cutter.push(room(1))]
+    [(window, _)] = cutter.finish()
+    assert len(window) <= WINDOWS.samples
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_pieces_of_any_size_give_the_same_windows(seed):
+    rng = np.random.default_rng(seed)
+    parts = [part(rng.uniform(0.2, 5), seed=i) for i, part in enumerate(rng.choice([room, voice], 6))]
+    audio = np.concatenate(parts)
+    cutter, pieces = Cutter(WINDOWS, RATE), np.split(audio, np.sort(rng.integers(0, len(audio), 40)))
+    got = [*(window for piece in pieces for window in cutter.push(piece)), *cutter.finish()]
+    for (ours, which), (whole, wanted) in zip(got, cut(audio, WINDOWS, RATE), strict=True):
+        assert which == wanted and np.array_equal(ours, whole)
+
+
+def test_an_end_that_is_looked_at_changes_nothing():
+    audio = np.concatenate([room(2), voice(3), room(1), voice(2)])
+    watched, quiet = Cutter(WINDOWS, RATE), Cutter(WINDOWS, RATE)
+    for piece in np.array_split(audio, 20):
+        ours, others = watched.push(piece), quiet.push(piece)
+        watched.finish()
+        assert [len(window) for window, _ in ours] == [len(window) for window, _ in others]
+    assert np.array_equal(watched.finish()[-1][0], quiet.finish()[-1][0])
+
+
+def test_a_recording_loses_nothing_and_noise_around_it_is_what_goes(speech):
+    assert np.array_equal(kept(speech)[:RATE], speech[:RATE])
+    around = kept(np.concatenate([room(3), speech, room(3)]))
+    assert 0 <= len(around) - len(kept(speech)) <= 2 * KEPT_S * RATE + 0.1 * RATE
