@@ -25,7 +25,6 @@ MOST_HELD_OUT = 480  # utterances
 SOUNDS_SHARE, LEAST_SOUNDS, MOST_SOUNDS = 8, 64, 2000  # one beside so many utterances; a bundle keeps the least
 REPLAYED = 64  # utterances whose features the bundle keeps for the training of a person
 MEASURED = 40  # utterances of the test split that the LLM answers before and after
-ENDLESS_S = 1e9
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +56,7 @@ def generalise(bundle_path: Path, utterances: list, effort: Effort, *, quiet: bo
         after = score(assistant, heard, quiet=quiet) if test else None
     curve = trained.record["curve"]
     result = {"path": str(bundle_path), "left_out": len(training) - len(examples), "backend": assistant.backend}
-    result |= {k: trained.record[k] for k in ("steps", "train_seconds", "utterances", "improved")}
+    result |= {k: trained.record[k] for k in ("steps", "ended_by", "train_seconds", "utterances", "improved")}
     result |= {"held_out_before": curve[0]["held_out"], "held_out_after": curve[-1]["held_out"], "n_test": len(test)}
     for when, quality in (("before", before), ("after", after)):
         names = ("rouge1", "rougeL", "wer", "cer") if quality else ()
@@ -137,5 +136,5 @@ def options_for(n: int, objective: str, untrained: bool, effort: Effort) -> Trai
         seed=effort.seed,
         held_out=min(TrainOptions.held_out, MOST_HELD_OUT / n),
         check_every=min(200, -(-steps // 10)),
-        max_seconds=effort.max_seconds or ENDLESS_S,
+        max_seconds=effort.max_seconds,
     )

@@ -104,7 +104,7 @@ def personalise(bundle_path: Path, utterances: list, user: str, users: Path, eff
         start = load_projector(bundle, own)
         extend_speech(assistant.llm, bundle.speech_tokens(own).tolist())
         trained = _train(assistant, start, training, work, effort, quiet)
-        summary = {k: trained.record[k] for k in ("steps", "train_seconds", "utterances", "improved")}
+        summary = {k: trained.record[k] for k in ("steps", "ended_by", "train_seconds", "utterances", "improved")}
         write_user(bundle, folder, trained.weights, trained.record, assistant.llm.speech_tokens)
         (work / "state.safetensors").unlink(missing_ok=True)  # the features stay for the next time
         assistant.swap_projector(bundle.projector(user, users))

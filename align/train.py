@@ -58,7 +58,7 @@ class TrainOptions:
     seed: int = 0
     held_out: float = 0.12  # share of the utterances that judges the training
     check_every: int = 50  # steps
-    max_seconds: float = 42.0  # a slower machine takes fewer steps, and the rate falls all the same
+    max_seconds: float | None = None  # ends a training early, its rate fallen by then; None: all steps, however long
     hide: float = 0.2  # share of feature frames hidden in training
 
 
@@ -145,9 +145,12 @@ class Trainer:
                 self._check(loss)
                 bar.set_postfix(loss=f"{loss:.3f}", held_out=f"{self.curve[-1]['held_out']:.3f}")
         bar.close()
+        if self.step < self.steps:
+            log.warning("--max-seconds ended the training after %d of %d steps", self.step, self.steps)
         before, after = ([entry[name] for name in JUDGEMENT] for entry in (self.curve[0], self.curve[-1]))
         improved = after < before
         record = {"steps": self.step, "train_seconds": self.spent_s, "improved": improved}
+        record["ended_by"] = "steps" if self.step >= self.steps else "max_seconds"
         record |= {"utterances": self.n_utterances, "options": asdict(self.options), "curve": self.curve}
         return Trained(_weights(self.mean if improved or untrained else self.start), record)
 
@@ -167,13 +170,17 @@ class Trainer:
             parameter.requires_grad_(self._is_far if name.startswith(SHORTCUT) else chosen)
 
     def _finished(self) -> bool:
-        return self.step >= self.steps or self.spent_s > self.options.max_seconds
+        return self.step >= self.steps or self._time_is_up()
+
+    def _time_is_up(self) -> bool:
+        return self.options.max_seconds is not None and self.spent_s > self.options.max_seconds
 
     def _rate(self) -> float:
-        """Warm-up, then a cosine to LAST_RATE: there at the last step or, where time is short, by then."""
+        """Warm-up, then a cosine to LAST_RATE: there at the last step or, where time is limited and short, by then."""
         warm = min(1.0, (self.step + 1) / self.options.warmup)
-        late = min(1.0, 2 * self.spent_s / self.options.max_seconds - 1)  # below 0 for the first half of the time
-        done = max(self.step / self.steps, late)
+        done = self.step / self.steps
+        if self.options.max_seconds is not None:
+            done = max(done, min(1.0, 2 * self.spent_s / self.options.max_seconds - 1))  # below 0 for the first half
         rate = self.options.far_rate if self._is_far else self.options.rate
         return rate * warm * (LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + np.cos(np.pi * done)))
 

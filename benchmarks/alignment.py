@@ -230,7 +230,7 @@ class Cell:
 
         options = TrainOptions(
             objective=self.objective, flat_start=steps // 8, steps=steps, rate=rate, far_rate=rate, seed=seed,
-            check_every=10**6, max_seconds=float("inf"),
+            check_every=10**6,
         )  # fmt: skip
         if not personal:
             options = replace(options, parts=(), far=None, weight_decay=1e-2, company=3)

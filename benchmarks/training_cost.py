@@ -146,7 +146,7 @@ def _train(shape_name: str, form: str, n_steps: int | None) -> tuple[int, dict]:
     shape, (objective, precision, steps, spoken) = SHAPES[shape_name], FORMS[form]
     n_tokens = min(spoken or shape.vocabulary, shape.vocabulary)
     options = TrainOptions(
-        objective=objective, far=0.0, batch=BATCH, held_out=0.0, max_seconds=float("inf"), check_every=10**6
+        objective=objective, far=0.0, batch=BATCH, held_out=0.0, check_every=10**6
     )  # somebody far: their shortcut is trained too
     soft_tokens = None if objective == "ctc" else SOFT_TOKENS
     sizes = {"feature_size": FEATURES, "near_size": FEATURES, "embedding_size": shape.hidden}
