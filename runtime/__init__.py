@@ -16,6 +16,7 @@ _EXPORTS = {
     "Bundle": "bundle",
     "Decoding": "llm",
     "Event": "assistant",
+    "Seal": "sealing",
     "TinyAlignError": "errors",
 }
 __all__ = list(_EXPORTS)
