@@ -295,7 +295,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> dict:
-    """{"machine", "findings", "wrong"} and, with --bundle, "bundle", with --prove-private, "private" (proof.py).
+    """{"machine", "findings", "wrong"}; with --bundle "bundle", with --prove-private "private".
 
     Raises:
         BundleError: a damaged bundle; whatever else is wrong is in the report.
@@ -313,7 +313,9 @@ def run(args) -> dict:
     wrong = [finding.what for finding in findings if finding.ok is False]
     report = {"machine": machine.describe(), "findings": [asdict(f) for f in findings], "wrong": wrong}
     report |= {"bundle": bundle} if bundle else {}
-    return report | ({"private": private, "exit_status": int(private["proved"] is False)} if private else {})
+    if private:
+        report |= {"private": private, "exit_status": int(private["proved"] is False)}
+    return report
 
 
 def _bundle(path: Path) -> dict:

@@ -45,7 +45,8 @@ def run(args) -> dict:
                 show(event)
         turns = [event for event in seen if isinstance(event, TurnEnded)]
         notices = [event for event in seen if isinstance(event, Notice)]
-        return _report(turns, notices, session) | {"backend": args.backend, "user": args.user} | sealed
+        chosen = {"backend": args.backend, "user": args.user}
+        return _report(turns, notices, session) | chosen | sealed
 
 
 def _source(args, sample_rate: int):

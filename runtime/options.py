@@ -50,10 +50,11 @@ def load_for_long(args, bundle):
 
 
 def prepare_seal(args):
-    """What `--sealed` gives up before anything is loaded -> gives up the rest, to be called when everything is.
+    """With `--sealed`, restrict writing to the users, before anything is loaded.
 
-    That takes whether a microphone is open and returns what the document says of it; only users may be written.
-
+    Returns:
+        What seals the rest, to be called when everything is loaded; it takes whether a microphone
+        is open, and returns what the document says about the seal.
     Raises:
         TinyAlignError: this system cannot seal a process.
     """

@@ -86,29 +86,26 @@ def count_attempts(trace: list[str]) -> dict[str, int]:
     for line in trace:
         if ANSWERED in line:
             break
-        call = re.match(r"\d+ +(\w+)\((.*)", line)
-        if call:
-            name, arguments = call.groups()
-            counts["network"] += _is_network(name, arguments)
-            counts["programs"] += name in ("execve", "execveat")
-            counts["writing"] += _is_writing(name, arguments)
+        counts["network"] += is_network(line)
+        counts["programs"] += bool(re.match(r"\d+ +execve(at)?\(", line))
+        counts["writing"] += _is_writing(line)
     return counts
 
 
-def _is_network(name: str, arguments: str) -> bool:
-    """A socket or an address beyond this machine's own, or the start of a DNS look-up."""
-    if name == "socket":
-        return not arguments.startswith(("AF_UNIX", "AF_LOCAL"))
-    return "sa_family=AF_INET" in arguments or '"/etc/resolv.conf"' in arguments
+def is_network(line: str) -> bool:
+    """Whether a line of strace's is a socket or an address beyond this machine's own, or asks DNS."""
+    elsewhere = re.search(r"\bsocket\((?!AF_UNIX|AF_LOCAL)|\bsa_family=AF_INET", line)
+    return bool(elsewhere) or '"/etc/resolv.conf"' in line  # which a look-up reads first
 
 
-def _is_writing(name: str, arguments: str) -> bool:
-    """A file opened for writing, made, moved or removed."""
-    if any(f'"{path}' in arguments for path in WRITTEN_BY_ALL):
+def _is_writing(line: str) -> bool:
+    """Whether a line of strace's opens a file for writing, makes, moves or removes one."""
+    call = re.match(r"\d+ +(\w+)\(", line)
+    if call is None or any(f'"{path}' in line for path in WRITTEN_BY_ALL):
         return False
-    if name in ("open", "openat"):
-        return bool(re.search(r"O_(WRONLY|RDWR|CREAT|TRUNC)", arguments))
-    return name in WRITING.split()
+    if call[1] in ("open", "openat"):
+        return bool(re.search(r"O_(WRONLY|RDWR|CREAT|TRUNC)", line))
+    return call[1] in WRITING.split()
 
 
 # --- in the sealed process ---

@@ -304,4 +304,4 @@ def _way_out(descriptor: int) -> str | None:
         return None
     with socket.socket(fileno=os.dup(descriptor)) as copy:
         family = copy.family
-    return None if family == socket.AF_UNIX else f"a socket ({family})"
+    return None if family == socket.AF_UNIX else f"a socket ({getattr(family, 'name', family)})"

@@ -1,8 +1,9 @@
-"""No library reports on its user. `tiny_align.runtime` calls `turn_off` when it is imported, before it loads any other.
+"""Switches the telemetry of libraries off. `tiny_align.runtime` does so before it loads any of them.
 
-ONNX Runtime (1.29 and later) decides when it is loaded: it then writes an identifier below HOME, and nothing stops its
-uploader afterwards; `disable_telemetry_events` only makes it report less. A program may import it before us, so
-that setup.py also installs a line that Python executes when it starts (tiny_align_telemetry_off.pth).
+ONNX Runtime (1.29 and later) decides when it is imported. It then writes an identifier below HOME,
+and nothing stops its uploader afterwards: `disable_telemetry_events` only makes it report less. For
+programs that import it before us, setup.py installs a line that Python executes at its start
+(tiny_align_telemetry_off.pth).
 """
 
 import os
@@ -15,26 +16,27 @@ OFF = {
     "HF_HUB_DISABLE_TELEMETRY": "1",  # huggingface_hub and all that download by it
     "DO_NOT_TRACK": "1",  # what several others agree on
 }
-REPORTS_SINCE = (1, 29)  # ONNX Runtime's first version with an uploader outside of Windows
+FIRST_WITH_UPLOADER = (1, 29)  # of ONNX Runtime, outside of Windows
 
 
 def turn_off() -> None:
-    """Set what the libraries read. A warning says where that is too late."""
-    onnxruntime, decided = sys.modules.get("onnxruntime"), _is_set(os.environ.get(ONNX_RUNTIME, ""))
+    """Set what the libraries read; warn where that is too late."""
+    onnxruntime = sys.modules.get("onnxruntime")
+    was_off = _is_true(os.environ.get(ONNX_RUNTIME, ""))
     os.environ.update(OFF)
-    if onnxruntime is None or decided:
+    if onnxruntime is None or was_off:
         return
     onnxruntime.disable_telemetry_events()
-    if _version(onnxruntime) >= REPORTS_SINCE:
+    if _version(onnxruntime) >= FIRST_WITH_UPLOADER:
         warnings.warn(
-            f"onnxruntime was imported with its telemetry on and will use the network: set {ONNX_RUNTIME}=1, or import "
-            "tiny_align.runtime first",
+            f"onnxruntime was imported with its telemetry on and may use the network: set "
+            f"{ONNX_RUNTIME}=1, or import tiny_align.runtime first",
             RuntimeWarning,
             stacklevel=2,
         )
 
 
-def _is_set(value: str) -> bool:
+def _is_true(value: str) -> bool:
     """As ONNX Runtime reads it."""
     return value.strip().lower() in ("1", "true", "yes", "on", "y")
 
