@@ -1,6 +1,13 @@
 """Packaging: the stage folders become the namespace package `tiny_align` (see README, "The house")."""
 
+from pathlib import Path
+
 from setuptools import setup
+from setuptools.command.build_py import build_py
+
+# Python executes it when it starts: ONNX Runtime's telemetry is off also where it is imported before us
+# (runtime/telemetry.py). Who sets the variable otherwise is obeyed until `tiny_align` is imported.
+AT_START = "import os; os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')\n"
 
 STAGES = ("runtime", "align", "export", "engines", "reference", "benchmarks")
 
@@ -25,7 +32,19 @@ DEV = [
     "build>=1.2",
 ]
 
+
+class BuildWithStart(build_py):
+    """Puts AT_START beside the packages, in an editable install too."""
+
+    def run(self):
+        super().run()
+        editable = getattr(self, "editable_mode", False)
+        folder = self.distribution.get_command_obj("install").install_purelib if editable else self.build_lib
+        Path(folder, "tiny_align_telemetry_off.pth").write_text(AT_START, encoding="utf-8")
+
+
 setup(
+    cmdclass={"build_py": BuildWithStart},
     name="tiny-align",
     version="0.1.0",
     description="Talk to a language model on a small device, in your own voice: Tiny-Align on the edge",

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from tiny_align.align.personalise import Effort, add_training_arguments, personalise
+from tiny_align.align.pictures import new_figure
 from tiny_align.runtime.errors import AudioError, DataError, TinyAlignError
 
 
@@ -35,7 +36,7 @@ def run(args) -> dict:
     bundle.user_folder(args.user, users)  # refuses a bad name before anything is recorded
     if args.list:
         return _list(bundle, args)
-    import matplotlib.figure  # noqa: F401 - drawn with at the end; if it is missing, say so before the training
+    new_figure(1, 1)  # if matplotlib is missing, say so before the training
 
     show = sys.stderr if args.json else sys.stdout
     utterances = _check_all(bundle, _given(args) if args.data else _recorded(bundle, users, args), show)
@@ -162,9 +163,7 @@ def drawn(curve: list[dict], width: int = 60) -> str:
 
 def write_curve(curve: list[dict], path: Path, user: str) -> Path:
     """The learning curve as a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    figure = new_figure(6, 3.5)
     axes = figure.add_subplot(xlabel="step", ylabel="loss, or share of wrong tokens", title=f"training of {user}")
     steps = [entry["step"] for entry in curve]
     axes.plot(steps, [entry["held_out"] for entry in curve], "k-o", markersize=3, label="held out")

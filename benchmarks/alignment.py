@@ -30,6 +30,7 @@ from tiny_align.align.evaluate import Heard, Quality, hear, rouge, score
 from tiny_align.align.feature_cache import cached_features, wordless_files
 from tiny_align.align.objectives import FRAMED, POOLED
 from tiny_align.align.personalise import VARIATIONS, company_of, embedding_table, make_examples
+from tiny_align.align.pictures import new_figure
 from tiny_align.align.projector import PROJECTORS, build_projector
 from tiny_align.align.silence import hiss
 from tiny_align.align.train import JUDGEMENT, Trainer, TrainOptions
@@ -588,9 +589,7 @@ def plot_curves(report: dict, folder: Path) -> list[str]:
 
 
 def _draw(path: Path, label: str, lines: dict) -> str:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = new_figure(6, 4)
     axes = figure.add_subplot(xlabel=label, ylabel="ROUGE-L", ylim=(0, 1))
     for name, (x, y) in lines.items():
         axes.plot(x, y, "-o", markersize=3, label=name)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from tiny_align.align.pictures import new_figure
 from tiny_align.benchmarks.pipelines import OURS
 from tiny_align.benchmarks.stages import ANSWER, FIRST, PER_TOKEN, STAGES
 from tiny_align.benchmarks.standard import ALONE, THREADED
@@ -179,9 +180,7 @@ def write(path: Path, result: dict) -> None:
 
 def draw_growth(part: dict, file: Path) -> None:
     """Every curve on logarithmic axes, one panel each."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure = new_figure(9, 5)
     for place, (name, curve) in enumerate(part["curves"].items(), 1):
         cost, _, over = name.partition(" over ")
         axes = figure.add_subplot(2, 3, place, title=f"{cost}: exponent {curve['exponent']:.2f}", xlabel=over)
@@ -198,10 +197,8 @@ def draw_growth(part: dict, file: Path) -> None:
 
 def draw_stages(part: dict, file: Path) -> None:
     """One answer's stages, with their 10th and 90th percentile."""
-    from matplotlib.figure import Figure
-
     ours = part["summary"][OURS]
-    figure = Figure(figsize=(7, 3), layout="constrained")
+    figure = new_figure(7, 3)
     axes = figure.add_subplot(xlabel="ms", title=f"one answer to {part['audio_s']:.1f} s of speech")
     medians = [1e3 * ours[name]["median"] for name in STAGES]
     around = [[1e3 * abs(ours[name][q] - ours[name]["median"]) for name in STAGES] for q in ("p10", "p90")]

@@ -2,6 +2,10 @@
 
 import os
 
+from tiny_align.runtime.telemetry import turn_off
+
+turn_off()  # before any other library is loaded
+
 # numpy's products are small here, and the threads that OpenBLAS gives them wait by spinning, beside the graphs' own. It
 # is read when numpy is loaded: where that was before, or the variable is set, nothing changes.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -12,6 +16,7 @@ _EXPORTS = {
     "Bundle": "bundle",
     "Decoding": "llm",
     "Event": "assistant",
+    "Seal": "sealing",
     "TinyAlignError": "errors",
 }
 __all__ = list(_EXPORTS)

@@ -15,7 +15,9 @@ def run(args) -> dict:
     from tiny_align.runtime.bundle import Bundle
 
     options.check(args)
+    seal = options.prepare_seal(args)
     with options.load_for_long(args, Bundle.open(args.bundle)) as assistant:
+        sealed = seal()
         session = assistant.listen(args.instruction, options.decoding(args))
         turns = [_turn(session, line, args.json) for line in _lines()]
         return {
@@ -24,6 +26,7 @@ def run(args) -> dict:
             "capacity": session.capacity,
             "backend": args.backend,
             "user": args.user,
+            **sealed,
         }
 
 

@@ -287,23 +287,35 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def add_arguments(parser) -> None:
     parser.add_argument("--bundle", type=Path, help="check this bundle too")
+    parser.add_argument(
+        "--prove-private",
+        action="store_true",
+        help="answer a recording in a sealed process, and try to get out of it",
+    )
 
 
 def run(args) -> dict:
-    """{"machine", "findings", "wrong"} and, with --bundle, "bundle".
+    """{"machine", "findings", "wrong"}; with --bundle "bundle", with --prove-private "private".
 
     Raises:
         BundleError: a damaged bundle; whatever else is wrong is in the report.
+        TinyAlignError: a process cannot be sealed here.
     """
     bundle = _bundle(args.bundle) if args.bundle else None
     findings = examine(Subject(machine.gpu_compute_capability()))
     if bundle:
         findings.append(Finding("bundle", f"{bundle['name']}: every file is there and unchanged", True))
+    private = _private(args.bundle) if args.prove_private else None
+    if private:
+        findings.append(_privacy(private))
     if not args.json:
         show(findings)
     wrong = [finding.what for finding in findings if finding.ok is False]
     report = {"machine": machine.describe(), "findings": [asdict(f) for f in findings], "wrong": wrong}
-    return report | ({"bundle": bundle} if bundle else {})
+    report |= {"bundle": bundle} if bundle else {}
+    if private:
+        report |= {"private": private, "exit_status": int(private["proved"] is False)}
+    return report
 
 
 def _bundle(path: Path) -> dict:
@@ -313,6 +325,29 @@ def _bundle(path: Path) -> dict:
     users = sorted(p.parent.name for p in path.glob("users/*/user.json"))
     engines = sorted(p.parent.name for p in path.glob("engines/[!.]*/engine.json"))
     return {"name": manifest.name, "whole": True, "users": users, "engines": engines}
+
+
+def _private(bundle: Path | None) -> dict:
+    """A recording that ships, answered by `bundle`, or by the one that ships."""
+    from importlib.resources import files
+
+    from tiny_align.runtime.proof import prove
+
+    shipped = Path(str(files("tiny_align.reference")))
+    return prove(bundle or shipped / "bundle", shipped / "voice/test-100.flac")
+
+
+def _privacy(private: dict) -> Finding:
+    from tiny_align.runtime.proof import REFUSALS
+
+    denied, attempted = private["denied"], private["attempted"]
+    opened = [way for way, error in denied.items() if error not in REFUSALS]
+    value = f"sealed, {len(denied) - len(opened)} of {len(denied)} ways out denied; attempted: "
+    if private["proved"] is None:
+        return Finding("privacy", value + private["covered"], None, "sudo apt install strace")
+    value += ", ".join(f"{kind} {count}" for kind, count in attempted.items()) if attempted else "?"
+    remedy = f"not denied: {', '.join(opened) or 'none'}. Do not rely on it here, and report it"
+    return _judged("privacy", value, private["proved"], remedy)
 
 
 def show(findings: list[Finding]) -> None:

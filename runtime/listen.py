@@ -30,10 +30,12 @@ def run(args) -> dict:
     options.check(args)
     if args.fast and not args.wav:
         raise TinyAlignError("--fast is for recordings and a microphone has no other speed: give --wav too")
+    seal = options.prepare_seal(args)
     bundle = Bundle.open(args.bundle)
     sample_rate = bundle.manifest.front_end.sample_rate
     endpointer, show, seen = Endpointer(sample_rate), _Screen(args.json), []
     with _source(args, sample_rate) as source, options.load_for_long(args, bundle) as assistant:
+        sealed = seal(microphone=not args.wav)
         session = assistant.listen(args.instruction, options.decoding(args))
         events = contextlib.closing(listen(session, source, endpointer))
         with contextlib.suppress(KeyboardInterrupt), events as heard:  # Ctrl-C: the way to stop a microphone
@@ -43,7 +45,8 @@ def run(args) -> dict:
                 show(event)
         turns = [event for event in seen if isinstance(event, TurnEnded)]
         notices = [event for event in seen if isinstance(event, Notice)]
-        return _report(turns, notices, session) | {"backend": args.backend, "user": args.user}
+        chosen = {"backend": args.backend, "user": args.user}
+        return _report(turns, notices, session) | chosen | sealed
 
 
 def _source(args, sample_rate: int):

@@ -17,6 +17,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--backend", default="onnxruntime", help="onnxruntime (default) or tensorrt")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument("--context", type=int, help="positions of a conversation (default: the LLM's)")
+    parser.add_argument("--sealed", action="store_true", help="once loaded, give up network and writing (Linux)")
 
 
 def check(args) -> None:
@@ -46,6 +47,24 @@ def load_for_long(args, bundle):
         need = budget(bundle, args.backend, args.context or bundle.manifest.llm.max_context)
         print(f"tiny-align: about {need}", file=sys.stderr)
     return load(args, bundle)
+
+
+def prepare_seal(args):
+    """With `--sealed`, restrict writing to the users, before anything is loaded.
+
+    Returns:
+        What seals the rest, to be called when everything is loaded; it takes whether a microphone
+        is open, and returns what the document says about the seal.
+    Raises:
+        TinyAlignError: this system cannot seal a process.
+    """
+    from tiny_align.runtime.sealing import Seal
+
+    if not args.sealed:
+        return lambda microphone=False: {}
+    users = args.users or args.bundle / "users"
+    seal = Seal([users] if users.is_dir() else [])
+    return lambda microphone=False: {"sealed": seal.close(microphone)}
 
 
 def decoding(args):

@@ -16,7 +16,9 @@ def run(args) -> dict:
     from tiny_align.runtime.audio import read_audio
 
     options.check(args)
+    seal = options.prepare_seal(args)
     with options.load(args) as assistant:
+        sealed = seal()
         audio = read_audio(args.audio, assistant.sample_rate, assistant.max_speech_s)
         events = assistant.stream(audio, args.instruction, options.decoding(args))
         answer = collect(shown(events, quiet=args.json), len(audio) / assistant.sample_rate)
@@ -29,6 +31,7 @@ def run(args) -> dict:
         "audio_s": round(answer.audio_s, 3),
         "backend": args.backend,
         "user": args.user,
+        **sealed,
     }
 
 

@@ -5,6 +5,7 @@ The shipped files are only read. `threads=1` everywhere: the same numbers on eve
 
 import contextlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -42,6 +43,49 @@ def bundle_path() -> Path:
 def voice_path() -> Path:
     """The shipped recordings with their metadata.jsonl; read only."""
     return REFERENCE / "voice"
+
+
+class Watched(NamedTuple):
+    """What a process left behind, and what it tried."""
+
+    outcome: Outcome
+    attempts: list[str]  # lines of strace's: sockets and addresses beyond this machine, DNS
+    files: list[str]  # in its HOME, which was empty
+
+
+@pytest.fixture(scope="session")
+def offline():
+    """What starts a process without any network interface, by strace; skips where that cannot be."""
+    for unshare in (["unshare", "-n"], ["unshare", "-rn"]):
+        command = [*unshare, "strace", "-f", "-qq", "--seccomp-bpf", "-e", "trace=%network,openat"]
+        with contextlib.suppress(OSError):
+            if subprocess.run([*command, "true"], capture_output=True).returncode == 0:
+                return command
+    pytest.skip("needs strace and permission for `unshare -n`")
+
+
+@pytest.fixture
+def watch(offline, tmp_path):
+    """Run a program without a network and with an empty HOME: watch(*command, stdin="") -> Watched."""
+    from tiny_align.runtime import proof, telemetry
+
+    home, trace = tmp_path / "home", tmp_path / "trace"
+    set_by_us = ("ORT_", "HF_", "XDG_", "MPL", *telemetry.OFF)
+    ci = ("CI", "GITHUB_", "GITLAB_", "JENKINS_", "BUILDKITE", "TF_BUILD")  # ONNX Runtime is quiet there
+    env = {k: v for k, v in os.environ.items() if not k.startswith((*set_by_us, *ci))}
+    home.mkdir()
+
+    def run(*command, stdin: str = "") -> Watched:
+        line = [*offline, "-o", trace, *(str(part) for part in command)]
+        done = subprocess.run(
+            line, env=env | {"HOME": str(home)}, input=stdin, capture_output=True, text=True, timeout=300
+        )
+        lines = trace.read_text(errors="replace").splitlines()
+        files = sorted(path.relative_to(home).as_posix() for path in home.rglob("*"))
+        outcome = Outcome(done.returncode, done.stdout, done.stderr)
+        return Watched(outcome, [text for text in lines if proof.is_network(text)], files)
+
+    return run
 
 
 @pytest.fixture

