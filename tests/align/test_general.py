@@ -270,6 +270,23 @@ def test_recordings_that_cannot_be_used_are_left_out_and_named(run_cli, untraine
     got = run_cli(*arguments(untrained, some_words, "--steps", 1)).document
     assert (got["utterances"], got["left_out"]) == (N - 2, 2)
     assert "3.wav" in caplog.text and "5.wav" in caplog.text and "'字'" in caplog.text
+    assert [got["data"][k] for k in ("train", "validation", "test", "left_out")] == [N - 2, 0, 1, 2]
+    assert {entry["count"] for entry in got["data"]["reasons"]} == {1}
+
+
+def test_a_validation_split_judges_the_training_and_test_recordings_are_optional(
+    run_cli, untrained, some_words, change_rows
+):
+    def dev(rows):
+        del rows[-1]
+        for row in rows[:3]:
+            row["split"] = "Dev"
+
+    (some_words / "1.wav").write_bytes(b"no audio")
+    change_rows(some_words, dev)
+    got = run_cli(*arguments(untrained, some_words, "--steps", 1)).document
+    assert [got["data"][k] for k in ("train", "validation", "test", "left_out")] == [N - 3, 2, 0, 1]
+    assert (got["utterances"], got["n_test"]) == (N - 3, 0)
 
 
 def test_too_few_recordings_are_refused_before_anything_is_heard(run_cli, home, words, encoded):
@@ -287,7 +304,7 @@ def test_no_usable_recording_is_refused(run_cli, home, some_words, change_rows):
     for i in range(1, N):
         soundfile.write(some_words / f"{i}.wav", np.zeros(8_000), 16_000)
     change_rows(some_words, silent)
-    refused(run_cli(*arguments(home, some_words)), "0 recordings that can be trained on", "the log says")
+    refused(run_cli(*arguments(home, some_words)), "0 recordings that can be trained on", "nothing was heard (")
 
 
 def test_a_data_set_without_a_train_split_is_refused(run_cli, home, some_words, change_rows):
