@@ -33,7 +33,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> dict:
-    from tiny_align.align.datasets import load_dataset, split_of
+    from tiny_align.align.datasets import SPLITS, load_dataset, split_of
 
     report = DataReport()
     utterances = load_dataset(args.data, args.speaker, report)
@@ -41,11 +41,11 @@ def run(args) -> dict:
     options = {"users": args.users, "backend": args.backend, "threads": args.threads}
     with Assistant.load(args.bundle, args.user, **options) as assistant:
         heard = hear(assistant, chosen, args.instruction, report=report)
-        report.used = dict(Counter(h.split for h in heard))
+        report.used = dict.fromkeys(SPLITS, 0) | Counter(h.split for h in heard)
         print(report, file=sys.stderr)
         quality = asdict(score(assistant, heard, args.instruction))
     rows, others = quality.pop("rows"), Counter(u.split for u in utterances) - Counter(u.split for u in chosen)
-    data = {"other_splits": dict(others)} | report.document()
+    data = report.document() | {"other_splits": dict(others)}
     result = quality | {"backend": args.backend, "user": args.user, "data": data}
     return result | ({"rows": rows} if args.rows else {})
 

@@ -345,6 +345,7 @@ def test_a_manifest_without_splits(tmp_path):
         ({"offset": "1.0"}, "offset is '1.0'; expected seconds"),
         ({"duration": True}, "duration is True; expected seconds"),
         ({"duration": float("nan")}, "duration is nan; expected seconds"),
+        ({"duration": 10**400}, "duration is 10+; expected seconds"),
         ({"duration": 0}, "duration is 0; expected seconds above 0"),
     ],
 )

@@ -166,7 +166,7 @@ def test_recordings_that_cannot_be_used_are_left_out_and_named(run_cli, bundle_p
     reasons = {entry["reason"]: entry for entry in data["reasons"]}
     assert {entry["count"] for entry in reasons.values()} == {1} and len(reasons) == 5
     assert reasons["nothing was heard"]["example"].startswith("silent.wav: nothing was heard")
-    assert "data: 1 test used; left out 5: nothing was heard (1, e.g. silent.wav" in done.stderr
+    assert "data: 0 train, 0 validation, 1 test used; left out 5: nothing was heard (1, e.g. silent.wav" in done.stderr
     for name in ("silent.wav", "short.wav", "cut.flac", "none.wav", "'字'"):
         assert name in caplog.text
 

@@ -243,6 +243,18 @@ def test_features_are_in_memory_only_while_their_batch_is(tmp_path):
     assert while_training < 0.4 * MANY * 2**20, f"{while_training / 2**20:.0f} MiB"
 
 
+def test_the_same_examples_judged_by_others_are_another_training():
+    projector = build_projector(
+        dataclasses.asdict(ProjectorConfig(feature_size=4, embedding_size=8, hidden_size=8, n_layers=0, kind="mlp"))
+    )
+    examples = [Example(np.full((3, 4), i, np.float32), [1], [3]) for i in range(3)]
+    options, objective = TrainOptions("ctc", parts=(), far=None), make(TrainOptions("ctc"), torch.randn(5, 8), 1.0)
+    prints = {
+        Trainer(projector, examples[n:], objective, options, None, validation=examples[:n]).fingerprint for n in (1, 2)
+    }
+    assert len(prints) == 2
+
+
 # --- refused ---
 
 
