@@ -28,9 +28,10 @@ _REPLACEMENT = re.compile(r"\[:\s+(.+)\]")  # of a word that is none; [:: ...] i
 _NOT_SAID = re.compile(r"[&#].*|0(?!\.?\d).*|\([\d.:]+\)|[.∙]?h{2,}")  # &-um &=laughs #, 0omitted, (.) (1.5), ∙hh
 _JOINERS = str.maketrans("_+", "  ")  # ice+cream, Mary_Poppins
 _FORM = re.compile(r"(?<=.)[@$].*")  # b@l, hola@s:spa, dog$n: what kind of word it is
-_MARKS = str.maketrans("", "", "():^ˈˌː„‡⁇⁎⁑§∙‹›〔〕“”\u0332\u0305\u0331")  # restored letters, lengthening, voices
+_MARKS = str.maketrans("", "", '():^ˈˌː„‡⁇⁎⁑§∙‹›〔〕“”"\u0332\u0305\u0331')  # restored letters, lengthening, voices
 _YAWN_OR_ASPIRATION = str.maketrans("", "", "ΫἩ")  # letters in Greek only
 _GREEK = re.compile(r"[\u0370-\u03ff\u1f00-\u1fff]")
+_HEARD = re.compile(r"\w|^[.,?!;]+$")  # a word, or what ends or divides an utterance
 _SYMBOLS = ("Sm", "So", "Sk", "Co", "Cn")  # ↑ ∆ ° ☺ ♋ ▁ and their like
 _UNINTELLIGIBLE = frozenset(("xxx", "yyy", "www"))
 _UNKNOWN_TARGET = "x@n"  # AphasiaBank: a neologism whose target nobody knows
@@ -160,7 +161,7 @@ def _apply(code: str, items: list[list[str]]) -> None:
     """Repeat or replace the last item; every other code (retraced, excluded, overlapped, explained) changes no word."""
     repeated, replacement = _REPEATED.fullmatch(code), _REPLACEMENT.fullmatch(code)
     if items and repeated:
-        items[-1] = items[-1] * int(repeated[1])
+        items[-1] = items[-1] * max(1, int(repeated[1]))
     elif items and replacement:
         items[-1] = ["xxx"] if replacement[1] == _UNKNOWN_TARGET else replacement[1].split()
 
@@ -171,4 +172,5 @@ def _clean_word(word: str) -> str:
     word = _FORM.sub("", word).translate(_JOINERS).translate(_MARKS)
     if not _GREEK.search(word.translate(_YAWN_OR_ASPIRATION)):
         word = word.translate(_YAWN_OR_ASPIRATION)
-    return "".join(c for c in word if unicodedata.category(c) not in _SYMBOLS)
+    word = "".join(c for c in word if unicodedata.category(c) not in _SYMBOLS)
+    return word if _HEARD.search(word) else ""

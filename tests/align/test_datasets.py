@@ -553,6 +553,7 @@ def test_missing_media(tmp_path):
         ("+≋ so I ≡ went ↑up ↓down ⇗", "so I went up down"),
         ("+≈ “come” he said ∞", "come he said"),
         ("↫b-b↫ball ≠and b̲a:d .", "ball and bad."),
+        ('"so" -> no - [x 0] well [x 0] .', "so no well."),
         ("Ϋπνος dog$n café .", "Ϋπνος dog café."),
         ("<unclosed group .", "unclosed group."),
         ("stray> group .", "stray group."),
