@@ -1,29 +1,30 @@
 """A person's recordings with what they said, from the forms people already have.
 
-Three forms are recognised: a folder with metadata.jsonl or metadata.csv (Hugging Face's "audiofolder"), a
-JSON-lines manifest (NeMo's), and CHAT transcripts (TalkBank's .cha, one or a folder of them) beside their media.
-Texts are NFC and otherwise as transcribed; CHAT is reduced to what the speaker meant to say. This reads no
-audio until `Utterance.load`, downloads nothing and neither lower-cases nor tokenizes.
+Recognised are a table (CSV, tab-separated text, JSON lines or a JSON array) that names recordings and texts, by itself,
+as a folder's metadata file, as one file for each split or in each split's folder (Hugging Face's "audiofolder", NeMo's
+manifests, Common Voice); and CHAT transcripts (TalkBank's .cha) beside their media. Texts are NFC and otherwise as
+transcribed. This reads no audio until `Utterance.load`, downloads nothing and neither lower-cases nor tokenizes.
 """
 
-import csv
-import io
-import json
 import logging
-import math
+import os
 import re
 import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
 import numpy as np
 
+from tiny_align.align.chat import clean_chat, read_transcript
+from tiny_align.align.data_report import DataReport
+from tiny_align.align.tables import CSV_SUFFIXES, JSON_SUFFIXES, described, read_rows
 from tiny_align.runtime.audio import read_audio, read_segment
 from tiny_align.runtime.errors import DataError
+
+__all__ = ["Utterance", "clean_chat", "leave_out_unknown_splits", "load_dataset", "split_of"]
 
 log = logging.getLogger(__name__)
 
@@ -31,11 +32,20 @@ FORMS = (
     "a folder with metadata.jsonl or metadata.csv (file_name, transcription), "
     "a .jsonl manifest (audio_filepath, text), or CHAT transcripts (.cha) beside their audio"
 )
-METADATA_FILES = ("metadata.jsonl", "metadata.csv")
-MANIFEST_SUFFIXES = (".jsonl", ".json")  # NeMo calls its JSON lines .json
+METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.json")
+TABLE_SUFFIXES = (*CSV_SUFFIXES, *JSON_SUFFIXES)  # NeMo calls its JSON lines .json
 MEDIA_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
-SPLIT_FOLDERS = ("train", "test")
+AUDIO_COLUMNS = ("file_name", "audio_filepath", "audio_path", "path", "audio", "file")  # the first one present is taken
+TEXT_COLUMNS = ("transcription", "text", "sentence", "transcript")
+TIMED_COLUMN = "audio_filepath"  # a manifest's: offset and duration choose a part of the file
+CLIPS = "clips"  # Common Voice's folder, which its tables leave out
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "devel", "eval", "evaluation"),
+    "test": ("test", "testing"),
+}
 TEST_ONE_IN = 5
+MOST_S = 1e9  # of a manifest's offset or duration
 
 
 @dataclass(frozen=True)
@@ -56,33 +66,37 @@ class Utterance:
         return read_segment(self.audio, sample_rate, self.start_s or 0.0, self.end_s)
 
 
-def load_dataset(path: Path | str, speaker: str | None = None) -> list[Utterance]:
+def load_dataset(path: Path | str, speaker: str | None = None, report: DataReport | None = None) -> list[Utterance]:
     """The utterances of a data set, in the order of its files.
 
     Args:
         path: one of FORMS.
         speaker: only this person; for CHAT a speaker's code, by default PAR or the only one there is.
+        report: counts what is left out; None: the log says it.
 
     Raises:
         DataError: nothing there, an unknown form, a bad row, audio that is missing, or no utterances.
     """
-    path = Path(path)
-    transcripts = _transcripts(path)
-    if transcripts:
-        utterances = _read_transcripts(transcripts, speaker)
-    else:
-        utterances = _of_speaker(list(_read_table(_table(path))), speaker, path)
-    if not utterances:
+    path, counted = Path(path), report or DataReport()
+    try:
+        utterances = _load(path, speaker, counted)
+    except OSError as error:
         raise DataError(
-            f"{path}: no utterances; expected at least one recording with its text (the log says what was skipped)."
-        )
+            f"{error.filename or path}: cannot be read ({error.strerror}); give a path you have the right to read."
+        ) from error
+    if not utterances:
+        explained = counted.explained() or "it holds no row"
+        raise DataError(f"{path}: no utterances; expected at least one recording with its text ({explained}).")
+    if report is None and counted.left_out:
+        log.warning("%s: %s", path, counted.explained())
     return utterances
 
 
 def split_of(utterances: Iterable[Utterance], name: str) -> list[Utterance]:
-    """The utterances of one split, or a DataError that lists the splits there are."""
+    """The utterances of one split, by any of its names, or a DataError that lists the splits there are."""
     utterances = list(utterances)
-    chosen = [utterance for utterance in utterances if utterance.split == name]
+    wanted = _known_split(name) or name
+    chosen = [utterance for utterance in utterances if utterance.split == wanted]
     if not chosen:
         counts = Counter(utterance.split for utterance in utterances)
         there = ", ".join(f"{split} ({count})" for split, count in sorted(counts.items())) or "none"
@@ -90,102 +104,157 @@ def split_of(utterances: Iterable[Utterance], name: str) -> list[Utterance]:
     return chosen
 
 
-def _transcripts(path: Path) -> list[Path]:
-    """The CHAT files at `path`; none when it is of another form."""
+def leave_out_unknown_splits(utterances: Iterable[Utterance], report: DataReport) -> None:
+    """Count what is in no split that a training uses."""
+    for utterance in utterances:
+        if utterance.split not in SPLITS:
+            report.leave_out(f"of split {utterance.split!r}, none of {', '.join(SPLITS)}", utterance.audio.name)
+
+
+def _load(path: Path, speaker: str | None, report: DataReport) -> list[Utterance]:
     if not path.exists():
         raise DataError(f"{path}: no such file or folder; expected {FORMS}.")
+    files = _Files()
+    if tables := _tables(path):
+        utterances = [u for table, split in tables for u in _read_table(table, split, files)]
+        return _of_speaker(utterances, speaker, path, report)
+    if transcripts := _transcripts(path):
+        return [u for file in transcripts for u in _read_chat(file, path, speaker, files, report)]
+    raise DataError(f"{path}: {_unknown(path)}; expected {FORMS}.")
+
+
+# --- which files ---
+
+
+def _tables(path: Path) -> list[tuple[Path, str | None]]:
+    """The tables of a data set, each with the split that its own name or folder gives it."""
+    if not path.is_dir():
+        named = _known_split(path.stem)  # a training set by itself has its own test set drawn
+        return [(path, None if named == "train" else named)] if path.suffix.lower() in TABLE_SUFFIXES else []
+    if metadata := _one_of_each([path / name for name in METADATA_FILES if (path / name).exists()]):
+        return [(metadata[0], None)]
+    inside = [file for file in sorted(path.iterdir()) if file.suffix.lower() in TABLE_SUFFIXES]
+    if named := [file for file in inside if _known_split(file.stem)]:
+        if others := [file.name for file in inside if file not in named]:
+            log.warning("%s: not read, as its name is no split's: %s", path, ", ".join(others))
+        return [(file, _known_split(file.stem)) for file in _one_of_each(named)]
+    nested = [file for depth in ("*", "*/*") for name in METADATA_FILES for file in path.glob(f"{depth}/{name}")]
+    return [(file, _split_of_folders(file.relative_to(path).parts[:-1])) for file in _one_of_each(sorted(nested))]
+
+
+def _one_of_each(files: list[Path]) -> list[Path]:
+    """The files, unless two differ in their form only: which one is meant, nobody knows."""
+    for one, other in zip(files, files[1:]):
+        if one.with_suffix("") == other.with_suffix(""):
+            raise DataError(
+                f"{one.parent}: holds both {one.name} and {other.name}; expected one of them, remove the other "
+                "or give the file itself."
+            )
+    return files
+
+
+def _transcripts(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path] if path.suffix.lower() == ".cha" else []
-    if any((path / name).is_file() for name in METADATA_FILES):
-        return []
-    return sorted(file for file in path.iterdir() if file.suffix.lower() == ".cha")
+    found = (file for file in path.rglob("*") if file.suffix.lower() == ".cha")
+    return sorted(file for file in found if not file.name.startswith("._"))  # what macOS puts beside a file
 
 
-def _table(path: Path) -> Path:
-    """The file with the rows: the manifest itself or a folder's metadata."""
-    if path.is_dir():
-        found = [path / name for name in METADATA_FILES if (path / name).is_file()]
-        if not found:
-            raise DataError(f"{path}: a folder of no known form; expected {FORMS}.")
-        return found[0]
-    if path.name not in METADATA_FILES and path.suffix.lower() not in MANIFEST_SUFFIXES:
-        raise DataError(f"{path}: a file of no known form; expected {FORMS}.")
-    return path
+def _unknown(path: Path) -> str:
+    """What is there instead of a data set."""
+    if not path.is_dir():
+        return "a file of no known form"
+    tables = sorted(file.name for file in path.iterdir() if file.suffix.lower() in TABLE_SUFFIXES)
+    hint = f" (give {' or '.join(tables[:3])} itself, if it is one)" if tables else ""
+    return f"a folder of no known form{hint}"
 
 
-# --- rows: metadata and manifests ---
+@dataclass
+class _Files:
+    """Finds files whose names may be spelt in another Unicode normalisation form than on disk."""
+
+    names: dict[Path, dict[str, str]] = field(default_factory=dict)  # folder -> NFC name -> name on disk
+
+    def find(self, folder: Path, name: str) -> Path | None:
+        """The file `name` in `folder`, which may also be written as on Windows; None: there is none."""
+        for spelling in dict.fromkeys((name, name.strip(), name.strip().replace("\\", "/"))):
+            found = folder / spelling
+            found = found if found.is_file() else self._by_parts(folder, PurePath(spelling))
+            if found and found.is_file():
+                return found
+        return None
+
+    def _by_parts(self, folder: Path, name: PurePath) -> Path | None:
+        for part in name.parts:
+            if not (folder / part).exists():
+                part = self._listed(folder).get(unicodedata.normalize("NFC", part))
+            if part is None:
+                return None
+            folder = folder / part
+        return folder
+
+    def _listed(self, folder: Path) -> dict[str, str]:
+        if folder not in self.names:
+            names = os.listdir(folder) if folder.is_dir() else []
+            self.names[folder] = {unicodedata.normalize("NFC", name): name for name in names}
+        return self.names[folder]
 
 
-@dataclass(frozen=True)
-class _Fields:
-    """What a form calls its columns."""
-
-    audio: str
-    texts: tuple[str, ...]  # the first one present is taken
-    timed: bool  # offset and duration choose a part of the file
+# --- rows ---
 
 
-_METADATA = _Fields("file_name", ("transcription", "text", "sentence"), timed=False)
-_MANIFEST = _Fields("audio_filepath", ("text",), timed=True)
+def _read_table(file: Path, split: str | None, files: _Files) -> Iterator[Utterance]:
+    rows = [(where, row, _row_text(row, AUDIO_COLUMNS, where)) for where, row in read_rows(file, AUDIO_COLUMNS)]
+    absolute = [os.path.dirname(name) for _, _, name in rows if os.path.isabs(name)]
+    base = os.path.dirname(os.path.commonpath(absolute)) if absolute else ""
+    for where, row, name in rows:
+        if file.suffix.lower() in CSV_SUFFIXES:
+            row |= {column: _number(row[column]) for column in ("offset", "duration") if column in row}
+        audio, text = _audio(row, name, where, file.parent, files), _tidy(_row_text(row, TEXT_COLUMNS, where))
+        start_s, end_s = _times(row, where) if TIMED_COLUMN in row else (None, None)
+        speaker = _label(row, ("speaker", "speaker_id"), where)
+        folders = PurePath(_below(name.replace("\\", "/"), file.parent, base)).parts[:-1]
+        chosen = _row_split(row, where) or _split_of_folders(folders) or split or _split_of_text(text)
+        yield Utterance(audio, text, chosen, start_s, end_s, speaker)
 
 
-def _read_table(file: Path) -> Iterator[Utterance]:
-    fields = _METADATA if file.name in METADATA_FILES else _MANIFEST
-    rows = _csv_rows if file.suffix == ".csv" else _json_rows
-    for line, row in rows(file):
-        yield _utterance(row, f"{file}, line {line}", file.parent, fields)
-
-
-def _json_rows(file: Path) -> Iterator[tuple[int, dict]]:
-    for line, text in enumerate(_read_text(file).split("\n"), start=1):
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{file}, line {line}: invalid JSON ({error}); expected one object per line.") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{file}, line {line}: got a {type(row).__name__}; expected one JSON object per line.")
-        yield line, row
-
-
-def _csv_rows(file: Path) -> Iterator[tuple[int, dict]]:
-    reader = csv.DictReader(io.StringIO(_read_text(file)), strict=True)
-    try:
-        for row in reader:
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise DataError(f"{file}, line {reader.line_num + 1}: invalid CSV ({error}); correct it.") from error
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 text (at byte {error.start}); save it as UTF-8.") from error
-
-
-def _utterance(row: dict, where: str, folder: Path, fields: _Fields) -> Utterance:
-    name = _field(row, (fields.audio,), where)
-    text = _tidy(_field(row, fields.texts, where))
-    audio = folder / name
-    if not audio.is_file():
-        raise DataError(f"{where}: audio file {audio} does not exist; put it there or correct {fields.audio}.")
-    start_s, end_s = _times(row, where) if fields.timed else (None, None)
-    speaker = row.get("speaker") or row.get("speaker_id")
-    return Utterance(audio, text, _split(row, name, text), start_s, end_s, speaker and str(speaker))
-
-
-def _field(row: dict, names: tuple[str, ...], where: str) -> str:
-    value = next((row[name] for name in names if row.get(name) is not None), None)
-    if not isinstance(value, str) or not value.strip():
+def _row_text(row: dict, names: tuple[str, ...], where: str) -> str:
+    present = [name for name in names if name in row]
+    if not present:
         wanted, there = " or ".join(names), ", ".join(map(str, row)) or "nothing"
         raise DataError(f"{where}: no text in the field {wanted}; the row has {there}. Add it or remove the row.")
+    name = next((name for name in present if row[name] is not None), present[0])
+    value = row[name]
+    if not isinstance(value, str):
+        raise DataError(f"{where}: the field {name} holds {described(value)}; expected text, write it in quotes.")
+    if not value.strip():
+        raise DataError(f"{where}: no text in the field {name}, it is empty; add it or remove the row.")
+    if not value.isprintable() and re.search("[\ud800-\udfff]", value):
+        raise DataError(f"{where}: the field {name} holds half a character ({value!r}); expected text, correct it.")
     return value
+
+
+def _audio(row: dict, name: str, where: str, folder: Path, files: _Files) -> Path:
+    found = files.find(folder, name) or files.find(folder / CLIPS, name)
+    if found is None:
+        column = next(column for column in AUDIO_COLUMNS if column in row)
+        raise DataError(f"{where}: audio file {folder / name} does not exist; put it there or correct {column}.")
+    return found
 
 
 def _tidy(text: str) -> str:
     return unicodedata.normalize("NFC", " ".join(text.split()))
+
+
+def _label(row: dict, names: tuple[str, ...], where: str) -> str | None:
+    """A text or a number that names something, such as a speaker; None: there is none."""
+    name = next((name for name in names if row.get(name) not in (None, "")), None)
+    if name is None:
+        return None
+    value = row[name]
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise DataError(f"{where}: the field {name} holds {described(value)}; expected text, correct it.")
+    return str(value).strip() or None
 
 
 def _times(row: dict, where: str) -> tuple[float | None, float | None]:
@@ -196,21 +265,52 @@ def _times(row: dict, where: str) -> tuple[float | None, float | None]:
     return offset, None if duration is None else (offset or 0.0) + duration
 
 
+def _number(text: str) -> float | str | None:
+    """A CSV field as JSON has it: a number, nothing, or else the text, to be refused."""
+    try:
+        return float(text) if text.strip() else None
+    except ValueError:
+        return text
+
+
 def _seconds(row: dict, name: str, where: str) -> float | None:
     value = row.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < MOST_S:
         raise DataError(f"{where}: {name} is {value!r}; expected seconds, a number from 0 up.")
     return float(value)
 
 
-def _split(row: dict, name: str, text: str) -> str:
-    """What the row says, or the train/ or test/ folder its audio is in, or a matter of its text."""
-    if row.get("split"):
-        return str(row["split"])
-    folder = PurePath(name).parts[0]
-    return folder if folder in SPLIT_FOLDERS else _split_of_text(text)
+# --- splits ---
+
+
+def _known_split(name: str) -> str | None:
+    """The split of one of its usual names, alone or first: train, Training, dev-clean, test.other."""
+    first = re.split(r"[-._ \d]", name.strip().casefold(), maxsplit=1)[0]
+    return next((split for split, names in SPLITS.items() if first in names), None)
+
+
+def _row_split(row: dict, where: str) -> str | None:
+    """What the row says, a split that nobody knows too."""
+    if row.get("split") in (None, ""):
+        return None
+    if not isinstance(row["split"], str):
+        raise DataError(f"{where}: the field split holds {described(row['split'])}; expected {', '.join(SPLITS)}.")
+    return _known_split(row["split"]) or row["split"].strip() or None
+
+
+def _split_of_folders(folders: Iterable[str]) -> str | None:
+    """The split that the innermost folder with a split's name tells."""
+    return next(filter(None, map(_known_split, reversed(list(folders)))), None)
+
+
+def _below(name: str, folder: Path, base: str) -> str:
+    """An absolute path from the table's folder on or, outside, from `base`: what lies above says nothing of a split."""
+    if not os.path.isabs(name):
+        return name
+    inside = PurePath(name).is_relative_to(folder.resolve())
+    return os.path.relpath(name, folder.resolve() if inside else base)
 
 
 def _split_of_text(text: str) -> str:
@@ -218,157 +318,40 @@ def _split_of_text(text: str) -> str:
     return "train" if zlib.crc32(text.casefold().encode(errors="replace")) % TEST_ONE_IN else "test"
 
 
-def _of_speaker(utterances: list[Utterance], speaker: str | None, path: Path) -> list[Utterance]:
+def _of_speaker(utterances: list[Utterance], speaker: str | None, path: Path, report: DataReport) -> list[Utterance]:
     if speaker is None:
         return utterances
     chosen = [utterance for utterance in utterances if utterance.speaker == speaker]
     if not chosen:
         there = ", ".join(sorted({utterance.speaker or "(none given)" for utterance in utterances}))
         raise DataError(f"{path}: nothing by speaker {speaker!r}; its speakers are: {there}.")
+    for utterance in utterances:
+        if utterance.speaker != speaker:
+            report.leave_out("by another speaker", f"{utterance.audio.name} by {utterance.speaker or '(none given)'}")
     return chosen
 
 
-# --- CHAT: MacWhinney, "Tools for Analyzing Talk, Part 1: The CHAT Transcription Format" ---
-
-_TIER = re.compile(r"\*([^:\s]+):\s*(.*)")
-_BULLET = re.compile(r'\x15-?(?:%\w+:"[^"]*"_)?(\d+)_(\d+)-?\x15')  # start_end in ms between NAKs; the older form too
-_LINKER = re.compile(r'\+["/.,!?^<+~≈]+')  # +... +/. +"/. and their like, and what opens an utterance: +< +" ++
-_TOKEN = re.compile(r"\[[^\]]*\]|[<>]|[^\s\[\]<>]+")
-_RETRACED = re.compile(r"\[(/|//|///|/-|/\?|e)\]")  # what it follows was said again, or is not to count
-_REPLACEMENT = re.compile(r"\[::?\s+(.+)\]")
-_NOT_SAID = re.compile(r"[&#].*|0(?!\.?\d).*|\([\d.:]+\)")  # &-um &+fr &=laughs #, 0omitted, pauses (.) (1.5)
-_JOINERS = str.maketrans("_+", "  ")  # ice+cream, Mary_Poppins
-_MARKS = str.maketrans("", "", "():^ˈˌ≠„‡⌈⌉⌊⌋↑↓→↗↘⇗⇘∆∇°‹›〔〕")  # restored letters, lengthening, stress, overlap
-_UNINTELLIGIBLE = frozenset(("xxx", "yyy", "www"))
-_UNKNOWN_TARGET = "x@n"  # AphasiaBank: a neologism whose target nobody knows
+# --- CHAT ---
 
 
-def _read_transcripts(files: list[Path], speaker: str | None) -> list[Utterance]:
-    skipped: Counter[str] = Counter()
-    utterances = [utterance for file in files for utterance in _read_transcript(file, speaker, skipped)]
-    if skipped:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
-        log.warning("%s: skipped %d utterances: %s", files[0].parent, skipped.total(), reasons)
-    return utterances
+def _read_chat(file: Path, path: Path, speaker: str | None, files: _Files, report: DataReport) -> Iterator[Utterance]:
+    transcript = read_transcript(file, speaker, report)
+    audio = _media(file, transcript.media, files)
+    split = _split_of_folders(file.relative_to(path).parts[:-1]) if path.is_dir() else None
+    for said in transcript.utterances:
+        chosen = split or _split_of_text(said.text)
+        yield Utterance(audio, said.text, chosen, said.start_s, said.end_s, transcript.speaker)
 
 
-def _read_transcript(file: Path, speaker: str | None, skipped: Counter) -> Iterator[Utterance]:
-    lines = _read_text(file).replace("\n\t", " ").split("\n")  # a line that starts with a tab continues the last
-    code, audio = _code(file, lines, speaker), _media(file, lines)
-    for tier in filter(None, map(_TIER.match, lines)):
-        if tier[1] != code:
-            continue
-        times, text = _chat_times(tier[2]), clean_chat(_BULLET.sub(" ", tier[2]))
-        reason = _reason_to_skip(times, text)
-        if reason:
-            skipped[reason] += 1
-        else:
-            yield Utterance(audio, text, _split_of_text(text), *times, code)
-
-
-def _reason_to_skip(times: tuple[float, float] | None, text: str) -> str | None:
-    words = re.findall(r"\w+", text)
-    if times is None:
-        return "without time marks"
-    if not words:
-        return "without words"
-    return None if _UNINTELLIGIBLE.isdisjoint(words) else "unintelligible"
-
-
-def _chat_times(tier: str) -> tuple[float, float] | None:
-    """Seconds from the first time mark's start to the last one's end."""
-    marks = _BULLET.findall(tier)
-    if not marks or int(marks[-1][1]) <= int(marks[0][0]):
-        return None
-    return int(marks[0][0]) / 1000, int(marks[-1][1]) / 1000
-
-
-def _header(lines: list[str], name: str) -> list[str]:
-    return [line.split(":", 1)[1].strip() for line in lines if line.startswith(f"@{name}:")]
-
-
-def _codes(lines: list[str]) -> list[str]:
-    """Every speaker that a header declares or a tier belongs to."""
-    people = [person.split() for line in _header(lines, "Participants") for person in line.split(",")]
-    fields = [line.split("|") for line in _header(lines, "ID")]  # language|corpus|code|...
-    tiers = filter(None, map(_TIER.match, lines))
-    declared = [person[0] for person in people if person] + [field[2] for field in fields if len(field) > 2]
-    return list(dict.fromkeys(declared + [tier[1] for tier in tiers]))
-
-
-def _code(file: Path, lines: list[str], speaker: str | None) -> str:
-    """Whose utterances to take: the one asked for, PAR, or the only speaker."""
-    codes = _codes(lines)
-    there = ", ".join(codes) or "none"
-    if speaker is not None and speaker not in codes:
-        raise DataError(f"{file}: no speaker {speaker!r}; its speakers are: {there}.")
-    if speaker is None and "PAR" not in codes and len(codes) != 1:
-        raise DataError(f"{file}: which speaker? It has no PAR; give the code of one of its speakers: {there}.")
-    return speaker or ("PAR" if "PAR" in codes else codes[0])
-
-
-def _media(file: Path, lines: list[str]) -> Path:
-    """The audio that @Media names, beside the transcript or in media/."""
-    headers = _header(lines, "Media")
-    if not headers:
-        raise DataError(f"{file}: no @Media header; add '@Media:\t{file.stem}, audio' to name its recording.")
-    name = headers[0].split(",")[0].strip().strip('"')
+def _media(file: Path, name: str, files: _Files) -> Path:
+    """The recording that @Media names, beside the transcript or in media/."""
     suffixes = ("",) if name.lower().endswith(MEDIA_SUFFIXES) else MEDIA_SUFFIXES
     for folder in (file.parent, file.parent / "media"):
         for suffix in suffixes:
-            for candidate in (folder / f"{name}{suffix}", folder / f"{name}{suffix.upper()}"):
-                if candidate.is_file():
-                    return candidate
+            found = files.find(folder, f"{name}{suffix}") or files.find(folder, f"{name}{suffix.upper()}")
+            if found:
+                return found
     raise DataError(
         f"{file}: audio {name!r} of its @Media header does not exist; "
         f"put {name} ({', '.join(MEDIA_SUFFIXES)}) beside it or in media/."
     )
-
-
-def clean_chat(text: str) -> str:
-    """What the speaker meant to say, without CHAT's codes: 'the [/] the wog [: dog] (be)cause .' -> 'the dog because.'
-
-    Retraced words, fillers, events, pauses and omitted words go; replacements and omitted sounds come in. Time
-    marks are not expected; unintelligible speech stays as xxx, yyy or www.
-    """
-    words = " ".join(filter(None, map(_clean_word, _resolve(_LINKER.sub(" ", text)))))
-    words = re.sub(r"\s+(?=[.,?!;])", "", _tidy(words))
-    return re.sub(r",+(?=[.,?!;])", "", words).lstrip(" ,;")
-
-
-def _resolve(text: str) -> list[str]:
-    """The words left when the codes in brackets have been applied to the word or <group> before them."""
-    stack: list[list[list[str]]] = [[]]  # open groups; each holds items, each item its words
-    for token in _TOKEN.findall(text):
-        if token == "<":
-            stack.append([])
-        elif token == ">":
-            _close(stack)
-        elif token.startswith("["):
-            _apply(token, stack[-1])
-        else:
-            stack[-1].append([token])
-    while len(stack) > 1:  # a group that was never closed
-        _close(stack)
-    return list(chain.from_iterable(stack[0]))
-
-
-def _close(stack: list[list[list[str]]]) -> None:
-    """The innermost group becomes one item of the group around it."""
-    if len(stack) > 1:
-        group = stack.pop()
-        stack[-1].append(list(chain.from_iterable(group)))
-
-
-def _apply(code: str, items: list[list[str]]) -> None:
-    replacement = _REPLACEMENT.fullmatch(code)
-    if items and _RETRACED.fullmatch(code):
-        items.pop()
-    elif items and replacement:
-        items[-1] = ["xxx"] if replacement[1] == _UNKNOWN_TARGET else replacement[1].split()
-
-
-def _clean_word(word: str) -> str:
-    if _NOT_SAID.fullmatch(word):
-        return ""
-    return word.split("@")[0].translate(_MARKS).translate(_JOINERS)

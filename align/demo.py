@@ -5,8 +5,10 @@ person's projector here, answers again while the text streams, and shows the two
 """
 
 import statistics
+from itertools import islice
 from pathlib import Path
 
+from tiny_align.align.data_report import DataReport, each_usable
 from tiny_align.align.personalise import Effort, add_training_arguments, personalise
 
 N_SHOWN, N_STREAMED = 8, 5
@@ -31,8 +33,9 @@ def run(args) -> dict:
     from tiny_align.align.datasets import load_dataset, split_of
 
     bundle, data = args.bundle or shipped("bundle"), args.data or shipped("voice")
-    utterances, users = load_dataset(data), args.out / "users"
-    result, before, after = personalise(bundle, utterances, args.user, users, Effort.of(args))
+    report = DataReport()
+    utterances, users = load_dataset(data, report=report), args.out / "users"
+    result, before, after = personalise(bundle, utterances, args.user, users, Effort.of(args), report=report)
     speed = _stream(bundle, args.user, users, split_of(utterances, "test"), args)
     if not args.json:
         _show(before, after, result | speed)
@@ -46,8 +49,8 @@ def _stream(bundle: Path, user: str, users: Path, utterances: list, args) -> dic
 
     answers = []
     with Assistant.load(bundle, user, users=users, threads=args.threads) as assistant:
-        for utterance in utterances[: N_STREAMED + 1]:  # the first one warms up
-            audio = utterance.load(assistant.sample_rate)
+        recordings = each_usable(utterances, lambda u: u.load(assistant.sample_rate), DataReport())
+        for utterance, audio in islice(recordings, N_STREAMED + 1):  # the first one warms up
             if not args.json and answers:
                 print(f"\n  you said:  {utterance.text}\n  answer:    ", end="", flush=True)
             events = assistant.stream(audio)

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from tiny_align.align.data_report import DataReport, each_usable
 from tiny_align.align.personalise import Effort, add_training_arguments, personalise
 from tiny_align.align.pictures import new_figure
-from tiny_align.runtime.errors import AudioError, DataError, TinyAlignError
+from tiny_align.runtime.errors import DataError, TinyAlignError
 
 
 def add_arguments(parser) -> None:
@@ -39,8 +40,10 @@ def run(args) -> dict:
     new_figure(1, 1)  # if matplotlib is missing, say so before the training
 
     show = sys.stderr if args.json else sys.stdout
-    utterances = _check_all(bundle, _given(args) if args.data else _recorded(bundle, users, args), show)
-    result, _, _ = personalise(args.bundle, utterances, args.user, users, Effort.of(args))
+    report = DataReport()
+    utterances = _given(args, report) if args.data else _recorded(bundle, users, args)
+    good = _check_all(bundle, utterances, show, report)
+    result, _, _ = personalise(args.bundle, good, args.user, users, Effort.of(args), report=report)
     curve = json.loads((Path(result["path"]) / "user.json").read_text())["training"]["curve"]
     print(drawn(curve), file=show)
     return result | {"curve": str(write_curve(curve, Path(result["path"]) / "curve.png", args.user))}
@@ -77,10 +80,10 @@ def _list(bundle, args) -> dict:
     return {"sentences": chosen, "coverage": round(share, 3)}
 
 
-def _given(args) -> list:
+def _given(args, report: DataReport) -> list:
     from tiny_align.align.datasets import load_dataset
 
-    return load_dataset(args.data, args.speaker)
+    return load_dataset(args.data, args.speaker, report)
 
 
 def _recorded(bundle, users: Path, args) -> list:
@@ -99,9 +102,11 @@ def _recorded(bundle, users: Path, args) -> list:
 
 
 def _said_before(folder: Path) -> set[str]:
+    from tiny_align.align.tables import read_rows
+
     path = folder / "metadata.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return {json.loads(line)["transcription"] for line in lines}
+    rows = read_rows(path, ("file_name",)) if path.exists() else []
+    return {row["transcription"] for _, row in rows}
 
 
 def _until_good(microphone, text: str, where: str) -> np.ndarray:
@@ -129,7 +134,7 @@ def _keep(folder: Path, text: str, audio: np.ndarray, sample_rate: int) -> None:
         file.write(json.dumps({"file_name": name, "transcription": text}, ensure_ascii=False) + "\n")
 
 
-def _check_all(bundle, utterances: list, show) -> list:
+def _check_all(bundle, utterances: list, show, report: DataReport) -> list:
     """The recordings that are good enough; says of each other one what is wrong with it.
 
     Raises:
@@ -138,17 +143,20 @@ def _check_all(bundle, utterances: list, show) -> list:
     from tiny_align.align.recording import check_recording
 
     rate, good = bundle.manifest.front_end.sample_rate, []
-    for utterance in utterances:
-        try:
-            remedy = check_recording(utterance.load(rate), rate, utterance.text).remedy
-        except AudioError as error:
-            remedy = str(error)
-        if remedy:
-            print(f"left out {utterance.audio.name}: {remedy}", file=show)
+
+    def remedy(utterance) -> str:
+        return check_recording(utterance.load(rate), rate, utterance.text).remedy
+
+    for utterance, problem in each_usable(utterances, remedy, report):
+        if problem:
+            print(f"left out {utterance.audio.name}: {problem}", file=show)
+            report.leave_out_utterance(utterance, problem)
         else:
             good.append(utterance)
     if not good:
-        raise DataError(f"none of the {len(utterances)} recordings can be used: record them again, see above")
+        raise DataError(
+            f"none of the {len(utterances)} recordings can be used: record them again ({report.explained()})"
+        )
     return good
 
 

@@ -2,16 +2,21 @@
 
 What the LLM answers to speech against what it answers to the same words typed.
 
-ROUGE is against the typed answer (typed is 1.0 by definition); the word error rate is that of a repeated
-sentence against its transcript. The chance level scores every answer against another sentence's typed answer.
+ROUGE is against the typed answer (typed is 1.0 by definition); the word error rate (word_errors.py) is that of a
+repeated sentence against its transcript. The chance level scores every answer against another sentence's typed answer.
 """
 
+import sys
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from tiny_align.align.data_report import DataReport, each_usable
+from tiny_align.align.word_errors import error_rates, normaliser_name
 from tiny_align.runtime.assistant import Assistant
+from tiny_align.runtime.errors import DataError
 
 
 def add_arguments(parser) -> None:
@@ -28,15 +33,21 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> dict:
-    from tiny_align.align.datasets import load_dataset, split_of
+    from tiny_align.align.datasets import SPLITS, load_dataset, split_of
 
-    utterances = load_dataset(args.data, args.speaker)
+    report = DataReport()
+    utterances = load_dataset(args.data, args.speaker, report)
     chosen = utterances if args.split == "all" else split_of(utterances, args.split)
     options = {"users": args.users, "backend": args.backend, "threads": args.threads}
     with Assistant.load(args.bundle, args.user, **options) as assistant:
-        quality = asdict(evaluate(assistant, chosen, args.instruction))
-    rows = quality.pop("rows")
-    return quality | {"backend": args.backend, "user": args.user} | ({"rows": rows} if args.rows else {})
+        heard = hear(assistant, chosen, args.instruction, report=report)
+        report.used = dict.fromkeys(SPLITS, 0) | Counter(h.split for h in heard)
+        print(report, file=sys.stderr)
+        quality = asdict(score(assistant, heard, args.instruction))
+    rows, others = quality.pop("rows"), Counter(u.split for u in utterances) - Counter(u.split for u in chosen)
+    data = report.document() | {"other_splits": dict(others)}
+    result = quality | {"backend": args.backend, "user": args.user, "data": data}
+    return result | ({"rows": rows} if args.rows else {})
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,7 @@ class Quality:
     wer: float
     cer: float
     n: int
+    normaliser: str  # of the texts whose words and characters are compared
     rows: tuple[dict, ...]
 
 
@@ -59,6 +71,7 @@ class Heard:
     text: str
     features: np.ndarray  # (N, Da)
     typed: str  # the LLM's answer to the typed text
+    split: str = "test"
 
 
 def evaluate(assistant: Assistant, utterances: list, instruction: str | None = None, *, quiet: bool = False) -> Quality:
@@ -66,22 +79,33 @@ def evaluate(assistant: Assistant, utterances: list, instruction: str | None = N
     return score(assistant, hear(assistant, utterances, instruction, quiet=quiet), instruction, quiet=quiet)
 
 
-def hear(assistant: Assistant, utterances: list, instruction: str | None = None, *, quiet: bool = False) -> list[Heard]:
-    """What is the same for every projector: features and typed answers.
+def hear(
+    assistant: Assistant,
+    utterances: list,
+    instruction: str | None = None,
+    *,
+    quiet: bool = False,
+    report: DataReport | None = None,
+) -> list[Heard]:
+    """What is the same for every projector: features and typed answers, of the utterances that can be used.
+
+    Args:
+        report: counts the others, each of which the log names.
 
     Raises:
-        AudioError: a recording that cannot be used.
-        DataError: a transcript outside the tokenizer.
+        DataError: none of the utterances can be used.
     """
-    check_transcripts(assistant, utterances)
-    return [
-        Heard(
-            u.text,
-            assistant.features(u.load(assistant.sample_rate)),
-            assistant.answer_text(u.text, instruction).text,
-        )
-        for u in _shown(utterances, "hear", quiet)
-    ]
+
+    def heard(utterance) -> Heard:
+        assistant.llm.encode_words(utterance.text, "the transcript")
+        features = assistant.features(utterance.load(assistant.sample_rate))
+        return Heard(utterance.text, features, assistant.answer_text(utterance.text, instruction).text, utterance.split)
+
+    report = report or DataReport()
+    usable = [h for _, h in each_usable(_shown(utterances, "hear", quiet), heard, report)]
+    if utterances and not usable:
+        raise DataError(f"none of the {len(utterances)} recordings to measure can be used; {report.explained()}")
+    return usable
 
 
 def score(assistant: Assistant, heard: list[Heard], instruction: str | None = None, *, quiet: bool = False) -> Quality:
@@ -90,18 +114,17 @@ def score(assistant: Assistant, heard: list[Heard], instruction: str | None = No
     Args:
         instruction: for the ROUGE answers; None: the bundle's own. The repeats always use the bundle's.
     """
-    import jiwer
-
     rows = [_row(assistant, h, instruction) for h in _shown(heard, "evaluate", quiet)]
     spoken, typed = [r["spoken"] for r in rows], [r["typed"] for r in rows]
-    words, repeated = [r["text"] for r in rows], [r["repeated"] or " " for r in rows]
+    wer, cer = error_rates([r["text"] for r in rows], [r["repeated"] for r in rows])
     return Quality(
         rouge1=rouge(typed, spoken, "rouge1"),
         rougeL=rouge(typed, spoken),
         rougeL_chance=rouge(typed[1:] + typed[:1], spoken),
-        wer=float(jiwer.wer(words, repeated)),
-        cer=float(jiwer.cer(words, repeated)),
+        wer=wer,
+        cer=cer,
         n=len(rows),
+        normaliser=normaliser_name(),
         rows=tuple(rows),
     )
 
@@ -112,12 +135,6 @@ def rouge(wanted: list[str], said: list[str], kind: str = "rougeL") -> float:
 
     scorer = rouge_scorer.RougeScorer([kind])
     return _mean(scorer.score(w, s)[kind].fmeasure for w, s in zip(wanted, said, strict=True))
-
-
-def check_transcripts(assistant: Assistant, utterances: list) -> None:
-    """Raises DataError, naming the recording, for a transcript outside the tokenizer."""
-    for utterance in utterances:
-        assistant.llm.encode_words(utterance.text, f"the transcript of {utterance.audio.name}, {utterance.text!r},")
 
 
 def _shown(items: list, what: str, quiet: bool):

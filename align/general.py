@@ -5,17 +5,18 @@ only: they may be more than memory holds. A run that is killed, in the encoding 
 same command. The bundle's old projector stays unless the new one is better on recordings held out of the training.
 """
 
-import logging
+import sys
 import tempfile
 from pathlib import Path
 
+from tiny_align.align.data_report import DataReport, each_usable
 from tiny_align.align.feature_cache import Stored, cached_file, wordless_files
 from tiny_align.align.objectives import default_for, make
 from tiny_align.align.personalise import Effort, embedding_table, make_examples, open_for
 from tiny_align.align.train import Example, Trained, Trainer, TrainOptions
 from tiny_align.align.users import load_projector, write_general
 from tiny_align.runtime.assistant import Assistant
-from tiny_align.runtime.errors import AudioError, DataError
+from tiny_align.runtime.errors import DataError
 from tiny_align.runtime.files import writing
 
 LEAST = 50  # utterances
@@ -26,76 +27,94 @@ SOUNDS_SHARE, LEAST_SOUNDS, MOST_SOUNDS = 8, 64, 2000  # one beside so many utte
 REPLAYED = 64  # utterances whose features the bundle keeps for the training of a person
 MEASURED = 40  # utterances of the test split that the LLM answers before and after
 
-log = logging.getLogger(__name__)
 
-
-def generalise(bundle_path: Path, utterances: list, effort: Effort, *, quiet: bool = False) -> dict:
+def generalise(
+    bundle_path: Path, utterances: list, effort: Effort, *, quiet: bool = False, report: DataReport | None = None
+) -> dict:
     """Encode, train, put the projector into the bundle -> the command's result.
 
-    The `train` split is trained on; where there is a `test` split, some of it is answered before and after.
+    The `train` split is trained on and the `validation` split, where there is one, judges it; where there is a `test`
+    split, some of it is answered before and after.
+
+    Args:
+        report: of what was left out before; what cannot be used here is added.
 
     Raises:
         BundleError, DataError, AudioError, TinyAlignError: the bundle is as it was.
     """
-    from tiny_align.align.datasets import split_of
+    from tiny_align.align.datasets import leave_out_unknown_splits, split_of
     from tiny_align.align.evaluate import hear, score
 
     path = Path(bundle_path).resolve()
     bundle = open_for(path, effort)
     work = path.with_name(f".{path.name}.align")
-    training = _enough(split_of(utterances, "train")[: effort.utterances])
-    test = [u for u in utterances if u.split == "test"][:MEASURED]
+    report = report or DataReport()
+    leave_out_unknown_splits(utterances, report)
+    training = report.first(split_of(utterances, "train"), effort.utterances, "of the train split (--utterances)")
+    _check_enough(training, report)
+    validation = [u for u in utterances if u.split == "validation"]
+    validation = report.first(validation, MOST_HELD_OUT, "of the validation split, which are enough")
+    test = report.first([u for u in utterances if u.split == "test"], MEASURED, "of the test split, which are enough")
     with writing(path.parent):  # before anything long
         tempfile.TemporaryFile(dir=path.parent).close()
     with Assistant.load(bundle, threads=effort.threads) as assistant:
-        heard = hear(assistant, test, quiet=quiet)
-        before = score(assistant, heard, quiet=quiet) if test and bundle.manifest.projector_trained else None
-        examples = _enough(stored_examples(assistant, training, work / "features", quiet))
-        trained = train_general(assistant, examples, work, effort, quiet)
+        heard = hear(assistant, test, quiet=quiet, report=report)
+        before = score(assistant, heard, quiet=quiet) if heard and bundle.manifest.projector_trained else None
+        training = _stored(assistant, training, work / "features", quiet, report)
+        validation = _stored(assistant, validation, work / "features", quiet, report)
+        _check_enough(training, report)
+        report.used = {"train": len(training), "validation": len(validation), "test": len(heard)}
+        if not quiet:
+            print(report, file=sys.stderr)
+        utterances, features = zip(*training, *validation)
+        examples = make_examples(assistant.llm, [u.text for u in utterances], [features])
+        used, judges = examples[: len(training)], examples[len(training) :]
+        trained = train_general(assistant, used, work, effort, quiet, judges)
         assistant.swap_projector(bundle.graph("projector"))
-        after = score(assistant, heard, quiet=quiet) if test else None
+        after = score(assistant, heard, quiet=quiet) if heard else None
     curve = trained.record["curve"]
-    result = {"path": str(bundle_path), "left_out": len(training) - len(examples), "backend": assistant.backend}
+    result = {"path": str(bundle_path), "left_out": report.left_out, "backend": assistant.backend}
     result |= {k: trained.record[k] for k in ("steps", "ended_by", "train_seconds", "utterances", "improved")}
-    result |= {"held_out_before": curve[0]["held_out"], "held_out_after": curve[-1]["held_out"], "n_test": len(test)}
+    result |= {"held_out_before": curve[0]["held_out"], "held_out_after": curve[-1]["held_out"], "n_test": len(heard)}
     for when, quality in (("before", before), ("after", after)):
         names = ("rouge1", "rougeL", "wer", "cer") if quality else ()
         result |= {f"{name}_{when}": getattr(quality, name) for name in names}
-    return result
+    return result | ({"normaliser": after.normaliser} if after else {}) | {"data": report.document()}
 
 
-def _enough(utterances: list) -> list:
-    if len(utterances) < LEAST:
+def _check_enough(training: list, report: DataReport) -> None:
+    if len(training) < LEAST:
         raise DataError(
-            f"{len(utterances)} recordings that can be trained on: a general projector needs at least {LEAST}, "
-            "better thousands, by many people (the log says what was left out)"
+            f"{len(training)} recordings that can be trained on: a general projector needs at least {LEAST}, "
+            "better thousands, by many people" + (f" ({report.explained()})" if report.left_out else "")
         )
-    return utterances
 
 
-def stored_examples(assistant: Assistant, utterances: list, folder: Path, quiet: bool) -> list[Example]:
-    """Those that can be used, their features in `folder`; the log names each other one and what is wrong with it."""
+def _stored(assistant: Assistant, utterances: list, folder: Path, quiet: bool, report: DataReport) -> list[tuple]:
+    """(utterance, its features in `folder`) for those that can be used."""
     from tqdm import tqdm
 
-    texts, features = [], []
-    for utterance in tqdm(utterances, desc="encode", unit="utt", disable=quiet, mininterval=0.5):
-        try:
-            assistant.llm.encode_words(utterance.text)
-            features.append(Stored(cached_file(assistant, utterance, folder)))
-        except (AudioError, DataError) as error:
-            log.warning("left out %s: %s", utterance.audio, error)
-        else:
-            texts.append(utterance.text)
-    return make_examples(assistant.llm, texts, [features])
+    def stored(utterance) -> Stored:
+        assistant.llm.encode_words(utterance.text, "the transcript")
+        return Stored(cached_file(assistant, utterance, folder))
+
+    shown = tqdm(utterances, desc="encode", unit="utt", disable=quiet or not utterances, mininterval=0.5)
+    return list(each_usable(shown, stored, report))
 
 
 def train_general(
-    assistant: Assistant, examples: list[Example], work: Path, effort: Effort, quiet: bool = False
+    assistant: Assistant,
+    examples: list[Example],
+    work: Path,
+    effort: Effort,
+    quiet: bool = False,
+    validation: list[Example] = (),
 ) -> Trained:
     """Train the assistant's general projector on; what is better than it, or than an untrained one, is the bundle's.
 
     Args:
         work: where the state of the training is kept until it ends, and the features of sounds without a word.
+        validation: what judges the training; none: some of the examples are held out of it.
     Returns:
         The weights that the bundle has now, and the record.
     """
@@ -108,9 +127,8 @@ def train_general(
     wordless = [Example(Stored(path), [], []) for path in sounds]
     projector = load_projector(bundle, bundle.graph("projector"))
     target = make(options, embedding_table(assistant), bundle.manifest.readout.scale)
-    trained = Trainer(projector, examples, target, options, work, wordless, assistant.windows).run(
-        quiet, untrained=untrained
-    )
+    trainer = Trainer(projector, examples, target, options, work, wordless, assistant.windows, validation=validation)
+    trained = trainer.run(quiet, untrained=untrained)
     if trained.record["improved"] or untrained:
         spread = examples[:: max(1, len(examples) // REPLAYED)][:REPLAYED]  # of many people, where they come in turn
         write_general(bundle, trained.weights, spread + wordless[:LEAST_SOUNDS], assistant.llm.speech_tokens)

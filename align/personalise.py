@@ -1,15 +1,18 @@
 """`tiny-align align`: one person's projector, from their recordings to users/NAME, measured before and after.
 
 The person's `train` split is trained on, the `test` split only measured. A run that is killed leaves the person's
-old projector as it was, and the same command resumes it. The bundle's own projector (`--general`) is general.py's.
+old projector as it was, and the same command resumes it. A `validation` split judges the training, where there is
+one. Utterances that cannot be used are left out and named. The bundle's own projector (`--general`) is general.py's.
 """
 
 import os
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tiny_align.align.data_report import DataReport, each_usable
 from tiny_align.align.objectives import LLM_FREE, check, default_for, make
 from tiny_align.runtime.errors import DataError, TinyAlignError, UserError
 
@@ -68,42 +71,68 @@ def run(args) -> dict:
         raise TinyAlignError(
             "--out is for a person's projector, the general one is written into --bundle: leave it out"
         )
-    utterances = load_dataset(args.data, args.speaker)
+    report = DataReport()
+    utterances = load_dataset(args.data, args.speaker, report)
     if args.general:
-        return generalise(args.bundle, utterances, Effort.of(args))
+        return generalise(args.bundle, utterances, Effort.of(args), report=report)
     users = (args.out or args.bundle) / "users"
-    result, _, _ = personalise(args.bundle, utterances, args.user, users, Effort.of(args))
+    result, _, _ = personalise(args.bundle, utterances, args.user, users, Effort.of(args), report=report)
     return result
 
 
-def personalise(bundle_path: Path, utterances: list, user: str, users: Path, effort: Effort, *, quiet: bool = False):
+def personalise(
+    bundle_path: Path,
+    utterances: list,
+    user: str,
+    users: Path,
+    effort: Effort,
+    *,
+    quiet: bool = False,
+    report: DataReport | None = None,
+):
     """Measure, train, write, measure again -> (the command's result, quality before, quality after).
 
     "Before" is the general projector. A person who is known already is trained on from their own projector, which
-    stays unless the new one is better on utterances held out of the training (`improved`).
+    stays unless the new one is better on the validation split or, without one, on utterances held out of the training
+    (`improved`).
+
+    Args:
+        report: of what was left out before; what cannot be used here is added.
 
     Raises:
         BundleError, UserError, AudioError, DataError: nothing was written; the person's old projector stays.
     """
     share_cores()
-    from tiny_align.align.datasets import split_of
-    from tiny_align.align.evaluate import check_transcripts, hear, score
+    from tiny_align.align.datasets import leave_out_unknown_splits, split_of
+    from tiny_align.align.evaluate import hear, score
     from tiny_align.align.users import load_projector, write_user
     from tiny_align.runtime.assistant import Assistant
 
     bundle = open_for(bundle_path, effort)
     folder, work = bundle.user_folder(user, users), bundle.user_folder(user, users).with_name(f".{user}.align")
-    training, test = split_of(utterances, "train")[: effort.utterances], split_of(utterances, "test")
-    if len(training) < 2:
-        raise DataError(f"{len(training)} recordings to train on: give at least 2, better 25 or more")
+    report = report or DataReport()
+    leave_out_unknown_splits(utterances, report)
+    training = report.first(split_of(utterances, "train"), effort.utterances, "of the train split (--utterances)")
+    validation = [utterance for utterance in utterances if utterance.split == "validation"]
+    test = split_of(utterances, "test")
+    _check_enough(training, report)
     with Assistant.load(bundle, threads=effort.threads) as assistant:
-        check_transcripts(assistant, training)
-        heard = hear(assistant, test, quiet=quiet)
+        began = time.perf_counter()
+        training = _encoded(assistant, training, work / "features", quiet, report)
+        validation = _encoded(assistant, validation, work / "features", quiet, report)
+        encode_seconds = time.perf_counter() - began
+        _check_enough(training, report)
+        heard = hear(assistant, test, quiet=quiet, report=report)
+        report.used = {"train": len(training), "validation": len(validation), "test": len(heard)}
+        if not quiet:
+            print(report, file=sys.stderr)
         before = score(assistant, heard, quiet=quiet)
         own = _own_or_general(bundle, user, users)
         start = load_projector(bundle, own)
         extend_speech(assistant.llm, bundle.speech_tokens(own).tolist())
-        trained = _train(assistant, start, training, work, effort, quiet)
+        trained = _train(assistant, start, training, validation, work, effort, quiet)
+        trained.record["encode_seconds"] += encode_seconds
+        trained.record["train_seconds"] += trained.record["encode_seconds"]  # what the person waits
         summary = {k: trained.record[k] for k in ("steps", "ended_by", "train_seconds", "utterances", "improved")}
         write_user(bundle, folder, trained.weights, trained.record, assistant.llm.speech_tokens)
         (work / "state.safetensors").unlink(missing_ok=True)  # the features stay for the next time
@@ -112,7 +141,30 @@ def personalise(bundle_path: Path, utterances: list, user: str, users: Path, eff
     result = {"user": user, "path": str(folder), **summary, "backend": assistant.backend, "n_test": after.n}
     for name in ("rouge1", "rougeL", "wer", "cer"):
         result |= {f"{name}_before": getattr(before, name), f"{name}_after": getattr(after, name)}
-    return result | {"rougeL_chance": after.rougeL_chance}, before, after
+    result |= {"rougeL_chance": after.rougeL_chance, "normaliser": after.normaliser, "data": report.document()}
+    return result, before, after
+
+
+def _check_enough(training: list, report: DataReport) -> None:
+    if len(training) < 2:
+        raise DataError(
+            f"{len(training)} recordings to train on: give at least 2, better 25 or more"
+            + (f" ({report.explained()})" if report.left_out else "")
+        )
+
+
+def _encoded(assistant, utterances: list, folder: Path, quiet: bool, report: DataReport) -> list[tuple]:
+    """(utterance, features of the recording and of each variation) for those that can be used."""
+    from tqdm import tqdm
+
+    from tiny_align.align.feature_cache import cached_features
+
+    def takes(utterance) -> list:
+        assistant.llm.encode_words(utterance.text, "the transcript")
+        return [cached_features(assistant, [utterance], folder, True, variation=k)[0] for k in range(VARIATIONS + 1)]
+
+    shown = tqdm(utterances, desc="encode", unit="utt", disable=quiet or not utterances, mininterval=0.5)
+    return list(each_usable(shown, takes, report))
 
 
 def _own_or_general(bundle, user: str, users: Path) -> Path:
@@ -145,26 +197,27 @@ def open_for(path: Path, effort: Effort):
     return bundle
 
 
-def _train(assistant, projector, utterances: list, work: Path, effort: Effort, quiet: bool):
-    from tiny_align.align.feature_cache import cached_features
+def _train(assistant, projector, training: list, validation: list, work: Path, effort: Effort, quiet: bool):
+    """Args:
+    training, validation: as `_encoded` gives them.
+    """
     from tiny_align.align.train import Trainer, TrainOptions
     from tiny_align.align.users import load_projector
 
     chosen = {name: getattr(effort, name) for name in ("steps", "max_seconds", "seed")}
     chosen["objective"] = effort.objective or default_for(projector.config.soft_tokens)
     options = TrainOptions(**{k: v for k, v in chosen.items() if v is not None})
+    utterances, takes = zip(*training, *validation)
+    examples = make_examples(assistant.llm, [u.text for u in utterances], list(zip(*takes)))
+    used, judges = examples[: len(training)], examples[len(training) :]
     began = time.perf_counter()
-    takes = [
-        cached_features(assistant, utterances, work / "features", quiet, variation=k) for k in range(VARIATIONS + 1)
-    ]
-    examples = make_examples(assistant.llm, [u.text for u in utterances], takes)
     company = company_of(assistant, options.objective, work / "features")
     encode_seconds = time.perf_counter() - began
     objective = make(options, embedding_table(assistant), assistant.bundle.manifest.readout.scale)
     general = load_projector(assistant.bundle, assistant.bundle.graph("projector"))
-    trained = Trainer(projector, examples, objective, options, work, company, assistant.windows, general).run(quiet)
+    trainer = Trainer(projector, used, objective, options, work, company, assistant.windows, general, judges)
+    trained = trainer.run(quiet)
     trained.record["encode_seconds"] = encode_seconds
-    trained.record["train_seconds"] += encode_seconds  # what the person waits
     return trained
 
 

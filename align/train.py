@@ -109,15 +109,17 @@ class Trainer:
         company: list[Example] = (),
         windows: WindowSpec | None = None,
         general=None,
+        validation: list[Example] = (),
     ):
         """Args:
         company: other people's utterances, and sounds without a word; `options.company` of them in every step.
         windows: the bundle's, how the features are cut.
         general: the projector that tells who is far; None: the one that is to be trained.
+        validation: what judges the training; none: some of the examples are held out of it.
         """
         self.windows = windows
         self.projector, self.objective, self.options, self.work = projector, objective, options, work
-        self.held, self.used = held_out(examples, options.held_out)
+        self.held, self.used = (validation, examples) if validation else held_out(examples, options.held_out)
         self.judges = [take for e in self.held or self.used for take in e.takes()]
         self.n_utterances, self.company = len(examples), list(company)
         self.steps = options.steps or steps_for(len(examples), options.batch)
@@ -125,6 +127,7 @@ class Trainer:
         self.general = self.start if general is None else general.eval()
         examples = self.held + self.used + self.company
         self.fingerprint = _fingerprint((self.start, self.general), examples, objective.table, options)
+        self.fingerprint += f" {len(self.held)}"  # the same examples, judged by others, are another training
         self.optimisers = _optimisers(projector, options)
         self.step, self.curve, self.spent_s = 0, [], 0.0
 

@@ -2,15 +2,20 @@
 
 import json
 import logging
+import os
+import re
 import subprocess
 import sys
+import tempfile
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 
-from tiny_align.align.datasets import Utterance, clean_chat, load_dataset, split_of
+from tiny_align.align.data_report import DataReport
+from tiny_align.align.datasets import Utterance, clean_chat, leave_out_unknown_splits, load_dataset, split_of
 from tiny_align.runtime.errors import AudioError, DataError
 
 RATE = 16_000  # Hz
@@ -82,7 +87,7 @@ def test_a_folder_with_metadata_csv(tmp_path):
     write_audio(tmp_path / "clips" / "a.wav")
     text = '\ufefffile_name,transcription,split\r\nclips/a.wav,"Yes, ""now""",dev\r\n'
     (tmp_path / "metadata.csv").write_bytes(text.encode())
-    assert load_dataset(tmp_path) == [Utterance(tmp_path / "clips/a.wav", 'Yes, "now"', "dev")]
+    assert load_dataset(tmp_path) == [Utterance(tmp_path / "clips/a.wav", 'Yes, "now"', "validation")]
 
 
 @pytest.mark.parametrize("field", ["transcription", "text", "sentence"])
@@ -136,13 +141,22 @@ def test_a_speaker_of_a_folder(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "hello"}, "line 2: no text in the field file_name; the row has text"),
+        ({"text": "hello"}, "line 2: no text in the field file_name or audio_filepath or .*; the row has text"),
+        ({"file_name": "a.wav"}, "line 2: no text in the field transcription or text or .*; the row has file_name"),
+        ({"file_name": "a.wav", "text": " "}, "line 2: no text in the field text, it is empty"),
+        ({"file_name": "a.wav", "text": 7}, "line 2: the field text holds the number 7; expected text"),
+        ({"file_name": "a.wav", "text": 6.5}, "line 2: the field text holds the number 6.5; expected text"),
+        ({"file_name": "a.wav", "text": ["a"]}, "line 2: the field text holds a list; expected text"),
+        ({"file_name": "a.wav", "text": {"a": 1}}, "line 2: the field text holds an object; expected text"),
+        ({"file_name": "a.wav", "text": True}, "line 2: the field text holds true; expected text"),
+        ({"file_name": "a.wav", "text": None}, "line 2: the field text holds null; expected text"),
+        ({"file_name": 3, "text": "hi"}, "line 2: the field file_name holds the number 3; expected text"),
         (
-            {"file_name": "a.wav"},
-            "line 2: no text in the field transcription or text or sentence; the row has file_name",
+            {"file_name": "a.wav", "text": "hi", "split": 1},
+            "line 2: the field split holds the number 1; expected train",
         ),
-        ({"file_name": "a.wav", "text": " "}, "line 2: no text in the field transcription"),
-        ({"file_name": "a.wav", "text": 7}, "line 2: no text in the field transcription"),
+        ({"file_name": "a.wav", "text": "hi", "speaker": ["ana"]}, "line 2: the field speaker holds a list"),
+        ({"file_name": "a.wav", "text": "hi \ud800"}, "line 2: the field text holds half a character"),
         ({"file_name": "absent.wav", "text": "hi"}, r"line 2: audio file .*absent\.wav does not exist"),
         ({"file_name": ".", "text": "hi"}, "line 2: audio file .* does not exist"),
         ([1, 2], "line 2: got a list; expected one JSON object per line"),
@@ -155,19 +169,55 @@ def test_bad_rows(tmp_path, row, message):
         load_dataset(tmp_path)
 
 
-def test_bad_rows_of_csv(tmp_path):
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("file_name,text\na.wav,hello\na.wav\n", "line 3: 1 field where the header has 2: add what is missing"),
+        ("file_name,text\na.wav,on, please\n", "line 2: 3 fields where the header has 2: quote a .* holds a comma"),
+        ("file_name;text\na.wav;on; please\n", "line 2: 3 fields where the header has 2: quote a .* holds a semicolon"),
+        ("file_name\ttext\na.wav\ton\tplease\n", "line 2: 3 fields where the header has 2: take the tab out"),
+        ('file_name,text\na.wav,"two\nlines"\na.wav,b,c\n', "line 4: 3 fields"),
+        ("file_name,text,text\na.wav,hello,bye\n", "line 1: the header has the name 'text' twice"),
+        ("file_name,text, Text\na.wav,hello,bye\n", "line 1: the header has the name 'text' twice"),
+        ("file_name,text,\na.wav,hello,bye\n", "line 2: 'bye' stands under an empty name"),
+        ("a.wav,hello\nb.wav,bye\n", "the first line, 'a.wav,hello', is no header"),
+        ("LJ001|hello\n", "the first line, 'LJ001|hello', is no header"),
+        (f"file_name,text\na.wav,{'x' * 200_000}\n", "line 2: invalid CSV"),
+        ('file_name,text\na.wav,hello\na.wav,"hello\na.wav,bye\n', "line 3: invalid CSV in the row that begins here"),
+        ('file_name,text\na.wav,"hello" she said\n', "line 2: invalid CSV"),
+    ],
+)
+def test_a_csv_file_that_breaks_the_rules_is_refused_naming_the_line(tmp_path, table, message):
     write_audio(tmp_path / "a.wav")
-    (tmp_path / "metadata.csv").write_text("file_name,text\na.wav,hello\na.wav\n")
-    with pytest.raises(DataError, match=r"metadata\.csv, line 3: no text in the field transcription"):
+    (tmp_path / "metadata.csv").write_text(table)
+    with pytest.raises(DataError, match=rf"metadata\.csv(, |: ){message}"):
         load_dataset(tmp_path)
-    (tmp_path / "metadata.csv").write_text("a.wav,hello\na.wav,hello,more\n")  # no header
-    with pytest.raises(DataError, match=r"metadata\.csv, line 2: no text in the field file_name"):
-        load_dataset(tmp_path)
-    (tmp_path / "metadata.csv").write_text(f"file_name,text\na.wav,{'x' * 200_000}\n")
-    with pytest.raises(DataError, match=r"metadata\.csv, line 2: invalid CSV"):
-        load_dataset(tmp_path)
-    (tmp_path / "metadata.csv").write_text('file_name,text\na.wav,"hello\n')  # a quote left open
-    with pytest.raises(DataError, match=r"metadata\.csv, line \d: invalid CSV"):
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        'file_name,text\r\na.wav,"Turn on, ""now"",\r\nplease"\r\n',
+        '\ufefffile_name;text\r\na.wav;"Turn on, ""now"",\r\nplease"\r\n',
+        'file_name\ttext\na.wav\tTurn on, "now", please\n',
+        'file_name\ttext\na.wav\t"Turn on, ""now"", please"\n',
+        '\n File_Name , Text ,,\n,,,\na.wav,"Turn on, ""now"", please",,\n\n',
+    ],
+    ids=["RFC 4180", "Excel's with semicolons", "tabs", "tabs with quotes", "empty columns, empty rows"],
+)
+def test_csv_is_read_by_the_standards_rules(tmp_path, table):
+    write_audio(tmp_path / "a.wav")
+    (tmp_path / "metadata.csv").write_bytes(table.encode())
+    assert [u.text for u in load_dataset(tmp_path)] == ['Turn on, "now", please']
+
+
+def test_a_json_array_is_read_like_lines(tmp_path):
+    write_audio(tmp_path / "a.wav")
+    rows = [{"file_name": "a.wav", "text": "one"}, {"file_name": "a.wav", "text": "two"}]
+    (tmp_path / "metadata.json").write_text(json.dumps(rows, indent=1))
+    assert [u.text for u in load_dataset(tmp_path)] == ["one", "two"]
+    (tmp_path / "metadata.json").write_text(json.dumps([*rows, {"file_name": "a.wav", "text": 3}]))
+    with pytest.raises(DataError, match=r"metadata\.json, row 3: the field text holds the number 3"):
         load_dataset(tmp_path)
 
 
@@ -175,11 +225,64 @@ def test_invalid_json(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('\n{"file_name": \n')
     with pytest.raises(DataError, match=r"metadata\.jsonl, line 2: invalid JSON"):
         load_dataset(tmp_path)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.wav", "text": "one", "text": "two"}\n')
+    with pytest.raises(DataError, match=r"metadata\.jsonl, line 1: .*'text' twice"):
+        load_dataset(tmp_path)
+    (tmp_path / "metadata.jsonl").write_text("[" * 100_000)
+    with pytest.raises(DataError, match=r"metadata\.jsonl: invalid JSON"):
+        load_dataset(tmp_path)
 
 
 def test_not_utf8(tmp_path):
     (tmp_path / "metadata.csv").write_bytes("file_name,text\na.wav,café\n".encode("latin-1"))
-    with pytest.raises(DataError, match="save it as UTF-8"):
+    with pytest.raises(DataError, match=r"metadata\.csv, line 2: .*save it as UTF-8"):
+        load_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf_16_is_named_with_its_remedy(tmp_path, encoding):
+    (tmp_path / "metadata.csv").write_bytes("file_name;text\na.wav;hello\n".encode(encoding))
+    with pytest.raises(DataError, match=r"metadata\.csv: is UTF-16 .*'CSV UTF-8'"):
+        load_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "talk.cha"])
+def test_a_folder_in_place_of_a_file_is_named(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(DataError, match=rf"{name}: cannot be read \(Is a directory\)"):
+        load_dataset(tmp_path)
+
+
+@pytest.fixture
+def nobody():
+    """This process without root's right to read everything, where root runs the tests; yields a folder it may read."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        root = os.geteuid() == 0
+        if root:
+            os.seteuid(65_534)
+        yield Path(folder)
+        if root:
+            os.seteuid(0)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="the right to read is Unix's")
+@pytest.mark.parametrize("closed", ["metadata.jsonl", "metadata.csv", "talk.cha", "."])
+def test_what_may_not_be_read_is_named(nobody, closed):
+    path = nobody / closed
+    user = os.geteuid()
+    os.seteuid(os.getuid())
+    path.is_dir() or path.write_text("file_name,text\n")
+    path.chmod(0)
+    os.seteuid(user)
+    with pytest.raises(DataError, match=rf"{re.escape(str(path))}.*cannot be read \(Permission denied\)"):
+        load_dataset(nobody)
+
+
+def test_two_tables_that_differ_in_form_only_are_refused(tmp_path):
+    for name in ("metadata.jsonl", "metadata.csv"):
+        (tmp_path / name).touch()
+    with pytest.raises(DataError, match=r"holds both metadata\.jsonl and metadata\.csv; expected one of them"):
         load_dataset(tmp_path)
 
 
@@ -190,6 +293,9 @@ def test_paths_that_are_no_data_set(tmp_path):
         load_dataset(tmp_path)
     with pytest.raises(DataError, match="a file of no known form"):
         load_dataset(write_audio(tmp_path / "a.wav"))
+    (tmp_path / "rows.json").touch()
+    with pytest.raises(DataError, match=r"a folder of no known form \(give rows\.json itself"):
+        load_dataset(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
@@ -233,12 +339,13 @@ def test_a_manifest_without_splits(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"text": None}, "no text in the field text"),
+        ({"text": None}, "the field text holds null; expected text"),
         ({"audio_filepath": "b.wav"}, r"audio file .*b\.wav does not exist"),
         ({"offset": -1}, "offset is -1; expected seconds"),
         ({"offset": "1.0"}, "offset is '1.0'; expected seconds"),
         ({"duration": True}, "duration is True; expected seconds"),
         ({"duration": float("nan")}, "duration is nan; expected seconds"),
+        ({"duration": 10**400}, "duration is 10+; expected seconds"),
         ({"duration": 0}, "duration is 0; expected seconds above 0"),
     ],
 )
@@ -246,6 +353,60 @@ def test_bad_rows_of_a_manifest(tmp_path, fields, message):
     write_audio(tmp_path / "a.wav")
     path = write_rows(tmp_path / "set.jsonl", [{"audio_filepath": "a.wav", "text": "one"} | fields])
     with pytest.raises(DataError, match=rf"set\.jsonl, line 1: {message}"):
+        load_dataset(path)
+
+
+# --- names and folders that people have ---
+
+
+@pytest.mark.parametrize(("written", "on_disk"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_name_in_another_normalisation_form_is_found(tmp_path, written, on_disk):
+    audio = write_audio(tmp_path / unicodedata.normalize(on_disk, "Größe/Müller é.wav"))
+    row = {"file_name": unicodedata.normalize(written, "Größe/Müller é.wav"), "text": "hello"}
+    write_rows(tmp_path / "metadata.jsonl", [row])
+    assert load_dataset(tmp_path)[0].audio == audio
+
+    write_audio(tmp_path / unicodedata.normalize(on_disk, "Gespräch.wav"))
+    tiers = [f"*PAR:\thello . {mark(0, 400)}"]
+    talk = write_chat(tmp_path / "a.cha", tiers, media=unicodedata.normalize(written, "Gespräch"))
+    assert load_dataset(talk)[0].text == "hello."
+
+
+@pytest.mark.parametrize(
+    "written", ["my clips\\a 1.wav", "./my clips/a 1.wav", " my clips/a 1.wav ", "{}/my clips/a 1.wav"]
+)
+def test_windows_paths_absolute_paths_and_spaces(tmp_path, written):
+    audio = write_audio(tmp_path / "my clips/a 1.wav")
+    write_rows(tmp_path / "metadata.jsonl", [{"file_name": written.format(tmp_path), "text": "hello"}])
+    assert load_dataset(tmp_path)[0].audio == audio
+
+
+def test_common_voice(tmp_path, caplog):
+    """A table for each split whose paths leave the folder clips/ out; tables of another name are named."""
+    for i, split in enumerate(("train", "dev", "test", "validated")):
+        write_audio(tmp_path / f"clips/{i}.wav")
+        (tmp_path / f"{split}.tsv").write_text(f'client_id\tpath\tsentence\nx\t{i}.wav\t"Oh", he said.\n')
+    found = load_dataset(tmp_path)
+    assert {(u.split, u.audio.name) for u in found} == {("train", "0.wav"), ("validation", "1.wav"), ("test", "2.wav")}
+    assert {u.text for u in found} == {
+        '"Oh", he said.'
+    } and "not read, as its name is no split's: validated.tsv" in caplog.text
+
+
+def test_metadata_in_each_splits_folder(tmp_path):
+    for folder in ("data/train", "data/validation", "data/test"):
+        write_audio(tmp_path / folder / "a.wav")
+        (tmp_path / folder / "metadata.csv").write_text("file_name,text\na.wav,hello\n")
+    assert sorted(u.split for u in load_dataset(tmp_path)) == ["test", "train", "validation"]
+
+
+def test_a_manifest_as_csv(tmp_path):
+    write_audio(tmp_path / "a.wav", seconds=1.0)
+    path = tmp_path / "set.csv"
+    path.write_text("audio_filepath,text,offset,duration\na.wav,one,0.25,0.5\na.wav,two,,\n")
+    assert [(u.start_s, u.end_s) for u in load_dataset(path)] == [(0.25, 0.75), (None, None)]
+    path.write_text('audio_filepath,text,offset\na.wav,one,"0,25"\n')
+    with pytest.raises(DataError, match=r"line 2: offset is '0,25'; expected seconds"):
         load_dataset(path)
 
 
@@ -274,7 +435,13 @@ def test_a_chat_transcript(tmp_path, caplog):
     ]
     assert {u.split for u in utterances} <= {"train", "test"}
     assert len(utterances[0].load(RATE)) == RATE
-    for reason in ("skipped 4 utterances", "2 without time marks", "1 unintelligible", "1 without words"):
+    reasons = (
+        "by another speaker (1, ",
+        "without time marks (1, ",
+        "ends before it begins (1, ",
+        "unintelligible (1, ",
+    )
+    for reason in ("left out 5: ", *reasons, "without words (1, e.g. session.cha: *PAR: &=laughs"):
         assert reason in caplog.text
 
 
@@ -321,6 +488,13 @@ def test_a_speaker_known_from_its_id_only(tmp_path):
         load_dataset(path)
 
 
+def test_transcripts_in_a_splits_folder_are_of_that_split(tmp_path):
+    for split in ("train", "test"):
+        write_audio(tmp_path / split / "talk.wav")
+        write_chat(tmp_path / split / "talk.cha", [f"*PAR:\thello . {mark(0, 400)}"], media="talk")
+    assert sorted(u.split for u in load_dataset(tmp_path)) == ["test", "train"]
+
+
 def test_a_transcript_without_speakers(tmp_path):
     write_audio(tmp_path / "session.wav")
     with pytest.raises(DataError, match=r"which speaker.*none"):
@@ -340,16 +514,16 @@ def test_missing_media(tmp_path):
     [
         ("I want a cookie .", "I want a cookie."),
         ("well , you know ?", "well, you know?"),
-        ("the [/] the dog ran .", "the dog ran."),
-        ("<I want> [//] I need it .", "I need it."),
-        ("<the dog> [///] a cat [/-] no [/?] yes .", "a yes."),
-        ("< <a b> [/] a b c> [//] d .", "d."),
+        ("the [/] the dog ran .", "the the dog ran."),
+        ("<I want> [//] I need it .", "I want I need it."),
+        ("<the dog> [///] a cat [/-] no [/?] yes .", "the dog a cat no yes."),
+        ("< <a b> [/] a b c> [//] d .", "a b a b c d."),
         ("so <we were> [>] there [<] .", "so we were there."),
         ("he goed [: went] [* m:+ed] home .", "he went home."),
         ("I gonna [: going to] sit .", "I going to sit."),
-        ("the wɛk@u [: wet] [* p:n] [//] red hat .", "the red hat."),
-        ("a bird [:: dog] [* s:r] barked .", "a dog barked."),
-        ("a dog [* s:r] barked [?] [!] [=! laughs] [x 3] [% a comment] [+ exc] .", "a dog barked."),
+        ("the wɛk@u [: wet] [* p:n] [//] red hat .", "the wet red hat."),
+        ("a bird [:: dog] [* s:r] barked .", "a bird barked."),
+        ("a dog [* s:r] barked [?] [!] [=! laughs] [x 3] [% a comment] [+ exc] .", "a dog barked barked barked."),
         ("[- spa] hola .", "hola."),
         ("&-um I &+fr &~ga &=laughs:loudly friend &*INV:mhm .", "I friend."),
         ("&-uh , I , &-um , know .", "I, know."),
@@ -368,10 +542,23 @@ def test_missing_media(tmp_path):
         ("ice+cream with Mary_Poppins .", "ice cream with Mary Poppins."),
         ("bana:na ↑yes‡ ⌈no⌉ .", "banana yes no."),
         ("isn't it „ good-bye .", "isn't it good-bye."),
+        ("<that is> [x 2] it , no [x 3] .", "that is that is it, no no no."),
+        ("[x 2] first <a [x 2] b> [x2] .", "first a a b a a b."),
+        ('I know [e] <what [= it] he> [<2] said ["] [^c] .', "I know what he said."),
+        ("⌈2 overlapped ⌉2 with ⌊3other⌋3 talk ⌈1 .", "overlapped with other talk."),
+        ("⁇maybe⁇ ⁎creaky⁎ °soft° ◉loud◉ ∆fast∆ ∇slow∇ .", "maybe creaky soft loud fast slow."),
+        ("▁low▁ ▔high▔ ☺smiled☺ ♋breathy♋ ∬whispered∬ .", "low high smiled breathy whispered."),
+        ("∲sung∲ ∮sung∮ §clear§ ΫyawnedΫ .", "sung sung clear yawned."),
+        ("∙hhh well hh pitch↻ reset⤇ fun⁑ny fuἩnny ∾tight .", "well pitch reset funny funny tight."),
+        ("+≋ so I ≡ went ↑up ↓down ⇗", "so I went up down"),
+        ("+≈ “come” he said ∞", "come he said"),
+        ("↫b-b↫ball ≠and b̲a:d .", "ball and bad."),
+        ('"so" -> no - [x 0] well [x 0] .', "so no well."),
+        ("Ϋπνος dog$n café .", "Ϋπνος dog café."),
         ("<unclosed group .", "unclosed group."),
         ("stray> group .", "stray group."),
         ("[/] first .", "first."),
-        ("xxx [//] a blorp@n [: x@n] [* n:uk] .", "a xxx."),
+        ("xxx [//] a blorp@n [: x@n] [* n:uk] .", "xxx a xxx."),
         ("&=laughs .", "."),
         ("0 .", "."),
         ("0.", ""),
@@ -389,6 +576,69 @@ def test_unintelligible_utterances_are_skipped_but_words_with_those_letters_are_
 
 
 # --- splits ---
+
+
+@pytest.mark.parametrize(
+    ("names", "split"),
+    [
+        (("train", "Training", "train-clean-100", " TRAIN "), "train"),
+        (("validation", "valid", "val", "dev", "Devel", "eval", "evaluation", "dev.other"), "validation"),
+        (("test", "Testing", "test_clean"), "test"),
+    ],
+)
+def test_splits_by_their_usual_names_in_rows_and_folders(tmp_path, names, split):
+    rows = [{"file_name": "a.wav", "text": "hello", "split": name} for name in names]
+    rows += [{"file_name": f"data/{name.strip()}/x/a.wav", "text": "hello"} for name in names]
+    found = load_dataset(folder_of(tmp_path, rows))
+    assert {u.split for u in found} == {split} and len(found) == 2 * len(names)
+    assert all(split_of(found, name) == found for name in names)
+
+
+def test_a_row_says_more_than_its_folder_and_an_inner_folder_more_than_an_outer_one(tmp_path):
+    rows = [
+        {"file_name": "test/a.wav", "text": "hello", "split": "train"},
+        {"file_name": "test/train/a.wav", "text": "a"},
+    ]
+    assert [u.split for u in load_dataset(folder_of(tmp_path, rows))] == ["train", "train"]
+
+
+def test_folders_above_the_data_say_nothing_of_a_split(tmp_path):
+    home, elsewhere = tmp_path / "test/manifests", tmp_path / "test/corpus"
+    names = [write_audio(folder / name) for folder in (home, elsewhere) for name in ("train/a.wav", "clips/b.wav")]
+    rows = [{"audio_filepath": str(name), "text": "hello"} for name in names]
+    by_text = load_dataset(write_rows(home / "one.jsonl", rows[1:2]))[0].split
+    found = load_dataset(write_rows(home / "set.jsonl", rows))
+    assert [u.split for u in found] == ["train", by_text, "train", by_text]
+    alone = load_dataset(write_rows(home / "alone.jsonl", [{"audio_filepath": str(names[2]), "text": "hello"}]))
+    assert alone[0].split == "train"  # the folder that all recordings lie in
+
+
+def test_a_table_named_after_the_test_split_is_it_and_a_training_table_alone_has_its_own_drawn(tmp_path):
+    write_audio(tmp_path / "a.wav")
+    rows = [{"audio_filepath": "a.wav", "text": f"sentence number {i}"} for i in range(50)]
+    splits = [
+        {u.split for u in load_dataset(write_rows(tmp_path / f"{s}_manifest.json", rows))} for s in ("test", "train")
+    ]
+    assert splits == [{"test"}, {"train", "test"}]
+
+
+def test_what_is_left_out_is_counted_with_an_example(tmp_path):
+    rows = [
+        {"file_name": f"{i}.wav", "text": "hello", "speaker": "ana" if i else "bo", "split": "foo"} for i in range(3)
+    ]
+    report = DataReport()
+    found = load_dataset(folder_of(tmp_path, rows), "ana", report)
+    leave_out_unknown_splits(found, report)
+    assert len(report.first(found, 1, "of the rows")) == 1
+    assert report.document() == {
+        "left_out": 4,
+        "reasons": [
+            {"reason": "by another speaker", "count": 1, "example": "0.wav by bo"},
+            {"reason": "of split 'foo', none of train, validation, test", "count": 2, "example": "1.wav"},
+            {"reason": "beyond the first 1 of the rows", "count": 1, "example": "2.wav"},
+        ],
+    }
+    assert "left out 4: by another speaker (1, e.g. 0.wav by bo); of split 'foo'" in str(report)
 
 
 def test_split_of(tmp_path):

@@ -117,6 +117,9 @@ def test_recordings_are_checked_and_learnt_from(run_cli, bundle_path, recordings
     done = run_cli("enroll", "--bundle", bundle_path, "--user", "ana", "--data", recordings, "--out", out, *QUICK)
     assert done.status == 0, done.stderr
     assert "left out 0.wav: it is too quiet" in done.stdout and "left out 1.wav: it is clipped" in done.stdout
+    data = done.document["data"]
+    assert (data["train"], data["test"], data["left_out"]) == (7, 3, 2)
+    assert [(e["reason"], e["count"]) for e in data["reasons"]] == [("it is too quiet", 1), ("it is clipped", 1)]
     assert done.document["utterances"] == 7 and "held-out error" in done.stdout
     assert (out / "users/ana/curve.png").read_bytes()[:4] == b"\x89PNG"
 

@@ -1,18 +1,21 @@
 """Alignment quality: its arithmetic on a scripted assistant, the rest on the shipped bundle."""
 
+import json
 import re
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import soundfile
 
 from tiny_align.align.datasets import load_dataset
 from tiny_align.align.evaluate import evaluate
-from tiny_align.runtime.errors import DataError
 
 REPEAT = "Repeat it."
-DATA_KEYS = {"rouge1", "rougeL", "rougeL_chance", "wer", "cer", "n", "backend", "user"}
+DATA_KEYS = {"rouge1", "rougeL", "rougeL_chance", "wer", "cer", "n", "normaliser", "backend", "user", "data"}
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Line:
     spoken: str
     repeated: str = ""
     audio: Path = Path("a.wav")
+    split: str = "test"
 
     def load(self, sample_rate):
         return self
@@ -128,11 +132,50 @@ def test_speech_that_is_the_typed_embeddings_is_answered_like_typed_text(assista
     assert got.rougeL == got.rouge1 == pytest.approx(sum(worded) / len(worded))
 
 
-def test_a_transcript_outside_the_tokenizer_names_its_recording(assistant, recordings):
-    utterance = load_dataset(recordings)[0]
-    strange = type(utterance)(utterance.audio, "hello 漢", "test")
-    with pytest.raises(DataError, match=rf"{utterance.audio.name}.*'漢'"):
-        evaluate(assistant, [utterance, strange], quiet=True)
+def test_final_dots_in_the_transcripts_change_no_error_rate(assistant, recordings):
+    utterances = load_dataset(recordings)
+    dotted = [replace(u, text=u.text + ".") for u in utterances]
+    plain, other = (evaluate(assistant, some, quiet=True) for some in (utterances, dotted))
+    assert (other.wer, other.cer) == (plain.wer, plain.cer)
+
+
+@pytest.fixture
+def one_bad(recordings, tmp_path):
+    """The recordings with a silent, a cut-off, a too short, a foreign and an unreadable one more to test."""
+    folder = Path(shutil.copytree(recordings, tmp_path / "recordings"))
+    good = (folder / "test-100.flac").read_bytes()
+    soundfile.write(folder / "silent.wav", np.zeros(16_000), 16_000)
+    soundfile.write(folder / "short.wav", np.full(800, 0.1), 16_000)
+    (folder / "cut.flac").write_bytes(good[: len(good) // 2])
+    (folder / "none.wav").write_bytes(b"no audio")
+    rows = [
+        {"file_name": name, "transcription": "hello"} for name in ("silent.wav", "short.wav", "cut.flac", "none.wav")
+    ]
+    rows.append({"file_name": "test-100.flac", "transcription": "漢字"})
+    with open(folder / "metadata.jsonl", "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row | {"split": "test"}) + "\n" for row in rows)
+    return folder
+
+
+def test_recordings_that_cannot_be_used_are_left_out_and_named(run_cli, bundle_path, one_bad, caplog):
+    done = run_cli("eval", "--bundle", bundle_path, "--data", one_bad, "--threads", 1, "--json")
+    assert done.status == 0, done.stderr
+    data = done.document["data"]
+    assert (done.document["n"], data["test"], data["left_out"]) == (1, 1, 5)
+    assert data["other_splits"] == {"train": 2}
+    reasons = {entry["reason"]: entry for entry in data["reasons"]}
+    assert {entry["count"] for entry in reasons.values()} == {1} and len(reasons) == 5
+    assert reasons["nothing was heard"]["example"].startswith("silent.wav: nothing was heard")
+    assert "data: 0 train, 0 validation, 1 test used; left out 5: nothing was heard (1, e.g. silent.wav" in done.stderr
+    for name in ("silent.wav", "short.wav", "cut.flac", "none.wav", "'字'"):
+        assert name in caplog.text
+
+
+def test_no_usable_recording_is_refused_with_the_reasons(run_cli, bundle_path, one_bad, change_rows):
+    change_rows(one_bad, lambda rows: rows.__delitem__(slice(0, 3)))
+    done = run_cli("eval", "--bundle", bundle_path, "--data", one_bad, "--threads", 1)
+    assert (done.status, done.stdout) == (2, "")
+    assert "none of the 5 recordings to measure can be used; left out 5: nothing was heard (1," in done.stderr
 
 
 # --- the command ---
@@ -164,7 +207,7 @@ def test_all_splits_with_their_rows(eval_command, recordings):
 @pytest.mark.parametrize(
     ("arguments", "messages"),
     [
-        (["--split", "dev"], ["'dev'", "test (1), train (2)"]),
+        (["--split", "dev"], ["no utterances in split 'dev'", "test (1), train (2)"]),
         (["--user", "nobody"], ["no user 'nobody'", "tiny-align align"]),
         (["--backend", "abacus"], ["no backend 'abacus'", "onnxruntime"]),
     ],

@@ -243,6 +243,18 @@ def test_features_are_in_memory_only_while_their_batch_is(tmp_path):
     assert while_training < 0.4 * MANY * 2**20, f"{while_training / 2**20:.0f} MiB"
 
 
+def test_the_same_examples_judged_by_others_are_another_training():
+    projector = build_projector(
+        dataclasses.asdict(ProjectorConfig(feature_size=4, embedding_size=8, hidden_size=8, n_layers=0, kind="mlp"))
+    )
+    examples = [Example(np.full((3, 4), i, np.float32), [1], [3]) for i in range(3)]
+    options, objective = TrainOptions("ctc", parts=(), far=None), make(TrainOptions("ctc"), torch.randn(5, 8), 1.0)
+    prints = {
+        Trainer(projector, examples[n:], objective, options, None, validation=examples[:n]).fingerprint for n in (1, 2)
+    }
+    assert len(prints) == 2
+
+
 # --- refused ---
 
 
@@ -270,6 +282,23 @@ def test_recordings_that_cannot_be_used_are_left_out_and_named(run_cli, untraine
     got = run_cli(*arguments(untrained, some_words, "--steps", 1)).document
     assert (got["utterances"], got["left_out"]) == (N - 2, 2)
     assert "3.wav" in caplog.text and "5.wav" in caplog.text and "'字'" in caplog.text
+    assert [got["data"][k] for k in ("train", "validation", "test", "left_out")] == [N - 2, 0, 1, 2]
+    assert {entry["count"] for entry in got["data"]["reasons"]} == {1}
+
+
+def test_a_validation_split_judges_the_training_and_test_recordings_are_optional(
+    run_cli, untrained, some_words, change_rows
+):
+    def dev(rows):
+        del rows[-1]
+        for row in rows[:3]:
+            row["split"] = "Dev"
+
+    (some_words / "1.wav").write_bytes(b"no audio")
+    change_rows(some_words, dev)
+    got = run_cli(*arguments(untrained, some_words, "--steps", 1)).document
+    assert [got["data"][k] for k in ("train", "validation", "test", "left_out")] == [N - 3, 2, 0, 1]
+    assert (got["utterances"], got["n_test"]) == (N - 3, 0)
 
 
 def test_too_few_recordings_are_refused_before_anything_is_heard(run_cli, home, words, encoded):
@@ -287,7 +316,7 @@ def test_no_usable_recording_is_refused(run_cli, home, some_words, change_rows):
     for i in range(1, N):
         soundfile.write(some_words / f"{i}.wav", np.zeros(8_000), 16_000)
     change_rows(some_words, silent)
-    refused(run_cli(*arguments(home, some_words)), "0 recordings that can be trained on", "the log says")
+    refused(run_cli(*arguments(home, some_words)), "0 recordings that can be trained on", "nothing was heard (")
 
 
 def test_a_data_set_without_a_train_split_is_refused(run_cli, home, some_words, change_rows):

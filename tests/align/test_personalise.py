@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 from tiny_align.align.projector import build_projector
@@ -102,7 +103,8 @@ def test_the_document_says_what_happened(personalised):
     assert got["train_seconds"] > 0 and got["backend"] == "onnxruntime"
     for name in (f"{measure}_{when}" for measure in MEASURES for when in ("before", "after")):
         assert np.isfinite(got[name]) and got[name] >= 0
-    assert 0 <= got["rougeL_chance"] <= 1
+    assert 0 <= got["rougeL_chance"] <= 1 and got["normaliser"].startswith("whisper-normalizer")
+    assert got["data"] == {"train": 6, "validation": 0, "test": 3, "left_out": 0, "reasons": []}
 
 
 def test_the_record_holds_hashes_and_the_training(personalised, bundle_path):
@@ -141,7 +143,10 @@ def test_without_out_the_person_lies_in_the_bundle_which_stays_whole(run_cli, bu
 
 
 def test_only_the_first_recordings_on_request(align):
-    assert align("--steps", 2, "--utterances", 2).document["utterances"] == 2
+    got = align("--steps", 2, "--utterances", 2).document
+    assert got["utterances"] == got["data"]["train"] == 2
+    reason = "beyond the first 2 of the train split (--utterances)"
+    assert got["data"]["reasons"] == [{"reason": reason, "count": 1, "example": "train-002.flac"}]
 
 
 def test_a_person_who_is_known_is_trained_on_from_their_own(align, bundle_path, tmp_path):
@@ -310,10 +315,6 @@ def test_threads_that_wait_leave_their_core_to_others(few_recordings, tmp_path, 
 # --- refused ---
 
 
-def strange_word(rows):
-    rows[1]["transcription"] = "hello 漢字"
-
-
 def only_train(rows):
     for row in rows:
         row["split"] = "train"
@@ -326,7 +327,6 @@ def only_one_to_train(rows):
 @pytest.mark.parametrize(
     ("change", "messages"),
     [
-        pytest.param(strange_word, ["train-001.flac", "'字' '漢'", "characters"], id="outside the tokenizer"),
         pytest.param(only_train, ["no utterances in split 'test'", "train (4)"], id="no test split"),
         pytest.param(only_one_to_train, ["1 recordings", "at least 2"], id="one recording"),
     ],
@@ -345,13 +345,51 @@ def test_a_missing_recording_exits_with_2_and_is_named(align, few_recordings, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_a_recording_that_is_no_audio_exits_with_2_and_leaves_the_old_person(
-    align, few_recordings, bundle_path, tmp_path, make_user
+def spoil(folder):
+    """A file that is no audio, a silent one, a short part of one, and words outside the tokenizer, in every split."""
+    (folder / "none.flac").write_bytes(b"no flac")
+    soundfile.write(folder / "silent.wav", np.zeros(16_000), 16_000)
+    soundfile.write(folder / "short.wav", np.full(800, 0.1), 16_000)
+    rows = [{"file_name": name, "transcription": "hello"} for name in ("none.flac", "silent.wav", "short.wav")]
+    rows.append({"file_name": "train-000.flac", "transcription": "漢字"})
+    return [row | {"split": split} for row in rows for split in ("train", "validation", "test")]
+
+
+def test_what_cannot_be_used_is_left_out_and_named(align, few_recordings, change_rows, caplog):
+    bad = spoil(few_recordings)
+    change_rows(few_recordings, lambda rows: rows.extend([*bad, rows[0] | {"split": "foo"}]))
+    outcome = align("--steps", 2)
+    assert outcome.status == 0, outcome.stderr
+    got = outcome.document
+    assert (got["utterances"], got["n_test"]) == (3, 1)
+    data = got["data"]
+    assert [data[k] for k in ("train", "validation", "test", "left_out")] == [3, 0, 1, len(bad) + 1]
+    assert sorted(entry["count"] for entry in data["reasons"]) == [1, 3, 3, 3, 3]
+    assert "data: 3 train, 0 validation, 1 test used; left out 13: of split 'foo'" in outcome.stderr
+    for name in ("none.flac", "silent.wav", "short.wav", "'字'"):
+        assert caplog.text.count(name) >= 3
+
+
+def test_too_few_that_can_be_used_are_refused_with_the_reasons(
+    align, few_recordings, change_rows, bundle_path, tmp_path, make_user
 ):
     folder, old = make_old_user(make_user, bundle_path, tmp_path / "out/users")
-    (few_recordings / "train-002.flac").write_bytes(b"no flac")
-    refused(align("--steps", 2), "train-002.flac")
+    for name in ("train-001.flac", "train-002.flac"):
+        (few_recordings / name).write_bytes(b"no flac")
+    refused(
+        align("--steps", 2), "1 recordings to train on", "at least 2", "left out 2: is not audio we can read (2, e.g."
+    )
     assert contents(folder) == old
+
+
+def test_a_validation_split_judges_the_training(align, few_recordings, change_rows, monkeypatch):
+    judges, trained_on = [], []
+    run = Trainer.run
+    monkeypatch.setattr(Trainer, "run", lambda t, *a: (judges.append(t.held), trained_on.append(t.used), run(t, *a))[2])
+    change_rows(few_recordings, lambda rows: rows[0].update(split="dev"))
+    data = align("--steps", 2).document["data"]
+    assert (data["train"], data["validation"], data["test"], data["left_out"]) == (2, 1, 1, 0)
+    assert (len(judges[0]), len(trained_on[0])) == (1, 2)
 
 
 def test_an_objective_for_another_projector_exits_with_2_before_anything_is_heard(align, few_recordings, tmp_path):
