@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tiny_align.runtime.audio import check_audio, read_audio
+from tiny_align.runtime.audio import MIN_SECONDS, check_audio, read_audio
 from tiny_align.runtime.backend import BACKENDS, Chain, load_decoder, load_runner
 from tiny_align.runtime.budget import budget
 from tiny_align.runtime.bundle import Bundle
@@ -129,6 +129,9 @@ class Assistant:
 
     def _rows_of(self, audio: np.ndarray) -> np.ndarray:
         """What the front end makes of a window: (frames, M) or (S,)."""
+        if len(audio) < MIN_SECONDS * self.sample_rate:  # some front ends have nothing to make of it
+            seconds = len(audio) / self.sample_rate
+            raise AudioError(f"the audio lasts {seconds:.3f} s, expected at least {MIN_SECONDS} s: record longer")
         least = self._row_range()[0]
         rows = self._front_end(condition(audio, self.sample_rate))
         if len(rows) < least:

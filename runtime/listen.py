@@ -34,7 +34,8 @@ def run(args) -> dict:
     bundle = Bundle.open(args.bundle)
     sample_rate = bundle.manifest.front_end.sample_rate
     endpointer, show, seen = Endpointer(sample_rate), _Screen(args.json), []
-    with _source(args, sample_rate) as source, options.load_for_long(args, bundle) as assistant:
+    recordings = _recordings(args, sample_rate)
+    with _source(args, sample_rate, recordings) as source, options.load_for_long(args, bundle) as assistant:
         sealed = seal(microphone=not args.wav)
         session = assistant.listen(args.instruction, options.decoding(args))
         events = contextlib.closing(listen(session, source, endpointer))
@@ -45,20 +46,30 @@ def run(args) -> dict:
                 show(event)
         turns = [event for event in seen if isinstance(event, TurnEnded)]
         notices = [event for event in seen if isinstance(event, Notice)]
-        chosen = {"backend": args.backend, "user": args.user}
+        notes = [note for recording in recordings for note in recording.notes]
+        chosen = {"backend": args.backend, "user": args.user, "notes": notes}
         return _report(turns, notices, session) | chosen | sealed
 
 
-def _source(args, sample_rate: int):
+def _recordings(args, sample_rate: int) -> list:
+    """What is played in place of a microphone, if anything is."""
+    from tiny_align.runtime.audio import read_recording
+
+    recordings = []
+    for path in args.wav or []:
+        recordings.append(read_recording(path, sample_rate))
+        options.show_notes(recordings[-1])
+    return recordings
+
+
+def _source(args, sample_rate: int, recordings: list):
     """The microphone, open until the end, or what is played in its place."""
-    from tiny_align.runtime.audio import read_audio
     from tiny_align.runtime.listening import Recordings
     from tiny_align.runtime.microphone import Microphone
 
-    if args.wav:
-        return contextlib.nullcontext(
-            Recordings([read_audio(path, sample_rate) for path in args.wav], sample_rate, live=not args.fast)
-        )
+    if recordings:
+        played = Recordings([recording.samples for recording in recordings], sample_rate, live=not args.fast)
+        return contextlib.nullcontext(played)
     return Microphone(sample_rate, args.device)
 
 

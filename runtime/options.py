@@ -71,3 +71,9 @@ def decoding(args):
     from tiny_align.runtime.llm import Decoding
 
     return Decoding(args.max_tokens, args.temperature, seed=args.seed)
+
+
+def show_notes(recording) -> None:
+    """What its owner should know about a recording, on stderr."""
+    for note in recording.notes:
+        print(f"tiny-align: {note}", file=sys.stderr)

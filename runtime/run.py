@@ -7,19 +7,21 @@ from tiny_align.runtime import options
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("audio", type=Path, help="a recording, any rate and channel count")
+    parser.add_argument("audio", type=Path, help="a recording, any rate and channel count; - reads standard input")
     options.add_arguments(parser)
 
 
 def run(args) -> dict:
     from tiny_align.runtime.assistant import collect
-    from tiny_align.runtime.audio import read_audio
+    from tiny_align.runtime.audio import read_recording
 
     options.check(args)
     seal = options.prepare_seal(args)
     with options.load(args) as assistant:
         sealed = seal()
-        audio = read_audio(args.audio, assistant.sample_rate, assistant.max_speech_s)
+        recording = read_recording(args.audio, assistant.sample_rate, assistant.max_speech_s)
+        options.show_notes(recording)
+        audio = recording.samples
         events = assistant.stream(audio, args.instruction, options.decoding(args))
         answer = collect(shown(events, quiet=args.json), len(audio) / assistant.sample_rate)
     return {
@@ -31,6 +33,7 @@ def run(args) -> dict:
         "audio_s": round(answer.audio_s, 3),
         "backend": args.backend,
         "user": args.user,
+        "notes": recording.notes,
         **sealed,
     }
 

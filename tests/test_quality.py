@@ -48,9 +48,9 @@ def demo(tmp_path_factory) -> dict:
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def test_the_demo_personalises_within_a_minute(demo):
+def test_the_demo_personalises(demo):
     """At least a third of the wrong words are mended. Forty answers say less: 0.89 or 0.91, by how a CPU rounds."""
-    assert demo["train_seconds"] < 60
+    assert (demo["steps"], demo["ended_by"]) == (250, "steps")  # however busy the machine is
     assert demo["wer_after"] < 0.67 * demo["wer_before"]
     assert demo["rougeL_after"] > demo["rougeL_before"]
     assert demo["rougeL_after"] > 3 * demo["rougeL_chance"]

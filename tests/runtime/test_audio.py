@@ -1,14 +1,17 @@
 """runtime/audio.py on real files: every rate, channel count and format in, one clear sentence for every bad input."""
 
+import os
 import struct
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 
-from tiny_align.runtime.audio import MIN_SECONDS, check_audio, read_audio, read_segment
+from tiny_align.runtime.audio import MIN_SECONDS, check_audio, read_audio, read_recording, read_segment
 from tiny_align.runtime.errors import AudioError
 
 RATE = 16_000  # Hz
@@ -145,6 +148,48 @@ def test_a_silent_segment_is_named(tmp_path):
         read_segment(path, RATE, 0.5, 1.0)
 
 
+# --- pipes ---
+
+
+def through_a_pipe(path, content):
+    """A named pipe into which the bytes are written."""
+    os.mkfifo(path)
+    threading.Thread(target=path.write_bytes, args=[content], daemon=True).start()
+    return path
+
+
+def test_a_pipe_is_read_like_the_file(tmp_path):
+    for name in ("a.wav", "a.flac", "a.ogg", "a.mp3"):
+        path = written(tmp_path / name)
+        pipe = through_a_pipe(tmp_path / f"pipe-{name}", path.read_bytes())
+        np.testing.assert_array_equal(read_audio(pipe, RATE), read_audio(path, RATE))
+
+
+def test_a_pipe_that_brings_too_little(tmp_path):
+    content = written(tmp_path / "a.wav").read_bytes()
+    with pytest.raises(AudioError, match="is cut off"):
+        read_audio(through_a_pipe(tmp_path / "half", content[:9_000]), RATE)
+    with pytest.raises(AudioError, match="is an empty file"):
+        read_audio(through_a_pipe(tmp_path / "nothing", b""), RATE)
+
+
+@pytest.mark.parametrize("size", [None, 0, 0xFFFF_FFFF])
+def test_standard_input_is_read(tmp_path, monkeypatch, size):
+    path = written(tmp_path / "a.wav")
+    whole = read_audio(path, RATE)
+    path = path if size is None else with_data_size(path, size)
+    monkeypatch.setattr(sys, "stdin", path.open())
+    np.testing.assert_array_equal(read_audio("-", RATE), whole)
+    with pytest.raises(AudioError, match=r"standard input: is an empty file \(0 bytes\)"):
+        read_audio("-", RATE)  # nothing is left
+
+
+def test_no_standard_input(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(AudioError, match="standard input: is closed"):
+        read_audio("-", RATE)
+
+
 # --- bad files ---
 
 
@@ -159,6 +204,28 @@ def test_paths_that_are_no_recording(tmp_path, read):
         read(tmp_path / "empty.wav", RATE)
 
 
+def test_a_path_that_may_not_be_read(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    path = written(tmp_path / "a.wav")
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(AudioError, match=r"a\.wav: may not be read"):
+        read_audio(path, RATE)
+
+
+def test_paths_that_the_system_refuses(tmp_path):
+    for path in (tmp_path / "a.wav" / "b.wav", tmp_path / ("a" * 300), "a\0b", "/dev/zero"):
+        with pytest.raises(AudioError, match=r"no such file|cannot be read|is a device"):
+            read_audio(path, RATE)
+
+
+@pytest.mark.parametrize("rate", [1, 3_999, 1_000_000])
+def test_a_rate_that_no_recording_has(tmp_path, rate):
+    with pytest.raises(AudioError, match=f"its header says {rate} Hz, expected 4000 to 768000 Hz"):
+        read_audio(written(tmp_path / "a.wav", tone(), rate=rate), RATE)
+
+
 @pytest.mark.parametrize("name", ["a.wav", "a.txt", "a.raw", "a.mp3"])
 def test_not_audio(tmp_path, name):
     (tmp_path / name).write_bytes(b"What is the weather like?\n" * 100)
@@ -166,11 +233,11 @@ def test_not_audio(tmp_path, name):
         read_audio(tmp_path / name, RATE)
 
 
-@pytest.mark.parametrize("kept", [4, 11, 20, 36])
+@pytest.mark.parametrize("kept", [4, 11, 20, 36, 43, 44])
 def test_a_wav_cut_off_in_its_header(tmp_path, kept):
     path = written(tmp_path / "a.wav")
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(AudioError, match="is not audio we can read"):
+    with pytest.raises(AudioError, match="is cut off"):
         read_audio(path, RATE)
 
 
@@ -201,11 +268,15 @@ def test_a_truncated_flac(tmp_path):
 
 def test_a_flac_of_unknown_length(tmp_path):
     path = written(tmp_path / "a.flac")
-    content = bytearray(path.read_bytes())
+    whole, content = read_audio(path, RATE), bytearray(path.read_bytes())
     content[21] &= 0xF0  # STREAMINFO's 36 bits of total samples
     content[22:26] = bytes(4)
     path.write_bytes(content)
-    with pytest.raises(AudioError, match="convert it to WAV"):
+    recording = read_recording(path, RATE)
+    np.testing.assert_array_equal(recording.samples, whole)
+    assert "does not say how long it is" in recording.notes[0]
+    path.write_bytes(content[:-1])
+    with pytest.raises(AudioError, match="cut off"):
         read_audio(path, RATE)
 
 
@@ -241,6 +312,8 @@ def test_bad_sounds_in_files(tmp_path):
         read_audio(written(tmp_path / "silent.wav", np.zeros(RATE, np.float32)), RATE)
     with pytest.raises(AudioError, match="NaN"):
         read_audio(written(tmp_path / "nan.wav", np.full(RATE, np.nan, np.float32), subtype="FLOAT"), RATE)
+    with pytest.raises(AudioError, match="NaN or infinite"):
+        read_audio(written(tmp_path / "inf.wav", np.full((RATE, 2), np.inf, np.float32), subtype="FLOAT"), RATE)
     with pytest.raises(AudioError, match=r"1\.00 s, expected at most 0\.5 s"):
         read_audio(written(tmp_path / "long.wav", tone(1.0)), RATE, max_s=0.5)
 

@@ -1,6 +1,7 @@
 """The command as people call it: recordings of every kind in, one clear sentence for what is wrong, nothing heavy."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from tiny_align.runtime.bundle import MANIFEST, USER_RECORD, Bundle
 from tiny_align.runtime.cli import COMMANDS
 
 RATE = 16_000  # Hz, the bundle's
-RESULT = {"text", "heard", "tokens", "ttft_ms", "rtf", "audio_s", "backend", "user"}
+RESULT = {"text", "heard", "tokens", "ttft_ms", "rtf", "audio_s", "backend", "user", "notes"}
 QUICK = ("--max-tokens", 6, "--threads", 1)
 
 HEAVY = ("torch", "transformers", "onnx", "tensorrt", "tensorrt_rtx", "polygraphy")
@@ -103,7 +104,7 @@ def test_a_wrong_call_is_explained(run_cli, call):
 
 
 def stereo(audio):
-    return np.stack([audio, np.roll(audio, 3)], axis=1)
+    return np.stack([audio, 0.5 * audio], axis=1)
 
 
 def resampled(audio, rate):
@@ -155,6 +156,35 @@ def test_a_persons_projector_is_used(run_cli, bundle_path, voice_path, make_user
 
 
 # --- what is wrong with a recording ---
+
+
+NOTED = {  # how a recording is spoilt -> the note
+    "inverted": (lambda a: np.stack([a, -a], axis=1), "channel 2 of 2 is left out: it is channel 1, inverted"),
+    "clipped": (lambda a: np.clip(10 * a / np.abs(a).max(), -1, 1), "% of the samples are at full scale"),
+    "quiet": (lambda a: 0.02 * a, "too quiet: the speech is at -"),
+}
+
+
+@pytest.mark.parametrize("name", NOTED)
+@pytest.mark.parametrize("command", [("run",), ("listen", "--fast", "--wav")])
+def test_what_is_wrong_with_a_recording_is_noted_beside_its_answer(
+    run_cli, bundle_path, speech, tmp_path, command, name
+):
+    make, note = NOTED[name]
+    soundfile.write(tmp_path / "a.flac", make(speech), RATE)
+    done = run_cli(*command, tmp_path / "a.flac", "--bundle", bundle_path, *QUICK)
+    [noted] = done.document["notes"]
+    assert done.status == 0 and noted.startswith(f"{tmp_path / 'a.flac'}: ") and note in noted
+    assert f"tiny-align: {noted}\n" in done.stderr
+
+
+@pytest.mark.parametrize("command", [("run",), ("listen", "--fast", "--wav")])
+def test_standard_input_is_answered_like_the_file(run_cli, bundle_path, voice_path, monkeypatch, command):
+    path = voice_path / "test-100.flac"
+    of_file = run_cli(*command, path, "--bundle", bundle_path, *QUICK)
+    monkeypatch.setattr(sys, "stdin", path.open())
+    piped = run_cli(*command, "-", "--bundle", bundle_path, *QUICK)
+    assert piped.status == 0 and piped.stdout.splitlines()[:-1] == of_file.stdout.splitlines()[:-1] != []
 
 
 def written(path, audio, **options):

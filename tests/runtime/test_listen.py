@@ -21,7 +21,7 @@ from tiny_align.runtime.microphone import Notice
 
 RATE = 16_000
 QUICK = ("--threads", 1)
-RESULT = {"turns", "ttft_ms", "dropped_s", "notices", "positions", "capacity", "backend", "user"}
+RESULT = {"turns", "ttft_ms", "dropped_s", "notices", "positions", "capacity", "backend", "user", "notes"}
 TURN = {"text", "heard", "cancelled", "tokens", "speech_s", "hangover_s", "ttft_ms", "seconds"}
 
 

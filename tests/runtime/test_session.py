@@ -11,6 +11,7 @@ from tiny_align.benchmarks.streaming import resident_bytes
 from tiny_align.runtime import Assistant, Decoding
 from tiny_align.runtime import session as session_module
 from tiny_align.runtime.errors import AudioError, TinyAlignError
+from tiny_align.runtime.front_end import KINDS
 from tiny_align.runtime.llm import LanguageModel
 
 DECODING = Decoding(max_tokens=12)
@@ -278,3 +279,15 @@ def test_memory_that_is_free_goes_back_to_the_system():
     del blocks
     session_module._give_back_memory()
     assert full - resident_bytes() > 20e6, kept.shape
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("n_samples", [1, 100, 160, 399, 400, 1_599])
+def test_a_few_samples_are_too_little_for_every_front_end(assistant, speech, monkeypatch, kind, n_samples):
+    monkeypatch.setattr(assistant, "_front_end", kind())
+    session = assistant.listen()
+    session.push(speech[5_000 : 5_000 + n_samples])
+    if n_samples % 2:
+        session.anticipate()
+    with pytest.raises(AudioError, match=r"expected at least 0\.1 s"):
+        list(session.finish())
