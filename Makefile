@@ -32,6 +32,7 @@ bench: $(STAMPS)/dev,peers  ## the standard run on this machine, a quarter of an
 
 bench-full: $(STAMPS)/dev,peers  ## every other measurement, hours
 	$(BIN)/python -m benchmarks.quality
+	$(BIN)/python -m benchmarks.robustness
 	$(BIN)/python -m benchmarks.alignment
 	$(BIN)/python -m benchmarks.training_cost
 	$(BIN)/python -m benchmarks.families

