@@ -637,6 +637,7 @@ def test_what_is_left_out_is_counted_with_an_example(tmp_path):
             {"reason": "of split 'foo', none of train, validation, test", "count": 2, "example": "1.wav"},
             {"reason": "beyond the first 1 of the rows", "count": 1, "example": "2.wav"},
         ],
+        "notes": [],
     }
     assert "left out 4: by another speaker (1, e.g. 0.wav by bo); of split 'foo'" in str(report)
 

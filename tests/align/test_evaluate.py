@@ -171,6 +171,18 @@ def test_recordings_that_cannot_be_used_are_left_out_and_named(run_cli, bundle_p
         assert name in caplog.text
 
 
+def test_what_is_odd_about_recordings_that_are_used_is_counted(run_cli, bundle_path, recordings, tmp_path):
+    for path in recordings.iterdir():
+        shutil.copy(path, tmp_path / path.name)
+    for path in tmp_path.glob("*.flac"):
+        audio, rate = soundfile.read(path)
+        soundfile.write(path, np.clip(8 * audio, -1, 1), rate)
+    done = run_cli("eval", "--bundle", bundle_path, "--data", tmp_path, "--split", "all", "--threads", 1, "--json")
+    note = done.document["data"]["notes"][0]  # clipped at one side more than at the other, it has an offset too
+    assert (note["note"], note["count"]) == ("clipped", 3) and "at full scale" in note["example"]
+    assert "used, though: clipped (3, e.g. " in done.stderr and done.stderr.count("clipped") == 2
+
+
 def test_no_usable_recording_is_refused_with_the_reasons(run_cli, bundle_path, one_bad, change_rows):
     change_rows(one_bad, lambda rows: rows.__delitem__(slice(0, 3)))
     done = run_cli("eval", "--bundle", bundle_path, "--data", one_bad, "--threads", 1)

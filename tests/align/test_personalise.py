@@ -104,7 +104,7 @@ def test_the_document_says_what_happened(personalised):
     for name in (f"{measure}_{when}" for measure in MEASURES for when in ("before", "after")):
         assert np.isfinite(got[name]) and got[name] >= 0
     assert 0 <= got["rougeL_chance"] <= 1 and got["normaliser"].startswith("whisper-normalizer")
-    assert got["data"] == {"train": 6, "validation": 0, "test": 3, "left_out": 0, "reasons": []}
+    assert got["data"] == {"train": 6, "validation": 0, "test": 3, "left_out": 0, "reasons": [], "notes": []}
 
 
 def test_the_record_holds_hashes_and_the_training(personalised, bundle_path):
