@@ -15,8 +15,8 @@ def run(args) -> dict:
     from tiny_align.runtime.assistant import collect
     from tiny_align.runtime.audio import read_audio
 
-    options.check(args)
-    with options.load(args) as assistant:
+    bundle = options.check(args)
+    with options.load(args, bundle) as assistant:
         audio = read_audio(args.audio, assistant.sample_rate, assistant.max_speech_s)
         events = assistant.stream(audio, args.instruction, options.decoding(args))
         answer = collect(shown(events, quiet=args.json), len(audio) / assistant.sample_rate)
