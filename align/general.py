@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 from tiny_align.align.feature_cache import Stored, cached_file, wordless_files
+from tiny_align.align.lock import alone
 from tiny_align.align.objectives import default_for, make
 from tiny_align.align.personalise import Effort, embedding_table, make_examples, open_for
 from tiny_align.align.train import Example, Trained, Trainer, TrainOptions
@@ -38,16 +39,21 @@ def generalise(bundle_path: Path, utterances: list, effort: Effort, *, quiet: bo
     Raises:
         BundleError, DataError, AudioError, TinyAlignError: the bundle is as it was.
     """
+    path = Path(bundle_path).resolve()
+    open_for(path, effort)  # refuses before anything is written
+    with writing(path.parent):
+        tempfile.TemporaryFile(dir=path.parent).close()
+    with alone(path) as work:
+        return _generalise(bundle_path, work, utterances, effort, quiet)
+
+
+def _generalise(bundle_path: Path, work: Path, utterances: list, effort: Effort, quiet: bool) -> dict:
     from tiny_align.align.datasets import split_of
     from tiny_align.align.evaluate import hear, score
 
-    path = Path(bundle_path).resolve()
-    bundle = open_for(path, effort)
-    work = path.with_name(f".{path.name}.align")
+    bundle = open_for(Path(bundle_path).resolve(), effort)
     training = _enough(split_of(utterances, "train")[: effort.utterances])
     test = [u for u in utterances if u.split == "test"][:MEASURED]
-    with writing(path.parent):  # before anything long
-        tempfile.TemporaryFile(dir=path.parent).close()
     with Assistant.load(bundle, threads=effort.threads) as assistant:
         heard = hear(assistant, test, quiet=quiet)
         before = score(assistant, heard, quiet=quiet) if test and bundle.manifest.projector_trained else None

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tiny_align.align.objectives import LLM_FREE, check, default_for, make
+from tiny_align.runtime.checks import check_fields
 from tiny_align.runtime.errors import DataError, TinyAlignError, UserError
 
 VARIATIONS = 3  # of every recording, beside itself
@@ -29,10 +30,7 @@ class Effort:
     objective: str | None = None
 
     def __post_init__(self):
-        for name, least in {"steps": 1, "max_seconds": 0, "utterances": 1, "seed": 0, "threads": 1}.items():
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise TinyAlignError(f"--{name.replace('_', '-')} is {value}: give a number from {least} up")
+        check_fields(self, "steps", "max_seconds", "utterances", "seed", "threads")
 
     @classmethod
     def of(cls, args) -> "Effort":
@@ -88,15 +86,16 @@ def personalise(bundle_path: Path, utterances: list, user: str, users: Path, eff
     share_cores()
     from tiny_align.align.datasets import split_of
     from tiny_align.align.evaluate import check_transcripts, hear, score
+    from tiny_align.align.lock import alone
     from tiny_align.align.users import load_projector, write_user
     from tiny_align.runtime.assistant import Assistant
 
     bundle = open_for(bundle_path, effort)
-    folder, work = bundle.user_folder(user, users), bundle.user_folder(user, users).with_name(f".{user}.align")
+    folder = bundle.user_folder(user, users)
     training, test = split_of(utterances, "train")[: effort.utterances], split_of(utterances, "test")
     if len(training) < 2:
         raise DataError(f"{len(training)} recordings to train on: give at least 2, better 25 or more")
-    with Assistant.load(bundle, threads=effort.threads) as assistant:
+    with alone(folder) as work, Assistant.load(bundle, threads=effort.threads) as assistant:
         check_transcripts(assistant, training)
         heard = hear(assistant, test, quiet=quiet)
         before = score(assistant, heard, quiet=quiet)
