@@ -145,6 +145,17 @@ def test_two_trainings_of_one_person_are_both_whole(bundle_copy, write_recording
     assert [p.name for p in (users / ".ana.align").iterdir()] == ["features"]
 
 
+def test_two_general_trainings_of_one_bundle_are_both_whole(bundle_copy, voice_path):
+    """The second opens what the first has written."""
+    call = ("align", "--general", "--bundle", bundle_copy, "--data", voice_path, "--steps", 1)
+    documents, said = ended(started(*call), started(*call))
+    assert said.count("another process is training bundle: waiting until it has finished") == 1
+    assert all(document["steps"] == 1 for document in documents)
+    Bundle.open(bundle_copy)
+    names = [p.name for p in sorted(bundle_copy.parent.iterdir())]
+    assert names == [f".{bundle_copy.name}.align", bundle_copy.name]
+
+
 def test_a_bundle_is_not_replaced_while_a_person_is_trained_in_it(bundle_copy, capfd):
     """What they get meanwhile would be lost with the old folder."""
     bundle, inside, done = Bundle.open(bundle_copy), threading.Event(), threading.Event()
