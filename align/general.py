@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tiny_align.align.data_report import DataReport, each_usable
 from tiny_align.align.feature_cache import Stored, cached_file, wordless_files
+from tiny_align.align.lock import alone
 from tiny_align.align.objectives import default_for, make
 from tiny_align.align.personalise import Effort, embedding_table, make_examples, open_for
 from tiny_align.align.train import Example, Trained, Trainer, TrainOptions
@@ -42,21 +43,27 @@ def generalise(
     Raises:
         BundleError, DataError, AudioError, TinyAlignError: the bundle is as it was.
     """
+    path = Path(bundle_path).resolve()
+    open_for(path, effort)  # refuses before anything is written
+    with writing(path.parent):
+        tempfile.TemporaryFile(dir=path.parent).close()
+    with alone(path) as work:
+        return _generalise(bundle_path, work, utterances, effort, quiet, report or DataReport())
+
+
+def _generalise(
+    bundle_path: Path, work: Path, utterances: list, effort: Effort, quiet: bool, report: DataReport
+) -> dict:
     from tiny_align.align.datasets import leave_out_unknown_splits, split_of
     from tiny_align.align.evaluate import hear, score
 
-    path = Path(bundle_path).resolve()
-    bundle = open_for(path, effort)
-    work = path.with_name(f".{path.name}.align")
-    report = report or DataReport()
+    bundle = open_for(Path(bundle_path).resolve(), effort)
     leave_out_unknown_splits(utterances, report)
     training = report.first(split_of(utterances, "train"), effort.utterances, "of the train split (--utterances)")
     _check_enough(training, report)
     validation = [u for u in utterances if u.split == "validation"]
     validation = report.first(validation, MOST_HELD_OUT, "of the validation split, which are enough")
     test = report.first([u for u in utterances if u.split == "test"], MEASURED, "of the test split, which are enough")
-    with writing(path.parent):  # before anything long
-        tempfile.TemporaryFile(dir=path.parent).close()
     with Assistant.load(bundle, threads=effort.threads) as assistant:
         heard = hear(assistant, test, quiet=quiet, report=report)
         before = score(assistant, heard, quiet=quiet) if heard and bundle.manifest.projector_trained else None

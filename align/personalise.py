@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tiny_align.align.data_report import DataReport, each_usable
 from tiny_align.align.objectives import LLM_FREE, check, default_for, make
+from tiny_align.runtime.checks import check_fields
 from tiny_align.runtime.errors import DataError, TinyAlignError, UserError
 
 VARIATIONS = 3  # of every recording, beside itself
@@ -32,10 +33,7 @@ class Effort:
     objective: str | None = None
 
     def __post_init__(self):
-        for name, least in {"steps": 1, "max_seconds": 0, "utterances": 1, "seed": 0, "threads": 1}.items():
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise TinyAlignError(f"--{name.replace('_', '-')} is {value}: give a number from {least} up")
+        check_fields(self, "steps", "max_seconds", "utterances", "seed", "threads")
 
     @classmethod
     def of(cls, args) -> "Effort":
@@ -105,18 +103,19 @@ def personalise(
     share_cores()
     from tiny_align.align.datasets import leave_out_unknown_splits, split_of
     from tiny_align.align.evaluate import hear, score
+    from tiny_align.align.lock import alone
     from tiny_align.align.users import load_projector, write_user
     from tiny_align.runtime.assistant import Assistant
 
     bundle = open_for(bundle_path, effort)
-    folder, work = bundle.user_folder(user, users), bundle.user_folder(user, users).with_name(f".{user}.align")
+    folder = bundle.user_folder(user, users)
     report = report or DataReport()
     leave_out_unknown_splits(utterances, report)
     training = report.first(split_of(utterances, "train"), effort.utterances, "of the train split (--utterances)")
     validation = [utterance for utterance in utterances if utterance.split == "validation"]
     test = split_of(utterances, "test")
     _check_enough(training, report)
-    with Assistant.load(bundle, threads=effort.threads) as assistant:
+    with alone(folder) as work, Assistant.load(bundle, threads=effort.threads) as assistant:
         began = time.perf_counter()
         training = _encoded(assistant, training, work / "features", quiet, report)
         validation = _encoded(assistant, validation, work / "features", quiet, report)

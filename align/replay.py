@@ -4,12 +4,15 @@ Rehearsal on old examples is the plainest cure of forgetting (Robins 1995, "Cata
 Pseudorehearsal"). Sounds without a word are among them; a person's training makes more (personalise.py).
 """
 
+import zlib
 from pathlib import Path
 
 import numpy as np
 
 from tiny_align.align.feature_cache import array_of
 from tiny_align.align.train import Example
+from tiny_align.runtime.errors import BundleError
+from tiny_align.runtime.files import NO_ARRAY
 
 
 def write_replay(path: Path, examples: list[Example]) -> None:
@@ -26,9 +29,20 @@ def write_replay(path: Path, examples: list[Example]) -> None:
 
 
 def read_replay(path: Path) -> list[Example]:
-    """The examples of `write_replay`; none where a bundle has no such file."""
+    """The examples of `write_replay`; none where a bundle has no such file.
+
+    Raises:
+        BundleError: it is damaged.
+    """
     if not path.exists():
         return []
+    try:
+        return _read(path)
+    except (*NO_ARRAY, OSError, KeyError, AttributeError, TypeError, zlib.error) as error:
+        raise BundleError(f"{path} is damaged ({error}): copy the bundle again, or train its projector") from error
+
+
+def _read(path: Path) -> list[Example]:
     with np.load(path) as stored:
         features = np.split(stored["features"].astype(np.float32), stored["feature_ends"][:-1])
         ends = stored["token_ends"][:-1]

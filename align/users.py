@@ -1,5 +1,6 @@
 """Projectors on disk, a person's and the general one: the bundle's graph with other weights, without an exporter."""
 
+import contextlib
 import dataclasses
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from tiny_align.align.lock import alone
 from tiny_align.align.projector import build_projector
 from tiny_align.align.replay import write_replay
 from tiny_align.align.train import Example
@@ -75,11 +77,13 @@ def write_general(
 ) -> None:
     """Give a bundle another general projector, speech vocabulary and replay file, at once; all else stays in it.
 
+    A person who is being trained in it is waited for: what they get meanwhile would be lost.
+
     Raises:
         TinyAlignError: the bundle's folder cannot be written; the bundle is as it was.
     """
     path, data = bundle.path.resolve(), data_file(bundle)
-    with writing(path), written_folder(path) as temporary:
+    with _nobody_trains(path), writing(path), written_folder(path) as temporary:
         link_tree(path, temporary)
         (temporary / data).unlink()
         shutil.copyfile(path / data, temporary / data)
@@ -89,3 +93,13 @@ def write_general(
         write_replay(replay, replayed)
         write_speech_tokens(temporary, bundle, speech_tokens)
         write_manifest(temporary, dataclasses.replace(bundle.manifest, projector_trained=True))
+
+
+@contextlib.contextmanager
+def _nobody_trains(bundle: Path):
+    """The work folders of all persons in a bundle are ours meanwhile."""
+    with contextlib.ExitStack() as locks:
+        for work in sorted(bundle.glob("users/.*.align")):
+            name = work.name.removeprefix(".").removesuffix(".align")
+            locks.enter_context(alone(bundle / "users" / name))
+        yield

@@ -16,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 
 from tiny_align.runtime.errors import TinyAlignError
+from tiny_align.runtime.files import writing
 
 NAMES = ("inference", "streaming", "memory", "compare", "limits", "growth", "quality", "training")
 ALL, DIFF = "all", "diff"
@@ -65,6 +66,8 @@ def _measure(args, names: list[str]) -> dict:
     from tiny_align.benchmarks.harness import state
 
     setting = _setting(args)
+    with writing(args.out):  # before anything long
+        args.out.mkdir(parents=True, exist_ok=True)
     result = _stamp(args, names, setting)
     began, parts = time.perf_counter(), {}
     for name in (bar := tqdm(names, desc="bench", file=sys.stderr)):
@@ -72,9 +75,9 @@ def _measure(args, names: list[str]) -> dict:
         parts[name] = standard.measure(name, setting)
     result |= {"seconds": time.perf_counter() - began, "after": state(), "parts": parts}
     path = args.out / f"{results.machine_name(result['machine'])}.json"
-    args.out.mkdir(parents=True, exist_ok=True)
-    results.write(path, result)
-    tables.write(path, result)
+    with writing(args.out):
+        results.write(path, result)
+        tables.write(path, result)
     if not args.json:
         print(tables.markdown(result))
     return result | {"path": str(path)}
@@ -84,8 +87,6 @@ def _setting(args):
     from tiny_align.align.demo import shipped
     from tiny_align.benchmarks.standard import Setting
 
-    if args.threads < 1:
-        raise TinyAlignError(f"--threads is {args.threads}: give a number from 1 up")
     paths = (str(args.bundle or shipped("bundle")), str(args.data or shipped("voice")))
     return Setting(*paths, args.threads, args.short, tuple(_slowed(text) for text in args.slow))
 

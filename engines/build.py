@@ -159,6 +159,8 @@ def _unfinished(target: Path):
             finally:
                 if not (folder / RECORD).is_file():
                     shutil.rmtree(folder, ignore_errors=True)
+    except BrokenPipeError:  # who read the progress has left
+        raise
     except OSError as error:
         raise BackendError(
             f"cannot write engines to {target} ({error}): make room, or copy the bundle to a folder you may write"

@@ -125,8 +125,14 @@ def _tell(fraction: float, phase: str) -> None:
 
 
 def _timing_cache(path: str | None):
-    """The open file of an earlier build; a context of None where there is none."""
-    return open(path, "rb") if path and Path(path).is_file() else contextlib.nullcontext()
+    """The open file of an earlier build; a context of None where there is none that can be read.
+
+    Of one that is damaged TensorRT makes no cache, and Polygraphy then begins an empty one.
+    """
+    with contextlib.suppress(OSError):
+        if path and Path(path).is_file():
+            return open(path, "rb")
+    return contextlib.nullcontext()
 
 
 def _save_timing_cache(config, path: Path) -> None:

@@ -5,7 +5,7 @@ same ones where an engine is held whole, as by TensorRT 10.3. What the GPU's own
 """
 
 from tiny_align.runtime.errors import BackendError
-from tiny_align.runtime.machine import memory
+from tiny_align.runtime.machine import memory, memory_limits
 
 BASE_BYTES = 500_000_000  # of the builder itself
 BYTES_PER_GRAPH_BYTE = 3.5  # the graph as read, as optimised, and as an engine
@@ -29,8 +29,10 @@ def require_memory(graph: str, graph_bytes: int, *, swaps: bool) -> None:
     if "MemAvailable" not in have:
         return
     usable = have["MemAvailable"] + (have.get("SwapFree", 0) if swaps else 0)
-    if usable < need:
+    limits = [room for room in memory_limits() if room.free < min(need, usable)]
+    if usable < need or limits:
         told = ", ".join(f"{name} {size >> 20} MiB" for name, size in have.items() if name != "MemTotal")
+        told += "".join(f", {room.free >> 20} MiB {room.limit}" for room in limits)
         raise BackendError(
             f"building the graph {graph!r} takes about {need >> 20} MiB of memory, and there is less ({told}): "
             f"{_remedy(swaps, have)}; --force builds all the same"

@@ -25,6 +25,7 @@ from tiny_align.export.packing import share_weights
 from tiny_align.export.prompts import prompt_spec
 from tiny_align.export.quantise import BLOCKS, forms, quantise
 from tiny_align.export.windows import MARGIN_S, window_spec
+from tiny_align.runtime import checks
 from tiny_align.runtime.backend import load_decoder, load_runner
 from tiny_align.runtime.bundle import (
     MANIFEST,
@@ -102,11 +103,9 @@ def _check_out(out: Path) -> None:
 
 
 def _check_sizes(options: ExportOptions) -> None:
-    for name, least in (("max_context", 32), ("soft_tokens", 1)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise TinyAlignError(f"--{name.replace('_', '-')} is {value}: give at least {least}")
-    if options.window_s and not options.window_s >= 3 * MARGIN_S:  # NaN fails too
+    for name in ("max_context", "soft_tokens", "window_s"):
+        checks.check(name, getattr(options, name), f"--{name.replace('_', '-')}")
+    if 0 < options.window_s < 3 * MARGIN_S:
         raise TinyAlignError(f"--window-s is {options.window_s}: give at least {3 * MARGIN_S:g}, or 0 for no windows")
 
 

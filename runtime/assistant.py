@@ -13,6 +13,7 @@ from tiny_align.runtime.audio import MIN_SECONDS, check_audio, read_audio
 from tiny_align.runtime.backend import BACKENDS, Chain, load_decoder, load_runner
 from tiny_align.runtime.budget import budget
 from tiny_align.runtime.bundle import Bundle
+from tiny_align.runtime.checks import Range, check
 from tiny_align.runtime.conditioning import condition
 from tiny_align.runtime.errors import AudioError
 from tiny_align.runtime.llm import Decoding, LanguageModel, TextStream
@@ -91,11 +92,14 @@ class Assistant:
             context: positions of a conversation, prompt and answers together; None: as many as the LLM has.
         Raises:
             BundleError, UserError, BackendError: see their messages.
-            TinyAlignError: less memory is free than it takes (budget.py), or a longer context than the LLM has.
+            TinyAlignError: less memory is free than it takes (budget.py), or a number out of range (checks.py).
         """
+        check("threads", threads)
         bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        if context is not None:
+            Range(1, bundle.manifest.llm.max_context).check("context", context)
         if backend in BACKENDS:  # another is refused where it would be loaded
-            need = budget(bundle, backend, context or bundle.manifest.llm.max_context)
+            need = budget(bundle, backend, context or bundle.manifest.llm.max_context, threads)
             log.info("%s takes about %s", bundle.path, need)
             need.require()
         own, paths = bundle.projector(user, users), {n: bundle.graph(n, backend) for n in ("encoder", "llm")}

@@ -7,14 +7,16 @@ dataclasses, read from and written to manifest.json.
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
 
+from tiny_align.runtime.checks import Range, check_form, is_utf8
 from tiny_align.runtime.errors import BundleError, UserError
-from tiny_align.runtime.files import sha256, write_json
+from tiny_align.runtime.files import NO_ARRAY, reading, sha256, write_json
 from tiny_align.runtime.front_end import AnyFrontEnd, front_end_from
 from tiny_align.runtime.readout import Readout
 from tiny_align.runtime.windows import WindowSpec
@@ -24,6 +26,29 @@ MANIFEST = "manifest.json"
 USER_RECORD = "user.json"
 SPEECH_TOKENS = "speech_tokens.npy"
 GENERAL = "general"  # the bundle's own projector, for everybody
+SIZES = {  # what a number of the manifest may be, by the name of its field
+    "feature_size": Range(1, 2**20),
+    "hidden_size": Range(1, 2**20),
+    "head_size": Range(1, 2**20),
+    "vocabulary": Range(1, 2**24),
+    "n_layers": Range(1, 2**16),
+    "n_kv_heads": Range(1, 2**16),
+    "max_context": Range(1, 2**24),
+    "sample_rate": Range(1_000, 2**20),
+    "n_mels": Range(1, 2**12),
+    "n_fft": Range(1, 2**20),
+    "window_samples": Range(1, 2**20),
+    "hop_samples": Range(1, 2**20),
+    "padded_samples": Range(1, 2**30),
+    "stride": Range(1, 2**12),
+    "n_vectors": Range(1, 2**24),
+    "vector_samples": Range(1, 2**24),
+    "n_features": Range(1, 2**24),
+    "frame_s": Range(1e-4, 60, whole=False),
+}
+READOUTS = ("ctc", "pooled")
+DTYPES = ("float32", "float16", "int64", "int32", "bool")  # of a graph's inputs and outputs
+PROJECTOR_SIZE = Range(0, 2**20)  # of the sizes that align.build_projector takes
 
 
 @dataclass(frozen=True)
@@ -185,13 +210,28 @@ class Bundle:
         if unlisted:
             raise BundleError(f"{path / MANIFEST} lists no hash of {', '.join(unlisted)}: export the bundle again")
         for name, expected in bundle.manifest.files.items():
-            if not (path / name).is_file():
-                raise BundleError(f"{path} lacks {name}, which its manifest lists: copy or export the bundle again")
-            if verify and sha256(path / name) != expected:
-                raise BundleError(
-                    f"{path / name} has changed: its SHA-256 is not the manifest's. Copy or export the bundle again"
-                )
+            with reading(path / name, BundleError):
+                bundle._check_file(name, expected if verify else None)
+        bundle._check_weights()
         return bundle
+
+    def _check_file(self, name: str, expected: str | None) -> None:
+        if not (self.path / name).is_file():
+            raise BundleError(f"{self.path} lacks {name}, which its manifest lists: copy or export the bundle again")
+        if expected and sha256(self.path / name) != expected:
+            raise BundleError(
+                f"{self.path / name} has changed: its SHA-256 is not the manifest's. Copy or export the bundle again"
+            )
+
+    def _check_weights(self) -> None:
+        """The projector's weights lie within its data file."""
+        ends = [w.offset + 4 * math.prod(w.shape) for w in self.manifest.projector_weights]
+        data = Path(f"{self.graph('projector')}.data") if ends else None
+        if data and (not data.is_file() or data.stat().st_size < max(ends)):
+            raise BundleError(
+                f"{data} has no room for the weights that the manifest puts there, up to byte {max(ends)}: copy or "
+                "export the bundle again"
+            )
 
     @property
     def tokenizer(self) -> Path:
@@ -238,8 +278,44 @@ class Bundle:
         """
         for folder in (self.path if projector is None else projector.parent, self.path):
             if (folder / SPEECH_TOKENS).is_file():
-                return np.load(folder / SPEECH_TOKENS)
+                return self._checked_tokens(folder / SPEECH_TOKENS)
         return np.arange(self.manifest.llm.vocabulary, dtype=np.int32)
+
+    def _checked_tokens(self, path: Path) -> np.ndarray:
+        tokens, vocabulary = _load_array(path), self.manifest.llm.vocabulary
+        if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or (len(tokens) and not _within(tokens, vocabulary)):
+            raise BundleError(
+                f"{path} is no list of tokens of this LLM, whole numbers from 0 to {vocabulary - 1}: "
+                "export the bundle, or train the person, again"
+            )
+        return tokens
+
+    def load_tokenizer(self):
+        """The LLM's `tokenizers.Tokenizer`.
+
+        Raises:
+            BundleError: its file cannot be read, or is of another kind.
+        """
+        from tokenizers import Tokenizer
+
+        try:
+            return Tokenizer.from_file(str(self.tokenizer))
+        except Exception as error:  # tokenizers raises no other class
+            raise BundleError(f"{self.tokenizer} cannot be read ({error}): copy or export the bundle again") from error
+
+    def load_embeddings(self) -> np.ndarray:
+        """(V, D) float16, mapped: the LLM's embedding table.
+
+        Raises:
+            BundleError: its file cannot be read, or is of another size.
+        """
+        table, size = _load_array(self.embeddings, mmap_mode="r"), self.manifest.llm.hidden_size
+        if table.ndim != 2 or table.shape[1] != size or table.dtype.kind != "f":
+            raise BundleError(
+                f"{self.embeddings} is {table.dtype} {list(table.shape)}, expected floats of {size} columns, as "
+                "many as the manifest gives the LLM: export the bundle again"
+            )
+        return table
 
     def person(self, folder: Path) -> "Bundle":
         """A person's folder as a bundle of one graph, so that its engine is built and checked like any other.
@@ -256,32 +332,82 @@ class Bundle:
             raise UserError(f"{user!r} is no user name: use letters, digits, '.', '_' and '-', at most 64")
         if user == GENERAL:
             raise UserError(f"{user!r} is the bundle's own projector, for everybody: choose another name")
-        return Path(users or self.path / "users") / user
+        folder = Path(users or self.path / "users") / user
+        if not is_utf8(str(folder)):
+            raise UserError(f"{str(folder)!r} is not UTF-8, as the backends want it: rename the folder")
+        return folder
+
+
+def _load_array(path: Path, **options) -> np.ndarray:
+    """A .npy file of the bundle or of a person."""
+    try:
+        with reading(path, BundleError):
+            array = np.load(path, **options)
+    except NO_ARRAY as error:
+        raise BundleError(f"{path} is damaged ({error}): copy, export or train it again") from error
+    if not isinstance(array, np.ndarray):  # an archive
+        raise BundleError(f"{path} is damaged (no single array): copy, export or train it again")
+    return array
+
+
+def _within(tokens: np.ndarray, vocabulary: int) -> bool:
+    return tokens.min() >= 0 and tokens.max() < vocabulary
 
 
 def _read_manifest(path: Path) -> Manifest:
-    if not (path / MANIFEST).is_file():
-        raise BundleError(
-            f"{path} is not a bundle: it has no {MANIFEST}. Give the folder that `tiny-align export` wrote"
-        )
+    if not is_utf8(str(path)):
+        raise BundleError(f"{str(path)!r} is not UTF-8, as the backends want it: rename the bundle's folder")
+    with reading(path / MANIFEST, BundleError):
+        if not (path / MANIFEST).is_file():
+            raise BundleError(
+                f"{path} is not a bundle: it has no {MANIFEST}. Give the folder that `tiny-align export` wrote"
+            )
+        text = (path / MANIFEST).read_bytes()
     try:
-        value = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        value = json.loads(text.decode())
         schema = value["schema"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BundleError(f"{path / MANIFEST} is not a manifest ({error}): copy or export the bundle again") from error
     if schema != SCHEMA:
         raise BundleError(f"{path} has schema {schema}, this version reads schema {SCHEMA}: export the bundle again")
     try:
         manifest = Manifest.from_json(value)
         names = [*(graph.file for graph in manifest.graphs.values()), *manifest.files.keys()]
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise BundleError(f"{path / MANIFEST} lacks or misnames a field ({error}): export the bundle again") from error
     if outside := [name for name in names if not _inside(name)]:
         raise BundleError(
             f"{path / MANIFEST} names the file {outside[0]!r}: expected a relative path inside the bundle. "
             "Copy or export the bundle again"
         )
+    try:
+        _check_numbers(manifest)
+    except BundleError as error:
+        raise BundleError(f"{path / MANIFEST}: {error}. Copy or export the bundle again") from error
     return manifest
+
+
+def _check_numbers(manifest: Manifest) -> None:
+    """Every size is one that can be, before anything is laid out by it."""
+    check_form(manifest, Manifest, "", SIZES, BundleError)
+    if manifest.readout.kind not in READOUTS:
+        raise BundleError(f"readout.kind is {manifest.readout.kind!r}: expected {' or '.join(READOUTS)}")
+    for name, value in manifest.projector.items():
+        if not isinstance(value, str | None):
+            PROJECTOR_SIZE.check(f"projector.{name}", value, BundleError)
+    for name, graph in manifest.graphs.items():
+        _check_tensors(name, graph, manifest.dims)
+
+
+def _check_tensors(name: str, graph: GraphSpec, dims: dict) -> None:
+    if not graph.inputs or not graph.outputs:
+        raise BundleError(f"graphs.{name} has no inputs or no outputs: expected at least one of each")
+    for tensor in (*graph.inputs, *graph.outputs):
+        if tensor.dtype not in DTYPES:
+            raise BundleError(f"graphs.{name}: {tensor.name} is of {tensor.dtype}: expected {', '.join(DTYPES)}")
+    for dim in (dim for tensor in graph.inputs for dim in tensor.shape):
+        if isinstance(dim, str) and dim not in dims:
+            raise BundleError(f"graphs.{name} has a dimension {dim!r}: expected one of dims, {', '.join(dims)}")
 
 
 def _inside(name) -> bool:
@@ -296,6 +422,11 @@ def check_user(folder: Path, manifest: Manifest) -> dict:
     Raises:
         UserError: nobody of that name, a changed file, or a projector trained for another bundle.
     """
+    with reading(folder, UserError):
+        return _checked_user(folder, manifest)
+
+
+def _checked_user(folder: Path, manifest: Manifest) -> dict:
     if not (folder / USER_RECORD).is_file():
         known = sorted(p.parent.name for p in folder.parent.glob(f"*/{USER_RECORD}"))
         raise UserError(
@@ -305,7 +436,7 @@ def check_user(folder: Path, manifest: Manifest) -> dict:
     try:
         record = json.loads((folder / USER_RECORD).read_text(encoding="utf-8"))
         files, bound_to = dict(record["files"]), {name: str(record[name]) for name in manifest.binding}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{folder / USER_RECORD} is damaged ({error}): train {folder.name!r} again") from error
     for name, (part, here) in manifest.binding.items():
         if bound_to[name] != here:

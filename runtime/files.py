@@ -7,11 +7,23 @@ import json
 import os
 import shutil
 import tempfile
+import tokenize
+import zipfile
 from pathlib import Path
 
 from tiny_align.runtime.errors import TinyAlignError
 
 HERE, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux's <fcntl.h> and <stdio.h>
+
+NO_ARRAY = (  # what numpy.load raises of a file that is damaged, or none of its own
+    ValueError,
+    EOFError,
+    SyntaxError,
+    OverflowError,
+    MemoryError,  # a header that claims more than there is room for
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+)
 
 
 def sha256(path: Path) -> str:
@@ -24,10 +36,24 @@ def sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
+def reading(source: Path, kind: type[TinyAlignError] = TinyAlignError):
+    """Turns the system's refusal to read into one sentence: about the file that it names, or else about `source`."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(
+            f"{error.filename or source} cannot be read ({error.strerror or error}): check the path, and that you may "
+            "read it"
+        ) from error
+
+
+@contextlib.contextmanager
 def writing(target: Path):
     """Turns the system's refusal to write (a full disk, no permission) into one sentence about `target`."""
     try:
         yield
+    except BrokenPipeError:  # of somebody who reads what we say
+        raise
     except OSError as error:  # numpy gives its own for a full disk, without a number
         raise TinyAlignError(
             f"{target} cannot be written ({error.strerror or error}): make room, or give a folder you may write to"
@@ -112,8 +138,12 @@ def link_file(source, target) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write under a temporary name, then rename."""
     temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value) -> None:

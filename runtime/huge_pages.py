@@ -24,7 +24,8 @@ def on_huge_pages() -> Iterator[None]:
     yield
     new = _without(_mappings(), before)
     if large := [m for m in map(_whole_pages, new) if m[1] - m[0] >= LEAST]:
-        threading.Thread(target=_collapse, args=(large,), name="huge pages", daemon=True).start()
+        with contextlib.suppress(RuntimeError):  # no more threads: it can do without
+            threading.Thread(target=_collapse, args=(large,), name="huge pages", daemon=True).start()
 
 
 def _mappings() -> list[tuple[int, int]]:

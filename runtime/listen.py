@@ -23,15 +23,13 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> dict:
-    from tiny_align.runtime.bundle import Bundle
     from tiny_align.runtime.endpoint import Endpointer
     from tiny_align.runtime.listening import Notice, TurnEnded, listen
 
-    options.check(args)
     if args.fast and not args.wav:
         raise TinyAlignError("--fast is for recordings and a microphone has no other speed: give --wav too")
+    bundle = options.check(args)
     seal = options.prepare_seal(args)
-    bundle = Bundle.open(args.bundle)
     sample_rate = bundle.manifest.front_end.sample_rate
     endpointer, show, seen = Endpointer(sample_rate), _Screen(args.json), []
     recordings = _recordings(args, sample_rate)

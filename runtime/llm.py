@@ -14,9 +14,11 @@ from tokenizers import Tokenizer
 from tiny_align.runtime.backend import Decoder, Scores
 from tiny_align.runtime.budget import require_cache
 from tiny_align.runtime.bundle import Bundle, PromptSpec
+from tiny_align.runtime.checks import Range, check_fields
 from tiny_align.runtime.errors import DataError, TinyAlignError
 
 CHUNK = 128  # positions of a prompt that are read at once
+MOST_SHOWN = 20  # strange characters in a message
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,9 @@ class Decoding:
     top_k: int = 40
     seed: int = 0
     loop_tokens: int = 24  # an answer ends when its last so many tokens go round in a circle; 0: never for that
+
+    def __post_init__(self):
+        check_fields(self, "max_tokens", "temperature", "top_k", "seed", "loop_tokens")
 
 
 @dataclass
@@ -66,15 +71,11 @@ class LanguageModel:
         """
         self._decoder, self._bundle = decoder, bundle
         self.spec = bundle.manifest.llm
-        self.capacity = context or self.spec.max_context
-        if not 1 <= self.capacity <= self.spec.max_context:
-            raise TinyAlignError(
-                f"a context of {self.capacity} positions was asked for, the bundle's LLM has {self.spec.max_context}: "
-                "ask for fewer"
-            )
+        self.capacity = self.spec.max_context if context is None else context
+        Range(1, self.spec.max_context).check("context", self.capacity)
         self.prompt = bundle.manifest.prompt
-        self.tokenizer = Tokenizer.from_file(str(bundle.tokenizer))
-        self._table = np.load(bundle.embeddings, mmap_mode="r")  # (V, D) float16
+        self.tokenizer = bundle.load_tokenizer()
+        self._table = bundle.load_embeddings()
         self.read_speech_as(bundle.speech_tokens())
         self._special = {i for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
         self._unknown = self.tokenizer.token_to_id(getattr(self.tokenizer.model, "unk_token", None) or "<unk>")
@@ -96,7 +97,7 @@ class LanguageModel:
         if not text.strip() or not ids:
             raise DataError(f"{where} is empty: a sentence was expected")
         if self._unknown is not None and self._unknown in ids:
-            strange = sorted({c for c in text if self._unknown in self.encode(c)}) or [text]
+            strange = sorted({c for c in set(text) if self._unknown in self.encode(c)})[:MOST_SHOWN] or [text]
             raise DataError(
                 f"{where} holds characters outside the LLM's tokenizer: {' '.join(map(repr, strange))}. "
                 "Write it in the characters the model knows"

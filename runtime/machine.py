@@ -11,6 +11,7 @@ made. It does not judge: doctor.py does, and the builder decides whether a build
     /sys/class/hwmon/hwmon*/oc*_event_cnt                       Jetson Linux Developer Guide, throttling
     /sys/kernel/mm/transparent_hugepage                         kernel, admin-guide/mm/transhuge
     /proc/meminfo, /proc/swaps, /proc/loadavg, /proc/asound     proc(5); ALSA's designs/procfile
+    /proc/self/cgroup, /sys/fs/cgroup                           cgroups(7); kernel, admin-guide/cgroup-v2 and -v1/memory
     /proc/device-tree/model                                     the board's device tree
     /usr/local/cuda/version.json, /usr/lib/*/libnvinfer.so.*    files of NVIDIA's Debian packages
 """
@@ -22,12 +23,15 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
+STACK_BYTES, ARENA_BYTES = 8 << 20, 64 << 20  # that a thread reserves: its stack, and where glibc's malloc serves it
 ROOT = Path("/")
 MEMINFO, CPUINFO, SWAPS = Path("/proc/meminfo"), Path("/proc/cpuinfo"), Path("/proc/swaps")
+STATUS, CGROUPS = Path("/proc/self/status"), Path("/proc/self/cgroup")
 JETSON_MODEL, L4T_RELEASE = Path("/proc/device-tree/model"), Path("/etc/nv_tegra_release")
 NVPMODEL, NVPMODEL_CONFIG = Path("/usr/sbin/nvpmodel"), Path("/etc/nvpmodel.conf")
 NVPMODEL_STATUS = Path("/var/lib/nvpmodel/status")
@@ -110,6 +114,74 @@ def memory(
     """Bytes of each of /proc/meminfo's fields that the kernel tells; CmaFree is a Jetson's contiguous memory."""
     fields = dict(line.split(":", 1) for line in read(under(root, MEMINFO)).splitlines() if ":" in line)
     return {name: int(fields[name].split()[0]) * 1024 for name in names if name in fields}
+
+
+@dataclass(frozen=True)
+class Room:
+    """How much memory may still be taken, by one of the limits there are."""
+
+    free: int  # bytes
+    limit: str  # for people: "under ulimit -v", "in the control group /app (memory.max)"
+    thread_bytes: int = 0  # what each thread reserves and seldom uses, where the limit counts it
+
+
+@dataclass(frozen=True)
+class _Cgroups:
+    """Where a version of control groups keeps what it knows of memory."""
+
+    mount: Path
+    limit: str
+    usage: str
+    caches: tuple[str, ...]  # in memory.stat: what the kernel takes back when it is short of memory
+
+
+CGROUP_2 = _Cgroups(
+    Path("/sys/fs/cgroup"), "memory.max", "memory.current", ("inactive_file", "active_file", "slab_reclaimable")
+)
+CGROUP_1 = _Cgroups(
+    Path("/sys/fs/cgroup/memory"),
+    "memory.limit_in_bytes",
+    "memory.usage_in_bytes",
+    ("total_inactive_file", "total_active_file"),
+)
+
+
+def memory_limits(root: Path = ROOT) -> list[Room]:
+    """What this process's control groups and ulimit leave it, where they limit memory; a container is such a group."""
+    return [*_control_group_rooms(root), *_ulimit_rooms(root)]
+
+
+def _control_group_rooms(root: Path) -> Iterator[Room]:
+    """The process's own group and all above it, as far as they are seen from here: a container sees its own as /."""
+    for controllers, path in re.findall(r"^\d+:([^:]*):(/.*)$", read(under(root, CGROUPS)), re.MULTILINE):
+        if not controllers or "memory" in controllers.split(","):
+            version = CGROUP_1 if controllers else CGROUP_2
+            for group in (Path(path), *Path(path).parents):
+                yield from _group_room(under(root, version.mount) / group.relative_to("/"), group, version)
+
+
+def _group_room(folder: Path, group: Path, version: _Cgroups) -> Iterator[Room]:
+    limit, used = _number(folder / version.limit), _number(folder / version.usage)
+    if limit is not None and used is not None:
+        told = dict(re.findall(r"^(\w+) (\d+)$", read(folder / "memory.stat"), re.MULTILINE))
+        cached = sum(int(told.get(name, 0)) for name in version.caches)
+        yield Room(max(0, limit - max(0, used - cached)), f"in the control group {group} ({version.limit})")
+
+
+def _ulimit_rooms(root: Path) -> Iterator[Room]:
+    try:
+        import resource  # Unix's
+    except ImportError:
+        return
+    status = dict(line.split(":", 1) for line in read(under(root, STATUS)).splitlines() if ":" in line)
+    for kind, field, option, thread_bytes in (
+        (resource.RLIMIT_AS, "VmSize", "-v", STACK_BYTES + ARENA_BYTES),
+        (resource.RLIMIT_DATA, "VmData", "-d", STACK_BYTES),
+    ):
+        limit = resource.getrlimit(kind)[0]
+        if limit != resource.RLIM_INFINITY and field in status:
+            used = int(status[field].split()[0]) * 1024
+            yield Room(max(0, limit - used), f"under ulimit {option}", thread_bytes)
 
 
 def free_memory_line() -> str:

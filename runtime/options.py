@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from tiny_align.runtime.errors import TinyAlignError
+from tiny_align.runtime.checks import Range
 
 
 def add_arguments(parser) -> None:
@@ -11,7 +11,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--user", help="whose projector; without it, the general one")
     parser.add_argument("--users", type=Path, help="where persons are kept (default: BUNDLE/users)")
     parser.add_argument("--instruction", help="what to do with the speech (default: the bundle's)")
-    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--max-tokens", type=int, help="of an answer (default: 64, or until the context is full)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: always the best token")
     parser.add_argument("--seed", type=int, default=0, help="of sampling, with a temperature")
     parser.add_argument("--backend", default="onnxruntime", help="onnxruntime (default) or tensorrt")
@@ -20,15 +20,20 @@ def add_arguments(parser) -> None:
     parser.add_argument("--sealed", action="store_true", help="once loaded, give up network and writing (Linux)")
 
 
-def check(args) -> None:
-    """
+def check(args):
+    """The bundle, open, after a look at the options that depend on it; the dispatcher has looked at the others.
+
     Raises:
-        TinyAlignError: an option out of range.
+        TinyAlignError: no sound bundle, or an option out of range.
     """
-    for name, least in (("max_tokens", 1), ("temperature", 0), ("seed", 0), ("threads", 1), ("context", 1)):
-        value = getattr(args, name)
-        if value is not None and not value >= least:  # NaN fails too
-            raise TinyAlignError(f"--{name.replace('_', '-')} is {value}: give at least {least}")
+    from tiny_align.runtime.bundle import Bundle
+
+    bundle = Bundle.open(args.bundle)
+    if args.context is not None:
+        Range(1, bundle.manifest.llm.max_context).check("--context", args.context)
+    if args.max_tokens is not None:
+        Range(1, args.context or bundle.manifest.llm.max_context).check("--max-tokens", args.max_tokens)
+    return bundle
 
 
 def load(args, bundle=None):
@@ -70,7 +75,7 @@ def prepare_seal(args):
 def decoding(args):
     from tiny_align.runtime.llm import Decoding
 
-    return Decoding(args.max_tokens, args.temperature, seed=args.seed)
+    return Decoding(args.max_tokens or Decoding.max_tokens, args.temperature, seed=args.seed)
 
 
 def show_notes(recording) -> None:

@@ -1,5 +1,6 @@
 """The ONNX Runtime backend, on the CPU."""
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ def _session(path: Path, threads: int | None, spinning: bool):
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # it raises what it would say
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", INT8_PRODUCTS)
     options.enable_mem_pattern = False  # ONNX Runtime would keep a plan for every length there has been
     if b"QuantizeLinear" in path.read_bytes().replace(SMALL_INT8, b""):  # DequantizeLinear has a small q
@@ -32,10 +33,20 @@ def _session(path: Path, threads: int | None, spinning: bool):
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     if threads:
         options.intra_op_num_threads = threads
-    try:
+    with _explained(f"cannot load {path}"):
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+@contextlib.contextmanager
+def _explained(what: str):
+    """Turns what ONNX Runtime raises into one sentence."""
+    try:
+        yield
     except Exception as error:  # onnxruntime has no common base class
-        raise BackendError(f"ONNX Runtime {ort.__version__} cannot load {path}: {error}") from error
+        import onnxruntime as ort
+
+        remedy = ": memory ran out, close other programs or raise its limit" if "bad_alloc" in str(error) else ""
+        raise BackendError(f"ONNX Runtime {ort.__version__} {what} ({' '.join(str(error).split())}){remedy}") from error
 
 
 class OrtRunner(Runner):
@@ -51,7 +62,8 @@ class OrtRunner(Runner):
     def _run(self, feed: dict) -> dict:
         if self._session is None:
             raise closed(self.spec)
-        return dict(zip(self._outputs, self._session.run(self._outputs, feed)))
+        with _explained(f"cannot run {self.spec.file}"):
+            return dict(zip(self._outputs, self._session.run(self._outputs, feed)))
 
     def close(self) -> None:
         self._session = None
@@ -79,7 +91,8 @@ class OrtDecoder(Decoder):
         if self._session is None:
             raise closed(self._spec)
         cache.prepare(embeddings, past)
-        self._session.run_with_iobinding(cache.binding)
+        with _explained(f"cannot run {self._spec.file}"):
+            self._session.run_with_iobinding(cache.binding)
         return cache.scores
 
     def rewind(self, cache: "_OrtCache", length: int) -> None:

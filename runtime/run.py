@@ -15,9 +15,9 @@ def run(args) -> dict:
     from tiny_align.runtime.assistant import collect
     from tiny_align.runtime.audio import read_recording
 
-    options.check(args)
+    bundle = options.check(args)
     seal = options.prepare_seal(args)
-    with options.load(args) as assistant:
+    with options.load(args, bundle) as assistant:
         sealed = seal()
         recording = read_recording(args.audio, assistant.sample_rate, assistant.max_speech_s)
         options.show_notes(recording)

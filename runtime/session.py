@@ -61,6 +61,8 @@ def _submitted(pool: ThreadPoolExecutor, work: Callable, *args) -> Future:
     try:
         return pool.submit(work, *args)
     except RuntimeError as error:
+        if "shutdown" not in str(error):  # "can't start new thread"
+            raise
         raise TinyAlignError("the assistant is closed: load the bundle again") from error
 
 

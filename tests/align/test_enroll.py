@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import soundfile
 
-from tiny_align.align.enroll import drawn
+from tiny_align.align.enroll import _keep, drawn
 from tiny_align.align.recording import check_recording
 from tiny_align.align.sentences import choose, coverage, units
 from tiny_align.runtime import microphone as microphone_module
 from tiny_align.runtime.audio import read_audio
+from tiny_align.runtime.errors import TinyAlignError
 
 RATE = 16_000
 TEXTS = ["stop the music", "call my mother", "stop the music now", "seven", "one two three", "what is the time"]
@@ -165,6 +166,49 @@ def test_a_microphone_is_asked_until_each_recording_is_good(run_cli, bundle_path
     assert "once more, please: it is too quiet" in done.stderr and mic.asked == 9
     rows = (out / "users/ana.recordings/metadata.jsonl").read_text().splitlines()
     assert [json.loads(row)["transcription"] for row in rows] == mic.texts
+
+
+def test_recordings_are_kept_where_nobody_can_press_enter_any_more(run_cli, bundle_path, mic, tmp_path, monkeypatch):
+    """The input ends after four times Enter: one that is muted and one that is good."""
+    presses = iter([""] * 4)
+
+    def enter():
+        for press in presses:
+            return press
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", enter)
+    call = ("enroll", "--bundle", bundle_path, "--user", "ana", "--out", tmp_path / "out", *QUICK)
+    done = run_cli(*call)
+    assert (done.status, done.stdout) == (2, "") and "waits for Enter, and standard input has ended" in done.stderr
+    kept = tmp_path / "out/users/ana.recordings"
+    assert [p.name for p in sorted(kept.iterdir())] == ["0000.flac", "metadata.jsonl"]
+
+
+@pytest.mark.parametrize("line", [b'{"file_name": "0001.fl', b"[]", b"{}", b"\xff", b"null"])
+def test_a_damaged_line_of_earlier_recordings_is_named(run_cli, bundle_path, mic, tmp_path, line):
+    kept = tmp_path / "out/users/ana.recordings"
+    kept.mkdir(parents=True)
+    whole = b'{"file_name": "0000.flac", "transcription": "hello"}\n'
+    (kept / "metadata.jsonl").write_bytes(whole + line)
+    done = run_cli("enroll", "--bundle", bundle_path, "--user", "ana", "--out", tmp_path / "out", *QUICK)
+    assert (done.status, done.stdout, mic.asked) == (2, "", 0)
+    assert "metadata.jsonl, line 2 is damaged (" in done.stderr and "delete the line" in done.stderr
+
+
+def test_a_recording_that_does_not_fit_leaves_the_earlier_ones(good, tmp_path, full_disk):
+    """And a line that was removed by hand frees no name that is in use."""
+    for text in ("one", "two"):
+        _keep(tmp_path, text, good[0], RATE)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with full_disk(1_000), pytest.raises(TinyAlignError, match="cannot be written"):
+        _keep(tmp_path, "three", good[0], RATE)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    first, second = before["metadata.jsonl"].splitlines(keepends=True)
+    (tmp_path / "metadata.jsonl").write_bytes(second)
+    _keep(tmp_path, "one", good[0], RATE)
+    rows = [json.loads(row) for row in (tmp_path / "metadata.jsonl").read_text().splitlines()]
+    assert [row["file_name"] for row in rows] == ["0001.flac", "0002.flac"]
 
 
 def test_the_curve_is_drawn_from_worst_to_best():

@@ -1,5 +1,6 @@
 """The feature cache on a stand-in encoder that counts what it encodes."""
 
+import io
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import soundfile
 
 from tiny_align.align.datasets import Utterance
-from tiny_align.align.feature_cache import cached_features, utterance_key
+from tiny_align.align.feature_cache import cached_features, utterance_key, wordless_files
 from tiny_align.runtime.bundle import Bundle
 
 RATE = 16_000  # Hz
@@ -93,3 +94,50 @@ def test_another_llm_has_the_same_key(assistant, utterance):
     manifest = assistant.bundle.manifest
     other = with_manifest(assistant, files={**manifest.files, manifest.graphs["llm"].file: "0" * 64})
     assert utterance_key(other, utterance) == utterance_key(assistant, utterance)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def zeros(path):
+    path.write_bytes(bytes(path.stat().st_size))  # as a power cut leaves what was not yet on the disk
+
+
+DAMAGES = {
+    "empty": lambda p: p.write_bytes(b""),
+    "cut": cut,
+    "cut in the header": lambda p: p.write_bytes(p.read_bytes()[:20]),
+    "zeros": zeros,
+    "garbage": lambda p: p.write_bytes(np.random.default_rng(0).bytes(999)),
+    "text": lambda p: p.write_text("features"),
+    "a zip": lambda p: p.write_bytes(b"PK\x03\x04" + bytes(99)),
+    "an archive": lambda p: p.write_bytes(archive()),
+    "a huge shape": lambda p: p.write_bytes(p.read_bytes().replace(b"(1, 2), ", b"(9999999999, 9), ")),
+}
+
+
+def archive() -> bytes:
+    np.savez(file := io.BytesIO(), a=np.zeros(2))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_file_is_made_again(assistant, utterance, tmp_path, caplog, damage):
+    [whole] = cached_features(assistant, [utterance], tmp_path / "cache", quiet=True)
+    [path] = (tmp_path / "cache").iterdir()
+    damage(path)
+    [again] = cached_features(assistant, [utterance], tmp_path / "cache", quiet=True)
+    assert np.array_equal(whole, again) and len(assistant.encoded) == 2
+    assert f"{path} is damaged" in caplog.text
+    assert list((tmp_path / "cache").iterdir()) == [path]
+    cached_features(assistant, [utterance], tmp_path / "cache", quiet=True)
+    assert len(assistant.encoded) == 2
+
+
+def test_a_damaged_sound_is_made_again(assistant, tmp_path):
+    path, other = wordless_files(assistant, 2, 0, tmp_path)
+    whole = path.read_bytes()
+    cut(path)
+    assert wordless_files(assistant, 2, 0, tmp_path) == [path, other]
+    assert path.read_bytes() == whole and len(assistant.encoded) == 3

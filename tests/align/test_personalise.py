@@ -406,10 +406,18 @@ def test_a_name_that_cannot_be_a_persons_exits_with_2(align, tmp_path, user):
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [("--steps", 0), ("--max-seconds", "nan"), ("--max-seconds", -1), ("--utterances", -1), ("--seed", -1)],
+    [
+        ("--steps", 0),
+        ("--max-seconds", "nan"),
+        ("--max-seconds", "0.0"),
+        ("--max-seconds", "inf"),
+        ("--utterances", -1),
+        ("--seed", 2**32),
+        ("--threads", 10_000),
+    ],
 )
 def test_an_effort_that_makes_no_sense_exits_with_2(align, tmp_path, flag, value):
-    refused(align(flag, value), f"{flag} is {value}", "give a number from")
+    refused(align(flag, value), f"{flag} is {value}: expected ")
     assert not (tmp_path / "out").exists()
 
 

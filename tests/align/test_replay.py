@@ -1,10 +1,12 @@
 """What a bundle ships of other people comes back as it was written, to float16."""
 
 import numpy as np
+import pytest
 
 from tiny_align.align.personalise import SOUNDS, company_of
 from tiny_align.align.replay import read_replay, write_replay
 from tiny_align.align.train import Example
+from tiny_align.runtime.errors import BundleError
 
 
 def examples():
@@ -36,3 +38,21 @@ def test_without_replay_the_company_is_sounds_without_a_word(assistant, monkeypa
     monkeypatch.setattr(type(assistant.bundle), "replay", property(lambda _: tmp_path / "replay.npz"))
     assert [e.tokens for e in company_of(assistant, "ctc", tmp_path)] == [[]] * SOUNDS
     assert company_of(assistant, "aligned", tmp_path) == []
+
+
+DAMAGES = [lambda b: b"", lambda b: b[: len(b) // 2], lambda b: b"garbage", lambda b: bytes(99)]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_one_sentence(tmp_path, damage):
+    path = tmp_path / "replay.npz"
+    write_replay(path, examples())
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(BundleError, match=r"replay\.npz is damaged \(.*copy the bundle again"):
+        read_replay(path)
+
+
+def test_a_file_without_its_tokens_is_one_sentence(tmp_path):
+    np.savez(tmp_path / "replay.npz", features=np.zeros((3, 2)))
+    with pytest.raises(BundleError, match=r"replay\.npz is damaged \("):
+        read_replay(tmp_path / "replay.npz")

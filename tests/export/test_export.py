@@ -364,11 +364,14 @@ def test_a_precision_that_there_is_not_is_refused(refused, models, tmp_path, opt
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("option", "value"), [("--max-context", 0), ("--max-context", -5), ("--soft-tokens", 0)])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--max-context", 0), ("--max-context", -5), ("--soft-tokens", 0), ("--window-s", "nan"), ("--window-s", "-1.0")],
+)
 def test_sizes_that_make_no_sense_are_refused(run_cli, models, tmp_path, option, value):
     arguments = ("--encoder", models["encoder"], "--llm", models["llm"], "--out", tmp_path / "out", option, value)
     done = run_cli("export", *arguments)
-    assert done.status == 2 and f"{option} is {value}: give at least" in done.stderr
+    assert done.status == 2 and f"{option} is {value}: expected " in done.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from tiny_align.runtime import Assistant
+from tiny_align.runtime import Assistant, machine
 from tiny_align.runtime import budget as budget_module
 from tiny_align.runtime.budget import BASE_BYTES, budget, cache_bytes
-from tiny_align.runtime.bundle import Bundle
-from tiny_align.runtime.errors import TinyAlignError
+from tiny_align.runtime.bundle import MANIFEST, Bundle
+from tiny_align.runtime.errors import BundleError, TinyAlignError
 
 LOADED = r"""
 import re, sys
@@ -64,3 +64,84 @@ def test_too_little_memory_is_refused_before_anything_is_loaded(bundle, monkeypa
     monkeypatch.setattr(budget_module, "memory", lambda: {"MemAvailable": BASE_BYTES})
     with pytest.raises(TinyAlignError, match=r"takes about \d+ MiB \(encoder .*114 MiB are available: ask"):
         Assistant.load(bundle)
+
+
+# --- limits: control groups and ulimit ---
+
+
+def recorded(root, files: dict[str, str]):
+    """A machine with these files under `root`."""
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def group_2(path: str, limit: str, used: int, stat: str = "") -> dict[str, str]:
+    folder = f"sys/fs/cgroup{path}"
+    return {f"{folder}/memory.max": limit, f"{folder}/memory.current": str(used), f"{folder}/memory.stat": stat}
+
+
+def group_1(path: str, limit: int, used: int, stat: str = "") -> dict[str, str]:
+    folder = f"sys/fs/cgroup/memory{path}"
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
+    return dict(zip((f"{folder}/{name}" for name in names), (str(limit), str(used), stat)))
+
+
+CACHES_2 = "anon 1\nfile 900\ninactive_file 200\nactive_file 100\nslab_reclaimable 50\n"
+CACHES_1 = "cache 900\ntotal_inactive_file 200\ntotal_active_file 150\n"
+GROUPS = {  # the process's line, the groups -> bytes left in the tightest, what it is called
+    "v2": ("0::/a/b\n", group_2("/a/b", "1000", 600, CACHES_2), 750, "/a/b (memory.max)"),
+    "v2, a parent's": (
+        "0::/a/b\n",
+        group_2("/a/b", "max", 600) | group_2("/a", "1000", 900),
+        100,
+        "/a (memory.max)",
+    ),
+    "v2 in a container": ("0::/\n", group_2("", "1000", 400), 600, "/ (memory.max)"),
+    "v2, used up": ("0::/a\n", group_2("/a", "1000", 1200), 0, "/a (memory.max)"),
+    "v1": ("4:cpu:/x\n3:memory:/a\n", group_1("/a", 1000, 600, CACHES_1), 750, "/a (memory.limit_in_bytes)"),
+    "v1 beside v2": (
+        "3:memory:/a\n0::/\n",
+        group_1("/a", 1000, 600) | group_1("", 2**63 - 4096, 10),
+        400,
+        "/a (memory.limit_in_bytes)",
+    ),
+    "v1 in a container": ("3:memory:/docker/1\n", group_1("", 1000, 600), 400, "/ (memory.limit_in_bytes)"),
+}
+
+
+@pytest.mark.parametrize(("line", "files", "free", "name"), GROUPS.values(), ids=GROUPS)
+def test_a_control_group_leaves_its_limit_less_what_cannot_be_taken_back(tmp_path, line, files, free, name):
+    rooms = machine.memory_limits(recorded(tmp_path, {"proc/self/cgroup": line, **files}))
+    tightest = min(rooms, key=lambda room: room.free)
+    assert (tightest.free, tightest.limit) == (free, f"in the control group {name}")
+
+
+@pytest.mark.parametrize("line", ["", "0::/a\n", "no line at all", "3:memory:/a\n"])
+def test_without_a_limit_there_is_none(tmp_path, line):
+    assert machine.memory_limits(recorded(tmp_path, {"proc/self/cgroup": line, **group_2("/a", "max", 5)})) == []
+
+
+def test_the_tightest_limit_is_named(bundle, monkeypatch):
+    rooms = [machine.Room(50 << 20, "in the control group /app (memory.max)"), machine.Room(90 << 20, "elsewhere")]
+    monkeypatch.setattr(budget_module, "memory_limits", lambda: rooms)
+    sentence = r"takes about .* and in the control group /app \(memory\.max\) 50 MiB are available: ask"
+    with pytest.raises(TinyAlignError, match=sentence):
+        Assistant.load(bundle)
+
+
+def test_what_threads_reserve_counts_where_a_limit_counts_it(bundle, monkeypatch):
+    need, per_thread = budget(bundle, "onnxruntime", 64, threads=4), 64 << 20
+    monkeypatch.setattr(budget_module, "memory_limits", lambda: [machine.Room(2 * need.total, "here")])
+    need.require()
+    rooms = [machine.Room(2 * need.total, "under ulimit -v", per_thread)]
+    monkeypatch.setattr(budget_module, "memory_limits", lambda: rooms)
+    with pytest.raises(TinyAlignError, match=r"with what 11 threads reserve, and under ulimit -v .*fewer --threads"):
+        need.require()
+
+
+def test_a_bundle_without_an_llm_is_refused(bundle_copy, edit_json):
+    edit_json(bundle_copy / MANIFEST, lambda m: m["graphs"].pop("llm"))
+    with pytest.raises(BundleError, match="no graph 'llm'"):
+        Assistant.load(bundle_copy)

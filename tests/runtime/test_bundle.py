@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from tiny_align.runtime.bundle import GENERAL, MANIFEST, USER_RECORD, Bundle, check_user
@@ -101,6 +102,75 @@ def test_unknown_and_missing_fields_are_refused(bundle_copy, edit_json, change):
     edit_json(bundle_copy / MANIFEST, change)
     with pytest.raises(BundleError, match=r"lacks or misnames a field \(.*export the bundle again"):
         Bundle.open(bundle_copy)
+
+
+SIZES = {
+    "a negative vocabulary": lambda m: m["llm"].update(vocabulary=-1),
+    "no layers": lambda m: m["llm"].update(n_layers=0),
+    "a huge vocabulary": lambda m: m["llm"].update(vocabulary=10**18),
+    "a float for a count": lambda m: m["llm"].update(hidden_size=192.0),
+    "a text for a count": lambda m: m["llm"].update(max_context="256"),
+    "true for a count": lambda m: m["llm"].update(n_kv_heads=True),
+    "NaN seconds": lambda m: m["encoder"].update(frame_s=float("nan")),
+    "no seconds": lambda m: m["encoder"].update(frame_s=0),
+    "an infinite scale": lambda m: m["llm"].update(embedding_scale=float("inf")),
+    "a negative token": lambda m: m["llm"].update(end_tokens=[-2]),
+    "a rate of 0": lambda m: m["front_end"].update(sample_rate=0),
+    "a text for a share": lambda m: m["front_end"].update(speech_share="much"),
+    "a negative offset": lambda m: m["projector_weights"][0].update(offset=-4),
+    "a shape of texts": lambda m: m["projector_weights"][0].update(shape=["a"]),
+    "dims of two": lambda m: m["dims"].update({next(iter(m["dims"])): [1, 2]}),
+    "a negative dimension": lambda m: m["graphs"]["llm"]["inputs"][0].update(shape=[1, -1, 192]),
+    "a dimension without values": lambda m: m["graphs"]["encoder"]["inputs"][0].update(shape=[1, "steps", 80]),
+    "a type that there is not": lambda m: m["graphs"]["encoder"]["inputs"][0].update(dtype="float33"),
+    "no inputs": lambda m: m["graphs"]["encoder"].update(inputs=[]),
+    "windows of nothing": lambda m: m["windows"].update(vector_samples=0),
+    "margins beyond a window": lambda m: m["windows"].update(margin=10**6),
+    "a size of the projector": lambda m: m["projector"].update(hidden_size=2**40),
+    "another readout": lambda m: m["readout"].update(kind="guess"),
+    "a number for a name": lambda m: m.update(name=7),
+    "a number for a hash": lambda m: m["files"].update({"encoder.onnx": 7}),
+    "a number for a text": lambda m: m["prompt"].update(after=7),
+}
+
+
+@pytest.mark.parametrize("change", SIZES.values(), ids=SIZES)
+def test_sizes_that_cannot_be_are_refused_before_anything_is_laid_out(bundle_copy, edit_json, change):
+    edit_json(bundle_copy / MANIFEST, change)
+    with pytest.raises(
+        BundleError, match=r"manifest\.json(: .* expected | lacks or misnames ).*export the bundle again"
+    ):
+        Bundle.open(bundle_copy)
+
+
+def test_weights_beyond_the_data_file_are_refused(bundle_copy, edit_json):
+    edit_json(bundle_copy / MANIFEST, lambda m: m["projector_weights"][0].update(offset=2**35))
+    with pytest.raises(BundleError, match=r"projector\.onnx\.data has no room for the weights"):
+        Bundle.open(bundle_copy)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"PK\x03\x04", b"garbage" * 99])
+@pytest.mark.parametrize("name", ["token_embeddings.npy", "speech_tokens.npy", "tokenizer.json"])
+def test_a_file_that_is_not_what_its_name_says_is_refused(bundle_copy, name, content):
+    """Its hash fits, as where it was damaged before the manifest was written."""
+    (bundle_copy / name).write_bytes(content)
+    bundle = Bundle(bundle_copy, Bundle.open(bundle_copy, verify=False).manifest)
+    load = {"token": bundle.load_embeddings, "speech": bundle.speech_tokens, "tokenizer": bundle.load_tokenizer}
+    with pytest.raises(BundleError, match=rf"{name} (is damaged|cannot be read) \("):
+        load[name.partition("_")[0].partition(".")[0]]()
+
+
+@pytest.mark.parametrize("tokens", [[[1, 2]], [-1, 3], [5, 10**6], [0.5]])
+def test_tokens_that_the_llm_does_not_have_are_refused(bundle_copy, tokens):
+    np.save(bundle_copy / "speech_tokens.npy", np.array(tokens))
+    with pytest.raises(BundleError, match="is no list of tokens of this LLM, whole numbers from 0 to 799"):
+        Bundle.open(bundle_copy, verify=False).speech_tokens()
+
+
+def test_an_embedding_table_of_another_width_is_refused(bundle_copy):
+    np.save(bundle_copy / "token_embeddings.npy", np.zeros((800, 64), np.float16))
+    with pytest.raises(BundleError, match=r"is float16 \[800, 64\], expected floats of 192 columns"):
+        Bundle.open(bundle_copy, verify=False).load_embeddings()
 
 
 OUTSIDE = ["../secret", "/etc/passwd", "a/../../secret", "..", "..\\secret", "C:\\secret", "C:secret", "", ".", None, 7]
