@@ -180,11 +180,9 @@ def frozen_llm(assistant: Assistant, weights: Path = WEIGHTS / "llm"):
 
     llm, prompt = assistant.llm, assistant.bundle.manifest.prompt
     asked = (prompt.instruction, prompt.repeat_instruction)
-    befores = [llm.embed(llm.encode(prompt.before + wanted + prompt.between)) for wanted in asked]
+    around = [llm.around(wanted) for wanted in asked]
     model = AutoModelForCausalLM.from_pretrained(weights).eval()
-    return FrozenLlm(
-        model, [torch.from_numpy(b) for b in befores], torch.from_numpy(llm.embed(llm.encode(prompt.after)))
-    )
+    return FrozenLlm(model, [torch.from_numpy(before) for before, _ in around], torch.from_numpy(around[0][1]))
 
 
 def _uncut(company: list, bundle: str) -> list:

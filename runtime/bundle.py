@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
@@ -91,7 +92,10 @@ class LlmSpec:
 
 @dataclass(frozen=True)
 class PromptSpec:
-    """The chat template cut at its two holes: before | instruction | between | speech or text | after."""
+    """The chat template cut at its two holes: before | instruction | between | speech or text | after.
+
+    Where the template says what day it is, a mark stands in the pieces: see `on`.
+    """
 
     before: str
     between: str
@@ -99,6 +103,17 @@ class PromptSpec:
     instruction: str  # used where the caller gives none
     repeat_instruction: str  # asks for the user's own words; measures the word error rate
     next: str | None = None  # from the end of an answer to the next turn's words; None: the LLM knows one turn only
+    dates: dict[str, str] = field(default_factory=dict)  # mark -> strftime format of the day in its place
+
+    def on(self, day: datetime) -> "PromptSpec":
+        """The prompt of a conversation that begins on this day."""
+        if not self.dates:
+            return self
+        pieces = {name: getattr(self, name) for name in ("before", "between", "after", "next")}
+        for mark, format_ in self.dates.items():
+            text = day.strftime(format_)
+            pieces = {name: piece and piece.replace(mark, text) for name, piece in pieces.items()}
+        return dataclasses.replace(self, **pieces, dates={})
 
 
 @dataclass(frozen=True)
