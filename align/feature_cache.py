@@ -33,7 +33,8 @@ class Stored:
 def array_of(features: np.ndarray | Stored) -> np.ndarray:
     """(N, Da) float32; stored ones are mapped into memory for as long as somebody holds the array."""
     if isinstance(features, Stored):
-        return np.load(features.path, mmap_mode="c")  # as if writable: torch warns of arrays that are not
+        # as if writable: torch warns of arrays that are not
+        return np.load(features.path, mmap_mode="c", allow_pickle=False)
     return features
 
 
@@ -69,7 +70,7 @@ def cached_features(
         AudioError: a recording that cannot be used, named in the message.
     """
     shown = tqdm(utterances, desc="encode", unit="utt", disable=quiet, mininterval=0.5)
-    return [np.load(cached_file(assistant, u, folder, variation=variation)) for u in shown]
+    return [np.load(cached_file(assistant, u, folder, variation=variation), allow_pickle=False) for u in shown]
 
 
 def cached_file(assistant: Assistant, utterance: Utterance, folder: Path, *, variation: int = 0) -> Path:

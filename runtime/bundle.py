@@ -253,7 +253,7 @@ class Bundle:
         """
         for folder in (self.path if projector is None else projector.parent, self.path):
             if (folder / SPEECH_TOKENS).is_file():
-                return np.load(folder / SPEECH_TOKENS)
+                return np.load(folder / SPEECH_TOKENS, allow_pickle=False)
         return np.arange(self.manifest.llm.vocabulary, dtype=np.int32)
 
     def person(self, folder: Path) -> "Bundle":

@@ -75,7 +75,7 @@ class LanguageModel:
             )
         self.prompt = bundle.manifest.prompt
         self.tokenizer = Tokenizer.from_file(str(bundle.tokenizer))
-        self._table = np.load(bundle.embeddings, mmap_mode="r")  # (V, D) float16
+        self._table = np.load(bundle.embeddings, mmap_mode="r", allow_pickle=False)  # (V, D) float16
         self.read_speech_as(bundle.speech_tokens())
         self._special = {i for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
         self._unknown = self.tokenizer.token_to_id(getattr(self.tokenizer.model, "unk_token", None) or "<unk>")
