@@ -13,7 +13,7 @@ import torch
 
 from tiny_align.export.graphs import Graph, export_program
 from tiny_align.export.model_folder import model_folder
-from tiny_align.export.pretrained import load_pretrained, load_whole
+from tiny_align.export.pretrained import load_config, load_whole
 from tiny_align.runtime.bundle import TensorSpec
 from tiny_align.runtime.errors import TinyAlignError
 from tiny_align.runtime.features import FrontEnd
@@ -165,10 +165,8 @@ def load_encoder(path: str, layers: tuple[int, ...] = (-1,)) -> LayeredEncoder:
         TinyAlignError: no such model, of an unsupported architecture, damaged or not whole, without such a layer,
             or with a front end that is not the family's.
     """
-    import transformers
-
     folder = model_folder(path, "encoder", FAMILIES)
-    family = FAMILIES[load_pretrained(transformers.AutoConfig, folder).model_type]
+    family = FAMILIES[load_config(folder).model_type]
     front_end = load_front_end(str(folder), family.extractor)
     model = _load_model(folder, family)
     encoder = getattr(model, family.part) if family.part else model

@@ -25,6 +25,18 @@ def load_pretrained(kind, folder: Path, **options):
         raise damaged(folder, one_line(error)) from error
 
 
+def load_config(folder: Path):
+    """The configuration of a `model_folder`; which attention is used is transformers' choice, not the file's.
+
+    A file may name code of the hub, which transformers fetches where the package `kernels` is installed.
+    """
+    from transformers import AutoConfig
+
+    config = load_pretrained(AutoConfig, folder)
+    config._attn_implementation = config._experts_implementation = None
+    return config
+
+
 def load_whole(kind, folder: Path, needed: Callable[[str], bool] = lambda name: True, **options):
     """`load_pretrained` for weights, none of which may be absent: transformers would draw them at random.
 
@@ -40,7 +52,7 @@ def load_whole(kind, folder: Path, needed: Callable[[str], bool] = lambda name: 
         output_loading_info=True,
         ignore_mismatched_sizes=True,
         weights_only=True,
-        attn_implementation=None,  # transformers' own choice: a config.json may name code of the hub
+        config=load_config(folder),
         **options,
     )
     for name, given, expected in sorted(report["mismatched_keys"]):

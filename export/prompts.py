@@ -6,7 +6,7 @@ Transformers renders it in jinja's sandbox, here only: the runtime puts pieces t
 import contextlib
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -25,6 +25,7 @@ MARKED = "{%- macro strftime_now(format) -%}" + OPEN + "{{ format }}" + CLOSE + 
 ON_A_DAY = "{%- macro strftime_now(format) -%}{{ tiny_align_days[format] }}{%- endmacro %}\n"
 VARIABLE = re.compile(r"(?i)(\w*(?:date|today)\w*)(?:\s+is\s+(?:not\s+)?(?:defined|none)|\s*\|\s*default)")
 DATE_FORMATS = ("%d %b %Y", "%d %B %Y", "%B %d, %Y", "%b %d, %Y", "%Y-%m-%d", "%A, %B %d, %Y", "%A, %d %B %Y")
+FORMAT = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?["'](.*?)["']""")
 DAYS = [datetime(2024, 1, 1, 0, 1, 2) + n * timedelta(days=37, hours=5, minutes=11, seconds=7) for n in range(100)]
 PROBES = ("what is the time", "Call my mother", "3 new e-mails, please!")  # nothing may change at a cut
 
@@ -98,34 +99,35 @@ class _Template:
 
     def __init__(self, tokenizer, template: str):
         self._tokenizer, self._template = tokenizer, template
+        self.formats = set(FORMAT.findall(template))  # in which it may ask for the day
         self._variables = {}  # name -> strftime format
         self._variables = dict(self._find_variables())
 
     def marked(self, messages: list[dict], **options) -> str:
         """Its text, with a mark around the format where a date stands; empty where it refuses such messages."""
         given = {name: f"{OPEN}{format_}{CLOSE}" for name, format_ in self._variables.items()}
-        return self._text(messages, **{**given, **options})
+        return self._text(MARKED, messages, **{**given, **options})
 
-    def tokens(self, messages: list[dict], day: datetime, formats: Iterable[str]) -> list[int]:
-        """The tokens of its text on a day, of which it is told these formats only."""
+    def on(self, day: datetime, messages: list[dict]) -> str:
+        """Its text on a day."""
         given = {name: day.strftime(format_) for name, format_ in self._variables.items()}
-        days = {format_: day.strftime(format_) for format_ in formats}
-        options = {"chat_template": ON_A_DAY + self._template, "tiny_align_days": days, "return_dict": True}
-        return list(render(self._tokenizer, messages, **given, **options)["input_ids"])
+        given["tiny_align_days"] = {format_: day.strftime(format_) for format_ in self.formats}
+        return self._text(ON_A_DAY, messages, **given)
 
-    def _text(self, messages: list[dict], **options) -> str:
+    def _text(self, macro: str, messages: list[dict], **options) -> str:
+        options |= {"chat_template": macro + self._template, "tokenize": False}
         try:
-            return render(self._tokenizer, messages, chat_template=MARKED + self._template, tokenize=False, **options)
+            return render(self._tokenizer, messages, **options)
         except Exception:  # of jinja or, as templates calculate, of Python
             return ""
 
     def _find_variables(self) -> Iterator[tuple[str, str]]:
         """Variables that hold a date unless given, such as Llama's date_string, with the format of that date."""
         for messages in (system_turn(INSTRUCTION, WORDS), user_turn(INSTRUCTION, WORDS)):
-            if not (usual := self._text(messages)):
+            if not (usual := self._text(MARKED, messages)):
                 continue
             for name in sorted(set(VARIABLE.findall(self._template))):
-                pieces = self._text(messages, **{name: OPEN + CLOSE}).split(OPEN + CLOSE)
+                pieces = self._text(MARKED, messages, **{name: OPEN + CLOSE}).split(OPEN + CLOSE)
                 default = re.fullmatch("(.+?)".join(map(re.escape, pieces)), usual, re.DOTALL)
                 formats = {_format_of(text) for text in default.groups()} if default else set()
                 if len(formats) == 1 and (format_ := formats.pop()):
@@ -197,25 +199,28 @@ def _with_dates(spec: PromptSpec) -> PromptSpec:
 def _check_cuts(tokenizer, template: _Template, spec: PromptSpec, turns) -> None:
     """The pieces, encoded one by one as the runtime does, must give the tokens of the whole, on any day."""
     backend = tokenizer.backend_tokenizer
-    for day in DAYS if spec.dates else DAYS[:1]:
-        of_the_day = spec.on(day)
-        before, after = encode_around(backend, of_the_day, spec.instruction)
+    template.formats |= set(spec.dates.values())
+    for day in DAYS if template.formats else DAYS[:1]:
+        today = spec.on(day)
+        before, after = encode_around(backend, today, spec.instruction)
         for words in PROBES:
-            whole = template.tokens(turns(spec.instruction, words), day, spec.dates.values())
-            if [*before, *encode_in_place(backend, of_the_day, words), *after] != whole:
-                raise TinyAlignError(_wrong_cut(spec, words))
+            whole = template.on(day, turns(spec.instruction, words))
+            if template.formats and whole != _joined(today, words):
+                raise TinyAlignError(
+                    "the LLM's chat template calculates with the date or changes its letters, so that no runtime can "
+                    "put in another: give a template without a date with --chat-template FILE"
+                )
+            pieces = [*before, *encode_in_place(backend, today, words), *after]
+            if pieces != tokenizer(whole, add_special_tokens=False)["input_ids"]:
+                raise TinyAlignError(
+                    "the LLM's tokenizer joins words and chat template into one token around "
+                    f"{words!r}: there would be no place for speech. Use a template that puts a special token or a "
+                    "line break there"
+                )
 
 
-def _wrong_cut(spec: PromptSpec, words: str) -> str:
-    if spec.dates:
-        return (
-            "the LLM's chat template makes something else of the date than a text that stands for itself, or joins it "
-            "with the words: give a template without a date with --chat-template FILE"
-        )
-    return (
-        f"the LLM's tokenizer joins words and chat template into one token around {words!r}: there would be no place "
-        "for speech. Use a template that puts a special token or a line break there"
-    )
+def _joined(spec: PromptSpec, words: str) -> str:
+    return f"{spec.before}{spec.instruction}{spec.between}{words}{spec.after}"
 
 
 def turn_end(tokenizer) -> list[int]:
