@@ -72,23 +72,23 @@ def model_folder(path: str, kind: str, supported: Iterable[str]) -> Path:
     return folder
 
 
-def _downloaded(hub_id: str, patterns: Iterable[str]) -> Path:
+def _downloaded(hub_id: str, patterns: Iterable[str], commit: str | None = None) -> Path:
     """The snapshot of a hub id, with the files of these patterns; what is in the cache already is not asked for."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(patterns)))
+        return Path(snapshot_download(hub_id, revision=commit, allow_patterns=list(patterns)))
     except Exception as error:  # of the hub, of HTTP, of the disk
         raise damaged(hub_id, one_line(error), "Give another, or a folder") from error
 
 
 def _download_weights(hub_id: str, folder: Path) -> Path:
-    """The weights too: safetensors only, where there are some. An index has come with the small files."""
+    """The weights too, of the same commit: safetensors only, where there are some. An index is a small file."""
     for weights, index in (WEIGHTS[:2], WEIGHTS[2:]):
         listed = _read_json(folder / index)
         places = listed.get("weight_map") if isinstance(listed, dict) else None
         names = sorted({str(name) for name in places.values()}) if isinstance(places, dict) else [weights]
-        folder = _downloaded(hub_id, (*SMALL_FILES, *names))
+        folder = _downloaded(hub_id, (*SMALL_FILES, *names), folder.name)
         if any((folder / name).is_file() for name in names):
             break
     return folder
@@ -294,17 +294,14 @@ def _shards(path: str, folder: Path, index: str) -> list[Path]:
     """The files that an index lists, all of them there."""
     value = _read_json(folder / index)
     places = value.get("weight_map") if isinstance(value, dict) else None
-    if not isinstance(places, dict) or not places or not all(_plain_name(name) for name in places.values()):
+    names = {str(name) for name in places.values()} if isinstance(places, dict) else set()
+    if not names or any(Path(name).name != name for name in names):  # none lies outside the folder
         raise damaged(path, f"its {index} is no index of weights")
-    files = [folder / name for name in sorted(set(places.values()))]
+    files = [folder / name for name in sorted(names)]
     if absent := [file.name for file in files if not (file.is_file() or file.is_symlink())]:
         missing = f"{len(absent)} of the {len(files)} files of weights that its {index} lists"
         raise damaged(path, f"it lacks {missing}, such as {absent[0]}")
     return files
-
-
-def _plain_name(name) -> bool:
-    return isinstance(name, str) and Path(name).name == name
 
 
 def _check_header(path: str, file: Path) -> None:

@@ -63,18 +63,15 @@ def load_whole(kind, folder: Path, needed: Callable[[str], bool] = lambda name: 
     if missing := sorted(name for name in report["missing_keys"] if needed(name)):
         more = f" and {len(missing) - 1} more" if missing[1:] else ""
         raise TinyAlignError(f"{folder} lacks the weights of {missing[0]}{more}: download it again")
-    if unused := sorted(name for name in report["unexpected_keys"] if needed(name) and _is_of_a_layer(name)):
+    # A head beside the layers may be left out; older checkpoints keep the rotary frequencies.
+    of_layers = [n for n in report["unexpected_keys"] if "layers." in n and not n.endswith("inv_freq")]
+    if unused := sorted(filter(needed, of_layers)):
         raise TinyAlignError(
             f"{folder}: its {unused[0]} has no place in the {type(model).__name__} of its config.json: "
             "weights and configuration belong to different models"
         )
     refuse_not_finite(str(folder), {name: t for name, t in model.state_dict().items() if needed(name)})
     return model.eval()
-
-
-def _is_of_a_layer(name: str) -> bool:
-    """Whether a tensor is part of a layer's computing; a head beside the layers may be left out."""
-    return "layers." in name and not name.endswith("inv_freq")  # older checkpoints keep the rotary frequencies
 
 
 def refuse_not_finite(path: str, tensors: dict) -> None:

@@ -205,7 +205,8 @@ def _check_cuts(tokenizer, template: _Template, spec: PromptSpec, turns) -> None
         before, after = encode_around(backend, today, spec.instruction)
         for words in PROBES:
             whole = template.on(day, turns(spec.instruction, words))
-            if template.formats and whole != _joined(today, words):
+            joined = f"{today.before}{today.instruction}{today.between}{words}{today.after}"
+            if template.formats and whole != joined:
                 raise TinyAlignError(
                     "the LLM's chat template calculates with the date or changes its letters, so that no runtime can "
                     "put in another: give a template without a date with --chat-template FILE"
@@ -217,10 +218,6 @@ def _check_cuts(tokenizer, template: _Template, spec: PromptSpec, turns) -> None
                     f"{words!r}: there would be no place for speech. Use a template that puts a special token or a "
                     "line break there"
                 )
-
-
-def _joined(spec: PromptSpec, words: str) -> str:
-    return f"{spec.before}{spec.instruction}{spec.between}{words}{spec.after}"
 
 
 def turn_end(tokenizer) -> list[int]:

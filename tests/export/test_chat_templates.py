@@ -4,6 +4,7 @@ The oracle is transformers' own rendering, on whatever day its clock shows.
 """
 
 import json
+import shutil
 from datetime import datetime, timedelta
 
 import pytest
@@ -269,3 +270,20 @@ def test_named_templates_are_found_wherever_they_are_kept(tmp_path, how):
     assert load_tokenizer(tmp_path / "none", "tool_use").chat_template == NO_SYSTEM
     with pytest.raises(TinyAlignError, match="chat templates rag, tool_use and none named default"):
         load_tokenizer(tmp_path / "none")
+
+
+def test_the_command_writes_the_chosen_template_and_the_dates_format(tiny_llm, tmp_path, export, refused):
+    from test_export import make_encoder
+
+    make_encoder(tmp_path / "encoder")
+    shutil.copytree(tiny_llm, tmp_path / "llm")
+    (tmp_path / "mine.jinja").write_text(
+        "<bos>{{ strftime_now('%d %b %Y') }}\n{{ messages[0]['content'] }}"
+        "<user>{{ messages[-1]['content'] }}<assistant>"
+    )
+    models, mine = {"encoder": tmp_path / "encoder", "llm": tmp_path / "llm"}, tmp_path / "mine.jinja"
+    prompt = export(models, tmp_path / "out", "--chat-template", mine, "--precision", "fp32").bundle.manifest.prompt
+    assert (prompt.before, prompt.dates) == ("<bos>DATE-0-goes-HERE\n", {"DATE-0-goes-HERE": "%d %b %Y"})
+    sentence = refused(models, tmp_path / "no", "--chat-template", "rag")
+    assert "--chat-template is rag, expected a name or a text file: its chat templates are default" in sentence
+    assert not (tmp_path / "no").exists()

@@ -169,10 +169,10 @@ def hub(folder, tmp_path, monkeypatch):
     """A hub with the folder under the id "someone/model"; hub() -> the files that were taken from it."""
     from huggingface_hub.utils import filter_repo_objects
 
-    cache = tmp_path / "cache"
+    cache = tmp_path / "0123abcd"  # a commit
 
-    def download(hub_id, allow_patterns):
-        assert hub_id == "someone/model"
+    def download(hub_id, revision, allow_patterns):
+        assert hub_id == "someone/model" and revision == (cache.name if cache.exists() else None)
         names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
         for name in filter_repo_objects(names, allow_patterns=allow_patterns):
             (cache / name).parent.mkdir(parents=True, exist_ok=True)
