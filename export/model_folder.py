@@ -208,11 +208,11 @@ def _refuse_other_kinds(path: str, folder: Path, config: dict, kind: str, suppor
         )
     if made_by := _quantised_by(folder, config):
         raise TinyAlignError(_quantised(path, made_by))
-    heads = [name for name in config.get("architectures") or [] if any(head in str(name) for head in HEADS)]
-    if heads and kind == "LLM":
+    architecture = str(config.get("architectures") or "").strip("[]'")
+    if kind == "LLM" and any(head in architecture for head in HEADS):
         raise TinyAlignError(
-            f"{path} is a {heads[0]}, a classifier or reward model that writes no text: give the chat model "
-            "(...ForCausalLM) it was made from"
+            f"{path} is a {architecture}, a classifier or reward model that writes no text: give the chat "
+            "model (...ForCausalLM) it was made from"
         )
 
 
@@ -306,27 +306,32 @@ def _shards(path: str, folder: Path, index: str) -> list[Path]:
 
 def _check_header(path: str, file: Path) -> None:
     header, begin = _header(file)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=None)
+    end = max((end for _, _, end in header.values()), default=None)
     if end is None or begin + end != file.stat().st_size:
         expected = f"{begin + end:,} bytes by its header" if end is not None else "a header"
         given = f"expected {expected}, got {file.stat().st_size:,} bytes"
         raise damaged(path, f"its {file.name} is cut off or damaged ({given})")
-    for name, entry in sorted(header.items()):
-        if len(entry["shape"]) > 1 and entry["dtype"] not in (*FLOATS, "BOOL", "I64"):
-            raise TinyAlignError(_quantised(path, f"an unnamed method ({name} is {entry['dtype']})"))
+    for name, (dtype, n_dims, _) in sorted(header.items()):
+        if n_dims > 1 and dtype not in (*FLOATS, "BOOL", "I64"):
+            raise TinyAlignError(_quantised(path, f"an unnamed method ({name} is {dtype})"))
 
 
-def _header(file: Path) -> tuple[dict[str, dict], int]:
-    """What a safetensors file says of its tensors, and where their bytes begin; nothing of no such file."""
+def _header(file: Path) -> tuple[dict[str, tuple[str, int, int]], int]:
+    """What a safetensors file says: tensor -> (type, number of dimensions, end), and where the bytes begin.
+
+    Nothing of what is no such file.
+    """
     with open(file, "rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         if length > file.stat().st_size:
             return {}, 0
         try:
-            value = json.loads(opened.read(length))
-            tensors = {name: entry for name, entry in value.items() if name != "__metadata__"}
-            for entry in tensors.values():
-                int(entry["data_offsets"][1]), len(entry["shape"]), str(entry["dtype"])
+            entries = json.loads(opened.read(length))
+            entries.pop("__metadata__", None)
+            tensors = {
+                name: (str(entry["dtype"]), len(entry["shape"]), int(entry["data_offsets"][1]))
+                for name, entry in entries.items()
+            }
         except (ValueError, RecursionError, TypeError, KeyError, AttributeError, IndexError):
             return {}, 0
     return tensors, 8 + length
