@@ -38,7 +38,8 @@ class Stored:
 def array_of(features: np.ndarray | Stored) -> np.ndarray:
     """(N, Da) float32; stored ones are mapped into memory for as long as somebody holds the array."""
     if isinstance(features, Stored):
-        return np.load(features.path, mmap_mode="c")  # as if writable: torch warns of arrays that are not
+        # as if writable: torch warns of arrays that are not
+        return np.load(features.path, mmap_mode="c", allow_pickle=False)
     return features
 
 
@@ -58,7 +59,7 @@ def kept(path: Path, make: Callable[[], np.ndarray]) -> Path:
 def _is_whole(path: Path) -> bool:
     """Whether the file is an array as long as its header says, as far as that is known without reading it."""
     try:
-        np.load(path, mmap_mode="r").shape  # noqa: B018 - an archive has none
+        np.load(path, mmap_mode="r", allow_pickle=False).shape  # noqa: B018 - an archive has none
     except (*NO_ARRAY, OSError, AttributeError) as error:
         log.warning("%s is damaged (%s): it is made again", path, error)
         return False
@@ -84,7 +85,7 @@ def cached_features(
         AudioError: a recording that cannot be used, named in the message.
     """
     shown = tqdm(utterances, desc="encode", unit="utt", disable=quiet, mininterval=0.5)
-    return [np.load(cached_file(assistant, u, folder, variation=variation)) for u in shown]
+    return [np.load(cached_file(assistant, u, folder, variation=variation), allow_pickle=False) for u in shown]
 
 
 def cached_file(assistant: Assistant, utterance: Utterance, folder: Path, *, variation: int = 0) -> Path:

@@ -260,7 +260,10 @@ def company_of(assistant, objective: str, folder: Path) -> list:
     replay = read_replay(assistant.bundle.replay)
     if objective != "ctc":
         return [e for e in replay if e.tokens]  # a pooled projector always says something
-    return replay + [Example(np.load(path), [], []) for path in wordless_files(assistant, SOUNDS, SOUNDS_SEED, folder)]
+    return replay + [
+        Example(np.load(path, allow_pickle=False), [], [])
+        for path in wordless_files(assistant, SOUNDS, SOUNDS_SEED, folder)
+    ]
 
 
 def embedding_table(assistant):

@@ -43,7 +43,7 @@ def read_replay(path: Path) -> list[Example]:
 
 
 def _read(path: Path) -> list[Example]:
-    with np.load(path) as stored:
+    with np.load(path, allow_pickle=False) as stored:
         features = np.split(stored["features"].astype(np.float32), stored["feature_ends"][:-1])
         ends = stored["token_ends"][:-1]
         tokens, lengths = (np.split(stored[name], ends) for name in ("tokens", "token_lengths"))

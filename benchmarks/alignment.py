@@ -36,6 +36,7 @@ from tiny_align.align.silence import hiss
 from tiny_align.align.train import JUDGEMENT, Trainer, TrainOptions
 from tiny_align.align.users import load_projector
 from tiny_align.align.windows import project
+from tiny_align.export.pretrained import load_pretrained
 from tiny_align.reference import corpus, recordings, speech
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.bundle import Bundle
@@ -181,11 +182,9 @@ def frozen_llm(assistant: Assistant, weights: Path = WEIGHTS / "llm"):
 
     llm, prompt = assistant.llm, assistant.bundle.manifest.prompt
     asked = (prompt.instruction, prompt.repeat_instruction)
-    befores = [llm.embed(llm.encode(prompt.before + wanted + prompt.between)) for wanted in asked]
-    model = AutoModelForCausalLM.from_pretrained(weights).eval()
-    return FrozenLlm(
-        model, [torch.from_numpy(b) for b in befores], torch.from_numpy(llm.embed(llm.encode(prompt.after)))
-    )
+    around = [llm.around(wanted) for wanted in asked]
+    model = load_pretrained(AutoModelForCausalLM, weights).eval()
+    return FrozenLlm(model, [torch.from_numpy(before) for before, _ in around], torch.from_numpy(around[0][1]))
 
 
 def _uncut(company: list, bundle: str) -> list:
@@ -331,7 +330,9 @@ class Shipped:
             self.n_train = len(split_of(load_dataset(folder), "train"))
             self.examples, self.known_test = self._examples(folder), test_of(self.assistant, known)
             self.tests = {db: noisy(self.assistant, folder, db) for db in SNR_DB}
-            self.wordless = [np.load(path) for path in wordless_files(self.assistant, N_WORDLESS, 2, self.cache)]
+            self.wordless = [
+                np.load(path, allow_pickle=False) for path in wordless_files(self.assistant, N_WORDLESS, 2, self.cache)
+            ]
             return self._measure()
 
     def _examples(self, folder: Path) -> list:
@@ -404,7 +405,7 @@ def cascade(assistant: Assistant, folder: Path) -> dict:
 
     from tiny_align.reference.encoder import FRONT_END, decode_letters
 
-    model = ParakeetForCTC.from_pretrained(WEIGHTS / "encoder").eval()
+    model = load_pretrained(ParakeetForCTC, WEIGHTS / "encoder").eval()
     typed, spoken = [], []
     for utterance in split_of(load_dataset(folder), "test"):
         with torch.no_grad():

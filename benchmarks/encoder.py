@@ -30,6 +30,7 @@ from tiny_align.benchmarks.alignment import WEIGHTS
 from tiny_align.benchmarks.harness import Patience, alternate, spread, timed
 from tiny_align.export.bundle import write_encoder
 from tiny_align.export.encoders import load_encoder
+from tiny_align.export.pretrained import load_pretrained
 from tiny_align.reference.build import ENCODER_LAYERS
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.backend import load_runner
@@ -71,7 +72,7 @@ def speed(source: Path, exported: dict[str, Path], threads: int, audio_s: float,
     """Seconds of both sides for the same noise, one after the other in every repeat; a run before warms up."""
     audio = np.random.default_rng(0).standard_normal((1, round(audio_s * SAMPLE_RATE))).astype(np.float32)
     torch.set_num_threads(threads)
-    model = transformers.Wav2Vec2Model.from_pretrained(source).eval()
+    model = load_pretrained(transformers.Wav2Vec2Model, source).eval()
     with contextlib.ExitStack() as stack, torch.inference_mode():
         runners = {name: stack.enter_context(load(folder, threads)) for name, folder in exported.items()}
         sides = {name: (lambda run=run: run({"input_values": audio})) for name, run in runners.items()}

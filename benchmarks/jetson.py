@@ -158,7 +158,7 @@ def _cosine(ours: np.ndarray, exact: np.ndarray) -> float:
 
 
 def _features(folder: Path, backend: str) -> list[np.ndarray]:
-    with np.load(folder / f"{backend}.npz") as stored:
+    with np.load(folder / f"{backend}.npz", allow_pickle=False) as stored:
         return [stored[str(i)] for i in range(len(stored.files))]
 
 

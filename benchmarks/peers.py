@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from tiny_align.benchmarks.training_cost import Shape
+from tiny_align.export.pretrained import load_pretrained
 from tiny_align.runtime.ort import INT8_PRODUCTS
 
 CONTEXT = 512  # positions
@@ -61,7 +62,7 @@ class LlamaCpp(Peer):
         if not path.exists():
             write_gguf(path, shape, random_weights())
         self._llm = Llama(path, shape, threads)
-        self._table = np.load(work / "bundle" / "token_embeddings.npy", mmap_mode="r")
+        self._table = np.load(work / "bundle" / "token_embeddings.npy", mmap_mode="r", allow_pickle=False)
 
     def prefill(self, ids: np.ndarray) -> int:
         self._llm.rewind(0)
@@ -185,7 +186,7 @@ class Transformers(Peer):
 
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
-        self._model = AutoModelForCausalLM.from_pretrained(work / "llm", dtype=torch.float32)
+        self._model = load_pretrained(AutoModelForCausalLM, work / "llm", dtype=torch.float32)
         self._torch, self._new, self._embed = torch, DynamicCache, self._model.get_input_embeddings()
 
     def prefill(self, ids: np.ndarray) -> int:
@@ -234,7 +235,7 @@ def write_genai(folder: Path, bundle: Path, shape: Shape, threads: int) -> None:
     for data in bundle.glob("llm*.data"):
         (folder / data.name).unlink(missing_ok=True)
         (folder / data.name).hardlink_to(data)  # a symbolic link is refused
-    table = np.load(bundle / "token_embeddings.npy", mmap_mode="r")
+    table = np.load(bundle / "token_embeddings.npy", mmap_mode="r", allow_pickle=False)
     table.tofile(folder / "embeddings.data")
     model = onnx.load(str(bundle / "llm.ort.onnx"), load_external_data=False)
     graph = model.graph

@@ -15,6 +15,7 @@ import numpy as np
 
 from tiny_align.benchmarks.stages import ANSWER, FIRST, PER_TOKEN
 from tiny_align.engines.plain import PlainDecoder
+from tiny_align.export.pretrained import load_pretrained
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.backend import Decoder, Runner, Scores, load_runner
 from tiny_align.runtime.bundle import Bundle, GraphSpec
@@ -152,7 +153,7 @@ def torch_pipeline(bundle: Bundle, threads: int, prepare: Callable = lambda modu
     torch.set_num_threads(threads)
     encoder = load_encoder(str(weights(bundle, "encoder")), ENCODER_LAYERS)
     projector = load_projector(bundle, bundle.graph("projector")).eval()
-    llm = AutoModelForCausalLM.from_pretrained(weights(bundle, "llm")).eval()
+    llm = load_pretrained(AutoModelForCausalLM, weights(bundle, "llm")).eval()
     for module in (encoder, projector, llm):
         module.requires_grad_(False)  # whatever the thread: a session has its own
     graphs, decoder = bundle.manifest.graphs, TorchDecoder(prepare(llm))

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 import transformers
 
+from tiny_align.export.pretrained import load_pretrained
+
 LAYERS, SIZE = 2, 32
 
 COMMON = {"hidden_size": SIZE, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "intermediate_size": 48}
@@ -104,8 +106,8 @@ def make_encoder(family: str, folder: Path) -> Path:
 @torch.no_grad()
 def features(family: str, folder: Path, audio: np.ndarray) -> np.ndarray:
     """(N, 2 Da) as transformers computes them: its feature extractor, its model; without those of padding."""
-    extract = transformers.AutoFeatureExtractor.from_pretrained(folder)
-    model = transformers.AutoModel.from_pretrained(folder).eval()
+    extract = load_pretrained(transformers.AutoFeatureExtractor, folder)
+    model = load_pretrained(transformers.AutoModel, folder).eval()
     encoder = model.encoder if family in ("moonshine", "parakeet", "whisper") else model
     inputs = extract(audio, sampling_rate=extract.sampling_rate, return_tensors="pt")
     out = encoder(**inputs, output_hidden_states=True)

@@ -15,6 +15,7 @@ import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from tiny_align.export.pretrained import load_pretrained
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.bundle import Bundle
 
@@ -282,8 +283,8 @@ def typed(name: str, instruction: str, words: str) -> list[dict]:
 
 def _end_somewhere(name: str, folder: Path, ends: list[int]) -> None:
     """Among the end tokens goes one that the model says after a while in answer to ENDED_TEXT."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = load_pretrained(transformers.AutoModelForCausalLM, folder).eval()
+    tokenizer = load_pretrained(transformers.AutoTokenizer, folder)
     messages = typed(name, INSTRUCTION, ENDED_TEXT)
     options = {"enable_thinking": False, "return_dict": True, "return_tensors": "pt"}
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
@@ -305,8 +306,8 @@ class Beside:
 
     @classmethod
     def load(cls, name: str, folder: Path, assistant: Assistant) -> "Beside":
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        model = load_pretrained(transformers.AutoModelForCausalLM, folder, dtype=torch.float32).eval()
+        tokenizer = load_pretrained(transformers.AutoTokenizer, folder)
         return cls(name, assistant, model, tokenizer, FAMILIES[name].also_ends)
 
     @property

@@ -9,6 +9,7 @@ import functools
 import shutil
 import tempfile
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,14 @@ import onnx
 
 from tiny_align.export import parity
 from tiny_align.export.best import pick_best
-from tiny_align.export.encoders import encoder_graph, load_encoder
+from tiny_align.export.encoders import FAMILIES, encoder_graph, load_encoder
 from tiny_align.export.fused import fused_llm_graph
 from tiny_align.export.graphs import projector_graph
 from tiny_align.export.int8 import multiply_int8, store_int8
-from tiny_align.export.llms import embedding_table, llm_graph, llm_spec, load_llm
+from tiny_align.export.llms import LLMS, embedding_table, llm_graph, llm_spec, load_model, load_tokenizer
+from tiny_align.export.model_folder import model_folder
 from tiny_align.export.packing import share_weights
+from tiny_align.export.pretrained import refuse_not_finite
 from tiny_align.export.prompts import prompt_spec
 from tiny_align.export.quantise import BLOCKS, forms, quantise
 from tiny_align.export.windows import MARGIN_S, window_spec
@@ -56,6 +59,7 @@ class ExportOptions:
     encoder_precision: str = "fp32"  # or "int8": weights, and on ONNX Runtime products
     encoder_layers: tuple[int, ...] = (-1,)  # hidden states of the features, the shortcut's first; -1: the last layer's
     sentences: str | None = None  # a text file: what a person may be asked to read and may say, a sentence per line
+    chat_template: str | None = None  # the name of one of the LLM's, or a file; None: its default or only fitting one
     projector: str | None = None  # a safetensors file; None: an untrained one
     precision: str = "int4"  # of the LLM's weights: see quantise.BITS
     head_precision: str | None = None  # of its output layer; None: "int8" with "int4", else the layers'
@@ -82,11 +86,14 @@ def export_bundle(options: ExportOptions, out: Path) -> Manifest:
     _check_out(Path(out))
     if options.sentences and not Path(options.sentences).is_file():
         raise TinyAlignError(f"there is no file {options.sentences}: give --sentences a text file")
-    encoder = load_encoder(options.encoder, options.encoder_layers)
-    llm, tokenizer = load_llm(options.llm)
+    encoder_folder = model_folder(options.encoder, "encoder", FAMILIES)
+    llm_folder = model_folder(options.llm, "LLM", LLMS)
+    tokenizer = load_tokenizer(llm_folder, options.chat_template)
+    prompt = prompt_spec(tokenizer, options.instruction, options.repeat_instruction)  # refuses before the long part
+    encoder = load_encoder(str(encoder_folder), options.encoder_layers)
+    llm = load_model(llm_folder, tokenizer)
     _check_words(options, llm)
     projector = make_projector(encoder, llm, options)
-    prompt = prompt_spec(tokenizer, options.instruction, options.repeat_instruction)  # refuses before the long part
     sizes = llm_spec(llm, tokenizer, options.max_context)
     _check_ends(options.llm, llm, tokenizer)
     with writing(Path(out)), written_folder(Path(out)) as folder:
@@ -147,7 +154,7 @@ def _write(folder: Path, options, encoder, llm, llm_sizes, tokenizer, projector,
     if options.sentences:
         shutil.copyfile(options.sentences, folder / "sentences.txt")
     if _is_large(llm):
-        np.save(folder / SPEECH_TOKENS, _tokens_of(options.sentences, tokenizer, prompt))
+        np.save(folder / SPEECH_TOKENS, _tokens_of(options.sentences, tokenizer, prompt.on(datetime.now())))
     context = llm_sizes.max_context
     return Manifest(
         name=options.name,
@@ -320,6 +327,7 @@ def _fitting_weights(path: str, wanted: dict) -> dict:
                 f"{path} is no projector for this encoder and LLM: its {name} is {there}, needed is {needed}. "
                 f"{UNTRAINED}"
             )
+    refuse_not_finite(path, weights)
     return weights
 
 

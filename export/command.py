@@ -21,6 +21,11 @@ def add_arguments(parser) -> None:
         help="of the encoder: int8 is faster on a CPU, its cost is in the manifest (default: fp32)",
     )
     parser.add_argument("--llm", required=True, help="folder or hub id of the LLM")
+    parser.add_argument(
+        "--chat-template",
+        metavar="NAME|FILE",
+        help="one of the LLM's named chat templates, or a jinja file (default: its default, or the only fitting one)",
+    )
     parser.add_argument("--sentences", help="text file: what a person may be asked to read, and may say")
     parser.add_argument("--projector", help="safetensors file of a trained projector (default: an untrained one)")
     parser.add_argument("--soft-tokens", type=int, help="pool to so many, as the paper does (default: as many as said)")
@@ -44,7 +49,7 @@ def run(args) -> dict:
     from tiny_align.export.bundle import ExportOptions, export_bundle
 
     names = ("encoder", "encoder_layers", "encoder_precision", "llm", "projector", "precision", "head_precision")
-    names += ("block_size", "max_context", "soft_tokens", "sentences", "window_s")
+    names += ("block_size", "max_context", "soft_tokens", "sentences", "window_s", "chat_template")
     options = ExportOptions(
         **{n: getattr(args, n) for n in names},
         name=args.name or args.out.name,

@@ -7,11 +7,13 @@ preprocessor_config.json. A CTC head, a decoder and an adapter behind the encode
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from tiny_align.export.graphs import Graph, export_program
-from tiny_align.export.pretrained import load_pretrained, load_whole
+from tiny_align.export.model_folder import model_folder
+from tiny_align.export.pretrained import load_config, load_whole
 from tiny_align.runtime.bundle import TensorSpec
 from tiny_align.runtime.errors import TinyAlignError
 from tiny_align.runtime.features import FrontEnd
@@ -163,14 +165,10 @@ def load_encoder(path: str, layers: tuple[int, ...] = (-1,)) -> LayeredEncoder:
         TinyAlignError: no such model, of an unsupported architecture, damaged or not whole, without such a layer,
             or with a front end that is not the family's.
     """
-    import transformers
-
-    config = load_pretrained(transformers.AutoConfig, path)
-    if config.model_type not in FAMILIES:
-        raise TinyAlignError(f"{path} is a {config.model_type!r}; supported encoders: {', '.join(FAMILIES)}")
-    family = FAMILIES[config.model_type]
-    front_end = load_front_end(path, family.extractor)
-    model = _load_model(path, family)
+    folder = model_folder(path, "encoder", FAMILIES)
+    family = FAMILIES[load_config(folder).model_type]
+    front_end = load_front_end(str(folder), family.extractor)
+    model = _load_model(folder, family)
     encoder = getattr(model, family.part) if family.part else model
     _check_layers(path, layers, len(getattr(encoder, "encoder", encoder).layers))
     _check_rows(path, encoder.config, front_end)
@@ -180,7 +178,7 @@ def load_encoder(path: str, layers: tuple[int, ...] = (-1,)) -> LayeredEncoder:
     return LayeredEncoder(_plain(encoder), family, front_end, layers).eval()
 
 
-def _load_model(path: str, family: Family):
+def _load_model(folder: Path, family: Family):
     import transformers
 
     prefix = f"{family.part}." if family.part else ""
@@ -189,7 +187,7 @@ def _load_model(path: str, family: Family):
     def needed(name: str) -> bool:
         return name.startswith(prefix) and not name.startswith(unused)
 
-    return load_whole(getattr(transformers, family.model), path, needed, dtype=torch.float32)
+    return load_whole(getattr(transformers, family.model), folder, needed, dtype=torch.float32)
 
 
 def _check_layers(path: str, layers: tuple[int, ...], n_layers: int) -> None:
@@ -244,7 +242,7 @@ def load_front_end(path: str, extractor: str) -> AnyFrontEnd:
     """The front end that a checkpoint's preprocessor_config.json (or processor_config.json) describes.
 
     Args:
-        path: a local folder or a hub id.
+        path: a local folder.
         extractor: the transformers class that it must be of, such as WhisperFeatureExtractor.
     Raises:
         TinyAlignError: no such file, not JSON, of another class, or without a value that is needed.
@@ -252,7 +250,7 @@ def load_front_end(path: str, extractor: str) -> AnyFrontEnd:
     from transformers.models.auto.feature_extraction_auto import get_feature_extractor_config
 
     try:
-        value = get_feature_extractor_config(path)
+        value = get_feature_extractor_config(path, local_files_only=True)
     except (OSError, ValueError) as error:
         raise TinyAlignError(f"{path} has no readable preprocessor_config.json: {error}") from error
     if not value:

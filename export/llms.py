@@ -5,13 +5,15 @@ the graph is traced from transformers' own code.
 """
 
 import contextlib
+from pathlib import Path
 
 import numpy as np
 
 from tiny_align.export.graphs import Graph, export_program
+from tiny_align.export.model_folder import model_folder
 from tiny_align.export.packing import pack_products
 from tiny_align.export.pretrained import load_pretrained, load_whole
-from tiny_align.export.prompts import turn_end
+from tiny_align.export.prompts import choose_template, turn_end
 from tiny_align.runtime.bundle import LlmSpec, TensorSpec
 from tiny_align.runtime.errors import TinyAlignError
 
@@ -19,34 +21,56 @@ LLMS = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "stablelm", 
 EXAMPLE_PAST, EXAMPLE_TOKENS = 5, 7  # sizes that no other dimension has
 
 
-def load_llm(path: str):
+def load_llm(path: str, chat_template: str | None = None):
     """The LLM in FP32 and its tokenizer.
 
     Raises:
-        TinyAlignError: an unsupported architecture, an incomplete or damaged folder, or a tokenizer of another model.
+        TinyAlignError: as `model_folder`, `load_tokenizer` and `load_model`.
+    """
+    folder = model_folder(path, "LLM", LLMS)
+    tokenizer = load_tokenizer(folder, chat_template)
+    return load_model(folder, tokenizer), tokenizer
+
+
+def load_model(folder: Path, tokenizer):
+    """The LLM of a `model_folder` in FP32.
+
+    Raises:
+        TinyAlignError: as `load_whole`, or a tokenizer of another model.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    config = load_pretrained(AutoConfig, path)
-    if config.model_type not in LLMS:
-        raise TinyAlignError(f"{path} is a {config.model_type!r}; supported LLMs: {', '.join(LLMS)}")
-    tokenizer = load_pretrained(AutoTokenizer, path)
-    model = load_whole(AutoModelForCausalLM, path, dtype=torch.float32)
-    _prepare_tokenizer(path, tokenizer, len(model.get_input_embeddings().weight))
-    return model, tokenizer
+    model = load_whole(AutoModelForCausalLM, folder, dtype=torch.float32)
+    _check_rows(folder, tokenizer, len(model.get_input_embeddings().weight))
+    return model
 
 
-def _prepare_tokenizer(path: str, tokenizer, rows: int) -> None:
-    """Every token of a text must have its row in the embedding table; no text is cut.
+def load_tokenizer(folder: Path, chat_template: str | None = None):
+    """The tokenizer of a `model_folder`, with one chat template; no text is cut.
+
+    Args:
+        chat_template: the name of one of its templates, or a file; None: its default or only fitting one.
+    Raises:
+        TinyAlignError: no such template, or a damaged or slow tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = load_pretrained(AutoTokenizer, folder)
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise TinyAlignError(f"{folder} has a tokenizer without a tokenizer.json: convert it with transformers first")
+    tokenizer.backend_tokenizer.no_truncation()  # some files keep the lengths of their training
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.chat_template = choose_template(tokenizer, chat_template)
+    return tokenizer
+
+
+def _check_rows(path: Path, tokenizer, rows: int) -> None:
+    """Every token of a text must have its row in the embedding table.
 
     More rows than tokens are padding. Added special tokens may be beyond it, as Gemma 3's of an image is: they stand
     in no words, and the runtime refuses them.
     """
-    if getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise TinyAlignError(f"{path} has a tokenizer without a tokenizer.json: convert it with transformers first")
-    tokenizer.backend_tokenizer.no_truncation()  # some files keep the lengths of their training
-    tokenizer.backend_tokenizer.no_padding()
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     if (largest := max(set(tokenizer.get_vocab().values()) - special, default=-1)) >= rows:
         raise TinyAlignError(

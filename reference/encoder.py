@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from tiny_align.export.pretrained import load_pretrained
 from tiny_align.reference import corpus
 from tiny_align.reference.spoken import FRONT_END, Spoken
 
@@ -163,7 +164,7 @@ def train(args) -> dict:
     torch.set_default_device(args.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(seed)
-    model = (ParakeetForCTC.from_pretrained(args.start) if args.start else build_model()).to(args.device)
+    model = (load_pretrained(ParakeetForCTC, args.start) if args.start else build_model()).to(args.device)
     if args.device == "cpu":
         _speed_up(model)
     optimiser = torch.optim.AdamW(model.parameters(), lr=args.rate, weight_decay=1e-2, betas=(0.9, 0.98))

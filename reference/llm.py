@@ -18,6 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from tiny_align.export.pretrained import load_pretrained
 from tiny_align.reference import corpus
 
 VOCABULARY = 800
@@ -58,7 +59,7 @@ def load_tokenizer(path: Path):
     """The tokenizer that an interrupted training began with."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path)
+    return load_pretrained(AutoTokenizer, path)
 
 
 def build_model(tokenizer):

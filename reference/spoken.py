@@ -61,7 +61,7 @@ def shards_of(work: Path, n: int) -> list[Path]:
 
 def read_shard(path: Path) -> list[tuple[np.ndarray, str]]:
     """A shard's recordings as (log-mel (T, M) float16, text)."""
-    meta, mels = json.loads(path.with_suffix(".json").read_text()), np.load(path, mmap_mode="r")
+    meta, mels = json.loads(path.with_suffix(".json").read_text()), np.load(path, mmap_mode="r", allow_pickle=False)
     edges = np.cumsum([0, *meta["frames"]])
     return [(mels[a:b], text) for a, b, text in zip(edges, edges[1:], meta["texts"])]
 
@@ -104,7 +104,7 @@ class Spoken:
         ready = [path for path in self._waiting if path.exists()]
         for path in ready:
             meta = json.loads(path.with_suffix(".json").read_text())
-            self._frames.append(torch.from_numpy(np.load(path)).to(self._device))
+            self._frames.append(torch.from_numpy(np.load(path, allow_pickle=False)).to(self._device))
             self._lengths.append(torch.tensor(meta["frames"], device=self._device))
             self.targets += [self._encode(text) for text in meta["texts"]]
             self._waiting.remove(path)

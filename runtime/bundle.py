@@ -10,6 +10,7 @@ import json
 import math
 import re
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
@@ -116,7 +117,10 @@ class LlmSpec:
 
 @dataclass(frozen=True)
 class PromptSpec:
-    """The chat template cut at its two holes: before | instruction | between | speech or text | after."""
+    """The chat template cut at its two holes: before | instruction | between | speech or text | after.
+
+    Where the template says what day it is, a mark stands in the pieces: see `on`.
+    """
 
     before: str
     between: str
@@ -124,6 +128,17 @@ class PromptSpec:
     instruction: str  # used where the caller gives none
     repeat_instruction: str  # asks for the user's own words; measures the word error rate
     next: str | None = None  # from the end of an answer to the next turn's words; None: the LLM knows one turn only
+    dates: dict[str, str] = field(default_factory=dict)  # mark -> strftime format of the day in its place
+
+    def on(self, day: datetime) -> "PromptSpec":
+        """The prompt of a conversation that begins on this day."""
+        if not self.dates:
+            return self
+        pieces = {name: getattr(self, name) for name in ("before", "between", "after", "next")}
+        for mark, format_ in self.dates.items():
+            text = day.strftime(format_)
+            pieces = {name: piece and piece.replace(mark, text) for name, piece in pieces.items()}
+        return dataclasses.replace(self, **pieces, dates={})
 
 
 @dataclass(frozen=True)
@@ -342,7 +357,7 @@ def _load_array(path: Path, **options) -> np.ndarray:
     """A .npy file of the bundle or of a person."""
     try:
         with reading(path, BundleError):
-            array = np.load(path, **options)
+            array = np.load(path, allow_pickle=False, **options)
     except NO_ARRAY as error:
         raise BundleError(f"{path} is damaged ({error}): copy, export or train it again") from error
     if not isinstance(array, np.ndarray):  # an archive

@@ -6,6 +6,7 @@ memory than its place in the cache. Decoding is a generator of token ids.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -90,7 +91,7 @@ class LanguageModel:
         Raises:
             DataError: no words, a special token of the template, or characters the tokenizer does not know.
         """
-        ids = encode_in_place(self.tokenizer, self.prompt, text)
+        ids = encode_in_place(self.tokenizer, self._prompt_of_today(), text)
         if special := self._special.intersection(ids) - {self._unknown}:
             named = ", ".join(sorted(self.tokenizer.id_to_token(i) for i in special))
             raise DataError(f"{where} holds the LLM's special token {named}: write the words only")
@@ -128,15 +129,22 @@ class LanguageModel:
         return np.concatenate([before, speech, after])
 
     def around(self, instruction: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """What stands before and after speech, template and instruction: (P, D) and (Q, D) embeddings."""
+        """What stands before and after speech, template, instruction and today's date: (P, D) and (Q, D) embeddings."""
         wanted = self.prompt.instruction if instruction is None else instruction
-        before, after = encode_around(self.tokenizer, self.prompt, wanted)
+        before, after = encode_around(self.tokenizer, self._prompt_of_today(), wanted)
         if strange := [i for i in before + after if i >= len(self._table)]:  # some special tokens have no embedding
             raise DataError(
                 f"the prompt holds {self.tokenizer.id_to_token(strange[0])}, for which the LLM has no embedding: "
                 "write the instruction in words"
             )
         return self.embed(before), self.embed(after)
+
+    def following(self) -> np.ndarray:
+        """(P, D): what stands between an answer and the next turn's words; no rows where the LLM knows one turn."""
+        return self.embed(self.encode(self._prompt_of_today().next or ""))
+
+    def _prompt_of_today(self) -> PromptSpec:
+        return self.prompt.on(datetime.now())
 
     def prefill(self, embeddings: np.ndarray, cache: Cache) -> Scores:
         """Read (T, D) float32 embeddings into the cache.

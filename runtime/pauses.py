@@ -17,8 +17,8 @@ FLOOR_SHARE = 0.05  # of the frames lie below the floor
 LOUD_SHARE = 0.2  # of the range from the floor to the loudest: a frame above is a sound
 LEAST_RANGE_DB = 6.0  # above the floor, at least
 GREATEST_RANGE_DB = 60.0  # below the loudest: digital silence is not the floor
-AROUND_S = 0.2  # in which a voice rises and falls by more than LEAST_RANGE_DB; noise is steady
-SOFT_DB = 12.0  # below the loudest: a steady sound louder than that may be a long vowel
+AROUND_S = 0.1  # in which a voice rises and falls by more than LEAST_RANGE_DB; noise is steady
+SOFT_DB = 20.0  # below the loudest: a steady sound louder than that may be a long vowel
 SILENCE = 1e-12  # power, so that digital silence has a level
 
 

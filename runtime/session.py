@@ -105,6 +105,7 @@ class Session:
     def __init__(self, assistant, instruction: str | None = None, decoding: Decoding = Decoding()):
         self._assistant, self._llm, self._decoding = assistant, assistant.llm, decoding
         self._before, self._after = self._llm.around(instruction)  # (P, D), (Q, D)
+        self._following = self._llm.following()  # (R, D); like these of the day on which the conversation began
         self._turn: Turn | None = None  # that is being spoken
         self._asked: Turn | None = None  # that is being answered
         # the reading thread's own:
@@ -287,8 +288,7 @@ class Session:
 
     def _remembered(self) -> np.ndarray:
         """(P, D): the instruction and the turns so far, up to where the next words stand."""
-        following = self._llm.embed(self._llm.encode(self._llm.prompt.next or ""))
-        return np.concatenate([self._before, *(np.concatenate([rows, following]) for rows in self._past)])
+        return np.concatenate([self._before, *(np.concatenate([rows, self._following]) for rows in self._past)])
 
     def _read(self, turn: Turn, words: np.ndarray) -> None:
         self._take_back_end(turn)

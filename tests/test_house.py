@@ -126,3 +126,29 @@ def test_tests_run_the_installed_package():
     import tiny_align.runtime
 
     assert "runtime" not in sys.modules and tiny_align.runtime.__name__ == "tiny_align.runtime"
+
+
+# --- nothing that is loaded runs code ---
+
+SAFELY = {"np.load": ("allow_pickle", False), "torch.load": ("weights_only", True)}  # call -> the keyword it needs
+
+
+def loads(path) -> list[tuple[str, dict]]:
+    """(call, constant keywords) of what a module loads by numpy, torch, pickle and the hub's libraries."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            if name in SAFELY or name.endswith(".from_pretrained") or name.startswith("pickle."):
+                found.append((name, {k.arg: getattr(k.value, "value", None) for k in node.keywords}))
+    return found
+
+
+@pytest.mark.parametrize("path", STAGE_MODULES, ids=named)
+def test_nothing_that_is_loaded_runs_code(path):
+    """transformers' loaders are called in one place, which trusts no code."""
+    for name, keywords in loads(path):
+        if name.endswith(".from_pretrained"):
+            assert named(path) == "export/pretrained.py" or "Embedding" in name
+        else:
+            assert name in SAFELY and keywords.get(SAFELY[name][0], "absent") == SAFELY[name][1], name

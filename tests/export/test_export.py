@@ -480,6 +480,16 @@ def test_a_projector_of_other_sizes_is_refused(refused, models, general, tmp_pat
     assert [p.name for p in tmp_path.iterdir()] == ["p.safetensors"]
 
 
+def test_a_projector_with_a_weight_that_is_no_number_is_refused(refused, models, general, tmp_path):
+    from safetensors.torch import save_file
+
+    weights = dict(general.state_dict())
+    weights["leave.3.bias"] = torch.full_like(weights["leave.3.bias"], float("nan"))
+    save_file(weights, tmp_path / "p.safetensors")
+    sentence = refused(models, tmp_path / "out", "--projector", tmp_path / "p.safetensors")
+    assert "its leave.3.bias holds NaN or infinity" in sentence and not (tmp_path / "out").exists()
+
+
 def test_a_projector_of_another_llm_of_the_same_sizes_is_refused(fp32, models, general, tmp_path):
     """Its file says which embedding table it was trained for."""
     from safetensors.torch import save_file

@@ -376,7 +376,7 @@ DAMAGES = {
     "a tokenizer of another model": (with_more_tokens, "they belong to different models"),
     "no chat template": (lambda f: (f / "chat_template.jinja").unlink(), "has no chat template: use an"),
     "an encoder-only model": (lambda f: edit(f / CONFIG, model_type="bert"), f"supported LLMs: {', '.join(LLMS)}"),
-    "a kind nobody knows": (lambda f: edit(f / CONFIG, model_type="llama9"), CANNOT),
+    "a kind nobody knows": (lambda f: edit(f / CONFIG, model_type="llama9"), "is a 'llama9'; supported LLMs: llama"),
 }  # fmt: skip
 
 

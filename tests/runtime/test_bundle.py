@@ -1,11 +1,13 @@
 """runtime/bundle.py: what is whole opens; what is missing, changed, damaged or meant for another LLM is refused."""
 
+import dataclasses
 import json
+from datetime import datetime
 
 import numpy as np
 import pytest
 
-from tiny_align.runtime.bundle import GENERAL, MANIFEST, USER_RECORD, Bundle, check_user
+from tiny_align.runtime.bundle import GENERAL, MANIFEST, USER_RECORD, Bundle, PromptSpec, check_user
 from tiny_align.runtime.errors import BundleError, UserError
 
 GRAPHS = ("encoder", "projector", "llm")
@@ -282,3 +284,22 @@ def test_a_record_that_vouches_for_nothing_is_refused(bundle_copy, user, edit_js
     edit_json(user / USER_RECORD, change)
     with pytest.raises(UserError, match=r"train ('ana'|it) again"):
         check_user(user, Bundle.open(bundle_copy).manifest)
+
+
+# --- the day in the prompt ---
+
+
+def test_a_bundle_without_dates_has_the_same_prompt_on_every_day(bundle_path):
+    """The shipped manifest is of before there were dates."""
+    assert "dates" not in json.loads((bundle_path / "manifest.json").read_text(encoding="utf-8"))["prompt"]
+    prompt = Bundle.open(bundle_path).manifest.prompt
+    assert prompt.dates == {} and prompt.on(datetime(2031, 5, 9)) is prompt
+
+
+def test_the_day_takes_the_place_of_its_marks_wherever_they_stand():
+    dates = {"DATE-0-goes-HERE": "%d %b %Y", "DATE-1-goes-HERE": "%A"}
+    prompt = PromptSpec("It is DATE-0-goes-HERE.", "|", "DATE-1-goes-HERE", "DATE-0-goes-HERE", "", "DATE-1", dates)
+    today = prompt.on(datetime(2031, 5, 9))
+    assert (today.before, today.between, today.after) == ("It is 09 May 2031.", "|", "Friday")
+    assert (today.instruction, today.next, today.dates) == ("DATE-0-goes-HERE", "DATE-1", {})
+    assert PromptSpec(**dataclasses.asdict(prompt)) == prompt  # as a manifest keeps it

@@ -1,8 +1,10 @@
 """Conversations: speech is read while it is spoken, answers can be broken off, and no turn spoils another."""
 
 import ctypes
+import dataclasses
 import threading
 import time
+from datetime import datetime
 
 import numpy as np
 import pytest
@@ -43,8 +45,6 @@ def until(condition, seconds=20):
 @pytest.fixture
 def talkative(assistant, monkeypatch):
     """The reference LLM as if it knew more turns: what it answers is nonsense then, but it must be the same."""
-    import dataclasses
-
     monkeypatch.setattr(assistant.llm, "prompt", dataclasses.replace(assistant.llm.prompt, next="<eos><user>"))
     return assistant
 
@@ -291,3 +291,38 @@ def test_a_few_samples_are_too_little_for_every_front_end(assistant, speech, mon
         session.anticipate()
     with pytest.raises(AudioError, match=r"expected at least 0\.1 s"):
         list(session.finish())
+
+
+# --- the day of a conversation ---
+
+
+class Clock:
+    """Stands in for datetime in the runtime: it shows the day it is set to."""
+
+    def __init__(self, day):
+        self.day = day
+
+    def now(self):
+        return self.day
+
+
+def test_a_conversation_keeps_the_day_on_which_it_began(talkative, monkeypatch):
+    """Over midnight too, so that what is in the cache stays true; the next conversation has the next day."""
+    clock = Clock(datetime(2031, 1, 31, 23, 59))
+    monkeypatch.setattr("tiny_align.runtime.llm.datetime", clock)
+    mark, llm = {"DATE-0-goes-HERE": "%B"}, talkative.llm
+    before = llm.prompt.before + "it is DATE-0-goes-HERE"
+    monkeypatch.setattr(llm, "prompt", dataclasses.replace(llm.prompt, before=before, dates=mark))
+    turns = [llm.embed(llm.encode_words(text)) for text in ("what is the time", "call my mother")]
+    january, wanted = llm.around()[0], remembered(talkative, *turns)
+
+    session = talkative.listen(decoding=DECODING)
+    list(session.say("what is the time"))
+    clock.day = datetime(2031, 2, 1, 0, 1)
+    assert tokens(session.say("call my mother")) == wanted
+    february = llm.around()[0]
+    assert len(january) != len(february)
+    fresh = talkative.listen(decoding=DECODING)
+    list(fresh.say("what is the time"))
+    n_said = len(remembered(talkative, turns[0]))
+    assert fresh.positions in (len(february) + len(turns[0]) + len(llm.around()[1]) + n for n in (n_said - 1, n_said))
