@@ -1,4 +1,4 @@
-"""A recording made a little differently: said faster or slower, in another room, beside a noise, clipped.
+"""A recording made a little differently: said faster or slower, in another room, with a pause, beside a noise.
 
 A person records a hundred sentences; the projector is trained on a few variations of each as well. They are made of
 the samples themselves, so that they serve any encoder. Kinds, ranges and odds are our choices.
@@ -17,7 +17,7 @@ ECHO_ODDS, ECHO_S, ECHO_LEVEL = 0.3, (0.1, 0.5), (0.05, 0.4)
 NOISE_ODDS, SNR_DB = 0.6, (5.0, 30.0)
 TELEPHONE_ODDS, TELEPHONE_HZ = 0.15, (300.0, 3400.0)
 GAIN_DB = (-12.0, 6.0)
-CLIP_ODDS, CLIP_DB = 0.15, (3.0, 15.0)  # the peak over full scale
+PAUSE_ODDS, PAUSE_S, PAUSE_DB = 0.3, (0.3, 1.0), (-60.0, -25.0)  # level to the speech's
 
 
 def vary(audio: np.ndarray, sample_rate: int, rng: np.random.Generator) -> np.ndarray:
@@ -25,13 +25,13 @@ def vary(audio: np.ndarray, sample_rate: int, rng: np.random.Generator) -> np.nd
     varied = soxr.resample(audio, sample_rate * rng.uniform(*SPEED), sample_rate).astype(np.float64)
     if rng.random() < ECHO_ODDS:
         varied = echo(varied, sample_rate, rng)
+    if rng.random() < PAUSE_ODDS:
+        varied = pause(varied, sample_rate, rng)
     if rng.random() < NOISE_ODDS:
         varied = varied + noise(varied, sample_rate, rng.uniform(*SNR_DB), rng)
     if rng.random() < TELEPHONE_ODDS:
         varied = telephone(varied, sample_rate)
     varied = varied * 10 ** (rng.uniform(*GAIN_DB) / 20)
-    if rng.random() < CLIP_ODDS:
-        varied = np.clip(varied / np.abs(varied).max() * 10 ** (rng.uniform(*CLIP_DB) / 20), -1, 1)
     return (varied / max(1.0, np.abs(varied).max())).astype(np.float32)
 
 
@@ -42,6 +42,17 @@ def echo(audio: np.ndarray, sample_rate: int, rng: np.random.Generator) -> np.nd
     tail *= rng.uniform(*ECHO_LEVEL) / np.sqrt(np.sum(tail**2))
     n = len(audio) + length
     return audio + np.fft.irfft(np.fft.rfft(audio, n) * np.fft.rfft(tail, n), n)[: len(audio)]
+
+
+def pause(audio: np.ndarray, sample_rate: int, rng: np.random.Generator) -> np.ndarray:
+    """A silence of the room in the quietest moment of a quarter of the recording; (S',)."""
+    quarter = len(audio) // 4
+    start = rng.integers(quarter, 2 * quarter + 1)
+    energy = np.convolve(audio[start : start + quarter] ** 2, np.ones(sample_rate // 20), "same")
+    at = start + int(np.argmin(energy)) if quarter else 0
+    level = np.sqrt(np.mean(audio**2)) * 10 ** (rng.uniform(*PAUSE_DB) / 20)
+    silence = level * rng.standard_normal(round(rng.uniform(*PAUSE_S) * sample_rate))
+    return np.concatenate([audio[:at], silence, audio[at:]])
 
 
 def noise(audio: np.ndarray, sample_rate: int, snr_db: float, rng: np.random.Generator) -> np.ndarray:

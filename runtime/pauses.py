@@ -1,24 +1,24 @@
-"""Which moments of speech are long pauses: a stretch without a sound, left out before windows are cut (windows.py).
+"""Which moments of speech are long pauses: stretches without a sound, left out before windows are cut (windows.py).
 
 Encoders are trained on speech with short pauses. Seconds of room noise beside the speech change what they make of the
-words, so that of a long pause only the beginning and the end are kept. Loudness alone decides, against the quietest
-and the loudest moments of the last seconds: this is not a detector of speech (endpoint.py), and a sound that may be
-speech stays. Where all is about equally loud, nothing tells a voice from noise. All limits are our choices.
+words. So a long pause loses its middle, and the speech begins and ends soon before and after its sounds. Loudness alone
+decides, against the quietest and the loudest moments of the last seconds: this is not a detector of speech
+(endpoint.py), and a sound that may be speech stays. All limits are our choices.
 """
 
 from dataclasses import dataclass, field
 
 import numpy as np
 
-FRAME_S = 0.02
-KEPT_S = 0.2  # of a pause, after the last sound before it and before the first one after it
+FRAME_S = 0.005  # so that what is kept begins alike before the same word, wherever a stream began
+LONG_S = 0.5  # a shorter pause between two sounds stays
+KEPT_S, NOISY_KEPT_S = 0.08, 0.3  # of a pause, beside a sound; more where noise hides where a sound begins
+NOISY_DB = 30.0  # between the floor and the loudest, or less
 MEMORY_S = 4.0  # of levels: what is quiet and what is loud
 FLOOR_SHARE = 0.05  # of the frames lie below the floor
-LOUD_SHARE = 0.2  # of the range from the floor to the loudest: a frame above is a sound
-LEAST_RANGE_DB = 6.0  # above the floor, at least
-GREATEST_RANGE_DB = 60.0  # below the loudest: digital silence is not the floor
-AROUND_S = 0.1  # in which a voice rises and falls by more than LEAST_RANGE_DB; noise is steady
-SOFT_DB = 20.0  # below the loudest: a steady sound louder than that may be a long vowel
+ABOVE_FLOOR_DB = 6.0  # a frame above that is a sound,
+BELOW_LOUDEST_DB = 40.0  # unless it is quieter than that,
+AROUND_S, SOFT_DB = 0.1, 20.0  # or, softer than that below the loudest, as steady around it as only noise is
 SILENCE = 1e-12  # power, so that digital silence has a level
 
 
@@ -34,13 +34,9 @@ class Pauses:
     def frame_samples(self) -> int:
         return round(FRAME_S * self.sample_rate)
 
-    @property
-    def kept_frames(self) -> int:
-        return round(KEPT_S / FRAME_S)
-
     def block_samples(self, n: int) -> int:
-        """How many samples to judge at once, to get `n`: whole frames, and more than are kept of a pause."""
-        return max(-(-n // self.frame_samples), 2 * self.kept_frames) * self.frame_samples
+        """How many samples to judge at once, to get `n`: whole frames, and more than a long pause."""
+        return max(-(-n // self.frame_samples), 2 * _frames(LONG_S)) * self.frame_samples
 
     def judge(self, audio: np.ndarray, last: bool) -> tuple[np.ndarray, int, "Pauses"]:
         """Leave the pauses out of audio that follows what was judged before.
@@ -54,37 +50,42 @@ class Pauses:
         n_frames = len(audio) // self.frame_samples
         frames = audio[: n_frames * self.frame_samples].reshape(n_frames, self.frame_samples)
         levels = 10 * np.log10(frames.var(axis=1) + SILENCE)  # a constant offset is not sound
-        loud = self._loud(levels)
-        keep = self._near(loud)
+        is_sound, kept_frames = self._sounds(levels)
+        keep = self._beside(is_sound, kept_frames)
         if last:
             rest = audio[frames.size :]  # less than a frame: goes with the one before it
             kept = [frames[keep].reshape(-1), rest if keep[-1:].all() else rest[:0]]
             return np.concatenate(kept), len(audio), self
         n_open = int(np.argmax(keep[::-1])) if keep.any() else n_frames  # at the end: a sound may follow
-        n_judged = n_frames - min(n_open, self.kept_frames)
-        sounds = np.flatnonzero(loud[:n_judged])
+        n_judged = n_frames - min(n_open, _frames(LONG_S))
+        sounds = np.flatnonzero(is_sound[:n_judged])
         since_sound = n_judged - 1 - int(sounds[-1]) if len(sounds) else self.since_sound + n_judged
-        known = np.concatenate([self.levels, levels[:n_judged]])[-round(MEMORY_S / FRAME_S) :]
+        known = np.concatenate([self.levels, levels[:n_judged]])[-_frames(MEMORY_S) :]
         kept = frames[:n_judged][keep[:n_judged]].reshape(-1)
         return kept, n_judged * self.frame_samples, Pauses(self.sample_rate, known, since_sound)
 
-    def _loud(self, levels: np.ndarray) -> np.ndarray:
-        """(n,) dB -> (n,) bool: which frames hold a sound."""
+    def _sounds(self, levels: np.ndarray) -> tuple[np.ndarray, int]:
+        """(n,) dB -> (n,) bool, which frames hold a sound; and how many frames are kept beside one."""
         known = np.concatenate([self.levels, levels])
         if not len(known):
-            return np.zeros(0, bool)
-        loudest = known.max()
-        floor = max(np.quantile(known, FLOOR_SHARE), loudest - GREATEST_RANGE_DB)
-        stands_out = known >= floor + max(LEAST_RANGE_DB, LOUD_SHARE * (loudest - floor))
-        steady = known < _lowest_around(known, round(AROUND_S / FRAME_S)) + LEAST_RANGE_DB
-        return (stands_out & ~(steady & (known < loudest - SOFT_DB)))[len(self.levels) :]
+            return np.zeros(0, bool), 0
+        loudest, floor = known.max(), np.quantile(known, FLOOR_SHARE)
+        stands_out = known >= max(floor + ABOVE_FLOOR_DB, loudest - BELOW_LOUDEST_DB)
+        is_steady = known < _lowest_around(known, _frames(AROUND_S)) + ABOVE_FLOOR_DB
+        is_sound = stands_out & ~(is_steady & (known < loudest - SOFT_DB))
+        is_noisy = loudest - floor < NOISY_DB
+        return is_sound[len(self.levels) :], _frames(NOISY_KEPT_S if is_noisy else KEPT_S)
 
-    def _near(self, loud: np.ndarray) -> np.ndarray:
-        """(n,) bool: at most `kept_frames` before or after a sound."""
-        place = np.arange(len(loud))
-        before = np.maximum.accumulate(np.where(loud, place, -1 - self.since_sound))
-        after = np.minimum.accumulate(np.where(loud, place, 2**31)[::-1])[::-1]
-        return (place - before <= self.kept_frames) | (after - place <= self.kept_frames)
+    def _beside(self, is_sound: np.ndarray, kept_frames: int) -> np.ndarray:
+        """(n,) bool: a sound, close to one, or in a short pause between two."""
+        place = np.arange(len(is_sound))
+        before = place - np.maximum.accumulate(np.where(is_sound, place, -1 - self.since_sound))
+        after = np.minimum.accumulate(np.where(is_sound, place, 2**31)[::-1])[::-1] - place
+        return (np.minimum(before, after) <= kept_frames) | (before + after <= _frames(LONG_S))
+
+
+def _frames(seconds: float) -> int:
+    return round(seconds / FRAME_S)
 
 
 def _lowest_around(levels: np.ndarray, n: int) -> np.ndarray:

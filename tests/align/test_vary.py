@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tiny_align.align.vary import TELEPHONE_HZ, echo, noise, telephone, vary
+from tiny_align.align.vary import PAUSE_S, TELEPHONE_HZ, echo, noise, pause, telephone, vary
 from tiny_align.runtime.audio import check_audio
 
 RATE = 16_000
@@ -15,7 +15,8 @@ SOUND = (0.5 * np.sin(2 * np.pi * 220 * TIME) * (TIME > 0.5)).astype(np.float32)
 def test_a_variation_can_be_heard_and_is_another_sound(seed):
     varied = vary(SOUND, RATE, np.random.default_rng(seed))
     check_audio(varied, RATE)
-    assert varied.dtype == np.float32 and 0.8 < len(varied) / len(SOUND) < 1.2
+    assert varied.dtype == np.float32
+    assert 0.8 * len(SOUND) < len(varied) < 1.2 * len(SOUND) + PAUSE_S[1] * RATE
     assert len(varied) != len(SOUND) or not np.allclose(varied, SOUND, atol=1e-3)
 
 
@@ -28,6 +29,17 @@ def test_a_seed_determines_the_variation():
 def test_noise_lies_as_far_below_as_asked(snr_db):
     sound = noise(SOUND, RATE, snr_db, np.random.default_rng(0))
     assert 10 * np.log10(np.mean(SOUND**2) / np.mean(sound**2)) == pytest.approx(snr_db, abs=0.01)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_pause_is_put_into_a_quiet_moment_and_nothing_is_lost(seed):
+    words = np.where((TIME > 0.9) & (TIME < 1.0), 1e-4, 0.5) * np.sin(2 * np.pi * 220 * TIME)
+    parted = pause(words, RATE, np.random.default_rng(seed))
+    n = len(parted) - len(words)
+    at = int(np.argmax(parted[: len(words)] != words))
+    assert PAUSE_S[0] * RATE <= n <= PAUSE_S[1] * RATE + 1
+    assert np.array_equal(np.concatenate([parted[:at], parted[at + n :]]), words)
+    assert seed or 0.9 < at / RATE < 1.0
 
 
 def test_a_room_keeps_the_sound_and_rings_on():
