@@ -10,6 +10,7 @@ import numpy as np
 
 FRAME, HOP = 768, 96  # samples
 N_STEPS, MORE = 100, 2  # iterations, coefficients that each adds
+AT_ONCE = 64  # frames, whose spectra a processor's cache holds
 BINS = 100  # of amplitudes, from 0 to the greatest
 FLAT, RIPPLED = 0.99, 0.95  # of the ceiling: resampling after the clipping has moved samples by more than rounding
 LEAST_SHARE = 1e-3  # of the samples lie at the ceiling
@@ -31,13 +32,13 @@ def declip(audio: np.ndarray) -> np.ndarray:
     high, low = audio >= above, audio <= -below
     if not (high.any() or low.any()):
         return audio
-    frames, highs, lows = _frames(audio), _frames(high), _frames(low)
-    clipped = highs | lows
-    damaged = clipped.any(axis=1)
-    least = np.where(highs, np.float32(above) * WINDOW, -np.inf)
-    greatest = np.where(lows, np.float32(-below) * WINDOW, np.inf)
-    weighted = frames * WINDOW
-    weighted[damaged] = _restored(weighted[damaged], least[damaged], greatest[damaged], clipped[damaged])
+    highs, lows = _frames(high), _frames(low)
+    weighted = _frames(audio) * WINDOW
+    damaged = np.flatnonzero((highs | lows).any(axis=1))
+    for some in np.split(damaged, range(AT_ONCE, len(damaged), AT_ONCE)):
+        least = np.where(highs[some], np.float32(above) * WINDOW, -np.inf)
+        greatest = np.where(lows[some], np.float32(-below) * WINDOW, np.inf)
+        weighted[some] = _restored(weighted[some], least, greatest, highs[some] | lows[some])
     restored = _overlapped(weighted * WINDOW, len(audio))
     return restored / max(1.0, float(np.abs(restored).max()))
 
