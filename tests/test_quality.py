@@ -7,12 +7,16 @@ import contextlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tiny_align.align.datasets import load_dataset, split_of
 from tiny_align.align.silence import nothing_said
+from tiny_align.benchmarks import robustness
 from tiny_align.reference import corpus
+from tiny_align.runtime import Assistant
 from tiny_align.runtime.errors import AudioError
 
 
@@ -58,6 +62,17 @@ def test_the_demo_personalises(demo):
 
 def test_the_demo_reaches_its_target(demo):
     assert demo["rougeL_before"] >= 0.85 and demo["rougeL_after"] >= 0.89 and demo["wer_after"] <= 0.16
+
+
+def test_speech_as_it_comes_is_repeated_as_plain_speech_is(demo, bundle_path, voice_path):
+    """By the file; sessions and `listen` too: benchmarks.robustness. A CPU's rounding in the training moves .02."""
+    names = ("plain", "5 s before", "2 s inside", "2 s after", "-57 dBFS", "offset", "stereo, inverted")
+    test = split_of(load_dataset(voice_path), "test")
+    with Assistant.load(bundle_path, "demo", users=Path(demo["path"]).parent, threads=1) as aligned:
+        takes = [(u.text, u.load(aligned.sample_rate)) for u in test]
+        conditions = {name: robustness.CONDITIONS[name] for name in names}
+        rows = robustness.measure(aligned, takes, conditions, {"run": robustness.by_run})
+    assert not robustness.judge(rows, slack=0.02), rows
 
 
 def test_every_shipped_graph_computes_what_pytorch_does(assistant):
