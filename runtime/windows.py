@@ -95,7 +95,7 @@ class Cutter:
 
     def _take(self, n: int) -> None:
         """Of the first `n` waiting samples, what is certain joins the window or is left out."""
-        waiting = np.concatenate(self._waiting)
+        waiting = self._waiting[0] if len(self._waiting) == 1 else np.concatenate(self._waiting)  # hours, uncopied
         kept, n_judged = waiting[:n], n
         if self._pauses:
             kept, n_judged, self._pauses = self._pauses.judge(waiting[:n], last=False)
