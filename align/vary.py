@@ -1,4 +1,4 @@
-"""A recording made a little differently: said faster or slower, in another room, with a pause, beside a noise.
+"""A recording made a little differently: said faster or slower, in another room, with a pause, in noise, by telephone.
 
 A person records a hundred sentences; the projector is trained on a few variations of each as well. They are made of
 the samples themselves, so that they serve any encoder. Kinds, ranges and odds are our choices.
