@@ -45,7 +45,7 @@ SPLITS = {
     "test": ("test", "testing"),
 }
 TEST_ONE_IN = 5
-MOST_S = 1e9  # of a manifest's offset or duration
+MAX_S = 1e9  # of a manifest's offset or duration
 
 
 @dataclass(frozen=True)
@@ -277,7 +277,7 @@ def _seconds(row: dict, name: str, where: str) -> float | None:
     value = row.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < MOST_S:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < MAX_S:
         raise DataError(f"{where}: {name} is {value!r}; expected seconds, a number from 0 up.")
     return float(value)
 

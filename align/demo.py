@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from tiny_align.align.data_report import DataReport, each_usable
-from tiny_align.align.personalise import Effort, add_training_arguments, personalise
+from tiny_align.align.personalise import TrainingLimits, add_training_arguments, personalise
 
 N_SHOWN, N_STREAMED = 8, 5
 
@@ -35,7 +35,7 @@ def run(args) -> dict:
     bundle, data = args.bundle or shipped("bundle"), args.data or shipped("voice")
     report = DataReport()
     utterances, users = load_dataset(data, report=report), args.out / "users"
-    result, before, after = personalise(bundle, utterances, args.user, users, Effort.of(args), report=report)
+    result, before, after = personalise(bundle, utterances, args.user, users, TrainingLimits.of(args), report=report)
     speed = _stream(bundle, args.user, users, split_of(utterances, "test"), args)
     if not args.json:
         _show(before, after, result | speed)

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from tiny_align.align.data_report import DataReport, each_usable
-from tiny_align.align.personalise import Effort, add_training_arguments, personalise
+from tiny_align.align.personalise import TrainingLimits, add_training_arguments, personalise
 from tiny_align.align.pictures import new_figure
 from tiny_align.runtime.errors import DataError, TinyAlignError
-from tiny_align.runtime.files import reading, written_file
+from tiny_align.runtime.files import read_errors, written_file
 
 METADATA = "metadata.jsonl"  # of the recordings of a microphone
 
@@ -51,7 +51,7 @@ def run(args) -> dict:
     with alone(bundle.user_folder(args.user, users)):  # recordings and curve too
         utterances = _given(args, report) if args.data else _recorded(bundle, users, args)
         good = _check_all(bundle, utterances, show, report)
-        result, _, _ = personalise(args.bundle, good, args.user, users, Effort.of(args), report=report)
+        result, _, _ = personalise(args.bundle, good, args.user, users, TrainingLimits.of(args), report=report)
         curve = json.loads((Path(result["path"]) / "user.json").read_text())["training"]["curve"]
         path = write_curve(curve, Path(result["path"]) / "curve.png", args.user)
     print(drawn(curve), file=show)
@@ -127,7 +127,7 @@ def _said_before(folder: Path) -> set[str]:
 
 
 def _lines(path: Path) -> list[bytes]:
-    with reading(path, DataError):
+    with read_errors(path, DataError):
         return path.read_bytes().splitlines() if path.exists() else []
 
 

@@ -40,7 +40,7 @@ def run(args) -> dict:
     chosen = utterances if args.split == "all" else split_of(utterances, args.split)
     options = {"users": args.users, "backend": args.backend, "threads": args.threads}
     with Assistant.load(args.bundle, args.user, **options) as assistant:
-        heard = hear(assistant, chosen, args.instruction, report=report)
+        heard = encode_utterances(assistant, chosen, args.instruction, report=report)
         report.used = dict.fromkeys(SPLITS, 0) | Counter(h.split for h in heard)
         print(report, file=sys.stderr)
         quality = asdict(score(assistant, heard, args.instruction))
@@ -65,7 +65,7 @@ class Quality:
 
 
 @dataclass(frozen=True)
-class Heard:
+class EncodedUtterance:
     """An utterance up to the projector, and what it is measured against."""
 
     text: str
@@ -75,18 +75,20 @@ class Heard:
 
 
 def evaluate(assistant: Assistant, utterances: list, instruction: str | None = None, *, quiet: bool = False) -> Quality:
-    """`hear`, then `score`."""
-    return score(assistant, hear(assistant, utterances, instruction, quiet=quiet), instruction, quiet=quiet)
+    """`encode_utterances`, then `score`."""
+    return score(
+        assistant, encode_utterances(assistant, utterances, instruction, quiet=quiet), instruction, quiet=quiet
+    )
 
 
-def hear(
+def encode_utterances(
     assistant: Assistant,
     utterances: list,
     instruction: str | None = None,
     *,
     quiet: bool = False,
     report: DataReport | None = None,
-) -> list[Heard]:
+) -> list[EncodedUtterance]:
     """What is the same for every projector: features and typed answers, of the utterances that can be used.
 
     Args:
@@ -96,10 +98,12 @@ def hear(
         DataError: none of the utterances can be used.
     """
 
-    def heard(utterance) -> Heard:
+    def heard(utterance) -> EncodedUtterance:
         assistant.llm.encode_words(utterance.text, "the transcript")
         features = assistant.features(utterance.load(assistant.sample_rate))
-        return Heard(utterance.text, features, assistant.answer_text(utterance.text, instruction).text, utterance.split)
+        return EncodedUtterance(
+            utterance.text, features, assistant.answer_text(utterance.text, instruction).text, utterance.split
+        )
 
     report = report or DataReport()
     usable = [h for _, h in each_usable(_shown(utterances, "hear", quiet), heard, report)]
@@ -108,7 +112,9 @@ def hear(
     return usable
 
 
-def score(assistant: Assistant, heard: list[Heard], instruction: str | None = None, *, quiet: bool = False) -> Quality:
+def score(
+    assistant: Assistant, heard: list[EncodedUtterance], instruction: str | None = None, *, quiet: bool = False
+) -> Quality:
     """Answer and repeat every utterance with the projector the assistant has.
 
     Args:
@@ -143,7 +149,7 @@ def _shown(items: list, what: str, quiet: bool):
     return tqdm(items, desc=what, unit="utt", disable=quiet, mininterval=0.5)
 
 
-def _row(assistant: Assistant, heard: Heard, instruction: str | None) -> dict:
+def _row(assistant: Assistant, heard: EncodedUtterance, instruction: str | None) -> dict:
     soft_tokens = assistant.soft_tokens(heard.features)
     repeat = assistant.bundle.manifest.prompt.repeat_instruction
     return {

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from tiny_align.align.augment import augment
 from tiny_align.align.datasets import Utterance
-from tiny_align.align.silence import nothing_said
-from tiny_align.align.vary import vary
+from tiny_align.align.non_speech import non_speech
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.errors import AudioError
 from tiny_align.runtime.files import NO_ARRAY, written_file
@@ -75,40 +75,40 @@ def utterance_key(assistant: Assistant, utterance: Utterance) -> str:
 
 
 def cached_features(
-    assistant: Assistant, utterances: list[Utterance], folder: Path, quiet: bool = False, *, variation: int = 0
+    assistant: Assistant, utterances: list[Utterance], folder: Path, quiet: bool = False, *, augmentation: int = 0
 ) -> list:
     """(N, Da) float32 per utterance, read from `folder` or encoded and written there.
 
     Args:
-        variation: 0 for the recordings as they are, k for the k-th variation of each (vary.py).
+        augmentation: 0 for the recordings as they are, k for the k-th augmentation of each (augment.py).
     Raises:
         AudioError: a recording that cannot be used, named in the message.
     """
     shown = tqdm(utterances, desc="encode", unit="utt", disable=quiet, mininterval=0.5)
-    return [np.load(cached_file(assistant, u, folder, variation=variation), allow_pickle=False) for u in shown]
+    return [np.load(cached_file(assistant, u, folder, augmentation=augmentation), allow_pickle=False) for u in shown]
 
 
-def cached_file(assistant: Assistant, utterance: Utterance, folder: Path, *, variation: int = 0) -> Path:
+def cached_file(assistant: Assistant, utterance: Utterance, folder: Path, *, augmentation: int = 0) -> Path:
     """Where in `folder` an utterance's features lie, encoded and written there unless they are."""
     key = utterance_key(assistant, utterance)
-    rng = np.random.default_rng([variation, int(key[:8], 16)])
-    path = folder / (f"{key}-{variation}.npy" if variation else f"{key}.npy")
-    return kept(path, lambda: _encode(assistant, utterance, rng, variation > 0))
+    rng = np.random.default_rng([augmentation, int(key[:8], 16)])
+    path = folder / (f"{key}-{augmentation}.npy" if augmentation else f"{key}.npy")
+    return kept(path, lambda: _encode(assistant, utterance, rng, augmentation > 0))
 
 
 def _encode(assistant: Assistant, utterance: Utterance, rng: np.random.Generator, varied: bool) -> np.ndarray:
     audio = utterance.load(assistant.sample_rate)
-    return assistant.features(vary(audio, assistant.sample_rate, rng) if varied else audio)
+    return assistant.features(augment(audio, assistant.sample_rate, rng) if varied else audio)
 
 
-def wordless_files(assistant: Assistant, n: int, seed: int, folder: Path) -> list[Path]:
+def non_speech_files(assistant: Assistant, n: int, seed: int, folder: Path) -> list[Path]:
     """Where in `folder` the features of `n` sounds without a word lie, encoded and written there unless they are."""
     return list(itertools.islice(_wordless_files(assistant, seed, folder), n))
 
 
 def _wordless_files(assistant: Assistant, seed: int, folder: Path) -> Iterator[Path]:
     def features(i: int) -> np.ndarray:
-        return assistant.features(nothing_said(np.random.default_rng([seed, i]), assistant.sample_rate))
+        return assistant.features(non_speech(np.random.default_rng([seed, i]), assistant.sample_rate))
 
     name = f"nothing-{assistant.bundle.manifest.encoder_key[:16]}-{seed}"
     for i in itertools.count():

@@ -10,27 +10,32 @@ import tempfile
 from pathlib import Path
 
 from tiny_align.align.data_report import DataReport, each_usable
-from tiny_align.align.feature_cache import Stored, cached_file, wordless_files
+from tiny_align.align.feature_cache import Stored, cached_file, non_speech_files
 from tiny_align.align.lock import alone
 from tiny_align.align.objectives import default_for, make
-from tiny_align.align.personalise import Effort, embedding_table, make_examples, open_for
-from tiny_align.align.train import Example, Trained, Trainer, TrainOptions
+from tiny_align.align.personalise import TrainingLimits, embedding_table, make_examples, open_for
+from tiny_align.align.trainer import Example, Trained, Trainer, TrainOptions
 from tiny_align.align.users import load_projector, write_general
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.errors import DataError
-from tiny_align.runtime.files import writing
+from tiny_align.runtime.files import write_errors
 
 LEAST = 50  # utterances
-LEAST_STEPS, PASSES = 1000, 7  # over the utterances
+MIN_STEPS, PASSES = 1000, 7  # over the utterances
 FLAT_STEPS = 500  # at most an eighth of all
-MOST_HELD_OUT = 480  # utterances
-SOUNDS_SHARE, LEAST_SOUNDS, MOST_SOUNDS = 8, 64, 2000  # one beside so many utterances; a bundle keeps the least
+MAX_HELD_OUT = 480  # utterances
+SOUNDS_SHARE, MIN_SOUNDS, MAX_SOUNDS = 8, 64, 2000  # one beside so many utterances; a bundle keeps the least
 REPLAYED = 64  # utterances whose features the bundle keeps for the training of a person
 MEASURED = 40  # utterances of the test split that the LLM answers before and after
 
 
 def generalise(
-    bundle_path: Path, utterances: list, effort: Effort, *, quiet: bool = False, report: DataReport | None = None
+    bundle_path: Path,
+    utterances: list,
+    limits: TrainingLimits,
+    *,
+    quiet: bool = False,
+    report: DataReport | None = None,
 ) -> dict:
     """Encode, train, put the projector into the bundle -> the command's result.
 
@@ -44,28 +49,28 @@ def generalise(
         BundleError, DataError, AudioError, TinyAlignError: the bundle is as it was.
     """
     path = Path(bundle_path).resolve()
-    open_for(path, effort)  # refuses before anything is written
-    with writing(path.parent):
+    open_for(path, limits)  # refuses before anything is written
+    with write_errors(path.parent):
         tempfile.TemporaryFile(dir=path.parent).close()
     with alone(path) as work:
-        return _generalise(bundle_path, work, utterances, effort, quiet, report or DataReport())
+        return _generalise(bundle_path, work, utterances, limits, quiet, report or DataReport())
 
 
 def _generalise(
-    bundle_path: Path, work: Path, utterances: list, effort: Effort, quiet: bool, report: DataReport
+    bundle_path: Path, work: Path, utterances: list, limits: TrainingLimits, quiet: bool, report: DataReport
 ) -> dict:
     from tiny_align.align.datasets import leave_out_unknown_splits, split_of
-    from tiny_align.align.evaluate import hear, score
+    from tiny_align.align.evaluate import encode_utterances, score
 
-    bundle = open_for(Path(bundle_path).resolve(), effort)
+    bundle = open_for(Path(bundle_path).resolve(), limits)
     leave_out_unknown_splits(utterances, report)
-    training = report.first(split_of(utterances, "train"), effort.utterances, "of the train split (--utterances)")
+    training = report.first(split_of(utterances, "train"), limits.utterances, "of the train split (--utterances)")
     _check_enough(training, report)
     validation = [u for u in utterances if u.split == "validation"]
-    validation = report.first(validation, MOST_HELD_OUT, "of the validation split, which are enough")
+    validation = report.first(validation, MAX_HELD_OUT, "of the validation split, which are enough")
     test = report.first([u for u in utterances if u.split == "test"], MEASURED, "of the test split, which are enough")
-    with Assistant.load(bundle, threads=effort.threads) as assistant:
-        heard = hear(assistant, test, quiet=quiet, report=report)
+    with Assistant.load(bundle, threads=limits.threads) as assistant:
+        heard = encode_utterances(assistant, test, quiet=quiet, report=report)
         before = score(assistant, heard, quiet=quiet) if heard and bundle.manifest.projector_trained else None
         training = _stored(assistant, training, work / "features", quiet, report)
         validation = _stored(assistant, validation, work / "features", quiet, report)
@@ -76,7 +81,7 @@ def _generalise(
         utterances, features = zip(*training, *validation)
         examples = make_examples(assistant.llm, [u.text for u in utterances], [features])
         used, judges = examples[: len(training)], examples[len(training) :]
-        trained = train_general(assistant, used, work, effort, quiet, judges)
+        trained = train_general(assistant, used, work, limits, quiet, judges)
         assistant.swap_projector(bundle.graph("projector"))
         after = score(assistant, heard, quiet=quiet) if heard else None
     curve = trained.record["curve"]
@@ -113,7 +118,7 @@ def train_general(
     assistant: Assistant,
     examples: list[Example],
     work: Path,
-    effort: Effort,
+    limits: TrainingLimits,
     quiet: bool = False,
     validation: list[Example] = (),
 ) -> Trained:
@@ -127,10 +132,10 @@ def train_general(
     """
     bundle = assistant.bundle
     untrained = not bundle.manifest.projector_trained
-    objective = effort.objective or default_for(bundle.manifest.projector["soft_tokens"])
-    options = options_for(len(examples), objective, untrained, effort)
-    n_sounds = min(max(len(examples) // SOUNDS_SHARE, LEAST_SOUNDS), MOST_SOUNDS) if objective == "ctc" else 0
-    sounds = wordless_files(assistant, n_sounds, effort.seed, work / "features")
+    objective = limits.objective or default_for(bundle.manifest.projector["soft_tokens"])
+    options = options_for(len(examples), objective, untrained, limits)
+    n_sounds = min(max(len(examples) // SOUNDS_SHARE, MIN_SOUNDS), MAX_SOUNDS) if objective == "ctc" else 0
+    sounds = non_speech_files(assistant, n_sounds, limits.seed, work / "features")
     wordless = [Example(Stored(path), [], []) for path in sounds]
     projector = load_projector(bundle, bundle.graph("projector"))
     target = make(options, embedding_table(assistant), bundle.manifest.readout.scale)
@@ -138,28 +143,28 @@ def train_general(
     trained = trainer.run(quiet, untrained=untrained)
     if trained.record["improved"] or untrained:
         spread = examples[:: max(1, len(examples) // REPLAYED)][:REPLAYED]  # of many people, where they come in turn
-        write_general(bundle, trained.weights, spread + wordless[:LEAST_SOUNDS], assistant.llm.speech_tokens)
+        write_general(bundle, trained.weights, spread + wordless[:MIN_SOUNDS], assistant.llm.speech_tokens)
     (work / "state.safetensors").unlink(missing_ok=True)  # the features stay for the next time
     return trained
 
 
-def options_for(n: int, objective: str, untrained: bool, effort: Effort) -> TrainOptions:
+def options_for(n: int, objective: str, untrained: bool, limits: TrainingLimits) -> TrainOptions:
     """How a general projector is trained on `n` utterances: every part of it but a person's, and for long."""
     batch = 28
-    steps = effort.steps or max(LEAST_STEPS, PASSES * n // batch)
+    steps = limits.steps or max(MIN_STEPS, PASSES * n // batch)
     return TrainOptions(
         objective=objective,
-        parts=(),
-        far=None,
+        trainable=(),
+        shortcut_threshold=None,
         flat_start=min(FLAT_STEPS, steps // 8) if untrained else 0,
         steps=steps,
         batch=batch,
-        company=4,
+        n_rehearsal=4,
         rate=2e-3 if untrained else 1e-3,
         weight_decay=1e-2,
         warmup=min(100, -(-steps // 8)),
-        seed=effort.seed,
-        held_out=min(TrainOptions.held_out, MOST_HELD_OUT / n),
+        seed=limits.seed,
+        held_out=min(TrainOptions.held_out, MAX_HELD_OUT / n),
         check_every=min(200, -(-steps // 10)),
-        max_seconds=effort.max_seconds,
+        max_seconds=limits.max_seconds,
     )

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from tiny_align.runtime.files import writing
+from tiny_align.runtime.files import write_errors
 
 LOCK = "lock"
 
@@ -32,7 +32,7 @@ def alone(folder: Path) -> Iterator[Path]:
 
     work = work_folder(folder)
     made = [path for path in (work, *work.parents) if not path.exists()]
-    with writing(work):
+    with write_errors(work):
         work.mkdir(parents=True, exist_ok=True)
         lock = FileLock(work / LOCK, is_singleton=True)
         _wait(lock, work, f"tiny-align: another process is training {folder.name}: waiting until it has finished")

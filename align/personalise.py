@@ -17,12 +17,12 @@ from tiny_align.align.objectives import LLM_FREE, check, default_for, make
 from tiny_align.runtime.checks import check_fields
 from tiny_align.runtime.errors import DataError, TinyAlignError, UserError
 
-VARIATIONS = 3  # of every recording, beside itself
+AUGMENTATIONS = 3  # of every recording, beside itself
 SOUNDS, SOUNDS_SEED = 128, 1  # sounds without a word beside the replay's, which are of the general training's seed (0)
 
 
 @dataclass(frozen=True)
-class Effort:
+class TrainingLimits:
     """How much to train; None leaves align.train.TrainOptions' default."""
 
     steps: int | None = None
@@ -36,7 +36,7 @@ class Effort:
         check_fields(self, "steps", "max_seconds", "utterances", "seed", "threads")
 
     @classmethod
-    def of(cls, args) -> "Effort":
+    def of(cls, args) -> "TrainingLimits":
         return cls(args.steps, args.max_seconds, args.utterances, args.seed, args.threads, args.objective)
 
 
@@ -72,9 +72,9 @@ def run(args) -> dict:
     report = DataReport()
     utterances = load_dataset(args.data, args.speaker, report)
     if args.general:
-        return generalise(args.bundle, utterances, Effort.of(args), report=report)
+        return generalise(args.bundle, utterances, TrainingLimits.of(args), report=report)
     users = (args.out or args.bundle) / "users"
-    result, _, _ = personalise(args.bundle, utterances, args.user, users, Effort.of(args), report=report)
+    result, _, _ = personalise(args.bundle, utterances, args.user, users, TrainingLimits.of(args), report=report)
     return result
 
 
@@ -83,7 +83,7 @@ def personalise(
     utterances: list,
     user: str,
     users: Path,
-    effort: Effort,
+    limits: TrainingLimits,
     *,
     quiet: bool = False,
     report: DataReport | None = None,
@@ -102,26 +102,26 @@ def personalise(
     """
     share_cores()
     from tiny_align.align.datasets import leave_out_unknown_splits, split_of
-    from tiny_align.align.evaluate import hear, score
+    from tiny_align.align.evaluate import encode_utterances, score
     from tiny_align.align.lock import alone
     from tiny_align.align.users import load_projector, write_user
     from tiny_align.runtime.assistant import Assistant
 
-    bundle = open_for(bundle_path, effort)
+    bundle = open_for(bundle_path, limits)
     folder = bundle.user_folder(user, users)
     report = report or DataReport()
     leave_out_unknown_splits(utterances, report)
-    training = report.first(split_of(utterances, "train"), effort.utterances, "of the train split (--utterances)")
+    training = report.first(split_of(utterances, "train"), limits.utterances, "of the train split (--utterances)")
     validation = [utterance for utterance in utterances if utterance.split == "validation"]
     test = split_of(utterances, "test")
     _check_enough(training, report)
-    with alone(folder) as work, Assistant.load(bundle, threads=effort.threads) as assistant:
+    with alone(folder) as work, Assistant.load(bundle, threads=limits.threads) as assistant:
         began = time.perf_counter()
         training = _encoded(assistant, training, work / "features", quiet, report)
         validation = _encoded(assistant, validation, work / "features", quiet, report)
         encode_seconds = time.perf_counter() - began
         _check_enough(training, report)
-        heard = hear(assistant, test, quiet=quiet, report=report)
+        heard = encode_utterances(assistant, test, quiet=quiet, report=report)
         report.used = {"train": len(training), "validation": len(validation), "test": len(heard)}
         if not quiet:
             print(report, file=sys.stderr)
@@ -129,7 +129,7 @@ def personalise(
         own = _own_or_general(bundle, user, users)
         start = load_projector(bundle, own)
         extend_speech(assistant.llm, bundle.speech_tokens(own).tolist())
-        trained = _train(assistant, start, training, validation, work, effort, quiet)
+        trained = _train(assistant, start, training, validation, work, limits, quiet)
         trained.record["encode_seconds"] += encode_seconds
         trained.record["train_seconds"] += trained.record["encode_seconds"]  # what the person waits
         summary = {k: trained.record[k] for k in ("steps", "ended_by", "train_seconds", "utterances", "improved")}
@@ -153,14 +153,16 @@ def _check_enough(training: list, report: DataReport) -> None:
 
 
 def _encoded(assistant, utterances: list, folder: Path, quiet: bool, report: DataReport) -> list[tuple]:
-    """(utterance, features of the recording and of each variation) for those that can be used."""
+    """(utterance, features of the recording and of each augmentation) for those that can be used."""
     from tqdm import tqdm
 
     from tiny_align.align.feature_cache import cached_features
 
     def takes(utterance) -> list:
         assistant.llm.encode_words(utterance.text, "the transcript")
-        return [cached_features(assistant, [utterance], folder, True, variation=k)[0] for k in range(VARIATIONS + 1)]
+        return [
+            cached_features(assistant, [utterance], folder, True, augmentation=k)[0] for k in range(AUGMENTATIONS + 1)
+        ]
 
     shown = tqdm(utterances, desc="encode", unit="utt", disable=quiet or not utterances, mininterval=0.5)
     return list(each_usable(shown, takes, report))
@@ -182,39 +184,39 @@ def share_cores() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def open_for(path: Path, effort: Effort):
+def open_for(path: Path, limits: TrainingLimits):
     """The bundle, if its projector can be trained for the objective; sets the number of threads."""
     import torch
 
     from tiny_align.runtime.bundle import Bundle
 
-    if effort.threads:
-        torch.set_num_threads(effort.threads)
+    if limits.threads:
+        torch.set_num_threads(limits.threads)
     bundle = Bundle.open(path)
-    if effort.objective:
-        check(effort.objective, bundle.manifest.projector["soft_tokens"])
+    if limits.objective:
+        check(limits.objective, bundle.manifest.projector["soft_tokens"])
     return bundle
 
 
-def _train(assistant, projector, training: list, validation: list, work: Path, effort: Effort, quiet: bool):
+def _train(assistant, projector, training: list, validation: list, work: Path, limits: TrainingLimits, quiet: bool):
     """Args:
     training, validation: as `_encoded` gives them.
     """
-    from tiny_align.align.train import Trainer, TrainOptions
+    from tiny_align.align.trainer import Trainer, TrainOptions
     from tiny_align.align.users import load_projector
 
-    chosen = {name: getattr(effort, name) for name in ("steps", "max_seconds", "seed")}
-    chosen["objective"] = effort.objective or default_for(projector.config.soft_tokens)
+    chosen = {name: getattr(limits, name) for name in ("steps", "max_seconds", "seed")}
+    chosen["objective"] = limits.objective or default_for(projector.config.soft_tokens)
     options = TrainOptions(**{k: v for k, v in chosen.items() if v is not None})
     utterances, takes = zip(*training, *validation)
     examples = make_examples(assistant.llm, [u.text for u in utterances], list(zip(*takes)))
     used, judges = examples[: len(training)], examples[len(training) :]
     began = time.perf_counter()
-    company = company_of(assistant, options.objective, work / "features")
+    rehearsal = rehearsal_examples(assistant, options.objective, work / "features")
     encode_seconds = time.perf_counter() - began
     objective = make(options, embedding_table(assistant), assistant.bundle.manifest.readout.scale)
     general = load_projector(assistant.bundle, assistant.bundle.graph("projector"))
-    trainer = Trainer(projector, used, objective, options, work, company, assistant.windows, general, judges)
+    trainer = Trainer(projector, used, objective, options, work, rehearsal, assistant.windows, general, judges)
     trained = trainer.run(quiet)
     trained.record["encode_seconds"] = encode_seconds
     return trained
@@ -224,17 +226,17 @@ def make_examples(llm, texts: list[str], takes: list[list]) -> list:
     """Transcripts and features as the trainer takes them, after the LLM's speech vocabulary has got their tokens.
 
     Args:
-        takes: the features of every text's recording, then those of its first variation, and so on.
+        takes: the features of every text's recording, then those of its first augmentation, and so on.
     """
-    from tiny_align.align.train import Example
+    from tiny_align.align.trainer import Example
 
     lines = [llm.encode_words(text) for text in texts]
     extend_speech(llm, (token for line in lines for token in line))
     place = {token: i for i, token in enumerate(llm.speech_tokens.tolist())}
     letters = {token: len(llm.tokenizer.decode([token]).strip()) for line in lines for token in line}
     return [
-        Example(features, [place[t] for t in line], [letters[t] for t in line], tuple(variations))
-        for line, (features, *variations) in zip(lines, zip(*takes))
+        Example(features, [place[t] for t in line], [letters[t] for t in line], tuple(augmentations))
+        for line, (features, *augmentations) in zip(lines, zip(*takes))
     ]
 
 
@@ -242,10 +244,10 @@ def extend_speech(llm, tokens: Iterable[int]) -> None:
     """Put the tokens that the LLM's speech vocabulary lacks at its end: no place that is in use changes."""
     import numpy as np
 
-    llm.read_speech_as(np.array(list(dict.fromkeys([*llm.speech_tokens.tolist(), *tokens])), np.int32))
+    llm.set_speech_tokens(np.array(list(dict.fromkeys([*llm.speech_tokens.tolist(), *tokens])), np.int32))
 
 
-def company_of(assistant, objective: str, folder: Path) -> list:
+def rehearsal_examples(assistant, objective: str, folder: Path) -> list:
     """What a person's training goes over beside their recordings: the bundle's replay and, for ctc, more sounds.
 
     Args:
@@ -253,16 +255,16 @@ def company_of(assistant, objective: str, folder: Path) -> list:
     """
     import numpy as np
 
-    from tiny_align.align.feature_cache import wordless_files
-    from tiny_align.align.replay import read_replay
-    from tiny_align.align.train import Example
+    from tiny_align.align.feature_cache import non_speech_files
+    from tiny_align.align.rehearsal import read_rehearsal
+    from tiny_align.align.trainer import Example
 
-    replay = read_replay(assistant.bundle.replay)
+    replay = read_rehearsal(assistant.bundle.replay)
     if objective != "ctc":
         return [e for e in replay if e.tokens]  # a pooled projector always says something
     return replay + [
         Example(np.load(path, allow_pickle=False), [], [])
-        for path in wordless_files(assistant, SOUNDS, SOUNDS_SEED, folder)
+        for path in non_speech_files(assistant, SOUNDS, SOUNDS_SEED, folder)
     ]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from tiny_align.runtime.levels import CLIPPED_SHARE, FRAME_MS, QUIET_DB, SPOKEN_FRAMES, measure
 
-LEAST_SNR_DB = 10.0
+MIN_SNR_DB = 10.0
 LETTERS_PER_S = (2.0, 28.0)  # slower: a pause was recorded; faster: the sentence was cut off
 
 
@@ -38,7 +38,7 @@ def _remedy(seconds: float, speech_db: float, snr_db: float, clipped: float, let
         return f"it is too quiet ({speech_db:.0f} dBFS): come closer or raise the microphone's level"
     if clipped > CLIPPED_SHARE:
         return f"it is clipped ({clipped:.1%} of the samples): lower the microphone's level"
-    if snr_db < LEAST_SNR_DB:
+    if snr_db < MIN_SNR_DB:
         return f"the noise is only {snr_db:.0f} dB below the voice: find a quieter place"
     if letters_per_s < LETTERS_PER_S[0]:
         return f"it lasts {seconds:.1f} s, long for its sentence: stop right after reading"

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tiny_align.align.lock import alone
 from tiny_align.align.projector import build_projector
-from tiny_align.align.replay import write_replay
-from tiny_align.align.train import Example
+from tiny_align.align.rehearsal import write_rehearsal
+from tiny_align.align.trainer import Example
 from tiny_align.runtime.bundle import (
     SPEECH_TOKENS,
     Bundle,
@@ -20,7 +20,7 @@ from tiny_align.runtime.bundle import (
     write_manifest,
     write_user_record,
 )
-from tiny_align.runtime.files import link_tree, writing, written_folder
+from tiny_align.runtime.files import link_tree, write_errors, written_folder
 
 
 def data_file(bundle: Bundle) -> str:
@@ -63,7 +63,7 @@ def write_user(
 ) -> dict:
     """Write users/NAME: graph, weights, speech vocabulary and record appear together or not at all."""
     graph = bundle.graph("projector")
-    with writing(folder), written_folder(folder) as temporary:
+    with write_errors(folder), written_folder(folder) as temporary:
         for name in (graph.name, data_file(bundle)):
             shutil.copyfile(graph.parent / name, temporary / name)
         write_weights(temporary / data_file(bundle), bundle.manifest, weights)
@@ -83,14 +83,14 @@ def write_general(
         TinyAlignError: the bundle's folder cannot be written; the bundle is as it was.
     """
     path, data = bundle.path.resolve(), data_file(bundle)
-    with _nobody_trains(path), writing(path), written_folder(path) as temporary:
+    with _nobody_trains(path), write_errors(path), written_folder(path) as temporary:
         link_tree(path, temporary)
         (temporary / data).unlink()
         shutil.copyfile(path / data, temporary / data)
         write_weights(temporary / data, bundle.manifest, weights)
         replay = temporary / bundle.replay.name
         replay.unlink(missing_ok=True)
-        write_replay(replay, replayed)
+        write_rehearsal(replay, replayed)
         write_speech_tokens(temporary, bundle, speech_tokens)
         write_manifest(temporary, dataclasses.replace(bundle.manifest, projector_trained=True))
 

@@ -20,7 +20,9 @@ def project(projector, takes: list[Tensor], windows: WindowSpec | None) -> tuple
     parts = [take.split(windows.n_features) if windows else [take] for take in takes]
     each = iter(_one_by_one(projector, [part for utterance in parts for part in utterance]))
     rows = [[next(each) for _ in utterance] for utterance in parts]
-    joined = [torch.cat([r[which] for r, which in zip(u, windows.kept_of(len(u)))]) if windows else u[0] for u in rows]
+    joined = [
+        torch.cat([r[which] for r, which in zip(u, windows.keep_slices(len(u)))]) if windows else u[0] for u in rows
+    ]
     return torch.nn.utils.rnn.pad_sequence(joined, batch_first=True), torch.tensor([len(r) for r in joined])
 
 

@@ -26,14 +26,14 @@ from tqdm import tqdm
 
 from tiny_align.align.datasets import load_dataset, split_of
 from tiny_align.align.demo import shipped
-from tiny_align.align.evaluate import Heard, Quality, hear, rouge, score
-from tiny_align.align.feature_cache import cached_features, wordless_files
+from tiny_align.align.evaluate import EncodedUtterance, Quality, encode_utterances, rouge, score
+from tiny_align.align.feature_cache import cached_features, non_speech_files
+from tiny_align.align.non_speech import hiss
 from tiny_align.align.objectives import FRAMED, POOLED
-from tiny_align.align.personalise import VARIATIONS, company_of, embedding_table, make_examples
+from tiny_align.align.personalise import AUGMENTATIONS, embedding_table, make_examples, rehearsal_examples
 from tiny_align.align.pictures import new_figure
 from tiny_align.align.projector import PROJECTORS, build_projector
-from tiny_align.align.silence import hiss
-from tiny_align.align.train import JUDGEMENT, Trainer, TrainOptions
+from tiny_align.align.trainer import JUDGEMENT, Trainer, TrainOptions
 from tiny_align.align.users import load_projector
 from tiny_align.align.windows import project
 from tiny_align.export.pretrained import load_pretrained
@@ -91,7 +91,7 @@ class Speaking:
         return collapse(out, self.table, ctc_scale(self.table))
 
 
-def figures(assistant: Assistant, projector, test: list[Heard]) -> dict:
+def figures(assistant: Assistant, projector, test: list[EncodedUtterance]) -> dict:
     """FIGURES and the chance level of a projector in PyTorch."""
     return _shown_of(score(Speaking(assistant, projector.eval()), test, quiet=True))
 
@@ -136,7 +136,7 @@ def prepare(setting: Setting, objectives: list[str]) -> None:
             for name in ("known", *VOICES):
                 examples_of(assistant, work / name)
             if objective not in POOLED:
-                company_of(assistant, "ctc", work / "features")
+                rehearsal_examples(assistant, "ctc", work / "features")
 
 
 def bundle_for(setting: Setting, objective: str) -> Bundle:
@@ -148,9 +148,11 @@ def bundle_for(setting: Setting, objective: str) -> Bundle:
 
 
 def examples_of(assistant: Assistant, folder: Path, n: int | None = None) -> list:
-    """The first `n` of a data set's train split, with variations and, for end-to-end, both answers."""
+    """The first `n` of a data set's train split, with augmentations and, for end-to-end, both answers."""
     utterances = split_of(load_dataset(folder), "train")[:n]
-    takes = [cached_features(assistant, utterances, folder / "features", variation=k) for k in range(VARIATIONS + 1)]
+    takes = [
+        cached_features(assistant, utterances, folder / "features", augmentation=k) for k in range(AUGMENTATIONS + 1)
+    ]
     replies, llm = answers(), assistant.llm
     end = assistant.bundle.manifest.llm.end_tokens[0]
     texts = [u.text for u in utterances]
@@ -166,8 +168,8 @@ def answers() -> dict[str, str]:
     return {s.text: s.answer for s in drawn}
 
 
-def test_of(assistant: Assistant, folder: Path) -> list[Heard]:
-    return hear(assistant, split_of(load_dataset(folder), "test"), quiet=True)
+def test_of(assistant: Assistant, folder: Path) -> list[EncodedUtterance]:
+    return encode_utterances(assistant, split_of(load_dataset(folder), "test"), quiet=True)
 
 
 # --- the table ---
@@ -187,10 +189,10 @@ def frozen_llm(assistant: Assistant, weights: Path = WEIGHTS / "llm"):
     return FrozenLlm(model, [torch.from_numpy(before) for before, _ in around], torch.from_numpy(around[0][1]))
 
 
-def _uncut(company: list, bundle: str) -> list:
+def _uncut(rehearsal: list, bundle: str) -> list:
     """Those of the bundle's replayed utterances that are no longer than a window: the same to every objective."""
     windows = Bundle.open(bundle).manifest.windows
-    return [e for e in company if windows is None or len(e.features) <= windows.n_features]
+    return [e for e in rehearsal if windows is None or len(e.features) <= windows.n_features]
 
 
 @dataclass
@@ -211,8 +213,8 @@ class Cell:
     def _measure(self) -> dict:
         work = Path(self.setting.work)
         self.llm = frozen_llm(self.assistant) if self.objective == "end-to-end" else None
-        company = [] if self.llm else company_of(self.assistant, self.objective, work / "features")
-        self.company = _uncut(company, self.setting.bundle)
+        rehearsal = [] if self.llm else rehearsal_examples(self.assistant, self.objective, work / "features")
+        self.rehearsal = _uncut(rehearsal, self.setting.bundle)
         known, self.known_test = examples_of(self.assistant, work / "known"), test_of(self.assistant, work / "known")
         voices = {v: (examples_of(self.assistant, work / v, 100), test_of(self.assistant, work / v)) for v in VOICES}
         rate, step_s = self._tune(known)
@@ -229,14 +231,14 @@ class Cell:
         from tiny_align.align.objectives import make
 
         options = TrainOptions(
-            objective=self.objective, flat_start=steps // 8, steps=steps, rate=rate, far_rate=rate, seed=seed,
+            objective=self.objective, flat_start=steps // 8, steps=steps, rate=rate, shortcut_rate=rate, seed=seed,
             check_every=10**6,
         )  # fmt: skip
         if not personal:
-            options = replace(options, parts=(), far=None, weight_decay=1e-2, company=3)
+            options = replace(options, trainable=(), shortcut_threshold=None, weight_decay=1e-2, n_rehearsal=3)
         table = embedding_table(self.assistant)
         target = make(options, table, ctc_scale(table.numpy()), self.llm)
-        trained = Trainer(projector, examples, target, options, None, self.company, self.assistant.windows).run(
+        trained = Trainer(projector, examples, target, options, None, self.rehearsal, self.assistant.windows).run(
             quiet=True
         )
         projector.load_state_dict(trained.weights)
@@ -299,7 +301,7 @@ class Cell:
             out[voice]["instruction"] = instructed(told, untold)
         return out
 
-    def _quality(self, projector, test: list[Heard]) -> dict:
+    def _quality(self, projector, test: list[EncodedUtterance]) -> dict:
         return figures(self.assistant, projector, test)
 
 
@@ -326,18 +328,21 @@ class Shipped:
         folder, known = Path(self.data), Path(self.setting.work) / "known"
         self.cache = Path(self.setting.work) / self.name / "features"
         with Assistant.load(self.setting.bundle, threads=1) as self.assistant:
-            self.company = company_of(self.assistant, "ctc", self.cache)
+            self.rehearsal = rehearsal_examples(self.assistant, "ctc", self.cache)
             self.n_train = len(split_of(load_dataset(folder), "train"))
             self.examples, self.known_test = self._examples(folder), test_of(self.assistant, known)
             self.tests = {db: noisy(self.assistant, folder, db) for db in SNR_DB}
             self.wordless = [
-                np.load(path, allow_pickle=False) for path in wordless_files(self.assistant, N_WORDLESS, 2, self.cache)
+                np.load(path, allow_pickle=False)
+                for path in non_speech_files(self.assistant, N_WORDLESS, 2, self.cache)
             ]
             return self._measure()
 
     def _examples(self, folder: Path) -> list:
         utterances = split_of(load_dataset(folder), "train")
-        takes = [cached_features(self.assistant, utterances, self.cache, variation=k) for k in range(VARIATIONS + 1)]
+        takes = [
+            cached_features(self.assistant, utterances, self.cache, augmentation=k) for k in range(AUGMENTATIONS + 1)
+        ]
         return make_examples(self.assistant.llm, [u.text for u in utterances], takes)
 
     def _measure(self) -> dict:
@@ -369,7 +374,7 @@ class Shipped:
         projector = load_projector(self.assistant.bundle, self.assistant.bundle.graph("projector"))
         target = make(options, embedding_table(self.assistant), self.assistant.bundle.manifest.readout.scale)
         trained = Trainer(
-            projector, self.examples[:n], target, options, None, self.company, self.assistant.windows
+            projector, self.examples[:n], target, options, None, self.rehearsal, self.assistant.windows
         ).run(quiet=True)
         projector.load_state_dict(trained.weights)
         return projector, trained.record["train_seconds"]
@@ -379,11 +384,11 @@ class Shipped:
         speaking = Speaking(self.assistant, projector.eval())
         return sum(len(speaking.soft_tokens(features)) > 0 for features in self.wordless)
 
-    def _quality(self, projector, test: list[Heard]) -> dict:
+    def _quality(self, projector, test: list[EncodedUtterance]) -> dict:
         return figures(self.assistant, projector, test)
 
 
-def noisy(assistant: Assistant, folder: Path, snr_db: float | None) -> list[Heard]:
+def noisy(assistant: Assistant, folder: Path, snr_db: float | None) -> list[EncodedUtterance]:
     """The test split with coloured noise under it."""
     rng, rate = np.random.default_rng(5), assistant.sample_rate
     heard = []
@@ -394,7 +399,9 @@ def noisy(assistant: Assistant, folder: Path, snr_db: float | None) -> list[Hear
             sound *= np.sqrt(np.mean(audio**2) / np.mean(sound**2)) * 10 ** (-snr_db / 20)
             audio = (audio + sound).astype(np.float32)
             audio /= max(1.0, np.abs(audio).max())
-        heard.append(Heard(utterance.text, assistant.features(audio), assistant.answer_text(utterance.text).text))
+        heard.append(
+            EncodedUtterance(utterance.text, assistant.features(audio), assistant.answer_text(utterance.text).text)
+        )
     return heard
 
 

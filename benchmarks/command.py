@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 
 from tiny_align.runtime.errors import TinyAlignError
-from tiny_align.runtime.files import writing
+from tiny_align.runtime.files import write_errors
 
 NAMES = ("inference", "streaming", "memory", "compare", "limits", "growth", "quality", "training")
 ALL, DIFF = "all", "diff"
@@ -66,7 +66,7 @@ def _measure(args, names: list[str]) -> dict:
     from tiny_align.benchmarks.harness import state
 
     setting = _setting(args)
-    with writing(args.out):  # before anything long
+    with write_errors(args.out):  # before anything long
         args.out.mkdir(parents=True, exist_ok=True)
     result = _stamp(args, names, setting)
     began, parts = time.perf_counter(), {}
@@ -75,7 +75,7 @@ def _measure(args, names: list[str]) -> dict:
         parts[name] = standard.measure(name, setting)
     result |= {"seconds": time.perf_counter() - began, "after": state(), "parts": parts}
     path = args.out / f"{results.machine_name(result['machine'])}.json"
-    with writing(args.out):
+    with write_errors(args.out):
         results.write(path, result)
         tables.write(path, result)
     if not args.json:

@@ -20,7 +20,7 @@ from tiny_align.runtime.llm import Cache
 AUDIO_S = (1, 2, 4, 8, 16, 30)
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 15 / 16)  # of the context
 VOCABULARIES = (500, 1000, 2000, 4000, 8000, 16_000)  # tokens that speech is read as
-PERSONS = (1, 4, 16, 64)
+N_USERS = (1, 4, 16, 64)
 
 
 def exponent(sizes: list[float], costs: list[float]) -> float:
@@ -107,15 +107,15 @@ def over_persons(bundle: Bundle, threads: int, patience: Patience) -> dict:
     """Bundles with so many persons, each with the general projector's weights; one of them is loaded."""
     with tempfile.TemporaryDirectory() as temporary:
         works = {}
-        for n in PERSONS:
+        for n in N_USERS:
             copy = Path(temporary) / str(n)
             shutil.copytree(bundle.path, copy, ignore=shutil.ignore_patterns("users", "engines", ".*"))
-            make_persons(Bundle.open(copy, verify=False), n)
+            make_users(Bundle.open(copy, verify=False), n)
             works[n] = lambda copy=copy: load(copy, threads)
         return curve(works, patience)
 
 
-def make_persons(bundle: Bundle, n: int) -> None:
+def make_users(bundle: Bundle, n: int) -> None:
     graph = bundle.graph("projector")
     for i in range(n):
         folder = bundle.user_folder(f"person-{i}")

@@ -37,7 +37,7 @@ RECORDED = Path(__file__).parent / "results" / "quality.json"
 EXACT, TENSORRT = "onnxruntime", "tensorrt"
 CANNOT = 3  # exit status
 VOICE = "slt"  # whose recordings ship
-LEAST_COSINE, MOST_LOSS = 0.99, 0.02  # of features; of ROUGE-L
+MIN_COSINE, MAX_LOSS = 0.99, 0.02  # of features; of ROUGE-L
 
 
 def reason_against(what: str) -> str | None:
@@ -150,7 +150,7 @@ def against_exact(folder: Path, name: str, result: dict, exact: dict) -> dict:
 
 def on_a_par(row: dict) -> bool:
     losses = [row[name] for name in ("loss", "loss_to_reference") if name in row]
-    return row.get("least_cosine", 1.0) >= LEAST_COSINE and all(loss <= MOST_LOSS for loss in losses)
+    return row.get("least_cosine", 1.0) >= MIN_COSINE and all(loss <= MAX_LOSS for loss in losses)
 
 
 def _cosine(ours: np.ndarray, exact: np.ndarray) -> float:

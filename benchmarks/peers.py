@@ -48,10 +48,10 @@ class TinyAlign(Peer):
 
     def prefill(self, ids: np.ndarray) -> int:
         self._cache = self._new()
-        return int(self._llm.prefill(self._llm.embed(ids), self._cache).best(1)[0][0])
+        return int(self._llm.prefill(self._llm.embed(ids), self._cache).topk(1)[0][0])
 
     def step(self, token: int) -> int:
-        return int(self._llm.prefill(self._llm.embed([token]), self._cache).best(1)[0][0])
+        return int(self._llm.prefill(self._llm.embed([token]), self._cache).topk(1)[0][0])
 
 
 class LlamaCpp(Peer):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from tiny_align.benchmarks.stages import ANSWER, FIRST, PER_TOKEN
-from tiny_align.engines.plain import PlainDecoder
+from tiny_align.engines.plain_decoder import PlainDecoder
 from tiny_align.export.pretrained import load_pretrained
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.backend import Decoder, Runner, Scores, load_runner

@@ -4,7 +4,7 @@
 
 Accuracy is the shipped bundle's: features and answers in every precision against all in FP32, on the test recordings of
 the shipped voice and of `--digits`, a folder of speakers, each a data set. INT8 is calibrated on the training
-recordings; FP16 is computed by the twins of engines/halves.py. Engines are TensorRT-RTX's, of the shipped bundle and of
+recordings; FP16 is computed by the twins of engines/fp16.py. Engines are TensorRT-RTX's, of the shipped bundle and of
 wav2vec2-base beside `--layers` layers of Llama-3.2-1B with its whole output layer, random weights (0: without these;
 all 16 in FP32 would take some 20 GB of memory to build). Their bundles stay in work/precision. Writes
 benchmarks/results/precision.json; the last line of stdout is the same document.
@@ -23,18 +23,18 @@ from tqdm import tqdm
 
 from tiny_align.align.datasets import load_dataset, split_of
 from tiny_align.align.demo import shipped
-from tiny_align.align.evaluate import Heard, hear, score
+from tiny_align.align.evaluate import EncodedUtterance, encode_utterances, score
 from tiny_align.benchmarks import finish
 from tiny_align.benchmarks.encoder import distance
 from tiny_align.benchmarks.full_size import CONTEXT, make_models
 from tiny_align.benchmarks.quantisation import LLM
 from tiny_align.benchmarks.training_cost import SHAPES
-from tiny_align.engines import halves
+from tiny_align.engines import fp16
 from tiny_align.engines.build import build_engines
 from tiny_align.engines.builder import find_builder
-from tiny_align.engines.climb import JUDGES, Graph
 from tiny_align.engines.ladder import OWN, RUNGS, Ladder
-from tiny_align.engines.plain import PlainDecoder
+from tiny_align.engines.plain_decoder import PlainDecoder
+from tiny_align.engines.select_precision import JUDGES, Graph
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.bundle import Bundle, write_manifest
 from tiny_align.runtime.files import link_tree
@@ -84,7 +84,7 @@ def accuracy(exact: Bundle, data: dict[str, list], folder: Path) -> dict[str, li
 def twin_of(bundle: Bundle, name: str, precision: str, audios: list, folder: Path) -> Path:
     graph = Graph(bundle, name, folder)
     model = JUDGES[name](graph, audios).model(precision)
-    return graph.write(halves.twin(model), f"{name}.{precision}.twin.onnx")
+    return graph.write(fp16.twin(model), f"{name}.{precision}.twin.onnx")
 
 
 def assemble(bundle: Bundle, encoder: Path, llm: Path) -> Assistant:
@@ -102,10 +102,12 @@ def assemble(bundle: Bundle, encoder: Path, llm: Path) -> Assistant:
 
 def compare(assistants: dict[tuple[str, str], Assistant], utterances: list) -> list[dict]:
     """Features and answers of each against those of EXACT; the typed answers are EXACT's for all."""
-    heard, rows = hear(assistants[EXACT], utterances, quiet=True), []
+    heard, rows = encode_utterances(assistants[EXACT], utterances, quiet=True), []
     audios, said = [u.load(assistants[EXACT].sample_rate) for u in utterances], {}
     for pair, assistant in assistants.items():
-        own = [Heard(h.text, assistant.features(audio), h.typed) for h, audio in zip(heard, audios, strict=True)]
+        own = [
+            EncodedUtterance(h.text, assistant.features(audio), h.typed) for h, audio in zip(heard, audios, strict=True)
+        ]
         quality = score(assistant, own, quiet=True)
         said[pair] = [row["spoken"] for row in quality.rows]
         row = distance([h.features for h in own], [h.features for h in heard])

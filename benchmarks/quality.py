@@ -17,7 +17,7 @@ import soundfile
 from tiny_align.align.datasets import Utterance, load_dataset
 from tiny_align.align.demo import shipped
 from tiny_align.align.evaluate import evaluate
-from tiny_align.align.personalise import Effort, personalise
+from tiny_align.align.personalise import TrainingLimits, personalise
 from tiny_align.benchmarks import finish
 from tiny_align.reference import corpus, recordings, speech
 from tiny_align.runtime.assistant import Assistant
@@ -45,9 +45,9 @@ def known_voices(assistant: Assistant, n: int, folder: Path) -> dict:
     return {name: getattr(quality, name) for name in FIGURES}
 
 
-def new_person(bundle: Path, data: Path, name: str, users: Path) -> dict:
+def new_user(bundle: Path, data: Path, name: str, users: Path) -> dict:
     """Personalise on the train split on one core; before and after on the test split."""
-    result, _, _ = personalise(bundle, load_dataset(data), name, users, Effort(threads=1))
+    result, _, _ = personalise(bundle, load_dataset(data), name, users, TrainingLimits(threads=1))
     return {k: v for k, v in result.items() if k not in ("path", "user")}
 
 
@@ -63,11 +63,9 @@ def measure(bundle: Path, digits: Path | None, n_train: int) -> dict:
         for group, voices in (("learnt_voices", speech.LEARNT_VOICES), ("new_voices", speech.NEW_VOICES)):
             for name in voices:
                 recordings.write_voice(name, folder / name, n_train, 40)
-                report[group][name] = new_person(bundle, folder / name, name, folder / "users")
+                report[group][name] = new_user(bundle, folder / name, name, folder / "users")
         for person in sorted(digits.glob("*/metadata.jsonl")) if digits else []:
-            report["people"][person.parent.name] = new_person(
-                bundle, person.parent, person.parent.name, folder / "users"
-            )
+            report["people"][person.parent.name] = new_user(bundle, person.parent, person.parent.name, folder / "users")
     return report
 
 

@@ -26,7 +26,7 @@ from tiny_align.align.datasets import load_dataset, split_of
 from tiny_align.align.demo import shipped
 from tiny_align.align.evaluate import rouge
 from tiny_align.benchmarks import finish
-from tiny_align.engines.plain import PlainDecoder
+from tiny_align.engines.plain_decoder import PlainDecoder
 from tiny_align.export.quantise import Form, forms, output_layer, quantise
 from tiny_align.reference import corpus
 from tiny_align.runtime.assistant import Assistant

@@ -20,7 +20,7 @@ import soundfile
 
 from tiny_align.align.datasets import load_dataset, split_of
 from tiny_align.align.demo import shipped
-from tiny_align.align.personalise import Effort, personalise
+from tiny_align.align.personalise import TrainingLimits, personalise
 from tiny_align.align.word_errors import error_rates
 from tiny_align.runtime import Assistant, Decoding
 from tiny_align.runtime.audio import read_audio
@@ -148,7 +148,7 @@ def main(argv=None) -> int:
         users = args.users
         if args.user is None:
             users, args.user = Path(folder), "measured"
-            personalise(args.bundle, utterances, args.user, users, Effort(threads=1))
+            personalise(args.bundle, utterances, args.user, users, TrainingLimits(threads=1))
         takes = [(u.text, u.load(RATE)) for u in split_of(utterances, "test")]
         with Assistant.load(args.bundle, args.user, users=users, threads=1) as assistant:
             rows = measure(assistant, takes)

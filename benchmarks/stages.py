@@ -26,12 +26,12 @@ STAGES = ("front end", "encoder", "projector", "readout", "prompt", "prefill", "
 class InTurn:
     """Instead of a session's threads: everything at once, so that stages do not overlap."""
 
-    def hear(self, work: Callable, *args) -> Future:
+    def encode(self, work: Callable, *args) -> Future:
         done = Future()
         done.set_result(work(*args))
         return done
 
-    read = hear
+    prefill = encode
 
 
 def points(assistant: Assistant) -> list[tuple[object, str, str]]:
@@ -40,7 +40,7 @@ def points(assistant: Assistant) -> list[tuple[object, str, str]]:
         (assistant_module, "check_audio", "front end"),
         (Session, "push", "front end"),  # the checks and the cutting
         (Session, "finish", "front end"),
-        (assistant, "hear", "front end"),  # all of it but the graphs
+        (assistant, "project_window", "front end"),  # all of it but the graphs
         (assistant._encoder, "_run", "encoder"),
         (assistant._projector, "_run", "projector"),
         (Session, "_heard", "readout"),  # which makes the reader

@@ -122,11 +122,11 @@ def training(setting: Setting) -> dict:
 def person(setting: Setting) -> dict:
     """A projector trained as `tiny-align align` does it, measured before and after."""
     from tiny_align.align.datasets import load_dataset
-    from tiny_align.align.personalise import Effort, personalise
+    from tiny_align.align.personalise import TrainingLimits, personalise
 
     with tempfile.TemporaryDirectory() as users:
-        effort = Effort(threads=1, steps=setting.steps)
-        result, _, _ = personalise(Path(setting.bundle), load_dataset(Path(setting.data)), "bench", Path(users), effort)
+        limits = TrainingLimits(threads=1, steps=setting.steps)
+        result, _, _ = personalise(Path(setting.bundle), load_dataset(Path(setting.data)), "bench", Path(users), limits)
     kept = {k: v for k, v in result.items() if k not in ("path", "user")}
     return kept | {"peak_bytes": peak_memory_bytes()}
 
@@ -134,14 +134,14 @@ def person(setting: Setting) -> dict:
 def quality(setting: Setting) -> dict:
     """The general projector on a voice it never heard, between chance and the typed answers (1); silence."""
     from tiny_align.align.evaluate import evaluate
-    from tiny_align.align.silence import nothing_said
+    from tiny_align.align.non_speech import non_speech
     from tiny_align.reference import corpus
 
     with Assistant.load(setting.bundle, threads=setting.threads) as assistant:
         rng, n = np.random.default_rng(77), setting.n_test
         sentences = corpus.sentences(5 * n, 21, held_out=True)
         exact = sum(assistant.answer_text(s.text).text == s.answer for s in sentences) / len(sentences)
-        heard = sum(is_answered(assistant, nothing_said(rng, assistant.sample_rate)) for _ in range(n))
+        heard = sum(is_answered(assistant, non_speech(rng, assistant.sample_rate)) for _ in range(n))
         spoken = evaluate(assistant, recordings(setting), quiet=True)
     figures = {name: getattr(spoken, name) for name in ("rouge1", "rougeL", "rougeL_chance", "wer", "cer", "n")}
     return figures | {"typed_exact": exact, "typed": len(sentences), "wordless": n, "wordless_answered": heard}

@@ -34,8 +34,8 @@ def measure(path: Path, repeats: int) -> dict[str, dict]:
     """Median seconds of building a person's engine, "build_s", and of each way to put it in, "swap_s"."""
     with tempfile.TemporaryDirectory() as folder:
         bundle = _copy(path, Path(folder) / "bundle")
-        people = {way: write_person(bundle, name) for way, name in ((BUILT, "built"), (REFITTED, "refitted"))}
-        person = bundle.person(people[BUILT].parent)
+        people = {way: add_user(bundle, name) for way, name in ((BUILT, "built"), (REFITTED, "refitted"))}
+        person = bundle.for_user(people[BUILT].parent)
         built = [build_engines(person, graphs=["projector"])["projector"]["seconds"] for _ in range(repeats)]
         swaps = swap_seconds(bundle, "onnxruntime", {"onnxruntime": people[BUILT]}, repeats)
         if gpu_compute_capability() is not None:
@@ -51,7 +51,7 @@ def _copy(path: Path, copy: Path) -> Bundle:
     return Bundle.open(copy)
 
 
-def write_person(bundle: Bundle, name: str) -> Path:
+def add_user(bundle: Bundle, name: str) -> Path:
     """A person with weights unlike the general projector's; their graph."""
     weights = load_projector(bundle, bundle.graph("projector")).state_dict()
     changed = {parameter: value + 1e-3 * torch.randn_like(value) for parameter, value in weights.items()}

@@ -105,7 +105,7 @@ def make_objective(options, shape: Shape, dtype, n_tokens: int):
 
 def utterances(shape: Shape, n_tokens: int) -> list:
     """A batch of them: noise for features, random words of the speech vocabulary."""
-    from tiny_align.align.train import LEAST_JUDGES, Example
+    from tiny_align.align.trainer import MIN_JUDGES, Example
 
     rng = np.random.default_rng(0)
 
@@ -117,7 +117,7 @@ def utterances(shape: Shape, n_tokens: int) -> list:
         answer = tuple(tokens(ANSWER, shape.vocabulary))
         return Example(features, tokens(WORDS, n_tokens), [5] * WORDS, answers=(answer,))
 
-    return [one() for _ in range(BATCH + LEAST_JUDGES)]  # which are held out
+    return [one() for _ in range(BATCH + MIN_JUDGES)]  # which are held out
 
 
 def measure(shape_name: str, form: str, threads: int, device: str = "cpu") -> dict:
@@ -140,13 +140,13 @@ def _train(shape_name: str, form: str, n_steps: int | None) -> tuple[int, dict]:
     import torch
 
     from tiny_align.align.projector import build_projector
-    from tiny_align.align.train import Trainer, TrainOptions
+    from tiny_align.align.trainer import Trainer, TrainOptions
 
     torch.manual_seed(0)
     shape, (objective, precision, steps, spoken) = SHAPES[shape_name], FORMS[form]
     n_tokens = min(spoken or shape.vocabulary, shape.vocabulary)
     options = TrainOptions(
-        objective=objective, far=0.0, batch=BATCH, held_out=0.0, check_every=10**6
+        objective=objective, shortcut_threshold=0.0, batch=BATCH, held_out=0.0, check_every=10**6
     )  # somebody far: their shortcut is trained too
     soft_tokens = None if objective == "ctc" else SOFT_TOKENS
     sizes = {"feature_size": FEATURES, "near_size": FEATURES, "embedding_size": shape.hidden}

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from tiny_align.engines.halves import drop_unused
+from tiny_align.engines.fp16 import drop_unused
 
 HIGHEST = 127  # of an INT8 code; -128 is not used
 KEPT = 4096  # values of a tensor and a recording that its scale is chosen by

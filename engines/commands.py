@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> dict:
     """Build, and return {"engines": name -> entry of engine.json, "key", "path"}."""
     bundle = Bundle.open(args.bundle)
     if args.user is not None:
-        bundle = bundle.person(bundle.user_folder(args.user, args.users))
+        bundle = bundle.for_user(bundle.user_folder(args.user, args.users))
     builder = find_builder(args.compute_capability)
     ladder = Ladder.of(args.data, args.precision) if args.data or args.precision else None
     if not args.json:

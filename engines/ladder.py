@@ -4,7 +4,7 @@ Precision lives in the graph. From the bundle's own graph a rung makes another o
 an encoder's INT8 is calibrated on the recordings of the person who will be heard. A rung's error is the least cosine,
 over recordings that it was not calibrated on, between what it gives and what the bundle's own graph gives: an encoder's
 features, an LLM's logits at every token of its answer. ONNX Runtime computes both on the CPU, the rung's through its
-twin (halves.py). The bundle's own graph is the last rung. Nothing is timed: that fewer bits are faster is taken for
+twin (fp16.py). The bundle's own graph is the last rung. Nothing is timed: that fewer bits are faster is taken for
 granted. Answers (ROUGE-L) are compared by `benchmarks.precision`.
 
 A projector keeps its precision: the bundle's engine is refitted with a person's FP32 weights, and it is small. An LLM
@@ -30,7 +30,7 @@ RUNGS = {  # graph -> what it may compute in, what a GPU multiplies fastest firs
 }
 PRECISIONS = (AUTO, OWN, *RUNGS["encoder"])
 FORMATS = (".wav", ".flac", ".ogg", ".mp3")
-MOST_RECORDINGS = 32  # half of them calibrate, half measure
+MAX_RECORDINGS = 32  # half of them calibrate, half measure
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Ladder:
                 f"{data} holds {len(found)} recordings ({', '.join(FORMATS)}), at least 2 are needed, one to calibrate "
                 "and one to measure: give a folder with more"
             )
-        return cls(tuple(found[:: -(-len(found) // MOST_RECORDINGS)]), precision)
+        return cls(tuple(found[:: -(-len(found) // MAX_RECORDINGS)]), precision)
 
     def wanted(self, graph: str, own: str) -> dict:
         """What engine.json says of an engine that answers the question: it is not asked twice."""
@@ -114,6 +114,8 @@ def choose(bundle: Bundle, name: str, ladder: Ladder, folder: Path) -> Choice:
 
 
 def _climb(*given) -> Choice:
-    from tiny_align.engines.climb import climb  # onnx and ONNX Runtime: only where there is something to measure
+    from tiny_align.engines.select_precision import (
+        climb,  # onnx and ONNX Runtime: only where there is something to measure
+    )
 
     return climb(*given)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-LEAST_CHANGE = 0.002  # of the whole; the builder reports thousands of steps
+MIN_CHANGE = 0.002  # of the whole; the builder reports thousands of steps
 
 
 class Phases:
@@ -53,7 +53,7 @@ def make_monitor(tensorrt, tell: Callable[[float, str], None]):
 
         def step_complete(self, phase_name, step):
             self.phases.step(phase_name, step)
-            if self.phases.fraction >= self.told + LEAST_CHANGE:
+            if self.phases.fraction >= self.told + MIN_CHANGE:
                 self.told = self.phases.fraction
                 tell(self.told, phase_name)
             return True  # go on

@@ -16,17 +16,17 @@ import numpy as np
 import onnx
 
 from tiny_align.export import parity
-from tiny_align.export.best import pick_best
 from tiny_align.export.encoders import FAMILIES, encoder_graph, load_encoder
-from tiny_align.export.fused import fused_llm_graph
 from tiny_align.export.graphs import projector_graph
 from tiny_align.export.int8 import multiply_int8, store_int8
+from tiny_align.export.llm_ort import llm_ort_graph
 from tiny_align.export.llms import LLMS, embedding_table, llm_graph, llm_spec, load_model, load_tokenizer
 from tiny_align.export.model_folder import model_folder
 from tiny_align.export.packing import share_weights
 from tiny_align.export.pretrained import refuse_not_finite
 from tiny_align.export.prompts import prompt_spec
 from tiny_align.export.quantise import BLOCKS, forms, quantise
+from tiny_align.export.topk import add_topk
 from tiny_align.export.windows import MARGIN_S, window_spec
 from tiny_align.runtime import checks
 from tiny_align.runtime.backend import load_decoder, load_runner
@@ -41,7 +41,7 @@ from tiny_align.runtime.bundle import (
     write_manifest,
 )  # fmt: skip
 from tiny_align.runtime.errors import TinyAlignError
-from tiny_align.runtime.files import sha256, writing, written_folder
+from tiny_align.runtime.files import sha256, write_errors, written_folder
 from tiny_align.runtime.llm import encode_in_place
 from tiny_align.runtime.readout import Readout, ctc_scale
 from tiny_align.runtime.windows import WindowSpec
@@ -96,7 +96,7 @@ def export_bundle(options: ExportOptions, out: Path) -> Manifest:
     projector = make_projector(encoder, llm, options)
     sizes = llm_spec(llm, tokenizer, options.max_context)
     _check_ends(options.llm, llm, tokenizer)
-    with writing(Path(out)), written_folder(Path(out)) as folder:
+    with write_errors(Path(out)), written_folder(Path(out)) as folder:
         manifest = _write(folder, options, encoder, llm, sizes, tokenizer, projector, prompt)
         return write_manifest(folder, manifest)
 
@@ -242,7 +242,7 @@ def _write_llm(folder: Path, llm, options: ExportOptions, max_context: int) -> G
     fused = functools.partial(_checked, load_decoder, parity.decoder_parity, llm, lengths)
     layers, head = forms(options.precision, options.head_precision, options.block_size)
     specs = {}
-    for name, trace, check in (("llm", llm_graph, plain), ("llm.ort", fused_llm_graph, fused)):
+    for name, trace, check in (("llm", llm_graph, plain), ("llm.ort", llm_ort_graph, fused)):
         with tempfile.TemporaryDirectory(dir=folder) as temporary:  # on the disk that must have room anyway
             source = Path(temporary) / f"{name}.onnx"
             exact = trace(llm).save(source)
@@ -255,7 +255,7 @@ def _write_llm(folder: Path, llm, options: ExportOptions, max_context: int) -> G
                 quantise(source, folder / source.name, layers, head)
                 figures[f"{options.precision}_max_abs_diff_to_pytorch"] = check(folder / source.name, exact)
         specs[name] = dataclasses.replace(exact, precision=options.precision, parity=figures)
-    specs["llm"] = pick_best(folder / specs["llm"].file, specs["llm"])
+    specs["llm"] = add_topk(folder / specs["llm"].file, specs["llm"])
     share_weights(folder / specs["llm"].file, folder / specs["llm.ort"].file)
     return dataclasses.replace(specs["llm"], backends={"onnxruntime": specs["llm.ort"]})
 

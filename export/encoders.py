@@ -16,14 +16,14 @@ from tiny_align.export.model_folder import model_folder
 from tiny_align.export.pretrained import load_config, load_whole
 from tiny_align.runtime.bundle import TensorSpec
 from tiny_align.runtime.errors import TinyAlignError
-from tiny_align.runtime.features import FrontEnd
-from tiny_align.runtime.filter_bank import FilterBank
 from tiny_align.runtime.front_end import AnyFrontEnd
-from tiny_align.runtime.waveform import Waveform
-from tiny_align.runtime.whisper_mel import WhisperMel
+from tiny_align.runtime.nemo import FrontEnd
+from tiny_align.runtime.seamless import FilterBank
+from tiny_align.runtime.wav2vec2 import Waveform
+from tiny_align.runtime.whisper import WhisperMel
 
 MAX_SPEECH_S, USUAL_SPEECH_S = 30.0, 3.0
-LEAST_FEATURES = 4  # the shortest input makes as many: what comes after wants more than one
+MIN_FEATURES = 4  # the shortest input makes as many: what comes after wants more than one
 UNUSED = ("masked_spec_embed", "adapter.")  # beginnings of parameters that only training has, or that are left out
 
 EXAMPLE_EXTRA = 17  # rows: a length that no other dimension has
@@ -109,7 +109,7 @@ class LayeredEncoder(torch.nn.Module):
         if isinstance(self.front_end, WhisperMel):
             return (self.front_end.n_rows,) * 3
         per_s = self.front_end.sample_rate / self.front_end.row_samples
-        return self._rows_for(LEAST_FEATURES), round(USUAL_SPEECH_S * per_s), round(MAX_SPEECH_S * per_s)
+        return self._rows_for(MIN_FEATURES), round(USUAL_SPEECH_S * per_s), round(MAX_SPEECH_S * per_s)
 
     @property
     def input(self) -> TensorSpec:

@@ -10,7 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from tiny_align.runtime.features import LEAST_LOUD, QUIET_SHARE, STD_GUARD, FrontEnd
+from tiny_align.runtime.nemo import MIN_LOUD, QUIET_SHARE, STD_GUARD, FrontEnd
 
 DB = math.log(10) / 10  # natural-log power per decibel
 PAD = -16.6  # log of the front end's guard: digital silence
@@ -172,7 +172,7 @@ def normalise(x: torch.Tensor, lengths: torch.Tensor, front_end: FrontEnd) -> to
     before = x.shape[1] - lengths
     quiet = rising.gather(1, (before + (QUIET_SHARE * (lengths - 1)).long()).unsqueeze(1))
     edge = quiet + front_end.speech_share * (rising[:, -1:] - quiet)
-    least = rising.gather(1, (x.shape[1] - lengths.clamp(max=LEAST_LOUD)).unsqueeze(1))
+    least = rising.gather(1, (x.shape[1] - lengths.clamp(max=MIN_LOUD)).unsqueeze(1))
     loud = (mask & (level >= torch.minimum(edge, least))).unsqueeze(-1)
     count = loud.sum(dim=1, keepdim=True)
     mean = (x * loud).sum(dim=1, keepdim=True) / count

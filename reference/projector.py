@@ -71,12 +71,12 @@ def train(args) -> dict:
     from safetensors.torch import save_file
 
     from tiny_align.align.general import train_general
-    from tiny_align.align.personalise import Effort
+    from tiny_align.align.personalise import TrainingLimits
 
-    effort = Effort(steps=args.steps, seed=args.seed, objective=args.objective)
+    limits = TrainingLimits(steps=args.steps, seed=args.seed, objective=args.objective)
     with Assistant.load(args.bundle, threads=args.threads) as assistant:
         examples = spoken_examples(assistant, args.work, args.utterances, args.seed)
-        trained = train_general(assistant, examples, args.work / f"projector-{args.objective}", effort)
+        trained = train_general(assistant, examples, args.work / f"projector-{args.objective}", limits)
         table = assistant.bundle.manifest.embeddings_sha256
     save_file(trained.weights, args.out, {"embeddings_sha256": table})
     return trained.record

@@ -109,7 +109,7 @@ class Assistant:
         encoder = load_runner(paths["encoder"], specs["encoder"], backend, threads, bundle)
         projector = load_runner(own, specs["projector"], backend, threads, bundle)
         assistant = cls(bundle, encoder, projector, llm, backend, threads)
-        assistant.llm.read_speech_as(bundle.speech_tokens(own))
+        assistant.llm.set_speech_tokens(bundle.speech_tokens(own))
         return assistant
 
     def features(self, audio: np.ndarray) -> np.ndarray:
@@ -121,7 +121,7 @@ class Assistant:
         """A window (S,), or speech that is not cut -> (N, Da) float32, none of them after the end of the audio."""
         return self.encode(self._rows_of(audio))[: self._n_features(audio)]
 
-    def hear(self, audio: np.ndarray) -> np.ndarray:
+    def project_window(self, audio: np.ndarray) -> np.ndarray:
         """A window (S,), or speech that is not cut -> `vectors`; its features stay where the backend has them."""
         rows = self._rows_of(audio)
         chain = Chain(self._encoder, self._projector)
@@ -149,7 +149,7 @@ class Assistant:
         """What the front end made, (frames, M) or (S,) -> (N, Da) float32 encoder features."""
         return self._encoder({self._rows.name: rows[None]})["features"][0]
 
-    def vectors(self, features: np.ndarray) -> np.ndarray:
+    def project(self, features: np.ndarray) -> np.ndarray:
         """A window's features (N, Da) -> what the projector makes of them, for `reader`."""
         return self._projector({"features": features[None]})["soft_tokens"][0]
 
@@ -160,9 +160,9 @@ class Assistant:
     def soft_tokens(self, features: np.ndarray) -> np.ndarray:
         """(N, Da) of an utterance -> (T', D) float32 in the LLM's embedding space; no row where no word was heard."""
         windows = self.windows.split(features) if self.windows else [features]
-        kept = self.windows.kept_of(len(windows)) if self.windows else [slice(None)]
+        kept = self.windows.keep_slices(len(windows)) if self.windows else [slice(None)]
         reading = self.reader()
-        heard = [reading.push(self.vectors(window)[which]) for window, which in zip(windows, kept)]
+        heard = [reading.push(self.project(window)[which]) for window, which in zip(windows, kept)]
         return np.concatenate([*heard, reading.finish()])
 
     def swap_projector(self, path: Path) -> None:
@@ -172,7 +172,7 @@ class Assistant:
         """
         spec = self.bundle.manifest.graphs["projector"].on(self.backend)
         self._projector = load_runner(path, spec, self.backend, self._n_threads, self.bundle)
-        self.llm.read_speech_as(self.bundle.speech_tokens(path))
+        self.llm.set_speech_tokens(self.bundle.speech_tokens(path))
 
     def stream(
         self, audio: np.ndarray, instruction: str | None = None, decoding: Decoding = Decoding()

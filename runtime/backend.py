@@ -15,7 +15,7 @@ from tiny_align.runtime.bundle import Bundle, GraphSpec, TensorSpec
 from tiny_align.runtime.errors import BackendError
 
 BACKENDS = ("onnxruntime", "tensorrt")
-BEST_LOGITS, BEST_TOKENS = "best_logits", "best_tokens"  # outputs of an LLM's graph that picks the best few itself
+TOPK_LOGITS, TOPK_TOKENS = "best_logits", "best_tokens"  # outputs of an LLM's graph that picks the best few itself
 
 
 class Loaded:
@@ -103,7 +103,7 @@ class Scores:
     logits: np.ndarray  # (V,) float32; or (K,), best first
     tokens: np.ndarray | None = None  # (K,) whose they are; None: every token's, in order
 
-    def best(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+    def topk(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """The `n` best tokens, best first, and their logits; of fewer tokens all of them.
 
         Raises:

@@ -17,7 +17,7 @@ import numpy as np
 
 from tiny_align.runtime.checks import Range, check_form, is_utf8
 from tiny_align.runtime.errors import BundleError, UserError
-from tiny_align.runtime.files import NO_ARRAY, reading, sha256, write_json
+from tiny_align.runtime.files import NO_ARRAY, read_errors, sha256, write_json
 from tiny_align.runtime.front_end import AnyFrontEnd, front_end_from
 from tiny_align.runtime.readout import Readout
 from tiny_align.runtime.windows import WindowSpec
@@ -225,7 +225,7 @@ class Bundle:
         if unlisted:
             raise BundleError(f"{path / MANIFEST} lists no hash of {', '.join(unlisted)}: export the bundle again")
         for name, expected in bundle.manifest.files.items():
-            with reading(path / name, BundleError):
+            with read_errors(path / name, BundleError):
                 bundle._check_file(name, expected if verify else None)
         bundle._check_weights()
         return bundle
@@ -332,7 +332,7 @@ class Bundle:
             )
         return table
 
-    def person(self, folder: Path) -> "Bundle":
+    def for_user(self, folder: Path) -> "Bundle":
         """A person's folder as a bundle of one graph, so that its engine is built and checked like any other.
 
         Raises:
@@ -356,7 +356,7 @@ class Bundle:
 def _load_array(path: Path, **options) -> np.ndarray:
     """A .npy file of the bundle or of a person."""
     try:
-        with reading(path, BundleError):
+        with read_errors(path, BundleError):
             array = np.load(path, allow_pickle=False, **options)
     except NO_ARRAY as error:
         raise BundleError(f"{path} is damaged ({error}): copy, export or train it again") from error
@@ -372,7 +372,7 @@ def _within(tokens: np.ndarray, vocabulary: int) -> bool:
 def _read_manifest(path: Path) -> Manifest:
     if not is_utf8(str(path)):
         raise BundleError(f"{str(path)!r} is not UTF-8, as the backends want it: rename the bundle's folder")
-    with reading(path / MANIFEST, BundleError):
+    with read_errors(path / MANIFEST, BundleError):
         if not (path / MANIFEST).is_file():
             raise BundleError(
                 f"{path} is not a bundle: it has no {MANIFEST}. Give the folder that `tiny-align export` wrote"
@@ -437,7 +437,7 @@ def check_user(folder: Path, manifest: Manifest) -> dict:
     Raises:
         UserError: nobody of that name, a changed file, or a projector trained for another bundle.
     """
-    with reading(folder, UserError):
+    with read_errors(folder, UserError):
         return _checked_user(folder, manifest)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from tiny_align.runtime import options
 from tiny_align.runtime.errors import DataError, TinyAlignError
 
-MOST_CHARACTERS = 100_000  # of a line
+MAX_CHARACTERS = 100_000  # of a line
 SHOWN_CHARACTERS = 200  # of a line that is refused, in the document
 
 
@@ -53,9 +53,9 @@ def _lines() -> Iterator[tuple[int, str]]:
 def _read_line() -> str:
     """A line; of one that is too long the beginning, and no more of it is held."""
     try:
-        line = rest = sys.stdin.readline(MOST_CHARACTERS + 1)
-        while len(rest) > MOST_CHARACTERS and not rest.endswith("\n"):
-            rest = sys.stdin.readline(MOST_CHARACTERS + 1)
+        line = rest = sys.stdin.readline(MAX_CHARACTERS + 1)
+        while len(rest) > MAX_CHARACTERS and not rest.endswith("\n"):
+            rest = sys.stdin.readline(MAX_CHARACTERS + 1)
     except OSError as error:
         raise TinyAlignError(f"standard input cannot be read ({error}): type turns, or pipe a text file in") from error
     return line
@@ -86,8 +86,8 @@ def _text(line: str, where: str) -> str:
     Raises:
         DataError: it is not UTF-8, or too long.
     """
-    if len(line) > MOST_CHARACTERS:
-        raise DataError(f"{where} is too long: expected at most {MOST_CHARACTERS} characters, write less")
+    if len(line) > MAX_CHARACTERS:
+        raise DataError(f"{where} is too long: expected at most {MAX_CHARACTERS} characters, write less")
     try:
         return line.encode("utf-8", "surrogateescape").decode()
     except UnicodeDecodeError as error:

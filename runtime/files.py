@@ -36,7 +36,7 @@ def sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def reading(source: Path, kind: type[TinyAlignError] = TinyAlignError):
+def read_errors(source: Path, kind: type[TinyAlignError] = TinyAlignError):
     """Turns the system's refusal to read into one sentence: about the file that it names, or else about `source`."""
     try:
         yield
@@ -48,7 +48,7 @@ def reading(source: Path, kind: type[TinyAlignError] = TinyAlignError):
 
 
 @contextlib.contextmanager
-def writing(target: Path):
+def write_errors(target: Path):
     """Turns the system's refusal to write (a full disk, no permission) into one sentence about `target`."""
     try:
         yield
@@ -69,7 +69,7 @@ def written_file(target: Path):
     """
     temporary = target.with_name(f".{target.name}.partial")
     try:
-        with writing(target.parent):
+        with write_errors(target.parent):
             target.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             temporary.replace(target)

@@ -9,10 +9,10 @@ A front end is a frozen dataclass of numbers with
 Each equals the feature extractor of transformers that its file names, in numpy.
 """
 
-from tiny_align.runtime.features import FrontEnd
-from tiny_align.runtime.filter_bank import FilterBank
-from tiny_align.runtime.waveform import Waveform
-from tiny_align.runtime.whisper_mel import WhisperMel
+from tiny_align.runtime.nemo import FrontEnd
+from tiny_align.runtime.seamless import FilterBank
+from tiny_align.runtime.wav2vec2 import Waveform
+from tiny_align.runtime.whisper import WhisperMel
 
 KINDS = {kind.kind: kind for kind in (FrontEnd, Waveform, WhisperMel, FilterBank)}
 AnyFrontEnd = FrontEnd | Waveform | WhisperMel | FilterBank

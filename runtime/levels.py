@@ -17,7 +17,7 @@ FULL_SCALE = (0.985, 1.001)
 OVERSHOOT = 1.5  # a lossy codec's, of clipped sound; beyond it samples are floats that nothing clipped at 1
 FLAT = 5e-5  # samples that differ by less are equal: one step of 16 bits, and a half
 FLAT_RUN = 3  # samples
-LEAST_FLATS = 4  # speech that is not clipped has one highest peak
+MIN_FLATS = 4  # speech that is not clipped has one highest peak
 MAX_STEP = 0.02  # of the top: samples of few bits (8, mu-law) have flat tops of their own
 
 
@@ -85,7 +85,7 @@ def _flat_share(audio: np.ndarray, edge: float) -> float:
     bounds = np.flatnonzero(changes)  # begin and end of each run
     lengths = bounds[1::2] - bounds[::2]
     runs = lengths[lengths >= FLAT_RUN]
-    return float(runs.sum() / len(audio)) if len(runs) >= LEAST_FLATS else 0.0
+    return float(runs.sum() / len(audio)) if len(runs) >= MIN_FLATS else 0.0
 
 
 def _mean_db(levels: np.ndarray) -> float:

@@ -19,7 +19,7 @@ from tiny_align.runtime.checks import Range, check_fields
 from tiny_align.runtime.errors import DataError, TinyAlignError
 
 CHUNK = 128  # positions of a prompt that are read at once
-MOST_SHOWN = 20  # strange characters in a message
+MAX_SHOWN = 20  # strange characters in a message
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class LanguageModel:
         self.prompt = bundle.manifest.prompt
         self.tokenizer = bundle.load_tokenizer()
         self._table = bundle.load_embeddings()
-        self.read_speech_as(bundle.speech_tokens())
+        self.set_speech_tokens(bundle.speech_tokens())
         self._special = {i for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
         self._unknown = self.tokenizer.token_to_id(getattr(self.tokenizer.model, "unk_token", None) or "<unk>")
 
@@ -98,7 +98,7 @@ class LanguageModel:
         if not text.strip() or not ids:
             raise DataError(f"{where} is empty: a sentence was expected")
         if self._unknown is not None and self._unknown in ids:
-            strange = sorted({c for c in set(text) if self._unknown in self.encode(c)})[:MOST_SHOWN] or [text]
+            strange = sorted({c for c in set(text) if self._unknown in self.encode(c)})[:MAX_SHOWN] or [text]
             raise DataError(
                 f"{where} holds characters outside the LLM's tokenizer: {' '.join(map(repr, strange))}. "
                 "Write it in the characters the model knows"
@@ -108,7 +108,7 @@ class LanguageModel:
     def close(self) -> None:
         self._decoder.close()
 
-    def read_speech_as(self, tokens: np.ndarray) -> None:
+    def set_speech_tokens(self, tokens: np.ndarray) -> None:
         """Speech is read as these tokens from now on: the speech vocabulary, (K,) int32."""
         self.speech_tokens, self._speech_table = tokens, None
 
@@ -205,8 +205,8 @@ def loops(tokens: list[int], n: int) -> bool:
 def _choose(scores: Scores, decoding: Decoding, rng: np.random.Generator) -> int:
     """The best token, or one drawn from the `top_k` best at a temperature."""
     if decoding.temperature <= 0:
-        return int(scores.best(1)[0][0])
-    tokens, logits = scores.best(decoding.top_k)
+        return int(scores.topk(1)[0][0])
+    tokens, logits = scores.topk(decoding.top_k)
     scaled = logits / decoding.temperature
     weights = np.exp(scaled - scaled.max())
     return int(rng.choice(tokens, p=weights / weights.sum()))

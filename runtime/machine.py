@@ -312,14 +312,14 @@ class Temperature:
     limit: float  # where the kernel begins to slow the machine down
 
 
-def temperatures(root: Path = ROOT, usual_limit: float = 95.0) -> list[Temperature]:
+def temperatures(root: Path = ROOT, default_limit: float = 95.0) -> list[Temperature]:
     """Every zone that can be read; one of an engine that is off cannot."""
     told = []
     for zone in sorted(under(root, Path("/sys/class/thermal")).glob("thermal_zone*")):
         value = _number(zone / "temp")
         if value is not None and value > 0:
             trips = [_number(trip) or 0 for trip in zone.glob("trip_point_*_temp") if _slows(trip)]
-            limit = min((trip / 1000 for trip in trips if trip >= 60_000), default=usual_limit)  # others are fans'
+            limit = min((trip / 1000 for trip in trips if trip >= 60_000), default=default_limit)  # others are fans'
             told.append(Temperature(read(zone / "type"), value / 1000, limit))
     return told
 

@@ -1,4 +1,4 @@
-"""Mel filters and frames, shared by the log-mel front ends. The front ends are in features.py and beside it."""
+"""Mel filters and frames, shared by the log-mel front ends. The front ends are in nemo.py and beside it."""
 
 from functools import lru_cache
 
@@ -14,9 +14,9 @@ def slaney_filters(sample_rate: int, n_fft: int, n_mels: int) -> np.ndarray:
 
 
 @lru_cache
-def kaldi_filters(sample_rate: int, n_fft: int, n_mels: int, least_hz: float) -> np.ndarray:
-    """(n_fft // 2 + 1, n_mels) float64: triangles of height one in mel, from `least_hz` up, on Kaldi's scale."""
-    edges = np.linspace(_hz_to_kaldi(least_hz), _hz_to_kaldi(sample_rate / 2), n_mels + 2)
+def kaldi_filters(sample_rate: int, n_fft: int, n_mels: int, min_hz: float) -> np.ndarray:
+    """(n_fft // 2 + 1, n_mels) float64: triangles of height one in mel, from `min_hz` up, on Kaldi's scale."""
+    edges = np.linspace(_hz_to_kaldi(min_hz), _hz_to_kaldi(sample_rate / 2), n_mels + 2)
     return _triangles(_hz_to_kaldi(np.linspace(0, sample_rate / 2, n_fft // 2 + 1)), edges)
 
 

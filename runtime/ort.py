@@ -70,7 +70,7 @@ class OrtRunner(Runner):
 
 
 class OrtDecoder(Decoder):
-    """The LLM's fused graph (export/fused.py) on a cache that ONNX Runtime writes in place.
+    """The LLM's fused graph (export/llm_ort.py) on a cache that ONNX Runtime writes in place.
 
     Its logits lie in this process's memory anyway, so that they are given whole: the best of 128,256 is found sooner
     than the graph would pick the best few.

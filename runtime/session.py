@@ -26,7 +26,7 @@ from tiny_align.runtime.errors import AudioError, TinyAlignError
 from tiny_align.runtime.llm import Cache, Decoding, TextStream
 from tiny_align.runtime.windows import Cutter
 
-MOST_WINDOWS = 8  # waiting to be heard; a push that would make them more waits
+MAX_WINDOWS = 8  # waiting to be heard; a push that would make them more waits
 
 
 @dataclass(frozen=True)
@@ -42,19 +42,19 @@ class Threads:
     """On which an assistant hears and reads: one each, started when they are needed."""
 
     def __init__(self):
-        self._hearing = ThreadPoolExecutor(1, "tiny-align-hearing")
-        self._reading = ThreadPoolExecutor(1, "tiny-align-reading")
+        self._encode_queue = ThreadPoolExecutor(1, "tiny-align-hearing")
+        self._prefill_queue = ThreadPoolExecutor(1, "tiny-align-reading")
 
-    def hear(self, work: Callable, *args) -> Future:
-        return _submitted(self._hearing, work, *args)
+    def encode(self, work: Callable, *args) -> Future:
+        return _submitted(self._encode_queue, work, *args)
 
-    def read(self, work: Callable, *args) -> Future:
-        return _submitted(self._reading, work, *args)
+    def prefill(self, work: Callable, *args) -> Future:
+        return _submitted(self._prefill_queue, work, *args)
 
     def close(self) -> None:
         """End both, after what they are doing now."""
-        self._hearing.shutdown(cancel_futures=True)
-        self._reading.shutdown(cancel_futures=True)
+        self._encode_queue.shutdown(cancel_futures=True)
+        self._prefill_queue.shutdown(cancel_futures=True)
 
 
 def _submitted(pool: ThreadPoolExecutor, work: Callable, *args) -> Future:
@@ -126,7 +126,7 @@ class Session:
     def push(self, chunk: np.ndarray) -> None:
         """Add (S,) float32 samples in [-1, 1] at the assistant's rate to the turn; any number of samples.
 
-        Waits while MOST_WINDOWS windows are behind.
+        Waits while MAX_WINDOWS windows are behind.
 
         Raises:
             AudioError: not such samples; the turn is as it was.
@@ -138,7 +138,7 @@ class Session:
         with self._dropped_if_failed(turn):
             for window, kept in turn.cutter.push(chunk):
                 self._hear(turn, window, kept)
-                _settle(turn.hearing, MOST_WINDOWS)
+                _settle(turn.hearing, MAX_WINDOWS)
 
     def finish(self, began_s: float | None = None) -> Iterator[Event]:
         """The turn is spoken: its answer, an event for each token, or one event that nothing was heard.
@@ -176,7 +176,7 @@ class Session:
         """
         if (turn := self._turn) and turn.cutter.n_samples:
             turn.end = End()
-            turn.end.heard = self._assistant.threads.hear(self._heard_to_end, turn, turn.end, turn.cutter.finish())
+            turn.end.heard = self._assistant.threads.encode(self._heard_to_end, turn, turn.end, turn.cutter.finish())
 
     def settle(self) -> None:
         """Wait until what was pushed is heard and read, as far as it can be before the turn's end.
@@ -211,10 +211,10 @@ class Session:
         return turn
 
     def _hear(self, turn: Turn, window: np.ndarray, kept: slice) -> None:
-        turn.hearing.append(self._assistant.threads.hear(self._heard, turn, window, kept))
+        turn.hearing.append(self._assistant.threads.encode(self._heard, turn, window, kept))
 
     def _later(self, work: Callable, *args) -> Future:
-        return self._assistant.threads.read(work, *args)
+        return self._assistant.threads.prefill(work, *args)
 
     def _answer_speech(self, turn: Turn) -> Iterator[Event]:
         with self._dropped_if_failed(turn):
@@ -256,7 +256,7 @@ class Session:
         if turn.cancelled.is_set():
             return
         turn.reader = turn.reader or self._assistant.reader()
-        if len(soft_tokens := turn.reader.push(self._assistant.hear(window)[kept])):
+        if len(soft_tokens := turn.reader.push(self._assistant.project_window(window)[kept])):
             turn.reading.append(self._later(self._read, turn, soft_tokens))
 
     def _heard_to_end(self, turn: Turn, end: End, windows: list) -> Future:
@@ -264,7 +264,7 @@ class Session:
         if turn.end is end and not turn.cancelled.is_set():
             reader = copy.copy(turn.reader) or self._assistant.reader()
             try:
-                pieces = [reader.push(self._assistant.hear(window)[kept]) for window, kept in windows]
+                pieces = [reader.push(self._assistant.project_window(window)[kept]) for window, kept in windows]
                 end.words = [soft_tokens for soft_tokens in [*pieces, reader.finish()] if len(soft_tokens)]
             except AudioError as error:  # too little, so far
                 end.error = error

@@ -6,8 +6,8 @@ folder (`Bundle.person`), or else the bundle's, refitted with their weights when
 
 In a Chain what the encoder gives is what the projector reads, where it lies. What the projector gives comes to the CPU,
 kilobytes of it: there the readout makes soft tokens (readout.py), and the instruction's embeddings are put around them.
-Of a step of the LLM only its embeddings and the graph's few best tokens (export/best.py) cross, on a Jetson without a
-copy (cuda.exchange); where a graph picks none, as its manifest tells, every logit does.
+Of a step of the LLM only its embeddings and the graph's few best tokens (export/topk.py) cross, on a Jetson without a
+copy (cuda_memory.exchange); where a graph picks none, as its manifest tells, every logit does.
 
 The LLM's keys and values stay on the device, in two sets of buffers: what a step writes is what the next one reads. A
 set is laid out for the whole context, but TensorRT takes (1, H, past, size) without gaps, so that it is filled from its
@@ -26,8 +26,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tiny_align.runtime import cuda
-from tiny_align.runtime.backend import BEST_LOGITS, BEST_TOKENS, Decoder, Runner, Scores, closed
+from tiny_align.runtime import cuda_memory
+from tiny_align.runtime.backend import TOPK_LOGITS, TOPK_TOKENS, Decoder, Runner, Scores, closed
 from tiny_align.runtime.bundle import Bundle, GraphSpec, TensorSpec
 from tiny_align.runtime.engines import PACKAGES, build_command, check_engine, import_tensorrt, machine_facts
 from tiny_align.runtime.errors import BackendError
@@ -74,7 +74,7 @@ class _Engine:
         self._trt, self.spec = _package(), spec
         self._log = _log(self._trt)
         self.file, fits = _engine_file(bundle, spec, graph, machine_facts(self._trt.__name__, self._trt.__version__))
-        self.stream = cuda.Stream()
+        self.stream = cuda_memory.Stream()
         self._runtime = self._made(self._trt.Runtime, self._log)
         self._engine = self._deserialised()
         self._check_tensors()
@@ -109,7 +109,7 @@ class _Engine:
         if not self._engine.refittable:
             raise BackendError(
                 f"{self.file} was built without REFIT and {graph} has other weights: build an engine of it with "
-                f"`{build_command(bundle.person(graph.parent))}`"
+                f"`{build_command(bundle.for_user(graph.parent))}`"
             )
         self._log.words.clear()
         refitter = self._made(trt.Refitter, self._engine, self._log)
@@ -151,10 +151,10 @@ class _Engine:
             raise BackendError(f"{self.file} gives {name} a size that is known only when it has run: {list(shape)}")
         return shape
 
-    def set_address(self, name: str, memory: cuda.Buffer | cuda.Copied | cuda.Mapped) -> None:
+    def set_address(self, name: str, memory: cuda_memory.Buffer | cuda_memory.Copied | cuda_memory.Mapped) -> None:
         self._given(self._context.set_tensor_address(name, memory.address), f"take the address of {name}")
 
-    def run(self, stream: cuda.Stream) -> None:
+    def run(self, stream: cuda_memory.Stream) -> None:
         """Start the work; `stream.synchronise` waits for it."""
         self._log.words.clear()
         self._given(self._context.execute_async_v3(stream.handle), "run the graph")
@@ -164,7 +164,7 @@ def _engine_file(bundle: Bundle, spec: GraphSpec, graph: Path, facts: dict) -> t
     """A graph's engine, checked, and whether it has the weights of `graph` already."""
     name = next(name for name, g in bundle.manifest.graphs.items() if g.on(TrtRunner.name) == spec)
     if not graph.parent.samefile(bundle.path) and (graph.parent / "engines").is_dir():
-        return check_engine(bundle.person(graph.parent), name, facts), True
+        return check_engine(bundle.for_user(graph.parent), name, facts), True
     return check_engine(bundle, name, facts), graph.samefile(bundle.graph(name, TrtRunner.name))
 
 
@@ -198,7 +198,7 @@ class TrtRunner(Runner):
         other._follow(self, rows, stream)
         return other._finish(stream)
 
-    def _start(self, feed: dict) -> cuda.Stream:
+    def _start(self, feed: dict) -> cuda_memory.Stream:
         """Have the inputs copied to the device and the graph run on them; the stream in which that happens."""
         engine = self._opened()
         for name, value in feed.items():
@@ -208,7 +208,7 @@ class TrtRunner(Runner):
         engine.run(engine.stream)
         return engine.stream
 
-    def _follow(self, before: "TrtRunner", rows: int | None, stream: cuda.Stream) -> None:
+    def _follow(self, before: "TrtRunner", rows: int | None, stream: cuda_memory.Stream) -> None:
         """Run on the first `rows` rows of the output of another graph, which runs before in this stream."""
         engine, (own,), (given,) = self._opened(), self.spec.inputs, before.spec.outputs
         batch, n_rows, *row = before._opened().shape(given.name)
@@ -216,7 +216,7 @@ class TrtRunner(Runner):
         engine.set_address(own.name, before._buffers[given.name])
         engine.run(stream)
 
-    def _finish(self, stream: cuda.Stream) -> dict:
+    def _finish(self, stream: cuda_memory.Stream) -> dict:
         """The outputs, once the stream has come to its end."""
         out = {t.name: np.empty(self._opened().shape(t.name), t.dtype) for t in self.spec.outputs}
         for name, value in out.items():
@@ -346,13 +346,13 @@ def _contiguous(feed: dict) -> dict:
 def _told(scores: tuple[TensorSpec, ...]) -> list[TensorSpec]:
     """Of a graph's outputs those that a token is chosen by, as Scores has them: the best few, or every logit."""
     named = {tensor.name: tensor for tensor in scores}
-    wanted = (BEST_LOGITS, BEST_TOKENS) if {BEST_LOGITS, BEST_TOKENS} <= named.keys() else ("logits",)
+    wanted = (TOPK_LOGITS, TOPK_TOKENS) if {TOPK_LOGITS, TOPK_TOKENS} <= named.keys() else ("logits",)
     return [named[name] for name in wanted]
 
 
-def _exchange(tensor: TensorSpec, shape: tuple[int, ...]) -> cuda.Copied | cuda.Mapped:
-    return cuda.exchange(int(np.prod(shape)), tensor.dtype)
+def _exchange(tensor: TensorSpec, shape: tuple[int, ...]) -> cuda_memory.Copied | cuda_memory.Mapped:
+    return cuda_memory.exchange(int(np.prod(shape)), tensor.dtype)
 
 
-def _buffer(tensor: TensorSpec, shape: tuple[int, ...]) -> cuda.Buffer:
-    return cuda.Buffer(int(np.prod(shape)) * np.dtype(tensor.dtype).itemsize)
+def _buffer(tensor: TensorSpec, shape: tuple[int, ...]) -> cuda_memory.Buffer:
+    return cuda_memory.Buffer(int(np.prod(shape)) * np.dtype(tensor.dtype).itemsize)

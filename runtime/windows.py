@@ -38,7 +38,7 @@ class WindowSpec:
         """Which of a window's vectors remain."""
         return slice(0 if first else self.margin, None if last else self.n_vectors - self.margin)
 
-    def kept_of(self, n: int) -> list[slice]:
+    def keep_slices(self, n: int) -> list[slice]:
         """`kept` of each of an utterance's `n` windows."""
         return [self.kept(i == 0, i == n - 1) for i in range(n)]
 

@@ -98,7 +98,7 @@ def test_the_stages_explain_an_answer(assistant, speech):
     taken = [side() for _ in range(5)]
     assert all(turn[stage] > 0 for turn in taken for stage in stages.STAGES)
     assert min(abs(stages.unexplained(turn)) for turn in taken) < 0.05
-    assert "hear" not in vars(assistant)  # the timers are gone
+    assert "project_window" not in vars(assistant)  # the timers are gone
 
 
 # --- peers ---

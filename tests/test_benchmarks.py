@@ -170,7 +170,7 @@ def test_what_each_form_of_the_weights_costs_is_measured(monkeypatch, tmp_path):
 
 def test_a_swap_is_timed_between_projectors_that_differ(bundle_copy):
     bundle = Bundle.open(bundle_copy)
-    graph = swap.write_person(bundle, "ana")
+    graph = swap.add_user(bundle, "ana")
     weights = graph.with_name(f"{graph.name}.data")
     assert weights.read_bytes() != (bundle_copy / weights.name).read_bytes()
     seconds = swap.swap_seconds(bundle, "onnxruntime", {"onnxruntime": graph}, repeats=2)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tiny_align.align.datasets import load_dataset, split_of
-from tiny_align.align.silence import nothing_said
+from tiny_align.align.non_speech import non_speech
 from tiny_align.benchmarks import robustness
 from tiny_align.reference import corpus
 from tiny_align.runtime import Assistant
@@ -37,7 +37,7 @@ def test_where_nothing_is_said_nothing_is_answered(assistant):
     """Hum, hiss, tones, sweeps, knocks and gusts that no training heard."""
     rng, answered = np.random.default_rng(77), []
     for i in range(40):
-        sound = nothing_said(rng, assistant.sample_rate)
+        sound = non_speech(rng, assistant.sample_rate)
         with contextlib.suppress(AudioError):  # too short or too quiet: refused, and that is no answer
             answer = assistant.answer(sound)
             answered += [(i, answer.text)] if answer.heard else []

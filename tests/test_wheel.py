@@ -27,7 +27,7 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_the_wheel_holds_stages_and_reference(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    stages = ("runtime/cli.py", "align/train.py", "export/graphs.py", "engines/build.py", "reference/corpus.py")
+    stages = ("runtime/cli.py", "align/trainer.py", "export/graphs.py", "engines/build.py", "reference/corpus.py")
     for name in (*stages, "benchmarks/command.py"):
         assert f"tiny_align/{name}" in names
     manifest = json.loads((ROOT / "reference/bundle/manifest.json").read_text())

@@ -8,7 +8,7 @@ import pytest
 import soundfile
 
 from tiny_align.align.datasets import Utterance
-from tiny_align.align.feature_cache import cached_features, utterance_key, wordless_files
+from tiny_align.align.feature_cache import cached_features, non_speech_files, utterance_key
 from tiny_align.runtime.bundle import Bundle
 
 RATE = 16_000  # Hz
@@ -136,8 +136,8 @@ def test_a_damaged_file_is_made_again(assistant, utterance, tmp_path, caplog, da
 
 
 def test_a_damaged_sound_is_made_again(assistant, tmp_path):
-    path, other = wordless_files(assistant, 2, 0, tmp_path)
+    path, other = non_speech_files(assistant, 2, 0, tmp_path)
     whole = path.read_bytes()
     cut(path)
-    assert wordless_files(assistant, 2, 0, tmp_path) == [path, other]
+    assert non_speech_files(assistant, 2, 0, tmp_path) == [path, other]
     assert path.read_bytes() == whole and len(assistant.encoded) == 3

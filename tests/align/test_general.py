@@ -23,10 +23,10 @@ import torch
 from tiny_align.align import general
 from tiny_align.align.feature_cache import Stored, array_of
 from tiny_align.align.objectives import make
-from tiny_align.align.personalise import Effort
+from tiny_align.align.personalise import TrainingLimits
 from tiny_align.align.projector import ProjectorConfig, build_projector
-from tiny_align.align.replay import read_replay
-from tiny_align.align.train import JUDGED, Example, Trainer, TrainOptions
+from tiny_align.align.rehearsal import read_rehearsal
+from tiny_align.align.trainer import JUDGED, Example, Trainer, TrainOptions
 from tiny_align.align.users import data_file, write_weights
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.bundle import Bundle, check_user, write_manifest
@@ -121,8 +121,8 @@ def test_a_bundle_gets_its_general_projector_and_keeps_all_else(run_cli, untrain
     changed = {name for name in after if after[name] != before.get(name)}
     assert before.keys() <= after.keys() and changed == {"projector.onnx.data", "replay.npz", "manifest.json"}
     assert bundle.manifest.projector_trained and check_user(untrained / "users/ana", bundle.manifest)
-    replayed = read_replay(bundle.replay)
-    assert [sum(bool(e.tokens) == said for e in replayed) for said in (True, False)] == [N, general.LEAST_SOUNDS]
+    replayed = read_rehearsal(bundle.replay)
+    assert [sum(bool(e.tokens) == said for e in replayed) for said in (True, False)] == [N, general.MIN_SOUNDS]
     assert names(untrained.parent) == [".bundle.align", "bundle"]
     assert names(untrained.parent / ".bundle.align") == ["features"]
     assert all(p.stat().st_nlink == 1 for p in untrained.rglob("*") if p.is_file())  # the old one is gone
@@ -141,11 +141,13 @@ def test_what_gets_no_better_stays_unless_it_was_untrained(run_cli, untrained, w
 
 
 def test_a_trained_projector_goes_on_from_where_it_is():
-    fresh, known = (general.options_for(16_000, "ctc", untrained, Effort()) for untrained in (True, False))
-    assert (fresh.steps, fresh.flat_start, known.flat_start) == (4000, 500, 0) and not fresh.parts
-    few = general.options_for(general.LEAST, "ctc", True, Effort())
-    assert few.held_out * general.LEAST >= 5 and few.steps == general.LEAST_STEPS
-    assert general.options_for(10**6, "ctc", True, Effort()).held_out * 10**6 == pytest.approx(general.MOST_HELD_OUT)
+    fresh, known = (general.options_for(16_000, "ctc", untrained, TrainingLimits()) for untrained in (True, False))
+    assert (fresh.steps, fresh.flat_start, known.flat_start) == (4000, 500, 0) and not fresh.trainable
+    few = general.options_for(general.LEAST, "ctc", True, TrainingLimits())
+    assert few.held_out * general.LEAST >= 5 and few.steps == general.MIN_STEPS
+    assert general.options_for(10**6, "ctc", True, TrainingLimits()).held_out * 10**6 == pytest.approx(
+        general.MAX_HELD_OUT
+    )
 
 
 # --- killed ---
@@ -230,7 +232,9 @@ def test_features_are_in_memory_only_while_their_batch_is(tmp_path):
         np.save(path, np.full((FRAMES, SIZE), i % 7, np.float32))
         examples.append(Example(Stored(path), [i % 5], [3]))
     config = ProjectorConfig(feature_size=SIZE, embedding_size=8, hidden_size=8, n_layers=0, kind="mlp")
-    options = TrainOptions("ctc", parts=(), far=None, batch=3, steps=40, held_out=0.02, check_every=20)
+    options = TrainOptions(
+        "ctc", trainable=(), shortcut_threshold=None, batch=3, steps=40, held_out=0.02, check_every=20
+    )
     table = torch.randn(5, 8)
 
     def train():
@@ -248,7 +252,10 @@ def test_the_same_examples_judged_by_others_are_another_training():
         dataclasses.asdict(ProjectorConfig(feature_size=4, embedding_size=8, hidden_size=8, n_layers=0, kind="mlp"))
     )
     examples = [Example(np.full((3, 4), i, np.float32), [1], [3]) for i in range(3)]
-    options, objective = TrainOptions("ctc", parts=(), far=None), make(TrainOptions("ctc"), torch.randn(5, 8), 1.0)
+    options, objective = (
+        TrainOptions("ctc", trainable=(), shortcut_threshold=None),
+        make(TrainOptions("ctc"), torch.randn(5, 8), 1.0),
+    )
     prints = {
         Trainer(projector, examples[n:], objective, options, None, validation=examples[:n]).fingerprint for n in (1, 2)
     }

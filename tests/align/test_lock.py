@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("torch", reason="projectors are written from torch")
 
 from tiny_align.align.lock import LOCK, alone, work_folder
-from tiny_align.align.replay import read_replay
+from tiny_align.align.rehearsal import read_rehearsal
 from tiny_align.align.users import load_projector, write_general
 from tiny_align.runtime.bundle import Bundle, check_user
 from tiny_align.runtime.errors import TinyAlignError
@@ -171,7 +171,7 @@ def test_a_bundle_is_not_replaced_while_a_person_is_trained_in_it(bundle_copy, c
     trains = threading.Thread(target=person)
     trains.start()
     inside.wait()
-    write_general(bundle, projector.state_dict(), read_replay(bundle.replay)[:4], bundle.speech_tokens())
+    write_general(bundle, projector.state_dict(), read_rehearsal(bundle.replay)[:4], bundle.speech_tokens())
     trains.join()
     assert (bundle_copy / "users/ana/user.json").exists() and not (bundle_copy / "users/.ana.align").exists()
     assert "another process is training ana" in capfd.readouterr().err

@@ -11,7 +11,7 @@ from tiny_align.align.objectives.aligned import aligned_places, pair_costs
 from tiny_align.align.objectives.ctc import EXACT, Ctc, log_normaliser, sampled_log_normaliser
 from tiny_align.align.objectives.end_to_end import EndToEnd, FrozenLlm
 from tiny_align.align.objectives.paper import Paper, cast_places, embedlink_loss
-from tiny_align.align.train import Example, TrainOptions
+from tiny_align.align.trainer import Example, TrainOptions
 from tiny_align.runtime.errors import TinyAlignError
 
 T = 24

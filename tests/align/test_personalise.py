@@ -19,7 +19,7 @@ import soundfile
 import torch
 
 from tiny_align.align.projector import build_projector
-from tiny_align.align.train import JUDGEMENT, Trainer
+from tiny_align.align.trainer import JUDGEMENT, Trainer
 from tiny_align.align.users import load_projector, write_user
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.backend import load_runner

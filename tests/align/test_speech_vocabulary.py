@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from tiny_align.align import general
-from tiny_align.align.personalise import Effort, embedding_table, extend_speech, make_examples, personalise
-from tiny_align.align.replay import read_replay, write_replay
-from tiny_align.align.train import Trainer
+from tiny_align.align.personalise import TrainingLimits, embedding_table, extend_speech, make_examples, personalise
+from tiny_align.align.rehearsal import read_rehearsal, write_rehearsal
+from tiny_align.align.trainer import Trainer
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.bundle import SPEECH_TOKENS, Bundle, write_manifest
 from tiny_align.runtime.errors import UserError
@@ -38,13 +38,13 @@ def large(bundle_copy, assistant):
     more = np.random.default_rng(0).standard_normal((ROWS - len(table), table.shape[1])) * table.std()
     np.save(bundle_copy / "token_embeddings.npy", np.concatenate([table, more.astype(np.float16)]))
     (word,) = assistant.llm.encode_words(WORD)
-    replayed = [e for e in read_replay(bundle_copy / "replay.npz") if word not in e.tokens]
+    replayed = [e for e in read_rehearsal(bundle_copy / "replay.npz") if word not in e.tokens]
     known = {
         t for line in (bundle_copy / "sentences.txt").read_text().split("\n") if line for t in ids(assistant, line)
     }
     listed = sorted((known | {t for e in replayed for t in e.tokens}) - {word}, reverse=True)
     np.save(bundle_copy / SPEECH_TOKENS, np.array(listed, np.int32))
-    write_replay(
+    write_rehearsal(
         bundle_copy / "replay.npz",
         [dataclasses.replace(e, tokens=[listed.index(t) for t in e.tokens]) for e in replayed],
     )
@@ -106,8 +106,8 @@ def test_a_persons_new_word_is_learnt_and_answered_and_the_table_is_never_read_w
     with Assistant.load(large, threads=1) as assistant:
         assert WORD not in repeated(assistant, utterance)
     manifest = (large.path / "manifest.json").read_bytes()
-    users, effort = large.path / "users", Effort(steps=STEPS, threads=1)
-    personalise(large.path, recordings, "ana", users, effort, quiet=True)
+    users, limits = large.path / "users", TrainingLimits(steps=STEPS, threads=1)
+    personalise(large.path, recordings, "ana", users, limits, quiet=True)
 
     with Assistant.load(large, "ana", threads=1) as assistant:
         assert repeated(assistant, utterance).count(WORD) == utterance.text.split().count(WORD)
@@ -129,10 +129,10 @@ def test_a_persons_new_word_is_learnt_and_answered_and_the_table_is_never_read_w
 
 def test_what_a_person_said_before_stays_in_their_list(large, recordings):
     """Their second training has no new word in it; the first one's stay."""
-    users, effort, test = large.path / "users", Effort(steps=1, threads=1), recordings[-1]
+    users, limits, test = large.path / "users", TrainingLimits(steps=1, threads=1), recordings[-1]
     said = [[u for u in recordings[:N_TRAIN] if (WORD in u.text.split()) == new][:2] for new in (True, False)]
     for user, utterances, n_more in (("ana", said[0], 1), ("ana", said[1], 1), ("bo", said[1], 0)):
-        personalise(large.path, [*utterances, test], user, users, effort, quiet=True)
+        personalise(large.path, [*utterances, test], user, users, limits, quiet=True)
         assert len(large.speech_tokens(large.projector(user))) == len(large.speech_tokens()) + n_more
     assert not (users / "bo" / SPEECH_TOKENS).exists()  # the bundle's is
 
@@ -143,7 +143,11 @@ def test_a_general_projector_brings_the_tokens_of_its_texts(large, tmp_path, ask
     monkeypatch.setattr(Trainer, "_held_out_figures", lambda trainer: (float(next(figures)),) * 2)  # always better
     np.save(large.path / SPEECH_TOKENS, np.zeros(0, np.int32))
     write_manifest(large.path, dataclasses.replace(large.manifest, projector_trained=False))
-    rng, size, effort = np.random.default_rng(0), large.manifest.encoder.feature_size, Effort(steps=1, threads=1)
+    rng, size, limits = (
+        np.random.default_rng(0),
+        large.manifest.encoder.feature_size,
+        TrainingLimits(steps=1, threads=1),
+    )
     features = [rng.standard_normal((30, size)).astype(np.float32) for _ in range(10)]
     known = []
     for words in (["turn on the light", "seven two"], ["two radio"]):
@@ -152,9 +156,9 @@ def test_a_general_projector_brings_the_tokens_of_its_texts(large, tmp_path, ask
             if not known:
                 assert not len(assistant.soft_tokens(features[0]))  # nothing to be heard yet
             examples = make_examples(assistant.llm, texts, [features])
-            general.train_general(assistant, examples, tmp_path / "work", effort, quiet=True)
+            general.train_general(assistant, examples, tmp_path / "work", limits, quiet=True)
             known = list(dict.fromkeys([*known, *(t for text in texts for t in ids(assistant, text))]))
-            replayed = [large.speech_tokens()[e.tokens].tolist() for e in read_replay(large.replay) if e.tokens]
+            replayed = [large.speech_tokens()[e.tokens].tolist() for e in read_rehearsal(large.replay) if e.tokens]
             assert replayed == [ids(assistant, text) for text in texts]
         assert Bundle.open(large.path).speech_tokens().tolist() == known
     assert max(asked) < 20

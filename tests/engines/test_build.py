@@ -33,8 +33,8 @@ from tiny_align.runtime.bundle import (
 )
 from tiny_align.runtime.engines import check_engine
 from tiny_align.runtime.errors import BackendError, BundleError
-from tiny_align.runtime.features import FrontEnd
 from tiny_align.runtime.files import sha256
+from tiny_align.runtime.nemo import FrontEnd
 from tiny_align.runtime.profile import graph_profile
 from tiny_align.runtime.readout import Readout
 

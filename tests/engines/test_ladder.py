@@ -18,7 +18,7 @@ from tiny_align.engines import ladder as ladder_module
 from tiny_align.engines.build import build_engines
 from tiny_align.engines.builder import find_builder
 from tiny_align.engines.ladder import AUTO, OWN, RUNGS, Choice, Ladder, choose
-from tiny_align.engines.plain import PlainDecoder
+from tiny_align.engines.plain_decoder import PlainDecoder
 from tiny_align.runtime.bundle import Bundle, GraphSpec, TensorSpec, write_manifest
 from tiny_align.runtime.engines import check_engine
 from tiny_align.runtime.errors import AudioError, BackendError, TinyAlignError
@@ -29,7 +29,7 @@ from tiny_align.runtime.ort import OrtRunner
 onnx = pytest.importorskip("onnx")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
-from tiny_align.engines import calibrate, climb, halves  # noqa: E402
+from tiny_align.engines import calibrate, fp16, select_precision  # noqa: E402
 
 SIZE = 8
 
@@ -92,7 +92,7 @@ def normed(rng):
 
 def test_products_are_halves_and_norms_and_softmax_are_not(tmp_path):
     model = normed(np.random.default_rng(0))
-    made = halves.half(model, numpy_helper.to_array)
+    made = fp16.half(model, numpy_helper.to_array)
     types = types_of(made)
     halved = {name for name, kind in types.items() if kind == TensorProto.FLOAT16}
     assert {"h", "normal", "w.half"} <= halved
@@ -109,7 +109,7 @@ def test_the_twin_rounds_as_halves_do(tmp_path):
     x = np.random.default_rng(0).standard_normal((1, 5, SIZE)).astype(np.float32)
     model = model_of(nodes, {"w": weight, "k": 3.1415926})
     rounded = (x.astype(np.float16) @ weight.astype(np.float16)) * np.float16(3.1415926)
-    np.testing.assert_array_equal(run(halves.twin(model), tmp_path, x), rounded.astype(np.float32))
+    np.testing.assert_array_equal(run(fp16.twin(model), tmp_path, x), rounded.astype(np.float32))
     assert np.abs(run(model, tmp_path, x) - rounded).max() > 1e-4
 
 
@@ -122,8 +122,8 @@ def overflowing():
 def test_a_value_beyond_halves_is_seen(tmp_path):
     x, model = np.full((1, 2, SIZE), 50.0), overflowing()
     np.testing.assert_allclose(run(model, tmp_path, x), x, rtol=1e-5)
-    assert not np.isfinite(run(halves.twin(model), tmp_path, x)).all()
-    assert climb.cosine(run(halves.twin(model), tmp_path, x), x) == 0
+    assert not np.isfinite(run(fp16.twin(model), tmp_path, x)).all()
+    assert select_precision.cosine(run(fp16.twin(model), tmp_path, x), x) == 0
 
 
 def test_scales_are_those_of_the_recordings():
@@ -150,12 +150,12 @@ def test_int8_is_symmetric_by_column_and_keeps_biases(tmp_path):
     zero_points = {n.op_type: list(n.input[2:]) for n in made.graph.node if "Linear" in n.op_type}
     assert not any(tensors[name].any() for names in zero_points.values() for name in names)
     got, exact = run(made, tmp_path, x), x @ weight + 1
-    assert climb.cosine(got, exact) > 0.9995 and np.abs(got - exact)[..., 0].max() < 0.05
+    assert select_precision.cosine(got, exact) > 0.9995 and np.abs(got - exact)[..., 0].max() < 0.05
 
 
 @pytest.mark.parametrize("precision", RUNGS["encoder"])
 def test_the_encoder_on_real_audio_is_within_its_bound(bundle, recordings, tmp_path, precision):
-    choice = climb.climb(bundle, "encoder", Ladder(recordings, precision), tmp_path)
+    choice = select_precision.climb(bundle, "encoder", Ladder(recordings, precision), tmp_path)
     assert choice.precision == precision
     (found,) = choice.accuracy.values()
     assert found["bound"] <= found["cosine"] < 1 and found["bound"] == RUNGS["encoder"][precision]
@@ -170,7 +170,7 @@ def far_apart(monkeypatch):
 
 
 def test_the_next_rung_is_taken_where_one_breaks_its_bound(bundle, recordings, tmp_path, far_apart):
-    choice = climb.climb(bundle, "encoder", Ladder(recordings, AUTO), tmp_path)
+    choice = select_precision.climb(bundle, "encoder", Ladder(recordings, AUTO), tmp_path)
     assert choice.precision == "fp16" and list(choice.accuracy) == ["int8", "fp16"]
     assert choice.accuracy["int8"]["cosine"] < choice.accuracy["int8"]["bound"]
 
@@ -178,7 +178,7 @@ def test_the_next_rung_is_taken_where_one_breaks_its_bound(bundle, recordings, t
 def test_a_graph_that_goes_wrong_in_halves_stays_as_it_is(bundle, recordings, tmp_path):
     """The encoder's first convolution beyond FP16's range, and its second one back."""
     (tmp_path / "wild").mkdir()
-    graph, first = climb.Graph(bundle, "encoder", tmp_path / "wild"), "encoder.subsampling.layers.0"
+    graph, first = select_precision.Graph(bundle, "encoder", tmp_path / "wild"), "encoder.subsampling.layers.0"
     factors = {f"{first}.weight": 1e6, f"{first}.bias": 1e6, "encoder.subsampling.layers.2.weight": 1e-6}
     for tensor in graph.model.graph.initializer:
         if tensor.name in factors:
@@ -187,16 +187,16 @@ def test_a_graph_that_goes_wrong_in_halves_stays_as_it_is(bundle, recordings, tm
     graph.write(graph.model, "encoder.onnx")
     wild = dataclasses.replace(bundle, path=tmp_path / "wild")
     (tmp_path / "work").mkdir()
-    choice = climb.climb(wild, "encoder", Ladder(recordings, AUTO), tmp_path / "work")
+    choice = select_precision.climb(wild, "encoder", Ladder(recordings, AUTO), tmp_path / "work")
     assert (choice.precision, choice.graph) == ("fp32", tmp_path / "wild/encoder.onnx")
     assert max(found["cosine"] for found in choice.accuracy.values()) < 0.1  # infinities, or what is left of them
     with pytest.raises(BackendError, match=r"'encoder' in fp16 has a cosine of 0\.0.*0\.999.*--precision auto or fp32"):
-        climb.climb(wild, "encoder", Ladder(recordings, "fp16"), tmp_path / "work")
+        select_precision.climb(wild, "encoder", Ladder(recordings, "fp16"), tmp_path / "work")
     assert not list((tmp_path / "work").glob("*.onnx"))
 
 
 def test_the_llm_keeps_its_weights_and_computes_in_halves(bundle, recordings, tmp_path):
-    choice = climb.climb(bundle, "llm", Ladder(recordings[:2], AUTO), tmp_path)
+    choice = select_precision.climb(bundle, "llm", Ladder(recordings[:2], AUTO), tmp_path)
     assert choice.precision == "int4/fp16" and choice.accuracy["fp16"]["cosine"] >= 0.999
     model = onnx.load(choice.graph, load_external_data=False)
     kinds = types_of(model)
@@ -244,17 +244,17 @@ def test_what_cannot_be_measured_is_refused(run_cli, bundle_path, voice_path, tm
 def test_a_recording_that_cannot_be_used_is_named(bundle, recordings, tmp_path):
     (tmp_path / "noise.wav").write_bytes(b"RIFF no audio")
     with pytest.raises(AudioError, match=r"noise\.wav"):
-        climb.climb(bundle, "encoder", Ladder((*recordings[:1], tmp_path / "noise.wav"), AUTO), tmp_path)
+        select_precision.climb(bundle, "encoder", Ladder((*recordings[:1], tmp_path / "noise.wav"), AUTO), tmp_path)
 
 
 def test_no_graph_is_left_half_written(bundle, recordings, tmp_path, full_disk):
     with full_disk(500_000), pytest.raises(TinyAlignError, match="cannot be written"):
-        climb.climb(bundle, "encoder", Ladder(recordings[:2], "fp16"), tmp_path)
+        select_precision.climb(bundle, "encoder", Ladder(recordings[:2], "fp16"), tmp_path)
     assert not list(tmp_path.glob("*.onnx")) and not list(tmp_path.glob(".*"))
 
 
 def test_weights_that_a_killed_build_left_are_not_taken(bundle, tmp_path):
-    graph = climb.Graph(bundle, "encoder", tmp_path)
+    graph = select_precision.Graph(bundle, "encoder", tmp_path)
     (tmp_path / "encoder.onnx.data").write_bytes(b"another bundle's")
     graph.write(graph.model, "encoder.fp16.onnx")
     assert (tmp_path / "encoder.onnx.data").samefile(bundle.path / "encoder.onnx.data")

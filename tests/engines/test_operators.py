@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 onnx = pytest.importorskip("onnx")
-from tiny_align.engines import calibrate, halves  # noqa: E402
+from tiny_align.engines import calibrate, fp16  # noqa: E402
 
 TABLE = json.loads((Path(__file__).parents[1] / "data/tensorrt-10.1-operators.json").read_text())["operators"]
 GRAPHS = ("encoder", "projector", "llm", "encoder in fp16", "encoder in int8", "llm in fp16")
@@ -34,7 +34,7 @@ def graph(request, bundle_path):
         scales = dict.fromkeys(calibrate.product_inputs(model), 0.1)
         model = calibrate.int8(model, scales, zeros)
     if precision:
-        model = halves.half(model, zeros)
+        model = fp16.half(model, zeros)
     return onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
 
 

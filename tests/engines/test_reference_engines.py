@@ -47,7 +47,7 @@ def test_a_persons_engine_is_theirs_alone(rtx, run_cli, bundle_copy, make_user):
     done = run_cli("build-engines", "--bundle", bundle_copy, "--user", "ana", "--json")
     assert done.status == 0, done.stderr
     facts = find_builder().facts
-    assert check_engine(bundle.person(ana), "projector", facts).parent == Path(done.document["path"])
+    assert check_engine(bundle.for_user(ana), "projector", facts).parent == Path(done.document["path"])
     shutil.copytree(ana / "engines", ben / "engines")
     with pytest.raises(BackendError, match=r"from another projector\.onnx\.data.*--bundle \S+ --user ben`"):
-        check_engine(bundle.person(ben), "projector", facts)
+        check_engine(bundle.for_user(ben), "projector", facts)

@@ -37,7 +37,7 @@ from tiny_align.benchmarks.tiny_encoders import (  # noqa: E402  # noqa: E402
     wave,
     whisper,
 )
-from tiny_align.export.encoders import FAMILIES, LEAST_FEATURES, load_encoder  # noqa: E402
+from tiny_align.export.encoders import FAMILIES, MIN_FEATURES, load_encoder  # noqa: E402
 from tiny_align.export.graphs import OPSET  # noqa: E402
 from tiny_align.export.parity import TOLERANCE  # noqa: E402
 
@@ -130,7 +130,7 @@ def test_every_length_makes_as_many_features_as_the_convolutions_say(checkpoint)
     for family in MAKERS:
         encoder = load_encoder(str(checkpoint(family)))
         least, usual, greatest = encoder.row_range
-        assert encoder.n_features(least) == LEAST_FEATURES or least == greatest
+        assert encoder.n_features(least) == MIN_FEATURES or least == greatest
         for n_rows in {least, usual, usual + 1, greatest} - ({usual + 1} if least == greatest else set()):
             with torch.no_grad():
                 assert encoder(encoder.example(n_rows)).shape == (1, encoder.n_features(n_rows), SIZE), (family, n_rows)
@@ -308,6 +308,6 @@ def test_a_window_s_features_are_counted_and_split_again(case, speech):
         cuts = [window for window, _ in windows_of(audio, spec, RATE)]
         [(without_pauses, _)] = windows_of(audio, None, RATE)
         assert [len(part) for part in parts] == [len(assistant.encode_window(window)) for window in cuts]
-        kept = [assistant.vectors(part)[which] for part, which in zip(parts, spec.kept_of(len(parts)))]
+        kept = [assistant.project(part)[which] for part, which in zip(parts, spec.keep_slices(len(parts)))]
         wanted = len(without_pauses) / spec.vector_samples
         assert wanted - 2 <= sum(map(len, kept)) <= wanted + 1

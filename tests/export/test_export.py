@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tiny_align.runtime import Assistant, Decoding
-from tiny_align.runtime.backend import BEST_TOKENS, load_runner
+from tiny_align.runtime.backend import TOPK_TOKENS, load_runner
 from tiny_align.runtime.bundle import Bundle
 from tiny_align.runtime.errors import TinyAlignError
 
@@ -154,7 +154,7 @@ def test_static_dimensions_are_numbers_and_the_batch_is_one(exported, name):
     for value, tensor in zip(values, (*spec.inputs, *spec.outputs)):
         dims = value.type.tensor_type.shape.dim
         assert tuple(d.dim_param or d.dim_value for d in dims) == tensor.shape
-        kind = onnx.TensorProto.INT64 if value.name == BEST_TOKENS else onnx.TensorProto.FLOAT
+        kind = onnx.TensorProto.INT64 if value.name == TOPK_TOKENS else onnx.TensorProto.FLOAT
         assert dims[0].dim_value == 1 and value.type.tensor_type.elem_type == kind
     dynamic = {d for t in spec.inputs for d in t.shape if isinstance(d, str)}
     assert dynamic <= set(exported.bundle.manifest.dims)

@@ -19,7 +19,7 @@ from tiny_align.export.quantise import quantise_blocks  # noqa: E402
 
 RATE = 16_000  # Hz
 FAMILIES = ("wav2vec2", "parakeet")
-LEAST_COSINE, MOST_COSINE = 0.99, 0.9999999  # to PyTorch's features: near them, but not the exact ones
+MIN_COSINE, MAX_COSINE = 0.99, 0.9999999  # to PyTorch's features: near them, but not the exact ones
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -51,7 +51,7 @@ def test_features_stay_near_transformers_own(case, voice_path):
             audio = read_audio(path, RATE)
             ours, exact = assistant.encode_window(audio), features(family, source, audio)
             cosine = np.vdot(ours, exact) / np.linalg.norm(ours) / np.linalg.norm(exact)
-            assert ours.shape == exact.shape and LEAST_COSINE < cosine < MOST_COSINE
+            assert ours.shape == exact.shape and MIN_COSINE < cosine < MAX_COSINE
 
 
 def test_the_manifest_says_what_it_costs(case):
@@ -62,7 +62,7 @@ def test_the_manifest_says_what_it_costs(case):
         assert spec.precision == "int8" and spec.file in case[2].manifest.files
         exact, cost = spec.parity["max_abs_diff_to_pytorch"], spec.parity["int8_cosine_to_pytorch"]
         assert exact.keys() == cost.keys() and max(exact.values()) < 1e-3
-        assert all(LEAST_COSINE < figure < MOST_COSINE for figure in cost.values())
+        assert all(MIN_COSINE < figure < MAX_COSINE for figure in cost.values())
     assert plain.parity != ort.parity
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soxr
 
-from tiny_align.align.silence import nothing_said
+from tiny_align.align.non_speech import non_speech
 from tiny_align.runtime.audio import read_audio
 from tiny_align.runtime.conditioning import LOUDEST_DB, condition
 from tiny_align.runtime.declip import clipping, declip
@@ -57,7 +57,7 @@ def test_one_side_alone_may_be_clipped(takes):
 
 
 def test_speech_and_noise_that_are_not_clipped_are_left_alone(takes):
-    noises = [nothing_said(np.random.default_rng(seed), RATE) for seed in range(5)]
+    noises = [non_speech(np.random.default_rng(seed), RATE) for seed in range(5)]
     for audio in [*takes, np.random.default_rng(0).normal(0, 0.1, RATE).astype(np.float32), np.zeros(RATE, np.float32)]:
         assert declip(audio) is audio
     assert all(np.isfinite(declip(audio)).all() for audio in noises)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from tiny_align.align.silence import nothing_said
+from tiny_align.align.non_speech import non_speech
 from tiny_align.runtime.audio import read_audio
 from tiny_align.runtime.endpoint import (
     FRAME_S,
@@ -20,9 +20,7 @@ from tiny_align.runtime.endpoint import (
 )
 from tiny_align.runtime.errors import AudioError
 
-LIMITS = Endpointing(
-    least_speech_s=4 * FRAME_S, pre_roll_s=3 * FRAME_S, post_roll_s=2 * FRAME_S, hangover_s=10 * FRAME_S
-)
+LIMITS = Endpointing(min_speech_s=4 * FRAME_S, pre_roll_s=3 * FRAME_S, post_roll_s=2 * FRAME_S, hangover_s=10 * FRAME_S)
 LOUD, SOFT = 0.1, 1e-2  # a detector that hears the one only; the gate lets both pass
 
 
@@ -231,7 +229,7 @@ def test_how_the_audio_is_cut_changes_nothing(silero, recordings, largest):
 
 def test_noise_hardly_ever_begins_a_turn(silero):
     """What does is refused by the projector (test_listen.py)."""
-    clips = [nothing_said(np.random.default_rng(seed), SAMPLE_RATE) for seed in range(20)]
+    clips = [non_speech(np.random.default_rng(seed), SAMPLE_RATE) for seed in range(20)]
     assert len([turn for clip in clips for turn in heard(silero, clip)]) < 6
 
 

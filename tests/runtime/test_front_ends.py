@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from tiny_align.runtime.audio import read_audio
-from tiny_align.runtime.features import FrontEnd
-from tiny_align.runtime.filter_bank import FilterBank
 from tiny_align.runtime.front_end import KINDS, front_end_from
-from tiny_align.runtime.waveform import Waveform
-from tiny_align.runtime.whisper_mel import WhisperMel
+from tiny_align.runtime.nemo import FrontEnd
+from tiny_align.runtime.seamless import FilterBank
+from tiny_align.runtime.wav2vec2 import Waveform
+from tiny_align.runtime.whisper import WhisperMel
 
 RATE = 16_000  # Hz
 LENGTHS = (1_600, 3_999, 16_000, 16_001, 16_239, 16_240, 48_080)  # samples: around the edges of frames and rows

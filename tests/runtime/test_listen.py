@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from tiny_align.align.silence import nothing_said
+from tiny_align.align.non_speech import non_speech
 from tiny_align.runtime import microphone as microphone_module
 from tiny_align.runtime.audio import read_audio
 from tiny_align.runtime.endpoint import Endpointer
@@ -57,7 +57,7 @@ def test_with_json_the_document_is_alone_and_the_answers_are_the_same(run_cli, b
 def test_noise_is_not_answered(run_cli, bundle_path, tmp_path):
     clips = [tmp_path / f"{seed}.wav" for seed in range(20)]
     for seed, clip in enumerate(clips):
-        soundfile.write(clip, nothing_said(np.random.default_rng(seed), RATE), RATE)
+        soundfile.write(clip, non_speech(np.random.default_rng(seed), RATE), RATE)
     done = run_cli("listen", "--bundle", bundle_path, *QUICK, "--fast", "--wav", *clips)
     assert done.status == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1 and not any(turn["heard"] for turn in done.document["turns"])

@@ -84,8 +84,8 @@ def test_speech_is_read_while_it_is_spoken(assistant, long_speech):
 
 
 def test_the_last_window_is_all_that_is_left(assistant, long_speech, monkeypatch):
-    session, heard, hear = assistant.listen(), [], assistant.hear
-    monkeypatch.setattr(assistant, "hear", lambda audio: heard.append(len(audio)) or hear(audio))
+    session, heard, hear = assistant.listen(), [], assistant.project_window
+    monkeypatch.setattr(assistant, "project_window", lambda audio: heard.append(len(audio)) or hear(audio))
     session.push(long_speech)
     windows = [len(window) for window, _ in cut(long_speech, assistant.windows, assistant.sample_rate)]
     session.settle()
@@ -95,11 +95,11 @@ def test_the_last_window_is_all_that_is_left(assistant, long_speech, monkeypatch
 
 
 def test_an_end_that_was_foreseen_leaves_nothing_to_do(assistant, long_speech, monkeypatch):
-    expected, hear = tokens(assistant.stream(long_speech, decoding=DECODING)), assistant.hear
+    expected, hear = tokens(assistant.stream(long_speech, decoding=DECODING)), assistant.project_window
     session, heard, read = pushed(assistant.listen(decoding=DECODING), long_speech, 8_000), [], []
     session.anticipate()
     session.settle()
-    monkeypatch.setattr(assistant, "hear", lambda audio: heard.append(audio) or hear(audio))
+    monkeypatch.setattr(assistant, "project_window", lambda audio: heard.append(audio) or hear(audio))
     prefill = assistant.llm.prefill
     monkeypatch.setattr(assistant.llm, "prefill", lambda rows, cache: read.append(len(rows)) or prefill(rows, cache))
     assert tokens(session.finish()) == expected
@@ -226,16 +226,16 @@ def test_a_turn_that_fails_is_dropped_and_the_next_is_answered(assistant, speech
 
 
 def test_a_flood_waits_instead_of_growing(assistant, long_speech, monkeypatch):
-    session, behind, hear = assistant.listen(), [], assistant.hear
+    session, behind, hear = assistant.listen(), [], assistant.project_window
 
     def slow(audio):
         behind.append(len(session._turn.hearing))
         time.sleep(0.01)
         return hear(audio[: len(audio) // 8])
 
-    monkeypatch.setattr(assistant, "hear", slow)
+    monkeypatch.setattr(assistant, "project_window", slow)
     session.push(np.tile(long_speech, 5))
-    assert len(behind) > session_module.MOST_WINDOWS and max(behind) <= session_module.MOST_WINDOWS + 1
+    assert len(behind) > session_module.MAX_WINDOWS and max(behind) <= session_module.MAX_WINDOWS + 1
     session.reset()
 
 

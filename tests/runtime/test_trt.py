@@ -17,11 +17,11 @@ import pytest
 import trt_emulation
 
 from tiny_align.engines.build import build_engines
-from tiny_align.engines.plain import PlainDecoder
-from tiny_align.runtime import Assistant, Decoding, cuda
+from tiny_align.engines.plain_decoder import PlainDecoder
+from tiny_align.runtime import Assistant, Decoding, cuda_memory
 from tiny_align.runtime import trt as trt_module
 from tiny_align.runtime.audio import read_audio
-from tiny_align.runtime.backend import BEST_LOGITS, Chain, load_decoder, load_runner
+from tiny_align.runtime.backend import TOPK_LOGITS, Chain, load_decoder, load_runner
 from tiny_align.runtime.bundle import Bundle, write_manifest
 from tiny_align.runtime.errors import BackendError
 from tiny_align.runtime.llm import Cache, LanguageModel
@@ -63,7 +63,7 @@ def ana(bundle, make_user):
 def ben(bundle, make_user):
     """The projector of a person who has an engine of their own."""
     folder = make_user(bundle, bundle.path / "users/ben", shift=-0.2)
-    build_engines(bundle.person(folder), graphs=["projector"])
+    build_engines(bundle.for_user(folder), graphs=["projector"])
     return bundle.projector("ben")
 
 
@@ -175,7 +175,7 @@ def without_best(folder: Path) -> Bundle:
     onnx, bundle = pytest.importorskip("onnx"), Bundle.open(folder)
     spec = bundle.manifest.graphs["llm"]
     model = onnx.load(str(bundle.graph("llm")), load_external_data=False)
-    model.graph.node.remove(next(node for node in model.graph.node if node.output[0] == BEST_LOGITS))
+    model.graph.node.remove(next(node for node in model.graph.node if node.output[0] == TOPK_LOGITS))
     for value in [v for v in model.graph.output if v.name.startswith("best_")]:
         model.graph.output.remove(value)
     onnx.save(model, str(bundle.graph("llm")))
@@ -205,7 +205,7 @@ def test_in_a_chain_the_features_never_leave_the_device(runners, machine, rows):
     got = Chain(encoder, projector)(FRAMES, rows)
     np.testing.assert_array_equal(got["soft_tokens"], want)
     copied = {way: sizes[before[way] :] for way, sizes in machine.copied.items()}
-    assert copied == {cuda.TO_DEVICE: [FRAMES["input_features"].nbytes], cuda.TO_HOST: [want.nbytes]}
+    assert copied == {cuda_memory.TO_DEVICE: [FRAMES["input_features"].nbytes], cuda_memory.TO_HOST: [want.nbytes]}
     np.testing.assert_array_equal(projector({"features": features})["soft_tokens"], want)  # by itself again
 
 
@@ -251,7 +251,7 @@ def read_in_steps(decoder) -> np.ndarray:
     rng, cache, past, best = np.random.default_rng(0), decoder.open_cache(32), 0, []
     for n in STEPS:
         scores = decoder.read(rng.standard_normal((n, SIZE)).astype(np.float32), cache, past)
-        best.append(np.stack(scores.best(64)))
+        best.append(np.stack(scores.topk(64)))
         past += n
     return np.stack(best)
 
@@ -259,7 +259,7 @@ def read_in_steps(decoder) -> np.ndarray:
 @pytest.fixture(params=["1", "0"], ids=["shared", "copied"])
 def decoder(bundle, request, monkeypatch):
     """The LLM, what crosses at a step shared with the device or copied."""
-    monkeypatch.setenv(cuda.ZERO_COPY, request.param)
+    monkeypatch.setenv(cuda_memory.ZERO_COPY, request.param)
     path, spec = bundle.graph("llm", "tensorrt"), bundle.manifest.graphs["llm"].on("tensorrt")
     with load_decoder(path, spec, "tensorrt", bundle=bundle) as loaded:
         yield loaded
@@ -296,14 +296,14 @@ def spaced_as_the_capacity(patch):
 
 
 def not_synchronised(patch):
-    patch.setattr(trt_module.cuda.Stream, "synchronise", lambda self: None)
+    patch.setattr(trt_module.cuda_memory.Stream, "synchronise", lambda self: None)
 
 
 def run_before_the_upload(patch):
-    patch.setenv(cuda.ZERO_COPY, "0")
-    upload, run = trt_module.cuda.Stream.upload, trt_module._Engine.run
+    patch.setenv(cuda_memory.ZERO_COPY, "0")
+    upload, run = trt_module.cuda_memory.Stream.upload, trt_module._Engine.run
     late = []
-    patch.setattr(trt_module.cuda.Stream, "upload", lambda *given: late.append(given))
+    patch.setattr(trt_module.cuda_memory.Stream, "upload", lambda *given: late.append(given))
     patch.setattr(trt_module._Engine, "run", lambda self, stream: (run(self, stream), upload(*late.pop())))
 
 
@@ -321,8 +321,10 @@ def address_inside_a_buffer(patch):
 
 
 def the_hosts_address(patch):
-    patch.setenv(cuda.ZERO_COPY, "1")
-    patch.setattr(cuda.Mapped, "address", property(lambda self: self.array.ctypes.data, lambda self, _: None), False)
+    patch.setenv(cuda_memory.ZERO_COPY, "1")
+    patch.setattr(
+        cuda_memory.Mapped, "address", property(lambda self: self.array.ctypes.data, lambda self, _: None), False
+    )
 
 
 FAULTS = (
@@ -360,18 +362,18 @@ def test_a_step_brings_a_few_numbers_and_none_where_memory_is_shared(decoder, ma
     before = {way: len(sizes) for way, sizes in machine.copied.items()}
     decoder.read(one, cache, 0)
     copied = {way: sizes[before[way] :] for way, sizes in machine.copied.items()}
-    shared = os.environ[cuda.ZERO_COPY] == "1"
-    assert copied[cuda.TO_DEVICE] == ([] if shared else [one.nbytes])
-    assert copied[cuda.TO_HOST] == ([] if shared else [64 * 4, 64 * 8])
+    shared = os.environ[cuda_memory.ZERO_COPY] == "1"
+    assert copied[cuda_memory.TO_DEVICE] == ([] if shared else [one.nbytes])
+    assert copied[cuda_memory.TO_HOST] == ([] if shared else [64 * 4, 64 * 8])
 
 
 def test_conversations_do_not_disturb_each_others_scores(decoder):
     first, second = decoder.open_cache(8), decoder.open_cache(8)
     rng = np.random.default_rng(0)
     scores = decoder.read(rng.standard_normal((3, SIZE)).astype(np.float32), first, 0)
-    kept = np.stack(scores.best(64))
+    kept = np.stack(scores.topk(64))
     decoder.read(rng.standard_normal((3, SIZE)).astype(np.float32), second, 0)
-    np.testing.assert_array_equal(np.stack(scores.best(64)), kept)
+    np.testing.assert_array_equal(np.stack(scores.topk(64)), kept)
 
 
 @pytest.mark.parametrize("length", [0, 5, 9, 12])
@@ -383,23 +385,23 @@ def test_what_is_forgotten_is_as_if_it_had_never_been_read(decoder, bundle, leng
     left = min(length, 9)
     got = decoder.read(embeddings[9:], cache, left)
     want = plain.read(np.concatenate([embeddings[:left], embeddings[9:]]), plain.open_cache(16), 0)
-    np.testing.assert_array_equal(got.tokens[:5], want.best(5)[0])
-    np.testing.assert_allclose(got.logits, want.best(64)[1], atol=1e-3)
+    np.testing.assert_array_equal(got.tokens[:5], want.topk(5)[0])
+    np.testing.assert_allclose(got.logits, want.topk(64)[1], atol=1e-3)
 
 
 def test_memory_is_shared_only_with_a_gpu_that_has_none_of_its_own(machine, monkeypatch):
-    monkeypatch.delenv(cuda.ZERO_COPY, raising=False)
-    assert isinstance(cuda.exchange(4, "float32"), cuda.Mapped)
+    monkeypatch.delenv(cuda_memory.ZERO_COPY, raising=False)
+    assert isinstance(cuda_memory.exchange(4, "float32"), cuda_memory.Mapped)
     monkeypatch.setattr(machine, "integrated", False)
-    assert isinstance(cuda.exchange(4, "float32"), cuda.Copied)
+    assert isinstance(cuda_memory.exchange(4, "float32"), cuda_memory.Copied)
     monkeypatch.setattr(machine, "integrated", True)
-    monkeypatch.setenv(cuda.ZERO_COPY, "0")
-    assert isinstance(cuda.exchange(4, "float32"), cuda.Copied)
+    monkeypatch.setenv(cuda_memory.ZERO_COPY, "0")
+    assert isinstance(cuda_memory.exchange(4, "float32"), cuda_memory.Copied)
 
 
 def test_shared_memory_is_given_back(machine):
     gc.collect()
-    before, shared = machine.n_bytes, cuda.Mapped(100, "int64")
+    before, shared = machine.n_bytes, cuda_memory.Mapped(100, "int64")
     assert (machine.n_bytes - before, shared.array.shape) == (800, (100,))
     del shared
     gc.collect()
@@ -443,7 +445,7 @@ def test_no_memory_is_one_sentence_and_leaves_none_behind(bundle, monkeypatch):
 
 
 def test_memory_that_was_freed_is_not_there(machine):
-    buffer, stream = cuda.Buffer(64), cuda.Stream()
+    buffer, stream = cuda_memory.Buffer(64), cuda_memory.Stream()
     address = buffer.address
     del buffer
     gc.collect()
@@ -455,7 +457,7 @@ def test_memory_that_was_freed_is_not_there(machine):
 
 def test_an_array_larger_than_its_buffer_is_not_copied():
     with pytest.raises(BackendError, match="16 bytes do not fit a device buffer of 8"):
-        cuda.Stream().upload(np.zeros(4, np.float32), cuda.Buffer(8))
+        cuda_memory.Stream().upload(np.zeros(4, np.float32), cuda_memory.Buffer(8))
 
 
 # --- what is refused ---
@@ -506,9 +508,9 @@ def test_a_broken_tensorrt_is_named(bundle, monkeypatch, tmp_path):
 
 def test_without_cuda_it_says_where_it_comes_from(monkeypatch, run_python):
     script = (
-        "from tiny_align.runtime import cuda; cuda.LIBRARIES = ('libcudart_nowhere.so',)\n"
-        "try: cuda.Buffer(8)\n"
-        "except cuda.BackendError as error: print(error)"
+        "from tiny_align.runtime import cuda; cuda_memory.LIBRARIES = ('libcudart_nowhere.so',)\n"
+        "try: cuda_memory.Buffer(8)\n"
+        "except cuda_memory.BackendError as error: print(error)"
     )
     assert "none of libcudart_nowhere.so can be loaded. On a Jetson it comes with JetPack" in run_python(script).stdout
 
@@ -656,21 +658,28 @@ def test_another_version_is_told_by_its_number(bundle, monkeypatch):
 
 CUDA = json.loads((Path(__file__).parents[1] / "data/cuda-api.json").read_text())["versions"]
 IN_C = {  # what ctypes passes -> the types that the headers may have there
-    cuda.POINTER: {"void *", "const void *", "cudaStream_t"},
-    cuda.SIZE: {"size_t"},
-    cuda.INT: {"int", "enum cudaMemcpyKind", "enum cudaDeviceAttr"},
-    cuda.FLAGS: {"unsigned int"},
-    ctypes.POINTER(cuda.POINTER): {"void **", "cudaStream_t *"},
-    ctypes.POINTER(cuda.INT): {"int *"},
+    cuda_memory.POINTER: {"void *", "const void *", "cudaStream_t"},
+    cuda_memory.SIZE: {"size_t"},
+    cuda_memory.INT: {"int", "enum cudaMemcpyKind", "enum cudaDeviceAttr"},
+    cuda_memory.FLAGS: {"unsigned int"},
+    ctypes.POINTER(cuda_memory.POINTER): {"void **", "cudaStream_t *"},
+    ctypes.POINTER(cuda_memory.INT): {"int *"},
 }
 
 
 @pytest.mark.parametrize("version", CUDA)
 def test_cuda_is_called_as_its_headers_declare(version):
     declared = CUDA[version]["functions"]
-    for name, arguments in cuda.SIGNATURES.items():
+    for name, arguments in cuda_memory.SIGNATURES.items():
         assert all(c in IN_C[a] for a, c in zip(arguments, declared[name], strict=True)), name
         assert len(parameters(getattr(trt_emulation.Cudart, name))) == len(arguments), name
-    assert set(declared) == {*cuda.SIGNATURES, "cudaGetErrorString"}
-    ours = (cuda.MAPPED, cuda.INTEGRATED, cuda.CAN_MAP_HOST_MEMORY, cuda.TO_DEVICE, cuda.TO_HOST, cuda.ON_DEVICE)
+    assert set(declared) == {*cuda_memory.SIGNATURES, "cudaGetErrorString"}
+    ours = (
+        cuda_memory.MAPPED,
+        cuda_memory.INTEGRATED,
+        cuda_memory.CAN_MAP_HOST_MEMORY,
+        cuda_memory.TO_DEVICE,
+        cuda_memory.TO_HOST,
+        cuda_memory.ON_DEVICE,
+    )
     assert tuple(CUDA[version]["constants"].values()) == ours

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tiny_align.runtime import cuda
+from tiny_align.runtime import cuda_memory
 from tiny_align.runtime.ort import _session
 
 OK, INVALID_VALUE, OUT_OF_MEMORY, ILLEGAL_ADDRESS = 0, 1, 2, 700  # cudaError_t
@@ -39,7 +39,7 @@ class Cudart:
 
     def __init__(self, capacity: int = 1 << 30, integrated: bool = True):
         self.capacity, self.n_mallocs, self.integrated = capacity, 0, integrated
-        self.copied = {cuda.TO_DEVICE: [], cuda.TO_HOST: []}  # bytes of each copy
+        self.copied = {cuda_memory.TO_DEVICE: [], cuda_memory.TO_HOST: []}  # bytes of each copy
         self.live: dict[int, np.ndarray] = {}  # address -> its bytes
         self._kept: list = []  # memory that was freed stays ours, so that no stray address harms the process
         self._queues: dict[int, list] = {}
@@ -55,7 +55,7 @@ class Cudart:
         return INVALID_VALUE if address >= MAPPED_AT else self._free(address)
 
     def cudaHostAlloc(self, address, size: int, flags: int) -> int:
-        return self._allocate(address, size, MAPPED_AT) if flags == cuda.MAPPED else INVALID_VALUE
+        return self._allocate(address, size, MAPPED_AT) if flags == cuda_memory.MAPPED else INVALID_VALUE
 
     def cudaHostGetDevicePointer(self, address, host: int, flags: int) -> int:
         address._obj.value = host + MAPPED_AT
@@ -69,7 +69,7 @@ class Cudart:
         return OK
 
     def cudaDeviceGetAttribute(self, value, which: int, device: int) -> int:
-        known = {cuda.INTEGRATED: self.integrated, cuda.CAN_MAP_HOST_MEMORY: True}
+        known = {cuda_memory.INTEGRATED: self.integrated, cuda_memory.CAN_MAP_HOST_MEMORY: True}
         value._obj.value = known[which]
         return OK if device == 0 else INVALID_VALUE
 
@@ -100,12 +100,12 @@ class Cudart:
         return OK if stream in self._queues else INVALID_VALUE
 
     def cudaMemcpyAsync(self, to: int, origin: int, size: int, kind: int, stream: int) -> int:
-        device = self.memory(to if kind == cuda.TO_DEVICE else origin, size)
-        host = origin if kind == cuda.TO_DEVICE else to
+        device = self.memory(to if kind == cuda_memory.TO_DEVICE else origin, size)
+        host = origin if kind == cuda_memory.TO_DEVICE else to
         if device is None or stream not in self._queues or self.memory(host, 1) is not None:
             return INVALID_VALUE
         self.copied[kind].append(size)
-        if kind == cuda.TO_DEVICE:  # pageable memory is read at once
+        if kind == cuda_memory.TO_DEVICE:  # pageable memory is read at once
             sent = ctypes.string_at(host, size)
             self.enqueue(stream, lambda: device.__setitem__(slice(None), np.frombuffer(sent, np.uint8)))
         else:
@@ -114,7 +114,7 @@ class Cudart:
 
     def cudaMemcpy2DAsync(self, to, to_pitch, origin, pitch, width, height, kind, stream) -> int:
         source, target = self.memory(origin, pitch * height), self.memory(to, to_pitch * height)
-        if source is None or target is None or width > min(pitch, to_pitch) or kind != cuda.ON_DEVICE:
+        if source is None or target is None or width > min(pitch, to_pitch) or kind != cuda_memory.ON_DEVICE:
             return INVALID_VALUE
         rows, places = source.reshape(height, pitch), target.reshape(height, to_pitch)
         self.enqueue(stream, lambda: places.__setitem__((slice(None), slice(width)), rows[:, :width].copy()))
@@ -282,7 +282,7 @@ class IExecutionContext:
             _say(self._engine._logger, f"Neither address nor shape may be missing: {sorted(missing)}")
             return False
         work = functools.partial(self._compute, dict(self._shapes), dict(self._addresses), self._given())
-        cuda.library().enqueue(stream_handle, work)
+        cuda_memory.library().enqueue(stream_handle, work)
         return True
 
     def _given(self) -> dict[str, tuple[int, ...]]:
@@ -298,7 +298,7 @@ class IExecutionContext:
 
     def _array(self, address: int, name: str, shape: tuple) -> np.ndarray:
         dtype = np.dtype(NUMPY[self._engine.get_tensor_dtype(name)])
-        memory = cuda.library().memory(address, int(np.prod(shape)) * dtype.itemsize)
+        memory = cuda_memory.library().memory(address, int(np.prod(shape)) * dtype.itemsize)
         if memory is None:
             raise IllegalAddress
         return memory.view(dtype).reshape(shape)
@@ -366,7 +366,7 @@ def install(monkeypatch, version: str = "10.3.0", capacity: int = 1 << 30) -> Cu
     module.__version__, module.nptype, module.Builder = version, nptype, object
     monkeypatch.setitem(sys.modules, "tensorrt", module)
     cudart = Cudart(capacity)
-    monkeypatch.setattr(cuda, "library", lambda: cudart)
+    monkeypatch.setattr(cuda_memory, "library", lambda: cudart)
     for stage in ("runtime.engines", "engines.builder", "engines.build"):
         monkeypatch.setattr(f"tiny_align.{stage}.gpu_compute_capability", lambda: 87)
     monkeypatch.setattr("tiny_align.engines.process.COMMAND", (sys.executable, "-c", BUILD_ONE))

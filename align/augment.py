@@ -1,13 +1,13 @@
 """A recording made a little differently: said faster or slower, in another room, with a pause, in noise, by telephone.
 
-A person records a hundred sentences; the projector is trained on a few variations of each as well. They are made of
+A person records a hundred sentences; the projector is trained on a few augmentations of each as well. They are made of
 the samples themselves, so that they serve any encoder. Kinds, ranges and odds are our choices.
 """
 
 import numpy as np
 import soxr
 
-from tiny_align.align.silence import hiss, hum, tones
+from tiny_align.align.non_speech import hiss, hum, tones
 
 SPEED = (
     0.88,
@@ -20,7 +20,7 @@ GAIN_DB = (-12.0, 6.0)
 PAUSE_ODDS, PAUSE_S, PAUSE_DB = 0.3, (0.3, 1.0), (-60.0, -25.0)  # level to the speech's
 
 
-def vary(audio: np.ndarray, sample_rate: int, rng: np.random.Generator) -> np.ndarray:
+def augment(audio: np.ndarray, sample_rate: int, rng: np.random.Generator) -> np.ndarray:
     """(S,) float32 -> (S',) float32 in [-1, 1]: the same words."""
     varied = soxr.resample(audio, sample_rate * rng.uniform(*SPEED), sample_rate).astype(np.float64)
     if rng.random() < ECHO_ODDS:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tiny_align.align.silence import KINDS, LEAST_S, MOST_S, nothing_said
+from tiny_align.align.non_speech import KINDS, MAX_S, MIN_S, non_speech
 from tiny_align.runtime.audio import check_audio
 
 RATE = 16_000
@@ -11,13 +11,13 @@ RATE = 16_000
 
 @pytest.mark.parametrize("seed", range(12))
 def test_a_sound_can_be_heard_and_fed(seed):
-    sound = nothing_said(np.random.default_rng(seed), RATE)
+    sound = non_speech(np.random.default_rng(seed), RATE)
     check_audio(sound, RATE)
-    assert LEAST_S * RATE - 1 <= len(sound) <= MOST_S * RATE and sound.dtype == np.float32
+    assert MIN_S * RATE - 1 <= len(sound) <= MAX_S * RATE and sound.dtype == np.float32
 
 
 def test_a_seed_determines_the_sound():
-    one, again, other = (nothing_said(np.random.default_rng(s), RATE) for s in (3, 3, 4))
+    one, again, other = (non_speech(np.random.default_rng(s), RATE) for s in (3, 3, 4))
     assert np.array_equal(one, again) and len(one) != len(other)
 
 

@@ -65,7 +65,7 @@ class _Attention:
         return out.unflatten(2, (self._heads, -1)), None
 
 
-def fused_llm_graph(llm) -> Graph:
+def llm_ort_graph(llm) -> Graph:
     """inputs_embeds (1, tokens, D), length (1,) int32 and the cache -> the last position's logits, and the cache.
 
     `length` counts the positions in use after the call; every "past" and its "present" may be the same memory.

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from tiny_align.align.personalise import SOUNDS, company_of
-from tiny_align.align.replay import read_replay, write_replay
-from tiny_align.align.train import Example
+from tiny_align.align.personalise import SOUNDS, rehearsal_examples
+from tiny_align.align.rehearsal import read_rehearsal, write_rehearsal
+from tiny_align.align.trainer import Example
 from tiny_align.runtime.errors import BundleError
 
 
@@ -15,8 +15,8 @@ def examples():
 
 
 def test_what_was_written_is_read(tmp_path):
-    write_replay(tmp_path / "replay.npz", examples())
-    got = read_replay(tmp_path / "replay.npz")
+    write_rehearsal(tmp_path / "replay.npz", examples())
+    got = read_rehearsal(tmp_path / "replay.npz")
     assert [e.tokens for e in got] == [[3, 1, 3], [], [7]]
     assert [e.token_lengths for e in got] == [[4, 4, 4], [], [4]]
     for ours, theirs in zip(got, examples(), strict=True):
@@ -25,19 +25,19 @@ def test_what_was_written_is_read(tmp_path):
 
 
 def test_a_bundle_without_replay_has_none(tmp_path):
-    assert read_replay(tmp_path / "replay.npz") == []
+    assert read_rehearsal(tmp_path / "replay.npz") == []
 
 
 def test_beside_the_people_and_sounds_that_the_reference_bundle_ships_others_are_made(assistant, tmp_path):
-    company = company_of(assistant, "ctc", tmp_path)
+    company = rehearsal_examples(assistant, "ctc", tmp_path)
     assert sum(not e.tokens for e in company) == 64 + SOUNDS and sum(bool(e.tokens) for e in company) >= 50
-    assert all(e.tokens for e in company_of(assistant, "aligned", tmp_path))
+    assert all(e.tokens for e in rehearsal_examples(assistant, "aligned", tmp_path))
 
 
 def test_without_replay_the_company_is_sounds_without_a_word(assistant, monkeypatch, tmp_path):
     monkeypatch.setattr(type(assistant.bundle), "replay", property(lambda _: tmp_path / "replay.npz"))
-    assert [e.tokens for e in company_of(assistant, "ctc", tmp_path)] == [[]] * SOUNDS
-    assert company_of(assistant, "aligned", tmp_path) == []
+    assert [e.tokens for e in rehearsal_examples(assistant, "ctc", tmp_path)] == [[]] * SOUNDS
+    assert rehearsal_examples(assistant, "aligned", tmp_path) == []
 
 
 DAMAGES = [lambda b: b"", lambda b: b[: len(b) // 2], lambda b: b"garbage", lambda b: bytes(99)]
@@ -46,13 +46,13 @@ DAMAGES = [lambda b: b"", lambda b: b[: len(b) // 2], lambda b: b"garbage", lamb
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_file_is_one_sentence(tmp_path, damage):
     path = tmp_path / "replay.npz"
-    write_replay(path, examples())
+    write_rehearsal(path, examples())
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(BundleError, match=r"replay\.npz is damaged \(.*copy the bundle again"):
-        read_replay(path)
+        read_rehearsal(path)
 
 
 def test_a_file_without_its_tokens_is_one_sentence(tmp_path):
     np.savez(tmp_path / "replay.npz", features=np.zeros((3, 2)))
     with pytest.raises(BundleError, match=r"replay\.npz is damaged \("):
-        read_replay(tmp_path / "replay.npz")
+        read_rehearsal(tmp_path / "replay.npz")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tiny_align.align.vary import PAUSE_S, TELEPHONE_HZ, echo, noise, pause, telephone, vary
+from tiny_align.align.augment import PAUSE_S, TELEPHONE_HZ, augment, echo, noise, pause, telephone
 from tiny_align.runtime.audio import check_audio
 
 RATE = 16_000
@@ -13,7 +13,7 @@ SOUND = (0.5 * np.sin(2 * np.pi * 220 * TIME) * (TIME > 0.5)).astype(np.float32)
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_variation_can_be_heard_and_is_another_sound(seed):
-    varied = vary(SOUND, RATE, np.random.default_rng(seed))
+    varied = augment(SOUND, RATE, np.random.default_rng(seed))
     check_audio(varied, RATE)
     assert varied.dtype == np.float32
     assert 0.8 * len(SOUND) < len(varied) < 1.2 * len(SOUND) + PAUSE_S[1] * RATE
@@ -21,7 +21,7 @@ def test_a_variation_can_be_heard_and_is_another_sound(seed):
 
 
 def test_a_seed_determines_the_variation():
-    one, again, other = (vary(SOUND, RATE, np.random.default_rng(s)) for s in (3, 3, 4))
+    one, again, other = (augment(SOUND, RATE, np.random.default_rng(s)) for s in (3, 3, 4))
     assert np.array_equal(one, again) and len(one) != len(other)
 
 

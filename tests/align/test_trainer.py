@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from tiny_align.align import train
+from tiny_align.align import trainer as trainer_module
 from tiny_align.align.objectives import make
 from tiny_align.align.objectives.paper import cast_places
 from tiny_align.align.projector import BridgeFormer, ProjectorConfig
-from tiny_align.align.train import LAST_RATE, Example, Trainer, TrainOptions, held_out
+from tiny_align.align.trainer import LAST_RATE, Example, Trainer, TrainOptions, held_out
 from tiny_align.runtime.readout import collapse, ctc_scale
 
 CONFIG = ProjectorConfig(
@@ -22,7 +22,7 @@ CONFIG = ProjectorConfig(
 )
 VOCABULARY, FRAMES_PER_TOKEN, LETTERS = 20, 4, 3
 OPTIONS = TrainOptions(
-    "paper", parts=(), steps=60, batch=8, rate=2e-3, warmup=5, weight_decay=0.0, check_every=15, max_seconds=600
+    "paper", trainable=(), steps=60, batch=8, rate=2e-3, warmup=5, weight_decay=0.0, check_every=15, max_seconds=600
 )
 OBJECTIVES = {  # as keywords of TrainOptions
     "ctc": {"objective": "ctc"},
@@ -95,7 +95,7 @@ def interrupted(tmp_path):
 def seconds(monkeypatch):
     """A clock that goes on by a second whenever it is read."""
     ticks = itertools.count()
-    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    monkeypatch.setattr(trainer_module, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
 
 
 def steps_taken(**changes):
@@ -148,7 +148,7 @@ def test_training_learns_which_token_was_said(objective):
 
 @pytest.mark.parametrize(("n", "steps"), [(2, 50), (25, 62), (60, 150), (100, 250), (5000, 250)])
 def test_few_recordings_are_not_gone_through_for_ever(n, steps):
-    assert train.steps_for(n, batch=16) == steps
+    assert trainer_module.steps_for(n, batch=16) == steps
 
 
 def test_training_never_sees_what_is_held_out():
@@ -156,7 +156,7 @@ def test_training_never_sees_what_is_held_out():
     run = Trainer(new_projector(), examples, make(OPTIONS, TABLE), OPTIONS, None, silence)
     held = {id(e) for e in run.held}
     assert 0.5 < len(held) / (400 * OPTIONS.held_out) < 1.5 and held.isdisjoint(id(e) for e in run.used)
-    assert len(run.used) + len(held) == len(examples) and run.company == silence
+    assert len(run.used) + len(held) == len(examples) and run.rehearsal == silence
 
 
 @pytest.mark.parametrize("share", [0.12, 1e-9])
@@ -262,7 +262,7 @@ def test_the_loss_is_judged_as_at_the_end_of_a_flat_start():
 )
 @pytest.mark.parametrize("parts", [("enter",), ()])
 def test_the_shortcut_is_trained_for_somebody_far_only(objective, far, is_far, parts):
-    run = trainer(replace(OPTIONS, objective=objective, parts=parts, far=far, steps=5))
+    run = trainer(replace(OPTIONS, objective=objective, trainable=parts, shortcut_threshold=far, steps=5))
     start = {name: value.clone() for name, value in run.projector.state_dict().items()}
     run.run(quiet=True)
     now = run.projector.state_dict()
@@ -275,15 +275,15 @@ def test_the_shortcut_is_trained_for_somebody_far_only(objective, far, is_far, p
 
 def test_who_is_far_is_told_by_all_recordings(monkeypatch):
     """A few held-out ones may all be heard well."""
-    run = trainer(replace(OPTIONS, objective="ctc", far=0.2))
+    run = trainer(replace(OPTIONS, objective="ctc", shortcut_threshold=0.2))
     share = {id(e): wrong for part, wrong in ((run.held, 0.0), (run.used, 0.3)) for e in part}
     monkeypatch.setattr(Trainer, "_figures", lambda run, _, of: (np.mean([share[id(e)] for e in of]), 0.0))
-    assert run._is_far
+    assert run.needs_shortcut
 
 
 def test_somebody_far_stays_so_with_a_projector_of_their_own():
     """It hears them well; what it learnt of their sounds is in its shortcut all the same, and goes on there."""
-    options = replace(OPTIONS, objective="ctc", far=0.6, steps=200)
+    options = replace(OPTIONS, objective="ctc", shortcut_threshold=0.6, steps=200)
     own = new_projector("ctc")
     own.load_state_dict(trainer(options).run(quiet=True).weights)
     for general, far in ((None, False), (new_projector("ctc"), True)):
@@ -292,7 +292,7 @@ def test_somebody_far_stays_so_with_a_projector_of_their_own():
         run = Trainer(projector, sentences(40), target, replace(options, steps=5), None, general=general)
         run.run(quiet=True)
         moved = not torch.equal(projector.shortcut.patterns.weight, own.shortcut.patterns.weight)
-        assert run._is_far == moved == far
+        assert run.needs_shortcut == moved == far
 
 
 def test_a_shortcut_learns_little_from_small_gradients_and_other_weights_as_much():

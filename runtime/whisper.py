@@ -14,7 +14,7 @@ import numpy as np
 
 from tiny_align.runtime.mel import cut, slaney_filters
 
-LEAST_POWER = 1e-10
+MIN_POWER = 1e-10
 RANGE = 8.0  # below the loudest, in powers of ten
 
 
@@ -43,9 +43,9 @@ class WhisperMel:
 
     def __call__(self, audio: np.ndarray) -> np.ndarray:
         """(S,) float32 in [-1, 1], S <= padded_samples -> (n_rows, n_mels) float32."""
-        log_mel = np.full((self.n_rows, self.n_mels), np.log10(LEAST_POWER))
+        log_mel = np.full((self.n_rows, self.n_mels), np.log10(MIN_POWER))
         heard = self._power(audio)
-        log_mel[: len(heard)] = np.log10(np.maximum(heard, LEAST_POWER))
+        log_mel[: len(heard)] = np.log10(np.maximum(heard, MIN_POWER))
         log_mel = np.maximum(log_mel, log_mel.max() - RANGE)
         return ((log_mel + 4) / 4).astype(np.float32)
 

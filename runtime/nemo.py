@@ -16,7 +16,7 @@ from tiny_align.runtime.mel import cut, slaney_filters
 
 LOG_GUARD = 2.0**-24  # added before the logarithm, as the reference does
 STD_GUARD = 1e-5
-LEAST_LOUD = 25  # frames that count as loud at least
+MIN_LOUD = 25  # frames that count as loud at least
 QUIET_SHARE = 0.05  # of the frames lie below the quiet level
 
 
@@ -59,11 +59,11 @@ class FrontEnd:
         return np.maximum(log_mel, log_mel.max() - self.floor_db * np.log(10) / 10)
 
     def loud(self, log_mel: np.ndarray) -> np.ndarray:
-        """(frames, M) -> (frames,) bool: what is speech rather than silence, the LEAST_LOUD loudest in any case."""
+        """(frames, M) -> (frames,) bool: what is speech rather than silence, the MIN_LOUD loudest in any case."""
         level = np.sort(log_mel.max(axis=1))
         quiet = level[int(QUIET_SHARE * (len(level) - 1))]
         edge = quiet + self.speech_share * (level[-1] - quiet)
-        return log_mel.max(axis=1) >= min(edge, level[-min(LEAST_LOUD, len(level))])
+        return log_mel.max(axis=1) >= min(edge, level[-min(MIN_LOUD, len(level))])
 
     def normalise(self, log_mel: np.ndarray) -> np.ndarray:
         """(frames, M): zero mean and unit variance of every bin over the utterance, or over its loud frames."""

@@ -5,7 +5,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from tiny_align.export.best import N_BEST, pick_best
+from tiny_align.export.topk import TOPK, add_topk
 from tiny_align.runtime.backend import load_runner
 from tiny_align.runtime.bundle import GraphSpec, TensorSpec
 
@@ -29,13 +29,13 @@ def write_graph(tmp_path):
 
 def test_the_best_come_first_and_the_other_outputs_stay(write_graph):
     path, spec = write_graph(1000)
-    picked = pick_best(path, spec)
+    picked = add_topk(path, spec)
     assert [t.name for t in picked.outputs] == ["logits", "best_logits", "best_tokens", "present.0.key"]
     x = np.random.default_rng(0).standard_normal((1, 1, 1000)).astype(np.float32)
     with load_runner(path, picked, "onnxruntime", 1) as runner:
         out = runner({"x": x})
     assert list(out) == [t.name for t in picked.outputs]
-    best = np.argsort(-x, axis=-1)[..., :N_BEST]
+    best = np.argsort(-x, axis=-1)[..., :TOPK]
     np.testing.assert_array_equal(out["best_tokens"], best)
     np.testing.assert_array_equal(out["best_logits"], np.take_along_axis(x, best, -1))
     np.testing.assert_array_equal(out["present.0.key"], x)
@@ -44,9 +44,9 @@ def test_the_best_come_first_and_the_other_outputs_stay(write_graph):
 
 
 def test_of_a_small_vocabulary_every_logit_is_given(write_graph):
-    path, spec = write_graph(N_BEST)
+    path, spec = write_graph(TOPK)
     before = path.read_bytes()
-    assert pick_best(path, spec) == spec and path.read_bytes() == before
+    assert add_topk(path, spec) == spec and path.read_bytes() == before
 
 
 def test_the_shipped_llm_picks_them(bundle_path):

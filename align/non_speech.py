@@ -6,7 +6,7 @@ ship; training takes them as utterances without a word. Kinds, ranges and levels
 
 import numpy as np
 
-LEAST_S, MOST_S = 0.6, 3.0
+MIN_S, MAX_S = 0.6, 3.0
 LEVELS_DB = (-50.0, -10.0)  # RMS, dBFS
 NOTES_HZ = 55.0 * 2.0 ** (np.arange(60) / 12)
 
@@ -73,9 +73,9 @@ def gusts(rng: np.random.Generator, n: int, sample_rate: int) -> np.ndarray:
 KINDS = (hiss, hum, tones, sweeps, knocks, gusts)
 
 
-def nothing_said(rng: np.random.Generator, sample_rate: int) -> np.ndarray:
+def non_speech(rng: np.random.Generator, sample_rate: int) -> np.ndarray:
     """(S,) float32 in [-1, 1]: one such sound, or two together."""
-    n = int(rng.uniform(LEAST_S, MOST_S) * sample_rate)
+    n = int(rng.uniform(MIN_S, MAX_S) * sample_rate)
     sound = sum(_unit(kind(rng, n, sample_rate)) for kind in rng.choice(KINDS, rng.integers(1, 3)))
     level = 10 ** (rng.uniform(*LEVELS_DB) / 20)
     return np.clip(_unit(sound) * level, -1, 1).astype(np.float32)

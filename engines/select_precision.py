@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from tiny_align.engines import calibrate, halves
+from tiny_align.engines import calibrate, fp16
 from tiny_align.engines.ladder import AUTO, OWN, Choice, Ladder
-from tiny_align.engines.plain import PlainDecoder
+from tiny_align.engines.plain_decoder import PlainDecoder
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.audio import read_audio
 from tiny_align.runtime.bundle import Bundle
@@ -19,7 +19,7 @@ from tiny_align.runtime.files import link_file, written_file
 from tiny_align.runtime.llm import Cache, Decoding, LanguageModel
 from tiny_align.runtime.ort import OrtRunner
 
-MOST_ANSWERS, MOST_TOKENS = 8, 16  # of an LLM: recordings, and tokens of each answer
+MAX_ANSWERS, MAX_TOKENS = 8, 16  # of an LLM: recordings, and tokens of each answer
 
 
 def climb(bundle: Bundle, name: str, ladder: Ladder, folder: Path) -> Choice:
@@ -30,11 +30,11 @@ def climb(bundle: Bundle, name: str, ladder: Ladder, folder: Path) -> Choice:
     judge = JUDGES[name](graph, audios)
     for precision, bound in rungs.items():
         model = judge.model(precision)
-        twin = graph.write(halves.twin(model), f"{name}.twin.onnx")
+        twin = graph.write(fp16.twin(model), f"{name}.twin.onnx")
         accuracy[precision] = {"cosine": judge.cosine(twin), "bound": bound}
         twin.unlink()
         if accuracy[precision]["cosine"] >= bound:
-            made = graph.write(halves.half(model, graph.values), f"{name}.{precision}.onnx")
+            made = graph.write(fp16.half(model, graph.values), f"{name}.{precision}.onnx")
             return Choice(made, precision if own in (precision, OWN) else f"{own}/{precision}", accuracy)
     if ladder.precision != AUTO:
         raise BackendError(_beyond(name, accuracy))
@@ -110,10 +110,10 @@ class Logits:
     def __init__(self, graph: Graph, audios: list[np.ndarray]):
         self._graph = graph
         with Assistant.load(graph.bundle) as assistant:
-            spoken = [assistant.soft_tokens(assistant.features(audio)) for audio in audios[:MOST_ANSWERS]]
+            spoken = [assistant.soft_tokens(assistant.features(audio)) for audio in audios[:MAX_ANSWERS]]
             self._prompts = [assistant.llm.assemble(soft_tokens) for soft_tokens in spoken]
             self._answers = [
-                list(assistant.llm.generate(prompt, Decoding(max_tokens=MOST_TOKENS))) for prompt in self._prompts
+                list(assistant.llm.generate(prompt, Decoding(max_tokens=MAX_TOKENS))) for prompt in self._prompts
             ]
         self._exact = self._logits(graph.path)
 

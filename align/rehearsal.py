@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from tiny_align.align.feature_cache import array_of
-from tiny_align.align.train import Example
+from tiny_align.align.trainer import Example
 from tiny_align.runtime.errors import BundleError
 from tiny_align.runtime.files import NO_ARRAY
 
 
-def write_replay(path: Path, examples: list[Example]) -> None:
+def write_rehearsal(path: Path, examples: list[Example]) -> None:
     """Features as float16, tokens (places in the bundle's speech vocabulary) and their lengths, of each recording."""
     features = [array_of(e.features) for e in examples]
     np.savez_compressed(
@@ -28,8 +28,8 @@ def write_replay(path: Path, examples: list[Example]) -> None:
     )
 
 
-def read_replay(path: Path) -> list[Example]:
-    """The examples of `write_replay`; none where a bundle has no such file.
+def read_rehearsal(path: Path) -> list[Example]:
+    """The examples of `write_rehearsal`; none where a bundle has no such file.
 
     Raises:
         BundleError: it is damaged.

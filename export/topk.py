@@ -9,20 +9,20 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto, helper
 
-from tiny_align.runtime.backend import BEST_LOGITS, BEST_TOKENS
+from tiny_align.runtime.backend import TOPK_LOGITS, TOPK_TOKENS
 from tiny_align.runtime.bundle import GraphSpec, TensorSpec
 
-N_BEST = 64  # the most that a token may be drawn from; TensorRT 10.1 picks up to 3,840
+TOPK = 64  # the most that a token may be drawn from; TensorRT 10.1 picks up to 3,840
 
 
-def pick_best(path: Path, spec: GraphSpec) -> GraphSpec:
+def add_topk(path: Path, spec: GraphSpec) -> GraphSpec:
     """Rewrite a graph with `logits` (1, 1, V) to give the best of them as well; a small vocabulary stays as it is."""
     logits, *others = spec.outputs
-    if logits.shape[-1] <= N_BEST:
+    if logits.shape[-1] <= TOPK:
         return spec
-    best = (TensorSpec(BEST_LOGITS, "float32", (1, 1, N_BEST)), TensorSpec(BEST_TOKENS, "int64", (1, 1, N_BEST)))
+    best = (TensorSpec(TOPK_LOGITS, "float32", (1, 1, TOPK)), TensorSpec(TOPK_TOKENS, "int64", (1, 1, TOPK)))
     model = onnx.load(str(path), load_external_data=False)
-    graph, number = model.graph, helper.make_tensor("best.number", TensorProto.INT64, [1], [N_BEST])
+    graph, number = model.graph, helper.make_tensor("best.number", TensorProto.INT64, [1], [TOPK])
     graph.initializer.append(number)
     names = [tensor.name for tensor in best]
     graph.node.append(helper.make_node("TopK", [logits.name, number.name], names, axis=-1, largest=1, sorted=1))

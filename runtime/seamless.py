@@ -11,9 +11,9 @@ import numpy as np
 from tiny_align.runtime.mel import cut, kaldi_filters
 
 WINDOW_SAMPLES, HOP_SAMPLES, N_FFT = 400, 160, 512  # fixed in the reference, at any rate
-LEAST_HZ = 20.0
+MIN_HZ = 20.0
 PREEMPHASIS = 0.97
-LEAST_POWER = 1.192092955078125e-07
+MIN_POWER = 1.192092955078125e-07
 VARIANCE_GUARD = 1e-7
 FULL_SCALE = 2**15  # Kaldi's samples are 16-bit integers
 
@@ -49,5 +49,5 @@ class FilterBank:
         before = np.concatenate([frames[:, :1], frames[:, :-1]], axis=1)
         window = np.hanning(WINDOW_SAMPLES) ** 0.85  # Povey's
         power = np.abs(np.fft.rfft((frames - PREEMPHASIS * before) * window, N_FFT, axis=-1)) ** 2
-        mel = power @ kaldi_filters(self.sample_rate, N_FFT, self.n_mels, LEAST_HZ)
-        return np.log(np.maximum(mel, LEAST_POWER)).astype(np.float32)
+        mel = power @ kaldi_filters(self.sample_rate, N_FFT, self.n_mels, MIN_HZ)
+        return np.log(np.maximum(mel, MIN_POWER)).astype(np.float32)

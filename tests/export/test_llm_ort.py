@@ -8,7 +8,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from tiny_align.export.fused import fused_llm_graph
+from tiny_align.export.llm_ort import llm_ort_graph
 from tiny_align.export.llms import load_llm
 from tiny_align.export.packing import pack_products, share_weights
 from tiny_align.runtime.backend import load_decoder
@@ -105,7 +105,7 @@ def test_a_bundle_stores_the_llms_weights_once(tiny_llm, tmp_path, precision):
 
 def test_conversations_do_not_disturb_each_other(tiny_llm, tmp_path):
     llm, _ = load_llm(str(tiny_llm))
-    spec = fused_llm_graph(llm).save(tmp_path / "llm.onnx")
+    spec = llm_ort_graph(llm).save(tmp_path / "llm.onnx")
     rows = np.random.default_rng(0).standard_normal((2, 9, llm.config.hidden_size)).astype(np.float32)
     with load_decoder(tmp_path / "llm.onnx", spec, "onnxruntime", 1) as decoder, torch.no_grad():
         caches = [decoder.open_cache(16) for _ in rows]
@@ -118,7 +118,7 @@ def test_conversations_do_not_disturb_each_other(tiny_llm, tmp_path):
 
 def test_going_back_in_a_cache_reads_over_what_was_there(tiny_llm, tmp_path):
     llm, _ = load_llm(str(tiny_llm))
-    spec = fused_llm_graph(llm).save(tmp_path / "llm.onnx")
+    spec = llm_ort_graph(llm).save(tmp_path / "llm.onnx")
     rows = np.random.default_rng(0).standard_normal((12, llm.config.hidden_size)).astype(np.float32)
     with load_decoder(tmp_path / "llm.onnx", spec, "onnxruntime", 1) as decoder:
         cache, fresh = decoder.open_cache(16), decoder.open_cache(16)
@@ -132,4 +132,4 @@ def test_heads_that_onnx_runtime_does_not_take_are_refused(tiny_llm):
     llm, _ = load_llm(str(tiny_llm))
     llm.config.head_dim = 12
     with pytest.raises(TinyAlignError, match=r"heads have the size 12: .* multiples of 8"):
-        fused_llm_graph(llm)
+        llm_ort_graph(llm)

@@ -32,7 +32,7 @@ SHORTCUT = "shortcut"  # the projector's part for somebody far
 STATE = 5  # the form of an interrupted training on disk: one of another form is not gone on with
 LAST_RATE = 0.05  # share of the rate that is left at the end
 ETA = 3  # of the mean of the weights: step t counts as t(t + 1)(t + 2), so that it is mostly the last quarter
-LEAST_JUDGES = 4  # held-out recordings
+MIN_JUDGES = 4  # held-out recordings
 JUDGED = 64  # held-out recordings that are looked at together
 JUDGEMENT = ("held_out", "held_out_loss")  # of the weights, in the curve: where the first is equal, the second decides
 
@@ -45,21 +45,25 @@ class TrainOptions:
 
     objective: str = "ctc"  # one of align.objectives.FRAMED and POOLED
     flat_start: int = 0  # steps with targets cast blindly, before "ctc" and "aligned" find the places themselves
-    parts: tuple[str, ...] = ("enter",)  # of the projector, that are trained beside the shortcut; (): all
-    far: float | None = 0.2  # share of tokens wrong by the general projector above which the shortcut is trained too
+    trainable: tuple[str, ...] = ("enter",)  # of the projector, that are trained beside the shortcut; (): all
+    shortcut_threshold: float | None = (
+        0.2  # share of tokens wrong by the general projector above which the shortcut is trained too
+    )
     steps: int | None = None  # None: as many as suit the number of utterances (`steps_for`)
     batch: int = 16
-    company: int = 12  # utterances of other people and of nobody that are gone over in every step, beside the batch
+    n_rehearsal: int = 12  # utterances of other people and of nobody that are gone over in every step, beside the batch
     rate: float = 1e-3
-    far_rate: float = 2e-3  # where the shortcut is trained
-    far_epsilon: float = 1e-3  # of Adam, for the shortcut: small gradients hardly change it, many weights though it has
+    shortcut_rate: float = 2e-3  # where the shortcut is trained
+    shortcut_epsilon: float = (
+        1e-3  # of Adam, for the shortcut: small gradients hardly change it, many weights though it has
+    )
     warmup: int = 20
     weight_decay: float = 1.0  # towards the weights the training began with
     seed: int = 0
     held_out: float = 0.12  # share of the utterances that judges the training
     check_every: int = 50  # steps
     max_seconds: float | None = None  # ends a training early, its rate fallen by then; None: all steps, however long
-    hide: float = 0.2  # share of feature frames hidden in training
+    frame_dropout: float = 0.2  # share of feature frames hidden in training
 
 
 @dataclass(frozen=True)
@@ -69,17 +73,17 @@ class Example:
     features: np.ndarray | Stored  # (N, Da) float32
     tokens: list[int]  # places in the speech vocabulary, which are rows of the objective's table
     token_lengths: list[int]  # letters
-    variations: tuple[np.ndarray | Stored, ...] = ()  # features of the recording made a little differently
+    augmentations: tuple[np.ndarray | Stored, ...] = ()  # features of the recording made a little differently
     answers: tuple[tuple[int, ...], ...] = ()  # token ids, the end's included, for each prompt of "end-to-end"
 
     def take(self, rng: np.random.Generator | None) -> Tensor:
-        """(N, Da): the recording itself or, with `rng`, one of its variations too."""
-        takes = (self.features, *self.variations)
+        """(N, Da): the recording itself or, with `rng`, one of its augmentations too."""
+        takes = (self.features, *self.augmentations)
         return torch.from_numpy(array_of(takes[rng.integers(len(takes)) if rng else 0]))
 
     def takes(self) -> list["Example"]:
-        """The recording and each variation as an example of its own."""
-        return [replace(self, features=features, variations=()) for features in (self.features, *self.variations)]
+        """The recording and each augmentation as an example of its own."""
+        return [replace(self, features=features, augmentations=()) for features in (self.features, *self.augmentations)]
 
 
 @dataclass
@@ -106,13 +110,13 @@ class Trainer:
         objective,
         options: TrainOptions,
         work: Path | None,
-        company: list[Example] = (),
+        rehearsal: list[Example] = (),
         windows: WindowSpec | None = None,
         general=None,
         validation: list[Example] = (),
     ):
         """Args:
-        company: other people's utterances, and sounds without a word; `options.company` of them in every step.
+        rehearsal: other people's utterances, and sounds without a word; `options.n_rehearsal` of them in every step.
         windows: the bundle's, how the features are cut.
         general: the projector that tells who is far; None: the one that is to be trained.
         validation: what judges the training; none: some of the examples are held out of it.
@@ -121,11 +125,11 @@ class Trainer:
         self.projector, self.objective, self.options, self.work = projector, objective, options, work
         self.held, self.used = (validation, examples) if validation else held_out(examples, options.held_out)
         self.judges = [take for e in self.held or self.used for take in e.takes()]
-        self.n_utterances, self.company = len(examples), list(company)
+        self.n_utterances, self.rehearsal = len(examples), list(rehearsal)
         self.steps = options.steps or steps_for(len(examples), options.batch)
         self.start, self.mean = copy.deepcopy(projector).eval(), copy.deepcopy(projector).eval()
         self.general = self.start if general is None else general.eval()
-        examples = self.held + self.used + self.company
+        examples = self.held + self.used + self.rehearsal
         self.fingerprint = _fingerprint((self.start, self.general), examples, objective.table, options)
         self.fingerprint += f" {len(self.held)}"  # the same examples, judged by others, are another training
         self.optimisers = _optimisers(projector, options)
@@ -158,19 +162,19 @@ class Trainer:
         return Trained(_weights(self.mean if improved or untrained else self.start), record)
 
     @cached_property
-    def _is_far(self) -> bool:
+    def needs_shortcut(self) -> bool:
         """Whether the general projector hears much wrongly; of a mere loss, nobody knows what is much.
 
         All recordings tell, held out or not, as it was trained on none of them.
         """
-        told = self.options.far is not None and hasattr(self.objective, "held_out")
-        return told and self._figures(self.general, self.held + self.used)[0] > self.options.far
+        told = self.options.shortcut_threshold is not None and hasattr(self.objective, "held_out")
+        return told and self._figures(self.general, self.held + self.used)[0] > self.options.shortcut_threshold
 
     def _choose_parts(self) -> None:
         """Where a voice comes in; for somebody far, of whom that is not all, patterns of their sounds too."""
         for name, parameter in self.projector.named_parameters():
-            chosen = not self.options.parts or name.startswith(self.options.parts)
-            parameter.requires_grad_(self._is_far if name.startswith(SHORTCUT) else chosen)
+            chosen = not self.options.trainable or name.startswith(self.options.trainable)
+            parameter.requires_grad_(self.needs_shortcut if name.startswith(SHORTCUT) else chosen)
 
     def _finished(self) -> bool:
         return self.step >= self.steps or self._time_is_up()
@@ -184,7 +188,7 @@ class Trainer:
         done = self.step / self.steps
         if self.options.max_seconds is not None:
             done = max(done, min(1.0, 2 * self.spent_s / self.options.max_seconds - 1))  # below 0 for the first half
-        rate = self.options.far_rate if self._is_far else self.options.rate
+        rate = self.options.shortcut_rate if self.needs_shortcut else self.options.rate
         return rate * warm * (LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + np.cos(np.pi * done)))
 
     def _train_step(self) -> float:
@@ -207,8 +211,8 @@ class Trainer:
 
     def _chosen(self, rng: np.random.Generator) -> list[Example]:
         own = [self.used[i] for i in rng.integers(len(self.used), size=min(self.options.batch, len(self.used)))]
-        beside = min(self.options.company, len(self.company))
-        return own + [self.company[i] for i in rng.integers(len(self.company) or 1, size=beside)]
+        beside = min(self.options.n_rehearsal, len(self.rehearsal))
+        return own + [self.rehearsal[i] for i in rng.integers(len(self.rehearsal) or 1, size=beside)]
 
     def _loss(self, examples: list[Example], rng: np.random.Generator) -> Tensor:
         return self.objective(*self._outputs(self.projector, examples, rng), examples, self.step)
@@ -217,7 +221,9 @@ class Trainer:
         """What a projector gives, and its lengths; with `rng`, of a take with a share of its frames hidden."""
         takes = [e.take(rng) for e in examples]
         if rng:
-            takes = [take * torch.from_numpy(rng.random((len(take), 1)) >= self.options.hide) for take in takes]
+            takes = [
+                take * torch.from_numpy(rng.random((len(take), 1)) >= self.options.frame_dropout) for take in takes
+            ]
         device = next(projector.parameters()).device
         return project(projector, [take.to(device) for take in takes], self.windows)
 
@@ -284,9 +290,11 @@ def _optimisers(projector, options: TrainOptions) -> list[torch.optim.Optimizer]
     rest, shortcut, matrices = [], [], []
     for name, parameter in projector.named_parameters():
         inner = parameter.ndim > 1 and parameter is not projector.leave[-1].weight
-        kind = shortcut if name.startswith(SHORTCUT) else matrices if inner and not options.parts else rest
+        kind = shortcut if name.startswith(SHORTCUT) else matrices if inner and not options.trainable else rest
         kind.append(parameter)
-    adam = torch.optim.AdamW([{"params": rest}, {"params": shortcut, "eps": options.far_epsilon}], weight_decay=0.0)
+    adam = torch.optim.AdamW(
+        [{"params": rest}, {"params": shortcut, "eps": options.shortcut_epsilon}], weight_decay=0.0
+    )
     return [adam, Muon(matrices)] if matrices else [adam]
 
 
@@ -296,12 +304,12 @@ def steps_for(n_utterances: int, batch: int) -> int:
 
 
 def held_out(examples: list[Example], share: float) -> tuple[list[Example], list[Example]]:
-    """(held out, used): of few, one in five up to LEAST_JUDGES at least, as one or two cannot judge a training.
+    """(held out, used): of few, one in five up to MIN_JUDGES at least, as one or two cannot judge a training.
 
     Which is which is drawn from the recording alone, so that what was trained on stays so when others are added
     (to twenty or more; of fewer some may become judges).
     """
-    least = min(LEAST_JUDGES, len(examples) // 5)
+    least = min(MIN_JUDGES, len(examples) // 5)
     if not least:
         return [], list(examples)
     lots = [zlib.crc32(_identity(e.features)) / 2**32 for e in examples]
@@ -340,7 +348,7 @@ def _fingerprint(projectors: tuple, examples: list[Example], table: Tensor, opti
     for value in (value for projector in projectors for value in projector.state_dict().values()):
         digest.update(value.detach().cpu().numpy().tobytes())
     for example in examples:
-        for take in (example.features, *example.variations):
+        for take in (example.features, *example.augmentations):
             digest.update(_identity(take))
         digest.update(repr((example.tokens, example.token_lengths, example.answers)).encode())
     return digest.hexdigest()
