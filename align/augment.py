@@ -55,7 +55,9 @@ def pause(audio: np.ndarray, sample_rate: int, rng: np.random.Generator) -> np.n
     return np.concatenate([audio[:at], silence, audio[at:]])
 
 
-def noise(audio: np.ndarray, sample_rate: int, snr_db: float, rng: np.random.Generator) -> np.ndarray:
+def noise(
+    audio: np.ndarray, sample_rate: int, snr_db: float, rng: np.random.Generator
+) -> np.ndarray:
     """Hiss, hum or tones, `snr_db` below the audio; (S,)."""
     sound = rng.choice((hiss, hiss, hum, tones))(rng, len(audio), sample_rate)
     return sound * np.sqrt(np.mean(audio**2) / np.mean(sound**2).clip(1e-12)) * 10 ** (-snr_db / 20)

@@ -18,17 +18,29 @@ from tiny_align.align.tables import read_text
 from tiny_align.runtime.errors import DataError
 
 _TIER = re.compile(r"\*([^:\s]+):\s*(.*)")
-_BULLET = re.compile(r'\x15-?(?:%\w+:"[^"]*"_)?(\d+)_(\d+)-?\x15')  # start_end in ms between NAKs; the older form too
-_LINKER = re.compile(r'\+["/.,!?^<+~≈≋]+')  # +... +/. +"/. and their like, and what opens an utterance: +< +" ++
+_BULLET = re.compile(
+    r'\x15-?(?:%\w+:"[^"]*"_)?(\d+)_(\d+)-?\x15'
+)  # start_end in ms between NAKs; the older form too
+_LINKER = re.compile(
+    r'\+["/.,!?^<+~≈≋]+'
+)  # +... +/. +"/. and their like, and what opens an utterance: +< +" ++
 _OVERLAP = re.compile(r"[⌈⌉⌊⌋]\d?")  # with the number of the overlap, where there are several
-_STUTTER = re.compile(r"↫[^↫\s]*↫")  # a part of a word said several times before the whole: ↫b-b↫ball
+_STUTTER = re.compile(
+    r"↫[^↫\s]*↫"
+)  # a part of a word said several times before the whole: ↫b-b↫ball
 _TOKEN = re.compile(r"\[[^\]]*\]|[<>]|[^\s\[\]<>]+")
 _REPEATED = re.compile(r"\[x\s?(\d{1,2})\]")  # how often what it follows was said
-_REPLACEMENT = re.compile(r"\[:\s+(.+)\]")  # of a word that is none; [:: ...] is what a real word should have been
-_NOT_SAID = re.compile(r"[&#].*|0(?!\.?\d).*|\([\d.:]+\)|[.∙]?h{2,}")  # &-um &=laughs #, 0omitted, (.) (1.5), ∙hh
+_REPLACEMENT = re.compile(
+    r"\[:\s+(.+)\]"
+)  # of a word that is none; [:: ...] is what a real word should have been
+_NOT_SAID = re.compile(
+    r"[&#].*|0(?!\.?\d).*|\([\d.:]+\)|[.∙]?h{2,}"
+)  # &-um &=laughs #, 0omitted, (.) (1.5), ∙hh
 _JOINERS = str.maketrans("_+", "  ")  # ice+cream, Mary_Poppins
 _FORM = re.compile(r"(?<=.)[@$].*")  # b@l, hola@s:spa, dog$n: what kind of word it is
-_MARKS = str.maketrans("", "", '():^ˈˌː„‡⁇⁎⁑§∙‹›〔〕“”"\u0332\u0305\u0331')  # restored letters, lengthening, voices
+_MARKS = str.maketrans(
+    "", "", '():^ˈˌː„‡⁇⁎⁑§∙‹›〔〕“”"\u0332\u0305\u0331'
+)  # restored letters, lengthening, voices
 _YAWN_OR_ASPIRATION = str.maketrans("", "", "ΫἩ")  # letters in Greek only
 _GREEK = re.compile(r"[\u0370-\u03ff\u1f00-\u1fff]")
 _HEARD = re.compile(r"\w|^[.,?!;]+$")  # a word, or what ends or divides an utterance
@@ -61,7 +73,9 @@ def read_transcript(file: Path, speaker: str | None, report: DataReport) -> Tran
     Raises:
         DataError: unreadable, no such speaker, or no @Media header.
     """
-    lines = read_text(file).replace("\n\t", " ").split("\n")  # a line that starts with a tab continues the last
+    lines = (
+        read_text(file).replace("\n\t", " ").split("\n")
+    )  # a line that starts with a tab continues the last
     code, media = _code(file, lines, speaker), _media(file, lines)
     return Transcript(media, code, list(_utterances(file, lines, code, report)))
 
@@ -96,10 +110,14 @@ def _header(lines: list[str], name: str) -> list[str]:
 
 def _codes(lines: list[str]) -> list[str]:
     """Every speaker that a header declares or a tier belongs to."""
-    people = [person.split() for line in _header(lines, "Participants") for person in line.split(",")]
+    people = [
+        person.split() for line in _header(lines, "Participants") for person in line.split(",")
+    ]
     fields = [line.split("|") for line in _header(lines, "ID")]  # language|corpus|code|...
     tiers = filter(None, map(_TIER.match, lines))
-    declared = [person[0] for person in people if person] + [field[2] for field in fields if len(field) > 2]
+    declared = [person[0] for person in people if person] + [
+        field[2] for field in fields if len(field) > 2
+    ]
     return list(dict.fromkeys(declared + [tier[1] for tier in tiers]))
 
 
@@ -110,14 +128,18 @@ def _code(file: Path, lines: list[str], speaker: str | None) -> str:
     if speaker is not None and speaker not in codes:
         raise DataError(f"{file}: no speaker {speaker!r}; its speakers are: {there}.")
     if speaker is None and "PAR" not in codes and len(codes) != 1:
-        raise DataError(f"{file}: which speaker? It has no PAR; give the code of one of its speakers: {there}.")
+        raise DataError(
+            f"{file}: which speaker? It has no PAR; give the code of one of its speakers: {there}."
+        )
     return speaker or ("PAR" if "PAR" in codes else codes[0])
 
 
 def _media(file: Path, lines: list[str]) -> str:
     headers = _header(lines, "Media")
     if not headers:
-        raise DataError(f"{file}: no @Media header; add '@Media:\t{file.stem}, audio' to name its recording.")
+        raise DataError(
+            f"{file}: no @Media header; add '@Media:\t{file.stem}, audio' to name its recording."
+        )
     return headers[0].split(",")[0].strip().strip('"')
 
 

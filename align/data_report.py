@@ -44,13 +44,18 @@ class DataReport:
         """Count one utterance and name it in the log; `error` says what is wrong with it, file name first or not."""
         log.warning("left out %s: %s", utterance.audio, error)
         said = error.replace(str(utterance.audio), utterance.audio.name)
-        example = said if said.startswith(utterance.audio.name) else f"{utterance.audio.name}: {said}"
+        example = (
+            said if said.startswith(utterance.audio.name) else f"{utterance.audio.name}: {said}"
+        )
         self.leave_out(_kind(said, utterance.audio.name), example)
 
     @contextlib.contextmanager
     def counting_notes(self) -> Iterator[None]:
         """What reading audio notes in this block is counted here, each note once, instead of being logged."""
-        reading, handler = logging.getLogger("tiny_align.runtime.audio"), logging.Handler(logging.WARNING)
+        reading, handler = (
+            logging.getLogger("tiny_align.runtime.audio"),
+            logging.Handler(logging.WARNING),
+        )
         handler.emit = lambda record: self._note(record.getMessage())
         reading.addHandler(handler)
         propagated, reading.propagate = reading.propagate, False
@@ -74,19 +79,30 @@ class DataReport:
         return utterances[:n]
 
     def document(self) -> dict:
-        reasons = [{"reason": why, "count": r.count, "example": r.example} for why, r in self.reasons.items()]
-        notes = [{"note": what, "count": r.count, "example": r.example} for what, r in self.notes.items()]
+        reasons = [
+            {"reason": why, "count": r.count, "example": r.example}
+            for why, r in self.reasons.items()
+        ]
+        notes = [
+            {"note": what, "count": r.count, "example": r.example} for what, r in self.notes.items()
+        ]
         return {**self.used, "left_out": self.left_out, "reasons": reasons, "notes": notes}
 
     def __str__(self) -> str:
         used = ", ".join(f"{count} {split}" for split, count in self.used.items())
         noted = ", ".join(f"{what} ({r.count}, e.g. {r.example})" for what, r in self.notes.items())
-        parts = [f"data: {used} used" if used else "", self.explained(), f"used, though: {noted}" if noted else ""]
+        parts = [
+            f"data: {used} used" if used else "",
+            self.explained(),
+            f"used, though: {noted}" if noted else "",
+        ]
         return "; ".join(filter(None, parts))
 
     def explained(self) -> str:
         """'left out 3: nothing was heard (2, e.g. ...); unintelligible (1, e.g. ...)', or nothing."""
-        reasons = [f"{why} ({r.count}, e.g. {r.example.rstrip('.')})" for why, r in self.reasons.items()]
+        reasons = [
+            f"{why} ({r.count}, e.g. {r.example.rstrip('.')})" for why, r in self.reasons.items()
+        ]
         return f"left out {self.left_out}: {'; '.join(reasons)}" if reasons else ""
 
 
@@ -101,7 +117,9 @@ def each_usable(utterances: Iterable, use: Callable, report: DataReport) -> Iter
         except OSError as error:
             if error.filename != str(utterance.audio):
                 raise
-            report.leave_out_utterance(utterance, f"{utterance.audio}: cannot be read ({error.strerror})")
+            report.leave_out_utterance(
+                utterance, f"{utterance.audio}: cannot be read ({error.strerror})"
+            )
         else:
             yield utterance, result
 

@@ -35,7 +35,14 @@ FORMS = (
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.json")
 TABLE_SUFFIXES = (*CSV_SUFFIXES, *JSON_SUFFIXES)  # NeMo calls its JSON lines .json
 MEDIA_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
-AUDIO_COLUMNS = ("file_name", "audio_filepath", "audio_path", "path", "audio", "file")  # the first one present is taken
+AUDIO_COLUMNS = (
+    "file_name",
+    "audio_filepath",
+    "audio_path",
+    "path",
+    "audio",
+    "file",
+)  # the first one present is taken
 TEXT_COLUMNS = ("transcription", "text", "sentence", "transcript")
 TIMED_COLUMN = "audio_filepath"  # a manifest's: offset and duration choose a part of the file
 CLIPS = "clips"  # Common Voice's folder, which its tables leave out
@@ -66,7 +73,9 @@ class Utterance:
         return read_segment(self.audio, sample_rate, self.start_s or 0.0, self.end_s)
 
 
-def load_dataset(path: Path | str, speaker: str | None = None, report: DataReport | None = None) -> list[Utterance]:
+def load_dataset(
+    path: Path | str, speaker: str | None = None, report: DataReport | None = None
+) -> list[Utterance]:
     """The utterances of a data set, in the order of its files.
 
     Args:
@@ -86,7 +95,9 @@ def load_dataset(path: Path | str, speaker: str | None = None, report: DataRepor
         ) from error
     if not utterances:
         explained = counted.explained() or "it holds no row"
-        raise DataError(f"{path}: no utterances; expected at least one recording with its text ({explained}).")
+        raise DataError(
+            f"{path}: no utterances; expected at least one recording with its text ({explained})."
+        )
     if report is None and counted.left_out:
         log.warning("%s: %s", path, counted.explained())
     return utterances
@@ -100,7 +111,9 @@ def split_of(utterances: Iterable[Utterance], name: str) -> list[Utterance]:
     if not chosen:
         counts = Counter(utterance.split for utterance in utterances)
         there = ", ".join(f"{split} ({count})" for split, count in sorted(counts.items())) or "none"
-        raise DataError(f"no utterances in split {name!r}, expected one of: {there}; set `split` in the data set.")
+        raise DataError(
+            f"no utterances in split {name!r}, expected one of: {there}; set `split` in the data set."
+        )
     return chosen
 
 
@@ -108,7 +121,9 @@ def leave_out_unknown_splits(utterances: Iterable[Utterance], report: DataReport
     """Count what is in no split that a training uses."""
     for utterance in utterances:
         if utterance.split not in SPLITS:
-            report.leave_out(f"of split {utterance.split!r}, none of {', '.join(SPLITS)}", utterance.audio.name)
+            report.leave_out(
+                f"of split {utterance.split!r}, none of {', '.join(SPLITS)}", utterance.audio.name
+            )
 
 
 def _load(path: Path, speaker: str | None, report: DataReport) -> list[Utterance]:
@@ -130,7 +145,11 @@ def _tables(path: Path) -> list[tuple[Path, str | None]]:
     """The tables of a data set, each with the split that its own name or folder gives it."""
     if not path.is_dir():
         named = _known_split(path.stem)  # a training set by itself has its own test set drawn
-        return [(path, None if named == "train" else named)] if path.suffix.lower() in TABLE_SUFFIXES else []
+        return (
+            [(path, None if named == "train" else named)]
+            if path.suffix.lower() in TABLE_SUFFIXES
+            else []
+        )
     if metadata := _one_of_each([path / name for name in METADATA_FILES if (path / name).exists()]):
         return [(metadata[0], None)]
     inside = [file for file in sorted(path.iterdir()) if file.suffix.lower() in TABLE_SUFFIXES]
@@ -138,8 +157,16 @@ def _tables(path: Path) -> list[tuple[Path, str | None]]:
         if others := [file.name for file in inside if file not in named]:
             log.warning("%s: not read, as its name is no split's: %s", path, ", ".join(others))
         return [(file, _known_split(file.stem)) for file in _one_of_each(named)]
-    nested = [file for depth in ("*", "*/*") for name in METADATA_FILES for file in path.glob(f"{depth}/{name}")]
-    return [(file, _split_of_folders(file.relative_to(path).parts[:-1])) for file in _one_of_each(sorted(nested))]
+    nested = [
+        file
+        for depth in ("*", "*/*")
+        for name in METADATA_FILES
+        for file in path.glob(f"{depth}/{name}")
+    ]
+    return [
+        (file, _split_of_folders(file.relative_to(path).parts[:-1]))
+        for file in _one_of_each(sorted(nested))
+    ]
 
 
 def _one_of_each(files: list[Path]) -> list[Path]:
@@ -157,7 +184,9 @@ def _transcripts(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path] if path.suffix.lower() == ".cha" else []
     found = (file for file in path.rglob("*") if file.suffix.lower() == ".cha")
-    return sorted(file for file in found if not file.name.startswith("._"))  # what macOS puts beside a file
+    return sorted(
+        file for file in found if not file.name.startswith("._")
+    )  # what macOS puts beside a file
 
 
 def _unknown(path: Path) -> str:
@@ -173,7 +202,9 @@ def _unknown(path: Path) -> str:
 class _Files:
     """Finds files whose names may be spelt in another Unicode normalisation form than on disk."""
 
-    names: dict[Path, dict[str, str]] = field(default_factory=dict)  # folder -> NFC name -> name on disk
+    names: dict[Path, dict[str, str]] = field(
+        default_factory=dict
+    )  # folder -> NFC name -> name on disk
 
     def find(self, folder: Path, name: str) -> Path | None:
         """The file `name` in `folder`, which may also be written as on Windows; None: there is none."""
@@ -204,17 +235,27 @@ class _Files:
 
 
 def _read_table(file: Path, split: str | None, files: _Files) -> Iterator[Utterance]:
-    rows = [(where, row, _row_text(row, AUDIO_COLUMNS, where)) for where, row in read_rows(file, AUDIO_COLUMNS)]
+    rows = [
+        (where, row, _row_text(row, AUDIO_COLUMNS, where))
+        for where, row in read_rows(file, AUDIO_COLUMNS)
+    ]
     absolute = [os.path.dirname(name) for _, _, name in rows if os.path.isabs(name)]
     base = os.path.dirname(os.path.commonpath(absolute)) if absolute else ""
     for where, row, name in rows:
         if file.suffix.lower() in CSV_SUFFIXES:
-            row |= {column: _number(row[column]) for column in ("offset", "duration") if column in row}
-        audio, text = _audio(row, name, where, file.parent, files), _tidy(_row_text(row, TEXT_COLUMNS, where))
+            row |= {
+                column: _number(row[column]) for column in ("offset", "duration") if column in row
+            }
+        audio, text = (
+            _audio(row, name, where, file.parent, files),
+            _tidy(_row_text(row, TEXT_COLUMNS, where)),
+        )
         start_s, end_s = _times(row, where) if TIMED_COLUMN in row else (None, None)
         speaker = _label(row, ("speaker", "speaker_id"), where)
         folders = PurePath(_below(name.replace("\\", "/"), file.parent, base)).parts[:-1]
-        chosen = _row_split(row, where) or _split_of_folders(folders) or split or _split_of_text(text)
+        chosen = (
+            _row_split(row, where) or _split_of_folders(folders) or split or _split_of_text(text)
+        )
         yield Utterance(audio, text, chosen, start_s, end_s, speaker)
 
 
@@ -222,15 +263,23 @@ def _row_text(row: dict, names: tuple[str, ...], where: str) -> str:
     present = [name for name in names if name in row]
     if not present:
         wanted, there = " or ".join(names), ", ".join(map(str, row)) or "nothing"
-        raise DataError(f"{where}: no text in the field {wanted}; the row has {there}. Add it or remove the row.")
+        raise DataError(
+            f"{where}: no text in the field {wanted}; the row has {there}. Add it or remove the row."
+        )
     name = next((name for name in present if row[name] is not None), present[0])
     value = row[name]
     if not isinstance(value, str):
-        raise DataError(f"{where}: the field {name} holds {described(value)}; expected text, write it in quotes.")
+        raise DataError(
+            f"{where}: the field {name} holds {described(value)}; expected text, write it in quotes."
+        )
     if not value.strip():
-        raise DataError(f"{where}: no text in the field {name}, it is empty; add it or remove the row.")
+        raise DataError(
+            f"{where}: no text in the field {name}, it is empty; add it or remove the row."
+        )
     if not value.isprintable() and re.search("[\ud800-\udfff]", value):
-        raise DataError(f"{where}: the field {name} holds half a character ({value!r}); expected text, correct it.")
+        raise DataError(
+            f"{where}: the field {name} holds half a character ({value!r}); expected text, correct it."
+        )
     return value
 
 
@@ -238,7 +287,9 @@ def _audio(row: dict, name: str, where: str, folder: Path, files: _Files) -> Pat
     found = files.find(folder, name) or files.find(folder / CLIPS, name)
     if found is None:
         column = next(column for column in AUDIO_COLUMNS if column in row)
-        raise DataError(f"{where}: audio file {folder / name} does not exist; put it there or correct {column}.")
+        raise DataError(
+            f"{where}: audio file {folder / name} does not exist; put it there or correct {column}."
+        )
     return found
 
 
@@ -253,7 +304,9 @@ def _label(row: dict, names: tuple[str, ...], where: str) -> str | None:
         return None
     value = row[name]
     if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise DataError(f"{where}: the field {name} holds {described(value)}; expected text, correct it.")
+        raise DataError(
+            f"{where}: the field {name} holds {described(value)}; expected text, correct it."
+        )
     return str(value).strip() or None
 
 
@@ -261,7 +314,9 @@ def _times(row: dict, where: str) -> tuple[float | None, float | None]:
     """Start and end in seconds from a manifest's offset and duration."""
     offset, duration = (_seconds(row, name, where) for name in ("offset", "duration"))
     if duration == 0:
-        raise DataError(f"{where}: duration is 0; expected seconds above 0, correct it or remove the row.")
+        raise DataError(
+            f"{where}: duration is 0; expected seconds above 0, correct it or remove the row."
+        )
     return offset, None if duration is None else (offset or 0.0) + duration
 
 
@@ -296,7 +351,9 @@ def _row_split(row: dict, where: str) -> str | None:
     if row.get("split") in (None, ""):
         return None
     if not isinstance(row["split"], str):
-        raise DataError(f"{where}: the field split holds {described(row['split'])}; expected {', '.join(SPLITS)}.")
+        raise DataError(
+            f"{where}: the field split holds {described(row['split'])}; expected {', '.join(SPLITS)}."
+        )
     return _known_split(row["split"]) or row["split"].strip() or None
 
 
@@ -318,7 +375,9 @@ def _split_of_text(text: str) -> str:
     return "train" if zlib.crc32(text.casefold().encode(errors="replace")) % TEST_ONE_IN else "test"
 
 
-def _of_speaker(utterances: list[Utterance], speaker: str | None, path: Path, report: DataReport) -> list[Utterance]:
+def _of_speaker(
+    utterances: list[Utterance], speaker: str | None, path: Path, report: DataReport
+) -> list[Utterance]:
     if speaker is None:
         return utterances
     chosen = [utterance for utterance in utterances if utterance.speaker == speaker]
@@ -327,14 +386,19 @@ def _of_speaker(utterances: list[Utterance], speaker: str | None, path: Path, re
         raise DataError(f"{path}: nothing by speaker {speaker!r}; its speakers are: {there}.")
     for utterance in utterances:
         if utterance.speaker != speaker:
-            report.leave_out("by another speaker", f"{utterance.audio.name} by {utterance.speaker or '(none given)'}")
+            report.leave_out(
+                "by another speaker",
+                f"{utterance.audio.name} by {utterance.speaker or '(none given)'}",
+            )
     return chosen
 
 
 # --- CHAT ---
 
 
-def _read_chat(file: Path, path: Path, speaker: str | None, files: _Files, report: DataReport) -> Iterator[Utterance]:
+def _read_chat(
+    file: Path, path: Path, speaker: str | None, files: _Files, report: DataReport
+) -> Iterator[Utterance]:
     transcript = read_transcript(file, speaker, report)
     audio = _media(file, transcript.media, files)
     split = _split_of_folders(file.relative_to(path).parts[:-1]) if path.is_dir() else None
@@ -348,7 +412,9 @@ def _media(file: Path, name: str, files: _Files) -> Path:
     suffixes = ("",) if name.lower().endswith(MEDIA_SUFFIXES) else MEDIA_SUFFIXES
     for folder in (file.parent, file.parent / "media"):
         for suffix in suffixes:
-            found = files.find(folder, f"{name}{suffix}") or files.find(folder, f"{name}{suffix.upper()}")
+            found = files.find(folder, f"{name}{suffix}") or files.find(
+                folder, f"{name}{suffix.upper()}"
+            )
             if found:
                 return found
     raise DataError(

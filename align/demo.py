@@ -25,7 +25,9 @@ def add_arguments(parser) -> None:
     parser.add_argument("--bundle", type=Path, help="another bundle than the shipped one")
     parser.add_argument("--data", type=Path, help="other recordings than the shipped ones")
     parser.add_argument("--user", default="demo", help="the person's name (default: demo)")
-    parser.add_argument("--out", type=Path, default=Path("tiny-align-demo"), help="where users/NAME is written")
+    parser.add_argument(
+        "--out", type=Path, default=Path("tiny-align-demo"), help="where users/NAME is written"
+    )
     add_training_arguments(parser)
 
 
@@ -35,7 +37,9 @@ def run(args) -> dict:
     bundle, data = args.bundle or shipped("bundle"), args.data or shipped("voice")
     report = DataReport()
     utterances, users = load_dataset(data, report=report), args.out / "users"
-    result, before, after = personalise(bundle, utterances, args.user, users, TrainingLimits.of(args), report=report)
+    result, before, after = personalise(
+        bundle, utterances, args.user, users, TrainingLimits.of(args), report=report
+    )
     speed = _stream(bundle, args.user, users, split_of(utterances, "test"), args)
     if not args.json:
         _show(before, after, result | speed)
@@ -54,7 +58,12 @@ def _stream(bundle: Path, user: str, users: Path, utterances: list, args) -> dic
             if not args.json and answers:
                 print(f"\n  you said:  {utterance.text}\n  answer:    ", end="", flush=True)
             events = assistant.stream(audio)
-            answers.append(collect(shown(events, quiet=args.json or not answers), len(audio) / assistant.sample_rate))
+            answers.append(
+                collect(
+                    shown(events, quiet=args.json or not answers),
+                    len(audio) / assistant.sample_rate,
+                )
+            )
     timed = answers[1:] or answers
     return {
         "ttft_ms": round(statistics.median(a.ttft_s for a in timed) * 1000, 2),
@@ -70,6 +79,10 @@ def _show(before, after, result: dict) -> None:
     for name, label in (("rougeL", "ROUGE-L against typed"), ("wer", "word error rate")):
         print(f"{label:24s} {result[f'{name}_before']:8.3f} {result[f'{name}_after']:8.3f}")
     print(f"{'chance ROUGE-L':24s} {'':8s} {result['rougeL_chance']:8.3f}")
-    print(f"trained for {result['train_seconds']:.1f} s ({result['steps']} steps, {result['utterances']} recordings)")
-    print(f"time to first token {result['ttft_ms']:.0f} ms, real-time factor {result['rtf']:.3f}, {result['backend']}")
+    print(
+        f"trained for {result['train_seconds']:.1f} s ({result['steps']} steps, {result['utterances']} recordings)"
+    )
+    print(
+        f"time to first token {result['ttft_ms']:.0f} ms, real-time factor {result['rtf']:.3f}, {result['backend']}"
+    )
     print(f"written to {result['path']}")

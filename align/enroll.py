@@ -25,10 +25,14 @@ def add_arguments(parser) -> None:
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--user", required=True, help="the person's name")
     parser.add_argument("--out", type=Path, help="folder for users/NAME (default: the bundle)")
-    parser.add_argument("--data", type=Path, help="recordings made elsewhere (default: the microphone)")
+    parser.add_argument(
+        "--data", type=Path, help="recordings made elsewhere (default: the microphone)"
+    )
     parser.add_argument("--speaker", help="speaker code, for CHAT transcripts")
     parser.add_argument("--sentences", type=int, default=25, help="how many to read (default: 25)")
-    parser.add_argument("--texts", type=Path, help="sentences to choose from, one per line (default: the bundle's)")
+    parser.add_argument(
+        "--texts", type=Path, help="sentences to choose from, one per line (default: the bundle's)"
+    )
     parser.add_argument("--device", help="microphone, by name or number (default: the system's)")
     parser.add_argument("--list", action="store_true", help="only show the sentences to read")
     add_training_arguments(parser)
@@ -51,7 +55,9 @@ def run(args) -> dict:
     with alone(bundle.user_folder(args.user, users)):  # recordings and curve too
         utterances = _given(args, report) if args.data else _recorded(bundle, users, args)
         good = _check_all(bundle, utterances, show, report)
-        result, _, _ = personalise(args.bundle, good, args.user, users, TrainingLimits.of(args), report=report)
+        result, _, _ = personalise(
+            args.bundle, good, args.user, users, TrainingLimits.of(args), report=report
+        )
         curve = json.loads((Path(result["path"]) / "user.json").read_text())["training"]["curve"]
         path = write_curve(curve, Path(result["path"]) / "curve.png", args.user)
     print(drawn(curve), file=show)
@@ -70,10 +76,14 @@ def sentences(bundle, texts: Path | None, n: int) -> tuple[list[str], float]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise TinyAlignError(f"no sentences to read: {path} ({error}). Give a text file with --texts") from error
+        raise TinyAlignError(
+            f"no sentences to read: {path} ({error}). Give a text file with --texts"
+        ) from error
     candidates = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not candidates:
-        raise TinyAlignError(f"{path} holds no sentence to read: expected one per line. Give another file with --texts")
+        raise TinyAlignError(
+            f"{path} holds no sentence to read: expected one per line. Give another file with --texts"
+        )
     tokenizer = bundle.load_tokenizer()
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
     chosen = choose(candidates, n, encode)
@@ -104,7 +114,12 @@ def _recorded(bundle, users: Path, args) -> list:
     left = [text for text in chosen if text not in before][: args.sentences]
     with Microphone(bundle.manifest.front_end.sample_rate, args.device) as microphone:
         for i, text in enumerate(left, 1):
-            _keep(folder, text, _until_good(microphone, text, f"{i}/{len(left)}"), microphone.sample_rate)
+            _keep(
+                folder,
+                text,
+                _until_good(microphone, text, f"{i}/{len(left)}"),
+                microphone.sample_rate,
+            )
     return load_dataset(folder)
 
 
@@ -164,8 +179,14 @@ def _keep(folder: Path, text: str, audio: np.ndarray, sample_rate: int) -> None:
     """Add one recording to the data set: the sound first, then its line; each whole or not at all."""
     import soundfile
 
-    name = next(name for name in map("{:04d}.flac".format, itertools.count()) if not (folder / name).exists())
-    soundfile.write(sound := io.BytesIO(), np.clip(audio, -1, 1), sample_rate, format="FLAC", subtype="PCM_16")
+    name = next(
+        name
+        for name in map("{:04d}.flac".format, itertools.count())
+        if not (folder / name).exists()
+    )
+    soundfile.write(
+        sound := io.BytesIO(), np.clip(audio, -1, 1), sample_rate, format="FLAC", subtype="PCM_16"
+    )
     with written_file(folder / name) as temporary:
         temporary.write_bytes(sound.getvalue())
     line = json.dumps({"file_name": name, "transcription": text}, ensure_ascii=False)
@@ -211,7 +232,9 @@ def drawn(curve: list[dict], width: int = 60) -> str:
 def write_curve(curve: list[dict], path: Path, user: str) -> Path:
     """The learning curve as a PNG."""
     figure = new_figure(6, 3.5)
-    axes = figure.add_subplot(xlabel="step", ylabel="loss, or share of wrong tokens", title=f"training of {user}")
+    axes = figure.add_subplot(
+        xlabel="step", ylabel="loss, or share of wrong tokens", title=f"training of {user}"
+    )
     steps = [entry["step"] for entry in curve]
     axes.plot(steps, [entry["held_out"] for entry in curve], "k-o", markersize=3, label="held out")
     axes.plot(steps[1:], [entry["loss"] for entry in curve[1:]], "k:", label="trained on")

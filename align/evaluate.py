@@ -21,14 +21,25 @@ from tiny_align.runtime.errors import DataError
 
 def add_arguments(parser) -> None:
     parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True, help="metadata folder, NeMo manifest or CHAT transcripts")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="metadata folder, NeMo manifest or CHAT transcripts",
+    )
     parser.add_argument("--user", help="whose projector; without it, the general one")
     parser.add_argument("--users", type=Path, help="where persons are kept (default: BUNDLE/users)")
-    parser.add_argument("--split", default="test", help="the part of the data to measure; 'all' for everything")
+    parser.add_argument(
+        "--split", default="test", help="the part of the data to measure; 'all' for everything"
+    )
     parser.add_argument("--instruction", help="what to do with the speech (default: the bundle's)")
     parser.add_argument("--speaker", help="speaker code, for CHAT transcripts")
-    parser.add_argument("--rows", action="store_true", help="every utterance's texts in the JSON document too")
-    parser.add_argument("--backend", default="onnxruntime", help="onnxruntime (default) or tensorrt")
+    parser.add_argument(
+        "--rows", action="store_true", help="every utterance's texts in the JSON document too"
+    )
+    parser.add_argument(
+        "--backend", default="onnxruntime", help="onnxruntime (default) or tensorrt"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
 
 
@@ -44,7 +55,10 @@ def run(args) -> dict:
         report.used = dict.fromkeys(SPLITS, 0) | Counter(h.split for h in heard)
         print(report, file=sys.stderr)
         quality = asdict(score(assistant, heard, args.instruction))
-    rows, others = quality.pop("rows"), Counter(u.split for u in utterances) - Counter(u.split for u in chosen)
+    rows, others = (
+        quality.pop("rows"),
+        Counter(u.split for u in utterances) - Counter(u.split for u in chosen),
+    )
     data = report.document() | {"other_splits": dict(others)}
     result = quality | {"backend": args.backend, "user": args.user, "data": data}
     return result | ({"rows": rows} if args.rows else {})
@@ -74,10 +88,15 @@ class EncodedUtterance:
     split: str = "test"
 
 
-def evaluate(assistant: Assistant, utterances: list, instruction: str | None = None, *, quiet: bool = False) -> Quality:
+def evaluate(
+    assistant: Assistant, utterances: list, instruction: str | None = None, *, quiet: bool = False
+) -> Quality:
     """`encode_utterances`, then `score`."""
     return score(
-        assistant, encode_utterances(assistant, utterances, instruction, quiet=quiet), instruction, quiet=quiet
+        assistant,
+        encode_utterances(assistant, utterances, instruction, quiet=quiet),
+        instruction,
+        quiet=quiet,
     )
 
 
@@ -102,18 +121,27 @@ def encode_utterances(
         assistant.llm.encode_words(utterance.text, "the transcript")
         features = assistant.features(utterance.load(assistant.sample_rate))
         return EncodedUtterance(
-            utterance.text, features, assistant.answer_text(utterance.text, instruction).text, utterance.split
+            utterance.text,
+            features,
+            assistant.answer_text(utterance.text, instruction).text,
+            utterance.split,
         )
 
     report = report or DataReport()
     usable = [h for _, h in each_usable(_shown(utterances, "hear", quiet), heard, report)]
     if utterances and not usable:
-        raise DataError(f"none of the {len(utterances)} recordings to measure can be used; {report.explained()}")
+        raise DataError(
+            f"none of the {len(utterances)} recordings to measure can be used; {report.explained()}"
+        )
     return usable
 
 
 def score(
-    assistant: Assistant, heard: list[EncodedUtterance], instruction: str | None = None, *, quiet: bool = False
+    assistant: Assistant,
+    heard: list[EncodedUtterance],
+    instruction: str | None = None,
+    *,
+    quiet: bool = False,
 ) -> Quality:
     """Answer and repeat every utterance with the projector the assistant has.
 

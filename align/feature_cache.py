@@ -25,7 +25,9 @@ from tiny_align.runtime.files import NO_ARRAY, written_file
 
 log = logging.getLogger(__name__)
 
-FORM = 2  # of what is made of a recording before the encoder: features of another form are made again
+FORM = (
+    2  # of what is made of a recording before the encoder: features of another form are made again
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,12 @@ def utterance_key(assistant: Assistant, utterance: Utterance) -> str:
 
 
 def cached_features(
-    assistant: Assistant, utterances: list[Utterance], folder: Path, quiet: bool = False, *, augmentation: int = 0
+    assistant: Assistant,
+    utterances: list[Utterance],
+    folder: Path,
+    quiet: bool = False,
+    *,
+    augmentation: int = 0,
 ) -> list:
     """(N, Da) float32 per utterance, read from `folder` or encoded and written there.
 
@@ -85,10 +92,15 @@ def cached_features(
         AudioError: a recording that cannot be used, named in the message.
     """
     shown = tqdm(utterances, desc="encode", unit="utt", disable=quiet, mininterval=0.5)
-    return [np.load(cached_file(assistant, u, folder, augmentation=augmentation), allow_pickle=False) for u in shown]
+    return [
+        np.load(cached_file(assistant, u, folder, augmentation=augmentation), allow_pickle=False)
+        for u in shown
+    ]
 
 
-def cached_file(assistant: Assistant, utterance: Utterance, folder: Path, *, augmentation: int = 0) -> Path:
+def cached_file(
+    assistant: Assistant, utterance: Utterance, folder: Path, *, augmentation: int = 0
+) -> Path:
     """Where in `folder` an utterance's features lie, encoded and written there unless they are."""
     key = utterance_key(assistant, utterance)
     rng = np.random.default_rng([augmentation, int(key[:8], 16)])
@@ -96,7 +108,9 @@ def cached_file(assistant: Assistant, utterance: Utterance, folder: Path, *, aug
     return kept(path, lambda: _encode(assistant, utterance, rng, augmentation > 0))
 
 
-def _encode(assistant: Assistant, utterance: Utterance, rng: np.random.Generator, varied: bool) -> np.ndarray:
+def _encode(
+    assistant: Assistant, utterance: Utterance, rng: np.random.Generator, varied: bool
+) -> np.ndarray:
     audio = utterance.load(assistant.sample_rate)
     return assistant.features(augment(audio, assistant.sample_rate, rng) if varied else audio)
 
@@ -108,7 +122,9 @@ def non_speech_files(assistant: Assistant, n: int, seed: int, folder: Path) -> l
 
 def _wordless_files(assistant: Assistant, seed: int, folder: Path) -> Iterator[Path]:
     def features(i: int) -> np.ndarray:
-        return assistant.features(non_speech(np.random.default_rng([seed, i]), assistant.sample_rate))
+        return assistant.features(
+            non_speech(np.random.default_rng([seed, i]), assistant.sample_rate)
+        )
 
     name = f"nothing-{assistant.bundle.manifest.encoder_key[:16]}-{seed}"
     for i in itertools.count():

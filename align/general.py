@@ -24,7 +24,11 @@ LEAST = 50  # utterances
 MIN_STEPS, PASSES = 1000, 7  # over the utterances
 FLAT_STEPS = 500  # at most an eighth of all
 MAX_HELD_OUT = 480  # utterances
-SOUNDS_SHARE, MIN_SOUNDS, MAX_SOUNDS = 8, 64, 2000  # one beside so many utterances; a bundle keeps the least
+SOUNDS_SHARE, MIN_SOUNDS, MAX_SOUNDS = (
+    8,
+    64,
+    2000,
+)  # one beside so many utterances; a bundle keeps the least
 REPLAYED = 64  # utterances whose features the bundle keeps for the training of a person
 MEASURED = 40  # utterances of the test split that the LLM answers before and after
 
@@ -57,21 +61,36 @@ def generalise(
 
 
 def _generalise(
-    bundle_path: Path, work: Path, utterances: list, limits: TrainingLimits, quiet: bool, report: DataReport
+    bundle_path: Path,
+    work: Path,
+    utterances: list,
+    limits: TrainingLimits,
+    quiet: bool,
+    report: DataReport,
 ) -> dict:
     from tiny_align.align.datasets import leave_out_unknown_splits, split_of
     from tiny_align.align.evaluate import encode_utterances, score
 
     bundle = open_for(Path(bundle_path).resolve(), limits)
     leave_out_unknown_splits(utterances, report)
-    training = report.first(split_of(utterances, "train"), limits.utterances, "of the train split (--utterances)")
+    training = report.first(
+        split_of(utterances, "train"), limits.utterances, "of the train split (--utterances)"
+    )
     _check_enough(training, report)
     validation = [u for u in utterances if u.split == "validation"]
     validation = report.first(validation, MAX_HELD_OUT, "of the validation split, which are enough")
-    test = report.first([u for u in utterances if u.split == "test"], MEASURED, "of the test split, which are enough")
+    test = report.first(
+        [u for u in utterances if u.split == "test"],
+        MEASURED,
+        "of the test split, which are enough",
+    )
     with Assistant.load(bundle, threads=limits.threads) as assistant:
         heard = encode_utterances(assistant, test, quiet=quiet, report=report)
-        before = score(assistant, heard, quiet=quiet) if heard and bundle.manifest.projector_trained else None
+        before = (
+            score(assistant, heard, quiet=quiet)
+            if heard and bundle.manifest.projector_trained
+            else None
+        )
         training = _stored(assistant, training, work / "features", quiet, report)
         validation = _stored(assistant, validation, work / "features", quiet, report)
         _check_enough(training, report)
@@ -86,23 +105,35 @@ def _generalise(
         after = score(assistant, heard, quiet=quiet) if heard else None
     curve = trained.record["curve"]
     result = {"path": str(bundle_path), "left_out": report.left_out, "backend": assistant.backend}
-    result |= {k: trained.record[k] for k in ("steps", "ended_by", "train_seconds", "utterances", "improved")}
-    result |= {"held_out_before": curve[0]["held_out"], "held_out_after": curve[-1]["held_out"], "n_test": len(heard)}
+    result |= {
+        k: trained.record[k]
+        for k in ("steps", "ended_by", "train_seconds", "utterances", "improved")
+    }
+    result |= {
+        "held_out_before": curve[0]["held_out"],
+        "held_out_after": curve[-1]["held_out"],
+        "n_test": len(heard),
+    }
     for when, quality in (("before", before), ("after", after)):
         names = ("rouge1", "rougeL", "wer", "cer") if quality else ()
         result |= {f"{name}_{when}": getattr(quality, name) for name in names}
-    return result | ({"normaliser": after.normaliser} if after else {}) | {"data": report.document()}
+    return (
+        result | ({"normaliser": after.normaliser} if after else {}) | {"data": report.document()}
+    )
 
 
 def _check_enough(training: list, report: DataReport) -> None:
     if len(training) < LEAST:
         raise DataError(
             f"{len(training)} recordings that can be trained on: a general projector needs at least {LEAST}, "
-            "better thousands, by many people" + (f" ({report.explained()})" if report.left_out else "")
+            "better thousands, by many people"
+            + (f" ({report.explained()})" if report.left_out else "")
         )
 
 
-def _stored(assistant: Assistant, utterances: list, folder: Path, quiet: bool, report: DataReport) -> list[tuple]:
+def _stored(
+    assistant: Assistant, utterances: list, folder: Path, quiet: bool, report: DataReport
+) -> list[tuple]:
     """(utterance, its features in `folder`) for those that can be used."""
     from tqdm import tqdm
 
@@ -110,7 +141,9 @@ def _stored(assistant: Assistant, utterances: list, folder: Path, quiet: bool, r
         assistant.llm.encode_words(utterance.text, "the transcript")
         return Stored(cached_file(assistant, utterance, folder))
 
-    shown = tqdm(utterances, desc="encode", unit="utt", disable=quiet or not utterances, mininterval=0.5)
+    shown = tqdm(
+        utterances, desc="encode", unit="utt", disable=quiet or not utterances, mininterval=0.5
+    )
     return list(each_usable(shown, stored, report))
 
 
@@ -134,16 +167,31 @@ def train_general(
     untrained = not bundle.manifest.projector_trained
     objective = limits.objective or default_for(bundle.manifest.projector["soft_tokens"])
     options = options_for(len(examples), objective, untrained, limits)
-    n_sounds = min(max(len(examples) // SOUNDS_SHARE, MIN_SOUNDS), MAX_SOUNDS) if objective == "ctc" else 0
+    n_sounds = (
+        min(max(len(examples) // SOUNDS_SHARE, MIN_SOUNDS), MAX_SOUNDS) if objective == "ctc" else 0
+    )
     sounds = non_speech_files(assistant, n_sounds, limits.seed, work / "features")
     wordless = [Example(Stored(path), [], []) for path in sounds]
     projector = load_projector(bundle, bundle.graph("projector"))
     target = make(options, embedding_table(assistant), bundle.manifest.readout.scale)
-    trainer = Trainer(projector, examples, target, options, work, wordless, assistant.windows, validation=validation)
+    trainer = Trainer(
+        projector,
+        examples,
+        target,
+        options,
+        work,
+        wordless,
+        assistant.windows,
+        validation=validation,
+    )
     trained = trainer.run(quiet, untrained=untrained)
     if trained.record["improved"] or untrained:
-        spread = examples[:: max(1, len(examples) // REPLAYED)][:REPLAYED]  # of many people, where they come in turn
-        write_general(bundle, trained.weights, spread + wordless[:MIN_SOUNDS], assistant.llm.speech_tokens)
+        spread = examples[:: max(1, len(examples) // REPLAYED)][
+            :REPLAYED
+        ]  # of many people, where they come in turn
+        write_general(
+            bundle, trained.weights, spread + wordless[:MIN_SOUNDS], assistant.llm.speech_tokens
+        )
     (work / "state.safetensors").unlink(missing_ok=True)  # the features stay for the next time
     return trained
 

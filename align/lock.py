@@ -35,7 +35,11 @@ def alone(folder: Path) -> Iterator[Path]:
     with write_errors(work):
         work.mkdir(parents=True, exist_ok=True)
         lock = FileLock(work / LOCK, is_singleton=True)
-        _wait(lock, work, f"tiny-align: another process is training {folder.name}: waiting until it has finished")
+        _wait(
+            lock,
+            work,
+            f"tiny-align: another process is training {folder.name}: waiting until it has finished",
+        )
     try:
         yield work
     finally:

@@ -9,7 +9,11 @@ from torch import Tensor
 
 MOMENTUM = 0.95
 ITERATIONS = 5  # of Newton and Schulz
-POLYNOMIAL = 3.4445, -4.7750, 2.0315  # Jordan's: singular values end between .7 and 1.2, soon rather than exactly
+POLYNOMIAL = (
+    3.4445,
+    -4.7750,
+    2.0315,
+)  # Jordan's: singular values end between .7 and 1.2, soon rather than exactly
 LIKE_ADAM = 0.2  # root mean square of a step, in units of the rate: then Adam's rates serve (arXiv 2502.16982)
 
 

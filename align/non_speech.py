@@ -23,7 +23,10 @@ def hum(rng: np.random.Generator, n: int, sample_rate: int) -> np.ndarray:
     """Mains or a motor: a fundamental with harmonics that fall off."""
     time, base = np.arange(n) / sample_rate, rng.choice([50, 60, rng.uniform(40, 300)])
     fall = rng.uniform(0.5, 2)
-    parts = [k**-fall * np.sin(2 * np.pi * (k * base * time + rng.random())) for k in range(1, rng.integers(2, 12))]
+    parts = [
+        k**-fall * np.sin(2 * np.pi * (k * base * time + rng.random()))
+        for k in range(1, rng.integers(2, 12))
+    ]
     return np.sum(parts, axis=0)
 
 
@@ -54,7 +57,9 @@ def knocks(rng: np.random.Generator, n: int, sample_rate: int) -> np.ndarray:
 def sweeps(rng: np.random.Generator, n: int, sample_rate: int) -> np.ndarray:
     """Sirens, whistles, birds: a tone that glides, with harmonics or without, and breaks off."""
     corners = rng.integers(3, 12)
-    pitch = np.interp(np.arange(n), np.linspace(0, n, corners), 2 ** rng.uniform(7, 11.5, corners))  # 128..2900 Hz
+    pitch = np.interp(
+        np.arange(n), np.linspace(0, n, corners), 2 ** rng.uniform(7, 11.5, corners)
+    )  # 128..2900 Hz
     phase = 2 * np.pi * np.cumsum(pitch) / sample_rate
     sound = sum(np.sin(k * phase) / k for k in range(1, rng.integers(2, 5)))
     return sound * np.interp(np.arange(n), np.linspace(0, n, 16), rng.random(16) > 0.3)
@@ -67,7 +72,9 @@ def gusts(rng: np.random.Generator, n: int, sample_rate: int) -> np.ndarray:
         band = band + np.exp(-0.5 * ((frequency - centre) / (centre * rng.uniform(0.05, 0.5))) ** 2)
     sound = np.fft.irfft(np.fft.rfft(rng.standard_normal(n)) * band, n)
     pace = rng.uniform(1, 8) * n / sample_rate  # bursts in all
-    return sound * np.abs(np.sin(np.pi * pace * np.arange(n) / n + rng.random())) ** rng.uniform(0.5, 4)
+    return sound * np.abs(np.sin(np.pi * pace * np.arange(n) / n + rng.random())) ** rng.uniform(
+        0.5, 4
+    )
 
 
 KINDS = (hiss, hum, tones, sweeps, knocks, gusts)

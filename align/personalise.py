@@ -18,7 +18,10 @@ from tiny_align.runtime.checks import check_fields
 from tiny_align.runtime.errors import DataError, TinyAlignError, UserError
 
 AUGMENTATIONS = 3  # of every recording, beside itself
-SOUNDS, SOUNDS_SEED = 128, 1  # sounds without a word beside the replay's, which are of the general training's seed (0)
+SOUNDS, SOUNDS_SEED = (
+    128,
+    1,
+)  # sounds without a word beside the replay's, which are of the general training's seed (0)
 
 
 @dataclass(frozen=True)
@@ -37,25 +40,38 @@ class TrainingLimits:
 
     @classmethod
     def of(cls, args) -> "TrainingLimits":
-        return cls(args.steps, args.max_seconds, args.utterances, args.seed, args.threads, args.objective)
+        return cls(
+            args.steps, args.max_seconds, args.utterances, args.seed, args.threads, args.objective
+        )
 
 
 def add_arguments(parser) -> None:
     parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True, help="metadata folder, NeMo manifest or CHAT transcripts")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="metadata folder, NeMo manifest or CHAT transcripts",
+    )
     whose = parser.add_mutually_exclusive_group(required=True)
     whose.add_argument("--user", help="the person's name")
-    whose.add_argument("--general", action="store_true", help="train the bundle's own projector, for everybody")
+    whose.add_argument(
+        "--general", action="store_true", help="train the bundle's own projector, for everybody"
+    )
     parser.add_argument("--out", type=Path, help="folder for users/NAME (default: the bundle)")
     parser.add_argument("--speaker", help="speaker code, for CHAT transcripts")
     add_training_arguments(parser)
 
 
 def add_training_arguments(parser) -> None:
-    parser.add_argument("--objective", choices=LLM_FREE, help="what to train for (default: ctc; paper if pooled)")
+    parser.add_argument(
+        "--objective", choices=LLM_FREE, help="what to train for (default: ctc; paper if pooled)"
+    )
     parser.add_argument("--steps", type=int, help="at most so many steps")
     parser.add_argument("--max-seconds", type=float, help="at most so many seconds of training")
-    parser.add_argument("--utterances", type=int, help="use only the first so many of the train split")
+    parser.add_argument(
+        "--utterances", type=int, help="use only the first so many of the train split"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
 
@@ -74,7 +90,9 @@ def run(args) -> dict:
     if args.general:
         return generalise(args.bundle, utterances, TrainingLimits.of(args), report=report)
     users = (args.out or args.bundle) / "users"
-    result, _, _ = personalise(args.bundle, utterances, args.user, users, TrainingLimits.of(args), report=report)
+    result, _, _ = personalise(
+        args.bundle, utterances, args.user, users, TrainingLimits.of(args), report=report
+    )
     return result
 
 
@@ -111,7 +129,9 @@ def personalise(
     folder = bundle.user_folder(user, users)
     report = report or DataReport()
     leave_out_unknown_splits(utterances, report)
-    training = report.first(split_of(utterances, "train"), limits.utterances, "of the train split (--utterances)")
+    training = report.first(
+        split_of(utterances, "train"), limits.utterances, "of the train split (--utterances)"
+    )
     validation = [utterance for utterance in utterances if utterance.split == "validation"]
     test = split_of(utterances, "test")
     _check_enough(training, report)
@@ -132,15 +152,28 @@ def personalise(
         trained = _train(assistant, start, training, validation, work, limits, quiet)
         trained.record["encode_seconds"] += encode_seconds
         trained.record["train_seconds"] += trained.record["encode_seconds"]  # what the person waits
-        summary = {k: trained.record[k] for k in ("steps", "ended_by", "train_seconds", "utterances", "improved")}
+        summary = {
+            k: trained.record[k]
+            for k in ("steps", "ended_by", "train_seconds", "utterances", "improved")
+        }
         write_user(bundle, folder, trained.weights, trained.record, assistant.llm.speech_tokens)
         (work / "state.safetensors").unlink(missing_ok=True)  # the features stay for the next time
         assistant.swap_projector(bundle.projector(user, users))
         after = score(assistant, heard, quiet=quiet)
-    result = {"user": user, "path": str(folder), **summary, "backend": assistant.backend, "n_test": after.n}
+    result = {
+        "user": user,
+        "path": str(folder),
+        **summary,
+        "backend": assistant.backend,
+        "n_test": after.n,
+    }
     for name in ("rouge1", "rougeL", "wer", "cer"):
         result |= {f"{name}_before": getattr(before, name), f"{name}_after": getattr(after, name)}
-    result |= {"rougeL_chance": after.rougeL_chance, "normaliser": after.normaliser, "data": report.document()}
+    result |= {
+        "rougeL_chance": after.rougeL_chance,
+        "normaliser": after.normaliser,
+        "data": report.document(),
+    }
     return result, before, after
 
 
@@ -152,7 +185,9 @@ def _check_enough(training: list, report: DataReport) -> None:
         )
 
 
-def _encoded(assistant, utterances: list, folder: Path, quiet: bool, report: DataReport) -> list[tuple]:
+def _encoded(
+    assistant, utterances: list, folder: Path, quiet: bool, report: DataReport
+) -> list[tuple]:
     """(utterance, features of the recording and of each augmentation) for those that can be used."""
     from tqdm import tqdm
 
@@ -161,10 +196,13 @@ def _encoded(assistant, utterances: list, folder: Path, quiet: bool, report: Dat
     def takes(utterance) -> list:
         assistant.llm.encode_words(utterance.text, "the transcript")
         return [
-            cached_features(assistant, [utterance], folder, True, augmentation=k)[0] for k in range(AUGMENTATIONS + 1)
+            cached_features(assistant, [utterance], folder, True, augmentation=k)[0]
+            for k in range(AUGMENTATIONS + 1)
         ]
 
-    shown = tqdm(utterances, desc="encode", unit="utt", disable=quiet or not utterances, mininterval=0.5)
+    shown = tqdm(
+        utterances, desc="encode", unit="utt", disable=quiet or not utterances, mininterval=0.5
+    )
     return list(each_usable(shown, takes, report))
 
 
@@ -198,7 +236,15 @@ def open_for(path: Path, limits: TrainingLimits):
     return bundle
 
 
-def _train(assistant, projector, training: list, validation: list, work: Path, limits: TrainingLimits, quiet: bool):
+def _train(
+    assistant,
+    projector,
+    training: list,
+    validation: list,
+    work: Path,
+    limits: TrainingLimits,
+    quiet: bool,
+):
     """Args:
     training, validation: as `_encoded` gives them.
     """
@@ -216,7 +262,9 @@ def _train(assistant, projector, training: list, validation: list, work: Path, l
     encode_seconds = time.perf_counter() - began
     objective = make(options, embedding_table(assistant), assistant.bundle.manifest.readout.scale)
     general = load_projector(assistant.bundle, assistant.bundle.graph("projector"))
-    trainer = Trainer(projector, used, objective, options, work, rehearsal, assistant.windows, general, judges)
+    trainer = Trainer(
+        projector, used, objective, options, work, rehearsal, assistant.windows, general, judges
+    )
     trained = trainer.run(quiet)
     trained.record["encode_seconds"] = encode_seconds
     return trained
@@ -233,9 +281,13 @@ def make_examples(llm, texts: list[str], takes: list[list]) -> list:
     lines = [llm.encode_words(text) for text in texts]
     extend_speech(llm, (token for line in lines for token in line))
     place = {token: i for i, token in enumerate(llm.speech_tokens.tolist())}
-    letters = {token: len(llm.tokenizer.decode([token]).strip()) for line in lines for token in line}
+    letters = {
+        token: len(llm.tokenizer.decode([token]).strip()) for line in lines for token in line
+    }
     return [
-        Example(features, [place[t] for t in line], [letters[t] for t in line], tuple(augmentations))
+        Example(
+            features, [place[t] for t in line], [letters[t] for t in line], tuple(augmentations)
+        )
         for line, (features, *augmentations) in zip(lines, zip(*takes))
     ]
 
@@ -244,7 +296,9 @@ def extend_speech(llm, tokens: Iterable[int]) -> None:
     """Put the tokens that the LLM's speech vocabulary lacks at its end: no place that is in use changes."""
     import numpy as np
 
-    llm.set_speech_tokens(np.array(list(dict.fromkeys([*llm.speech_tokens.tolist(), *tokens])), np.int32))
+    llm.set_speech_tokens(
+        np.array(list(dict.fromkeys([*llm.speech_tokens.tolist(), *tokens])), np.int32)
+    )
 
 
 def rehearsal_examples(assistant, objective: str, folder: Path) -> list:

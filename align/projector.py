@@ -48,7 +48,9 @@ def pooling_weights(n_frames: Tensor, longest: int, soft_tokens: int) -> Tensor:
     operator does not export with a dynamic length; with fewer frames than spans it interpolates.
     """
     frames = torch.arange(longest, dtype=torch.float32, device=n_frames.device)  # (N,)
-    spans = torch.arange(soft_tokens, dtype=torch.float32, device=n_frames.device)[:, None]  # (T, 1)
+    spans = torch.arange(soft_tokens, dtype=torch.float32, device=n_frames.device)[
+        :, None
+    ]  # (T, 1)
     width = n_frames.to(torch.float32)[:, None, None] / soft_tokens  # (B, 1, 1)
     overlap = torch.minimum(frames + 1, (spans + 1) * width) - torch.maximum(frames, spans * width)
     return overlap.clamp(min=0) / width  # (B, T, N)
@@ -86,7 +88,11 @@ class Shortcut(nn.Module):
     def __init__(self, config: ProjectorConfig, size: int):
         super().__init__()
         self.near_size, taken = config.near_size, min(config.near_size, config.hidden_size)
-        self.narrow = nn.Linear(config.near_size, taken, bias=False) if taken < config.near_size else nn.Identity()
+        self.narrow = (
+            nn.Linear(config.near_size, taken, bias=False)
+            if taken < config.near_size
+            else nn.Identity()
+        )
         self.patterns = nn.Conv1d(taken, size, REACH, stride=STACK, padding=REACH // 2 - 1)
         nn.init.zeros_(self.patterns.weight)
         nn.init.zeros_(self.patterns.bias)
@@ -94,7 +100,10 @@ class Shortcut(nn.Module):
     def forward(self, features: Tensor, n_frames: Tensor | None) -> Tensor:
         near = self.narrow(F.layer_norm(features[..., : self.near_size], (self.near_size,)))
         if n_frames is not None:  # as at the end of an utterance that stands alone
-            near = near * (torch.arange(near.shape[1], device=near.device) < n_frames[:, None])[..., None]
+            near = (
+                near
+                * (torch.arange(near.shape[1], device=near.device) < n_frames[:, None])[..., None]
+            )
         return self.patterns(near.transpose(1, 2)).transpose(1, 2)
 
 
@@ -119,11 +128,17 @@ class BridgeFormer(nn.Module):
         self.stack = None if config.soft_tokens else nn.Conv1d(size, size, STACK, stride=STACK)
         self.layers = nn.ModuleList(Block(size, config.n_heads) for _ in range(self._n_layers()))
         self.leave = self._leave()
-        self.shortcut = Shortcut(config, self.leave[-1].in_features) if config.near_size and self.stack else None
+        self.shortcut = (
+            Shortcut(config, self.leave[-1].in_features)
+            if config.near_size and self.stack
+            else None
+        )
 
     def _enter(self) -> nn.Module:
         da, size = self.config.feature_size, self.config.hidden_size
-        return nn.Sequential(nn.LayerNorm(da), nn.Linear(da, size), nn.GELU(), nn.Linear(size, size))
+        return nn.Sequential(
+            nn.LayerNorm(da), nn.Linear(da, size), nn.GELU(), nn.Linear(size, size)
+        )
 
     def _n_layers(self) -> int:
         return self.config.n_layers
@@ -131,7 +146,10 @@ class BridgeFormer(nn.Module):
     def _leave(self) -> nn.Sequential:
         size = self.config.hidden_size
         return nn.Sequential(
-            nn.LayerNorm(size), nn.Linear(size, 2 * size), nn.GELU(), nn.Linear(2 * size, self.config.output_size)
+            nn.LayerNorm(size),
+            nn.Linear(size, 2 * size),
+            nn.GELU(),
+            nn.Linear(2 * size, self.config.output_size),
         )
 
     def _place(self, x: Tensor) -> Tensor:
@@ -140,7 +158,11 @@ class BridgeFormer(nn.Module):
 
     def output_lengths(self, n_frames: Tensor) -> Tensor:
         """(B,) frame counts -> (B,) how many vectors come out."""
-        return torch.full_like(n_frames, self.config.soft_tokens) if self.config.soft_tokens else n_frames // STACK
+        return (
+            torch.full_like(n_frames, self.config.soft_tokens)
+            if self.config.soft_tokens
+            else n_frames // STACK
+        )
 
     def forward(self, features: Tensor, n_frames: Tensor | None = None) -> Tensor:
         """(B, N, Da) and, where the batch is padded, (B,) frame counts -> (B, T, D) or (B, N/2, D + 1)."""
@@ -150,7 +172,9 @@ class BridgeFormer(nn.Module):
         mask, longest = None, x.shape[1]
         if n_frames is not None:
             counts = n_frames // STACK if self.stack is not None else n_frames
-            mask = (torch.arange(longest, device=x.device) < counts[:, None])[:, None, None, :]  # (B, 1, 1, N)
+            mask = (torch.arange(longest, device=x.device) < counts[:, None])[
+                :, None, None, :
+            ]  # (B, 1, 1, N)
         elif self.config.soft_tokens:
             n_frames = torch.full((features.shape[0],), features.shape[1], device=x.device)
         x = self._place(x)
@@ -187,13 +211,20 @@ class Linear(Mlp):
         return nn.Sequential(nn.Linear(self.config.hidden_size, self.config.output_size))
 
 
-PROJECTORS = {"bridgeformer": BridgeFormer, "transformer": Transformer, "mlp": Mlp, "linear": Linear}
+PROJECTORS = {
+    "bridgeformer": BridgeFormer,
+    "transformer": Transformer,
+    "mlp": Mlp,
+    "linear": Linear,
+}
 
 
 def build_projector(config: dict) -> BridgeFormer:
     """The untrained projector of a manifest's `projector` entry."""
     if config.get("kind") not in PROJECTORS:
-        raise ValueError(f"unknown projector {config.get('kind')!r}: choose one of {', '.join(PROJECTORS)}")
+        raise ValueError(
+            f"unknown projector {config.get('kind')!r}: choose one of {', '.join(PROJECTORS)}"
+        )
     return PROJECTORS[config["kind"]](ProjectorConfig(**config))
 
 

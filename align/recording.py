@@ -27,15 +27,21 @@ class Report:
 def check_recording(audio: np.ndarray, sample_rate: int, text: str) -> Report:
     """Measure a recording of `text`, (S,) float32 in [-1, 1]."""
     if len(audio) < SPOKEN_FRAMES * (sample_rate * FRAME_MS // 1000):
-        return Report(len(audio) / sample_rate, -np.inf, 0.0, 0.0, "it is empty: hold the key until the end")
+        return Report(
+            len(audio) / sample_rate, -np.inf, 0.0, 0.0, "it is empty: hold the key until the end"
+        )
     levels, seconds = measure(audio, sample_rate), len(audio) / sample_rate
     measured = (seconds, levels.speech_db, levels.speech_db - levels.noise_db, levels.clipped)
     return Report(*measured, _remedy(*measured, len(text.replace(" ", "")) / seconds))
 
 
-def _remedy(seconds: float, speech_db: float, snr_db: float, clipped: float, letters_per_s: float) -> str:
+def _remedy(
+    seconds: float, speech_db: float, snr_db: float, clipped: float, letters_per_s: float
+) -> str:
     if speech_db < QUIET_DB:
-        return f"it is too quiet ({speech_db:.0f} dBFS): come closer or raise the microphone's level"
+        return (
+            f"it is too quiet ({speech_db:.0f} dBFS): come closer or raise the microphone's level"
+        )
     if clipped > CLIPPED_SHARE:
         return f"it is clipped ({clipped:.1%} of the samples): lower the microphone's level"
     if snr_db < MIN_SNR_DB:

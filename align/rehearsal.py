@@ -39,7 +39,9 @@ def read_rehearsal(path: Path) -> list[Example]:
     try:
         return _read(path)
     except (*NO_ARRAY, OSError, KeyError, AttributeError, TypeError, zlib.error) as error:
-        raise BundleError(f"{path} is damaged ({error}): copy the bundle again, or train its projector") from error
+        raise BundleError(
+            f"{path} is damaged ({error}): copy the bundle again, or train its projector"
+        ) from error
 
 
 def _read(path: Path) -> list[Example]:

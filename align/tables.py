@@ -45,12 +45,16 @@ def read_text(file: Path) -> str:
             f"{file}: cannot be read ({error.strerror}); expected a text file that you have the right to read."
         ) from error
     if content.startswith(UTF16_MARKS) or b"\0" in content:
-        raise DataError(f"{file}: is UTF-16 or no text; expected UTF-8, save it as UTF-8 (Excel: 'CSV UTF-8').")
+        raise DataError(
+            f"{file}: is UTF-16 or no text; expected UTF-8, save it as UTF-8 (Excel: 'CSV UTF-8')."
+        )
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{file}, line {line}: not UTF-8 text (at byte {error.start}); save it as UTF-8.") from error
+        raise DataError(
+            f"{file}, line {line}: not UTF-8 text (at byte {error.start}); save it as UTF-8."
+        ) from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -78,7 +82,9 @@ def _csv_rows(file: Path, text: str, columns: tuple[str, ...]) -> Iterator[tuple
         _check_count(where, fields, header, delimiter)
         nameless = [value for name, value in zip(header, fields) if not name and value.strip()]
         if nameless:
-            raise DataError(f"{where}: {nameless[0]!r} stands under an empty name; name its column in the header.")
+            raise DataError(
+                f"{where}: {nameless[0]!r} stands under an empty name; name its column in the header."
+            )
         yield where, {name: value for name, value in zip(header, fields) if name}
 
 
@@ -137,7 +143,9 @@ def _checked_header(where: str, fields: list[str]) -> list[str]:
     header = [_name(field) for field in fields]
     twice = [name for name, count in Counter(filter(None, header)).items() if count > 1]
     if twice:
-        raise DataError(f"{where}: the header has the name {twice[0]!r} twice; expected each once, rename one.")
+        raise DataError(
+            f"{where}: the header has the name {twice[0]!r} twice; expected each once, rename one."
+        )
     return header
 
 
@@ -145,7 +153,11 @@ def _check_count(where: str, fields: list[str], header: list[str], delimiter: st
     if len(fields) == len(header):
         return
     kind = DELIMITERS[delimiter]
-    remedy = f"quote a transcript that holds a {kind}" if len(fields) > len(header) else "add what is missing"
+    remedy = (
+        f"quote a transcript that holds a {kind}"
+        if len(fields) > len(header)
+        else "add what is missing"
+    )
     if len(fields) > len(header) and delimiter == "\t":
         remedy = "take the tab out of the transcript"
     fields_there = f"{len(fields)} field{'s' if len(fields) > 1 else ''}"
@@ -186,5 +198,7 @@ def _object(pairs: list[tuple]) -> dict:
 
 def _checked_object(row, where: str) -> dict:
     if not isinstance(row, dict):
-        raise DataError(f"{where}: got {described(row)}; expected one JSON object per line, or one array of objects.")
+        raise DataError(
+            f"{where}: got {described(row)}; expected one JSON object per line, or one array of objects."
+        )
     return row

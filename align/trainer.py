@@ -34,7 +34,10 @@ LAST_RATE = 0.05  # share of the rate that is left at the end
 ETA = 3  # of the mean of the weights: step t counts as t(t + 1)(t + 2), so that it is mostly the last quarter
 MIN_JUDGES = 4  # held-out recordings
 JUDGED = 64  # held-out recordings that are looked at together
-JUDGEMENT = ("held_out", "held_out_loss")  # of the weights, in the curve: where the first is equal, the second decides
+JUDGEMENT = (
+    "held_out",
+    "held_out_loss",
+)  # of the weights, in the curve: where the first is equal, the second decides
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +47,12 @@ class TrainOptions:
     """How to train; the defaults suit one person's hundred utterances on one CPU core."""
 
     objective: str = "ctc"  # one of align.objectives.FRAMED and POOLED
-    flat_start: int = 0  # steps with targets cast blindly, before "ctc" and "aligned" find the places themselves
-    trainable: tuple[str, ...] = ("enter",)  # of the projector, that are trained beside the shortcut; (): all
+    flat_start: int = (
+        0  # steps with targets cast blindly, before "ctc" and "aligned" find the places themselves
+    )
+    trainable: tuple[str, ...] = (
+        "enter",
+    )  # of the projector, that are trained beside the shortcut; (): all
     shortcut_threshold: float | None = (
         0.2  # share of tokens wrong by the general projector above which the shortcut is trained too
     )
@@ -54,15 +61,15 @@ class TrainOptions:
     n_rehearsal: int = 12  # utterances of other people and of nobody that are gone over in every step, beside the batch
     rate: float = 1e-3
     shortcut_rate: float = 2e-3  # where the shortcut is trained
-    shortcut_epsilon: float = (
-        1e-3  # of Adam, for the shortcut: small gradients hardly change it, many weights though it has
-    )
+    shortcut_epsilon: float = 1e-3  # of Adam, for the shortcut: small gradients hardly change it, many weights though it has
     warmup: int = 20
     weight_decay: float = 1.0  # towards the weights the training began with
     seed: int = 0
     held_out: float = 0.12  # share of the utterances that judges the training
     check_every: int = 50  # steps
-    max_seconds: float | None = None  # ends a training early, its rate fallen by then; None: all steps, however long
+    max_seconds: float | None = (
+        None  # ends a training early, its rate fallen by then; None: all steps, however long
+    )
     frame_dropout: float = 0.2  # share of feature frames hidden in training
 
 
@@ -73,8 +80,12 @@ class Example:
     features: np.ndarray | Stored  # (N, Da) float32
     tokens: list[int]  # places in the speech vocabulary, which are rows of the objective's table
     token_lengths: list[int]  # letters
-    augmentations: tuple[np.ndarray | Stored, ...] = ()  # features of the recording made a little differently
-    answers: tuple[tuple[int, ...], ...] = ()  # token ids, the end's included, for each prompt of "end-to-end"
+    augmentations: tuple[
+        np.ndarray | Stored, ...
+    ] = ()  # features of the recording made a little differently
+    answers: tuple[
+        tuple[int, ...], ...
+    ] = ()  # token ids, the end's included, for each prompt of "end-to-end"
 
     def take(self, rng: np.random.Generator | None) -> Tensor:
         """(N, Da): the recording itself or, with `rng`, one of its augmentations too."""
@@ -83,7 +94,10 @@ class Example:
 
     def takes(self) -> list["Example"]:
         """The recording and each augmentation as an example of its own."""
-        return [replace(self, features=features, augmentations=()) for features in (self.features, *self.augmentations)]
+        return [
+            replace(self, features=features, augmentations=())
+            for features in (self.features, *self.augmentations)
+        ]
 
 
 @dataclass
@@ -122,16 +136,27 @@ class Trainer:
         validation: what judges the training; none: some of the examples are held out of it.
         """
         self.windows = windows
-        self.projector, self.objective, self.options, self.work = projector, objective, options, work
-        self.held, self.used = (validation, examples) if validation else held_out(examples, options.held_out)
+        self.projector, self.objective, self.options, self.work = (
+            projector,
+            objective,
+            options,
+            work,
+        )
+        self.held, self.used = (
+            (validation, examples) if validation else held_out(examples, options.held_out)
+        )
         self.judges = [take for e in self.held or self.used for take in e.takes()]
         self.n_utterances, self.rehearsal = len(examples), list(rehearsal)
         self.steps = options.steps or steps_for(len(examples), options.batch)
         self.start, self.mean = copy.deepcopy(projector).eval(), copy.deepcopy(projector).eval()
         self.general = self.start if general is None else general.eval()
         examples = self.held + self.used + self.rehearsal
-        self.fingerprint = _fingerprint((self.start, self.general), examples, objective.table, options)
-        self.fingerprint += f" {len(self.held)}"  # the same examples, judged by others, are another training
+        self.fingerprint = _fingerprint(
+            (self.start, self.general), examples, objective.table, options
+        )
+        self.fingerprint += (
+            f" {len(self.held)}"  # the same examples, judged by others, are another training
+        )
         self.optimisers = _optimisers(projector, options)
         self.step, self.curve, self.spent_s = 0, [], 0.0
 
@@ -142,7 +167,9 @@ class Trainer:
             self._check(None)  # what is to be improved on
         self._choose_parts()
         began = time.perf_counter() - self.spent_s
-        bar = tqdm(total=self.steps, initial=self.step, desc="align", disable=quiet, mininterval=0.5)
+        bar = tqdm(
+            total=self.steps, initial=self.step, desc="align", disable=quiet, mininterval=0.5
+        )
         while not self._finished():
             loss = self._train_step()
             self.step += 1
@@ -153,12 +180,20 @@ class Trainer:
                 bar.set_postfix(loss=f"{loss:.3f}", held_out=f"{self.curve[-1]['held_out']:.3f}")
         bar.close()
         if self.step < self.steps:
-            log.warning("--max-seconds ended the training after %d of %d steps", self.step, self.steps)
-        before, after = ([entry[name] for name in JUDGEMENT] for entry in (self.curve[0], self.curve[-1]))
+            log.warning(
+                "--max-seconds ended the training after %d of %d steps", self.step, self.steps
+            )
+        before, after = (
+            [entry[name] for name in JUDGEMENT] for entry in (self.curve[0], self.curve[-1])
+        )
         improved = after < before
         record = {"steps": self.step, "train_seconds": self.spent_s, "improved": improved}
         record["ended_by"] = "steps" if self.step >= self.steps else "max_seconds"
-        record |= {"utterances": self.n_utterances, "options": asdict(self.options), "curve": self.curve}
+        record |= {
+            "utterances": self.n_utterances,
+            "options": asdict(self.options),
+            "curve": self.curve,
+        }
         return Trained(_weights(self.mean if improved or untrained else self.start), record)
 
     @cached_property
@@ -168,7 +203,11 @@ class Trainer:
         All recordings tell, held out or not, as it was trained on none of them.
         """
         told = self.options.shortcut_threshold is not None and hasattr(self.objective, "held_out")
-        return told and self._figures(self.general, self.held + self.used)[0] > self.options.shortcut_threshold
+        return (
+            told
+            and self._figures(self.general, self.held + self.used)[0]
+            > self.options.shortcut_threshold
+        )
 
     def _choose_parts(self) -> None:
         """Where a voice comes in; for somebody far, of whom that is not all, patterns of their sounds too."""
@@ -187,7 +226,9 @@ class Trainer:
         warm = min(1.0, (self.step + 1) / self.options.warmup)
         done = self.step / self.steps
         if self.options.max_seconds is not None:
-            done = max(done, min(1.0, 2 * self.spent_s / self.options.max_seconds - 1))  # below 0 for the first half
+            done = max(
+                done, min(1.0, 2 * self.spent_s / self.options.max_seconds - 1)
+            )  # below 0 for the first half
         rate = self.options.shortcut_rate if self.needs_shortcut else self.options.rate
         return rate * warm * (LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + np.cos(np.pi * done)))
 
@@ -203,26 +244,36 @@ class Trainer:
         for optimiser in self.optimisers:
             optimiser.step()
         with torch.no_grad():
-            triples = zip(self.projector.parameters(), self.start.parameters(), self.mean.parameters())
+            triples = zip(
+                self.projector.parameters(), self.start.parameters(), self.mean.parameters()
+            )
             for now, start, mean in (t for t in triples if t[0].requires_grad):
                 now.lerp_(start, self._rate() * self.options.weight_decay)
                 mean.lerp_(now, (1 + ETA) / (self.step + 1 + ETA))
         return loss.item()
 
     def _chosen(self, rng: np.random.Generator) -> list[Example]:
-        own = [self.used[i] for i in rng.integers(len(self.used), size=min(self.options.batch, len(self.used)))]
+        own = [
+            self.used[i]
+            for i in rng.integers(len(self.used), size=min(self.options.batch, len(self.used)))
+        ]
         beside = min(self.options.n_rehearsal, len(self.rehearsal))
-        return own + [self.rehearsal[i] for i in rng.integers(len(self.rehearsal) or 1, size=beside)]
+        return own + [
+            self.rehearsal[i] for i in rng.integers(len(self.rehearsal) or 1, size=beside)
+        ]
 
     def _loss(self, examples: list[Example], rng: np.random.Generator) -> Tensor:
         return self.objective(*self._outputs(self.projector, examples, rng), examples, self.step)
 
-    def _outputs(self, projector, examples: list[Example], rng: np.random.Generator | None) -> tuple[Tensor, Tensor]:
+    def _outputs(
+        self, projector, examples: list[Example], rng: np.random.Generator | None
+    ) -> tuple[Tensor, Tensor]:
         """What a projector gives, and its lengths; with `rng`, of a take with a share of its frames hidden."""
         takes = [e.take(rng) for e in examples]
         if rng:
             takes = [
-                take * torch.from_numpy(rng.random((len(take), 1)) >= self.options.frame_dropout) for take in takes
+                take * torch.from_numpy(rng.random((len(take), 1)) >= self.options.frame_dropout)
+                for take in takes
             ]
         device = next(projector.parameters()).device
         return project(projector, [take.to(device) for take in takes], self.windows)
@@ -239,7 +290,9 @@ class Trainer:
         figures = []
         for part in parts:
             outputs = self._outputs(projector, part, None)
-            loss = self.objective(*outputs, part, self.steps)  # as at the end: of every check the same
+            loss = self.objective(
+                *outputs, part, self.steps
+            )  # as at the end: of every check the same
             figures.append((float(measure(*outputs, part, self.step)), float(loss)))
         weights = [sum(len(e.tokens) or 1 for e in part) for part in parts]
         return tuple(np.average(figures, axis=0, weights=weights).tolist())
@@ -250,8 +303,12 @@ class Trainer:
         held = dict(zip(JUDGEMENT, self._held_out_figures()))
         if not all(map(np.isfinite, held.values())):
             shown = held["held_out_loss"]
-            raise DataError(f"the training diverged: its loss is {shown} after {self.step} steps. Check the recordings")
-        self.curve.append({"step": self.step, "seconds": round(self.spent_s, 2), "loss": loss, **held})
+            raise DataError(
+                f"the training diverged: its loss is {shown} after {self.step} steps. Check the recordings"
+            )
+        self.curve.append(
+            {"step": self.step, "seconds": round(self.spent_s, 2), "loss": loss, **held}
+        )
         if self.work:
             self._save()
 
@@ -290,7 +347,13 @@ def _optimisers(projector, options: TrainOptions) -> list[torch.optim.Optimizer]
     rest, shortcut, matrices = [], [], []
     for name, parameter in projector.named_parameters():
         inner = parameter.ndim > 1 and parameter is not projector.leave[-1].weight
-        kind = shortcut if name.startswith(SHORTCUT) else matrices if inner and not options.trainable else rest
+        kind = (
+            shortcut
+            if name.startswith(SHORTCUT)
+            else matrices
+            if inner and not options.trainable
+            else rest
+        )
         kind.append(parameter)
     adam = torch.optim.AdamW(
         [{"params": rest}, {"params": shortcut, "eps": options.shortcut_epsilon}], weight_decay=0.0
@@ -314,7 +377,9 @@ def held_out(examples: list[Example], share: float) -> tuple[list[Example], list
         return [], list(examples)
     lots = [zlib.crc32(_identity(e.features)) / 2**32 for e in examples]
     edge = max(share, sorted(lots)[least - 1])
-    return [e for e, lot in zip(examples, lots) if lot <= edge], [e for e, lot in zip(examples, lots) if lot > edge]
+    return [e for e, lot in zip(examples, lots) if lot <= edge], [
+        e for e, lot in zip(examples, lots) if lot > edge
+    ]
 
 
 def _identity(features: np.ndarray | Stored) -> bytes:
@@ -341,7 +406,9 @@ def _read_state(path: Path) -> tuple[dict, dict[str, Tensor]]:
         return {}, {}
 
 
-def _fingerprint(projectors: tuple, examples: list[Example], table: Tensor, options: TrainOptions) -> str:
+def _fingerprint(
+    projectors: tuple, examples: list[Example], table: Tensor, options: TrainOptions
+) -> str:
     """Identifies a training: start and general weights, examples, targets, options. Another must not be resumed."""
     digest = hashlib.sha256(repr((STATE, options)).encode())
     digest.update(table.detach().contiguous().view(torch.uint8).cpu().numpy())

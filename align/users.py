@@ -35,7 +35,9 @@ def load_projector(bundle: Bundle, graph: Path):
     blob = (graph.parent / data_file(bundle)).read_bytes()
     weights = {}
     for spec in bundle.manifest.projector_weights:
-        array = np.frombuffer(blob, "<f4", count=int(np.prod(spec.shape)), offset=spec.offset).reshape(spec.shape)
+        array = np.frombuffer(
+            blob, "<f4", count=int(np.prod(spec.shape)), offset=spec.offset
+        ).reshape(spec.shape)
         weights[spec.parameter] = torch.from_numpy((array.T if spec.transposed else array).copy())
     projector = build_projector(bundle.manifest.projector)
     projector.load_state_dict(weights)
@@ -59,7 +61,11 @@ def write_speech_tokens(folder: Path, bundle: Bundle, tokens: np.ndarray) -> Non
 
 
 def write_user(
-    bundle: Bundle, folder: Path, weights: dict[str, Tensor], training: dict, speech_tokens: np.ndarray
+    bundle: Bundle,
+    folder: Path,
+    weights: dict[str, Tensor],
+    training: dict,
+    speech_tokens: np.ndarray,
 ) -> dict:
     """Write users/NAME: graph, weights, speech vocabulary and record appear together or not at all."""
     graph = bundle.graph("projector")

@@ -5,7 +5,9 @@ from torch import Tensor
 
 from tiny_align.runtime.windows import WindowSpec
 
-TOGETHER = 8  # windows padded to the longest of them: more would be more padding, fewer smaller products
+TOGETHER = (
+    8  # windows padded to the longest of them: more would be more padding, fewer smaller products
+)
 
 
 def project(projector, takes: list[Tensor], windows: WindowSpec | None) -> tuple[Tensor, Tensor]:
@@ -21,9 +23,14 @@ def project(projector, takes: list[Tensor], windows: WindowSpec | None) -> tuple
     each = iter(_one_by_one(projector, [part for utterance in parts for part in utterance]))
     rows = [[next(each) for _ in utterance] for utterance in parts]
     joined = [
-        torch.cat([r[which] for r, which in zip(u, windows.keep_slices(len(u)))]) if windows else u[0] for u in rows
+        torch.cat([r[which] for r, which in zip(u, windows.keep_slices(len(u)))])
+        if windows
+        else u[0]
+        for u in rows
     ]
-    return torch.nn.utils.rnn.pad_sequence(joined, batch_first=True), torch.tensor([len(r) for r in joined])
+    return torch.nn.utils.rnn.pad_sequence(joined, batch_first=True), torch.tensor(
+        [len(r) for r in joined]
+    )
 
 
 def _one_by_one(projector, parts: list[Tensor]) -> list[Tensor]:
@@ -31,7 +38,9 @@ def _one_by_one(projector, parts: list[Tensor]) -> list[Tensor]:
     given, order = [None] * len(parts), sorted(range(len(parts)), key=lambda i: len(parts[i]))
     for group in (order[i : i + TOGETHER] for i in range(0, len(order), TOGETHER)):
         n_frames = torch.tensor([len(parts[i]) for i in group])
-        out = projector(torch.nn.utils.rnn.pad_sequence([parts[i] for i in group], batch_first=True), n_frames)
+        out = projector(
+            torch.nn.utils.rnn.pad_sequence([parts[i] for i in group], batch_first=True), n_frames
+        )
         for i, row, n in zip(group, out, projector.output_lengths(n_frames)):
             given[i] = row[:n]
     return given

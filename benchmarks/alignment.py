@@ -30,7 +30,12 @@ from tiny_align.align.evaluate import EncodedUtterance, Quality, encode_utteranc
 from tiny_align.align.feature_cache import cached_features, non_speech_files
 from tiny_align.align.non_speech import hiss
 from tiny_align.align.objectives import FRAMED, POOLED
-from tiny_align.align.personalise import AUGMENTATIONS, embedding_table, make_examples, rehearsal_examples
+from tiny_align.align.personalise import (
+    AUGMENTATIONS,
+    embedding_table,
+    make_examples,
+    rehearsal_examples,
+)
 from tiny_align.align.pictures import new_figure
 from tiny_align.align.projector import PROJECTORS, build_projector
 from tiny_align.align.trainer import JUDGEMENT, Trainer, TrainOptions
@@ -54,7 +59,11 @@ FEW = (10, 25, 50, 100, 200)  # utterances
 SNR_DB = (None, 20, 10, 5, 0)
 N_TEST, N_WORDLESS = 40, 60
 FIGURES = ("rouge1", "rougeL", "wer")
-INSTRUCTED = (("answer", "untold"), ("repeat", "told"), ("repeat", "untold"))  # columns; answers told to are ROUGE-L's
+INSTRUCTED = (
+    ("answer", "untold"),
+    ("repeat", "told"),
+    ("repeat", "untold"),
+)  # columns; answers told to are ROUGE-L's
 
 
 @dataclass(frozen=True)
@@ -78,14 +87,19 @@ class Speaking:
     projector: object
 
     def __post_init__(self):
-        self.bundle, self.answer_soft_tokens = self.assistant.bundle, self.assistant.answer_soft_tokens
+        self.bundle, self.answer_soft_tokens = (
+            self.assistant.bundle,
+            self.assistant.answer_soft_tokens,
+        )
         self.table = self.assistant.llm.speech_table
 
     def soft_tokens(self, features: np.ndarray) -> np.ndarray:
         import torch
 
         with torch.no_grad():
-            out = project(self.projector, [torch.from_numpy(features)], self.assistant.windows)[0][0].numpy()
+            out = project(self.projector, [torch.from_numpy(features)], self.assistant.windows)[0][
+                0
+            ].numpy()
         if self.projector.config.soft_tokens:
             return merge_similar(out, MERGE_COSINE)
         return collapse(out, self.table, ctc_scale(self.table))
@@ -106,7 +120,10 @@ def instructed(told: Quality, untold: Quality) -> dict:
     An answer is measured against the answer to typed text, a repetition against the text.
     """
     texts = [row["text"] for row in told.rows]
-    repeated, anything = [row["repeated"] for row in told.rows], [row["spoken"] for row in untold.rows]
+    repeated, anything = (
+        [row["repeated"] for row in told.rows],
+        [row["spoken"] for row in untold.rows],
+    )
     return {
         "answer": {"told": told.rougeL, "untold": untold.rougeL},
         "repeat": {"told": rouge(texts, repeated), "untold": rouge(texts, anything)},
@@ -131,7 +148,9 @@ def prepare(setting: Setting, objectives: list[str]) -> None:
     for voice in VOICES:
         if not (work / voice).exists():
             recordings.write_voice(voice, work / voice, max(FEW), N_TEST)
-    for objective in {name in POOLED: name for name in objectives}.values():  # one of each form: many processes read it
+    for objective in {
+        name in POOLED: name for name in objectives
+    }.values():  # one of each form: many processes read it
         with Assistant.load(bundle_for(setting, objective)) as assistant:
             for name in ("known", *VOICES):
                 examples_of(assistant, work / name)
@@ -151,13 +170,16 @@ def examples_of(assistant: Assistant, folder: Path, n: int | None = None) -> lis
     """The first `n` of a data set's train split, with augmentations and, for end-to-end, both answers."""
     utterances = split_of(load_dataset(folder), "train")[:n]
     takes = [
-        cached_features(assistant, utterances, folder / "features", augmentation=k) for k in range(AUGMENTATIONS + 1)
+        cached_features(assistant, utterances, folder / "features", augmentation=k)
+        for k in range(AUGMENTATIONS + 1)
     ]
     replies, llm = answers(), assistant.llm
     end = assistant.bundle.manifest.llm.end_tokens[0]
     texts = [u.text for u in utterances]
     return [
-        replace(example, answers=tuple((*llm.encode(answer), end) for answer in (replies[text], text)))
+        replace(
+            example, answers=tuple((*llm.encode(answer), end) for answer in (replies[text], text))
+        )
         for text, example in zip(texts, make_examples(llm, texts, takes))
     ]
 
@@ -186,7 +208,9 @@ def frozen_llm(assistant: Assistant, weights: Path = WEIGHTS / "llm"):
     asked = (prompt.instruction, prompt.repeat_instruction)
     around = [llm.around(wanted) for wanted in asked]
     model = load_pretrained(AutoModelForCausalLM, weights).eval()
-    return FrozenLlm(model, [torch.from_numpy(before) for before, _ in around], torch.from_numpy(around[0][1]))
+    return FrozenLlm(
+        model, [torch.from_numpy(before) for before, _ in around], torch.from_numpy(around[0][1])
+    )
 
 
 def _uncut(rehearsal: list, bundle: str) -> list:
@@ -213,21 +237,39 @@ class Cell:
     def _measure(self) -> dict:
         work = Path(self.setting.work)
         self.llm = frozen_llm(self.assistant) if self.objective == "end-to-end" else None
-        rehearsal = [] if self.llm else rehearsal_examples(self.assistant, self.objective, work / "features")
+        rehearsal = (
+            []
+            if self.llm
+            else rehearsal_examples(self.assistant, self.objective, work / "features")
+        )
         self.rehearsal = _uncut(rehearsal, self.setting.bundle)
-        known, self.known_test = examples_of(self.assistant, work / "known"), test_of(self.assistant, work / "known")
-        voices = {v: (examples_of(self.assistant, work / v, 100), test_of(self.assistant, work / v)) for v in VOICES}
+        known, self.known_test = (
+            examples_of(self.assistant, work / "known"),
+            test_of(self.assistant, work / "known"),
+        )
+        voices = {
+            v: (examples_of(self.assistant, work / v, 100), test_of(self.assistant, work / v))
+            for v in VOICES
+        }
         rate, step_s = self._tune(known)
         row = {"projector": self.kind, "objective": self.objective, "rate": rate, "step_s": step_s}
         row["budget_curve"] = self._budget_curve(known, rate, step_s)
-        row["seeds"] = [self._one_seed(known, voices, row, seed) for seed in range(self.setting.seeds)]
-        row["budget_curve"].append({"seconds": self.setting.budget_s, "rougeL": row["seeds"][0]["known"]["rougeL"]})
+        row["seeds"] = [
+            self._one_seed(known, voices, row, seed) for seed in range(self.setting.seeds)
+        ]
+        row["budget_curve"].append(
+            {"seconds": self.setting.budget_s, "rougeL": row["seeds"][0]["known"]["rougeL"]}
+        )
         best = max(point["rougeL"] for point in row["budget_curve"])
-        row["seconds_to_95"] = min(p["seconds"] for p in row["budget_curve"] if p["rougeL"] >= 0.95 * best)
+        row["seconds_to_95"] = min(
+            p["seconds"] for p in row["budget_curve"] if p["rougeL"] >= 0.95 * best
+        )
         row["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         return row
 
-    def _train(self, projector, examples: list, rate: float, steps: int, seed: int, personal: bool = False):
+    def _train(
+        self, projector, examples: list, rate: float, steps: int, seed: int, personal: bool = False
+    ):
         from tiny_align.align.objectives import make
 
         options = TrainOptions(
@@ -235,12 +277,14 @@ class Cell:
             check_every=10**6,
         )  # fmt: skip
         if not personal:
-            options = replace(options, trainable=(), shortcut_threshold=None, weight_decay=1e-2, n_rehearsal=3)
+            options = replace(
+                options, trainable=(), shortcut_threshold=None, weight_decay=1e-2, n_rehearsal=3
+            )
         table = embedding_table(self.assistant)
         target = make(options, table, ctc_scale(table.numpy()), self.llm)
-        trained = Trainer(projector, examples, target, options, None, self.rehearsal, self.assistant.windows).run(
-            quiet=True
-        )
+        trained = Trainer(
+            projector, examples, target, options, None, self.rehearsal, self.assistant.windows
+        ).run(quiet=True)
         projector.load_state_dict(trained.weights)
         return trained.record
 
@@ -250,7 +294,9 @@ class Cell:
         torch.manual_seed(seed)
         manifest = self.assistant.bundle.manifest
         soft_tokens = None if self.objective in FRAMED else SOFT_TOKENS
-        return build_projector({**manifest.projector, "kind": self.kind, "soft_tokens": soft_tokens})
+        return build_projector(
+            {**manifest.projector, "kind": self.kind, "soft_tokens": soft_tokens}
+        )
 
     def _tune(self, known: list) -> tuple[float, float]:
         """The rate that is best on held-out utterances after half the budget, and seconds per step."""
@@ -258,7 +304,9 @@ class Cell:
         step_s = record["train_seconds"] / 10
         held_out = {}
         for rate in RATES:
-            record = self._train(self._new(99), known, rate, self._steps(self.setting.budget_s / 2, step_s), seed=99)
+            record = self._train(
+                self._new(99), known, rate, self._steps(self.setting.budget_s / 2, step_s), seed=99
+            )
             held_out[rate], step_s = _judged(record), record["train_seconds"] / record["steps"]
         return min(held_out, key=held_out.get), step_s
 
@@ -270,7 +318,9 @@ class Cell:
         curve = []
         for share in (1 / 8, 1 / 4, 1 / 2):
             projector = self._new(0)
-            self._train(projector, known, rate, self._steps(share * self.setting.budget_s, step_s), seed=0)
+            self._train(
+                projector, known, rate, self._steps(share * self.setting.budget_s, step_s), seed=0
+            )
             quality = score(Speaking(self.assistant, projector), self.known_test, quiet=True)
             curve.append({"seconds": share * self.setting.budget_s, "rougeL": quality.rougeL})
         return curve
@@ -281,22 +331,40 @@ class Cell:
         steps, held_out = self._steps(self.setting.personal_s, record["train_seconds"] / 10), {}
         for rate in PERSONAL_RATES:
             projector.load_state_dict(start)
-            held_out[rate] = _judged(self._train(projector, examples, rate, steps, 99, personal=True))
+            held_out[rate] = _judged(
+                self._train(projector, examples, rate, steps, 99, personal=True)
+            )
         return min(held_out, key=held_out.get), steps
 
     def _one_seed(self, known: list, voices: dict, row: dict, seed: int) -> dict:
         projector, step_s = self._new(seed), row["step_s"]
-        record = self._train(projector, known, row["rate"], self._steps(self.setting.budget_s, step_s), seed)
-        out = {"train_seconds": record["train_seconds"], "known": self._quality(projector, self.known_test)}
+        record = self._train(
+            projector, known, row["rate"], self._steps(self.setting.budget_s, step_s), seed
+        )
+        out = {
+            "train_seconds": record["train_seconds"],
+            "known": self._quality(projector, self.known_test),
+        }
         start = {k: v.clone() for k, v in projector.state_dict().items()}
         if "personal_rate" not in row:
-            row["personal_rate"], row["personal_steps"] = self._tune_personal(projector, start, voices[VOICES[0]][0])
+            row["personal_rate"], row["personal_steps"] = self._tune_personal(
+                projector, start, voices[VOICES[0]][0]
+            )
         for voice, (examples, test) in voices.items():
             projector.load_state_dict(start)
             out[voice] = {"before": self._quality(projector, test)}
-            record = self._train(projector, examples, row["personal_rate"], row["personal_steps"], seed, personal=True)
+            record = self._train(
+                projector,
+                examples,
+                row["personal_rate"],
+                row["personal_steps"],
+                seed,
+                personal=True,
+            )
             speaking = Speaking(self.assistant, projector.eval())
-            told, untold = (score(speaking, test, instruction, quiet=True) for instruction in (None, ""))
+            told, untold = (
+                score(speaking, test, instruction, quiet=True) for instruction in (None, "")
+            )
             out[voice] |= {"train_seconds": record["train_seconds"], "after": _shown_of(told)}
             out[voice]["instruction"] = instructed(told, untold)
         return out
@@ -341,7 +409,8 @@ class Shipped:
     def _examples(self, folder: Path) -> list:
         utterances = split_of(load_dataset(folder), "train")
         takes = [
-            cached_features(self.assistant, utterances, self.cache, augmentation=k) for k in range(AUGMENTATIONS + 1)
+            cached_features(self.assistant, utterances, self.cache, augmentation=k)
+            for k in range(AUGMENTATIONS + 1)
         ]
         return make_examples(self.assistant.llm, [u.text for u in utterances], takes)
 
@@ -350,7 +419,9 @@ class Shipped:
         out = {
             "general": self._quality(general, self.tests[None]),
             "general_known": self._quality(general, self.known_test),
-            "general_noise": {str(db): self._quality(general, test) for db, test in self.tests.items()},
+            "general_noise": {
+                str(db): self._quality(general, test) for db, test in self.tests.items()
+            },
             "general_invented": self._invented(general),
             "few": {},
             "noise": {},
@@ -358,13 +429,16 @@ class Shipped:
         for n in sorted({min(n, self.n_train) for n in self.setting.few}):
             runs = [self._personalised(n, seed) for seed in range(self.setting.seeds)]
             out["few"][str(n)] = [
-                {**self._quality(p, self.tests[None]), "train_seconds": seconds} for p, seconds in runs
+                {**self._quality(p, self.tests[None]), "train_seconds": seconds}
+                for p, seconds in runs
             ]
             if n == min(100, self.n_train):
                 out["invented"] = [self._invented(projector) for projector, _ in runs]
                 out["known"] = [self._quality(projector, self.known_test) for projector, _ in runs]
                 for db, test in self.tests.items():
-                    out["noise"][str(db)] = [self._quality(projector, test) for projector, _ in runs]
+                    out["noise"][str(db)] = [
+                        self._quality(projector, test) for projector, _ in runs
+                    ]
         return out
 
     def _personalised(self, n: int, seed: int):
@@ -372,9 +446,17 @@ class Shipped:
 
         options = TrainOptions(seed=seed)
         projector = load_projector(self.assistant.bundle, self.assistant.bundle.graph("projector"))
-        target = make(options, embedding_table(self.assistant), self.assistant.bundle.manifest.readout.scale)
+        target = make(
+            options, embedding_table(self.assistant), self.assistant.bundle.manifest.readout.scale
+        )
         trained = Trainer(
-            projector, self.examples[:n], target, options, None, self.rehearsal, self.assistant.windows
+            projector,
+            self.examples[:n],
+            target,
+            options,
+            None,
+            self.rehearsal,
+            self.assistant.windows,
         ).run(quiet=True)
         projector.load_state_dict(trained.weights)
         return projector, trained.record["train_seconds"]
@@ -400,7 +482,11 @@ def noisy(assistant: Assistant, folder: Path, snr_db: float | None) -> list[Enco
             audio = (audio + sound).astype(np.float32)
             audio /= max(1.0, np.abs(audio).max())
         heard.append(
-            EncodedUtterance(utterance.text, assistant.features(audio), assistant.answer_text(utterance.text).text)
+            EncodedUtterance(
+                utterance.text,
+                assistant.features(audio),
+                assistant.answer_text(utterance.text).text,
+            )
         )
     return heard
 
@@ -416,7 +502,11 @@ def cascade(assistant: Assistant, folder: Path) -> dict:
     typed, spoken = [], []
     for utterance in split_of(load_dataset(folder), "test"):
         with torch.no_grad():
-            letters = model(torch.from_numpy(FRONT_END(utterance.load(speech.SAMPLE_RATE)))[None]).logits[0].argmax(-1)
+            letters = (
+                model(torch.from_numpy(FRONT_END(utterance.load(speech.SAMPLE_RATE)))[None])
+                .logits[0]
+                .argmax(-1)
+            )
         spoken.append(assistant.answer_text(decode_letters(letters.numpy()) or " ").text)
         typed.append(assistant.answer_text(utterance.text).text)
     return {"rougeL": rouge(typed, spoken), "n": len(spoken)}
@@ -427,15 +517,24 @@ def cascade(assistant: Assistant, folder: Path) -> dict:
 
 def jobs_of(args, part: str, setting: Setting) -> dict[str, Cell | Shipped]:
     if part == "table":
-        cells = [Cell(setting, kind, objective) for objective in args.objectives for kind in args.projectors]
-        return {f"{cell.objective}/{cell.kind}": cell for cell in sorted(cells, key=lambda c: c.kind != "bridgeformer")}
+        cells = [
+            Cell(setting, kind, objective)
+            for objective in args.objectives
+            for kind in args.projectors
+        ]
+        return {
+            f"{cell.objective}/{cell.kind}": cell
+            for cell in sorted(cells, key=lambda c: c.kind != "bridgeformer")
+        }
     data = {voice: args.work / voice for voice in VOICES} | people(args.digits)
     return {name: Shipped(setting, name, str(folder)) for name, folder in data.items()}
 
 
 def people(digits: Path | None) -> dict[str, Path]:
     """A folder of speakers -> name and data set of each."""
-    return {p.parent.name: p.parent for p in sorted(digits.glob("*/metadata.jsonl"))} if digits else {}
+    return (
+        {p.parent.name: p.parent for p in sorted(digits.glob("*/metadata.jsonl"))} if digits else {}
+    )
 
 
 def run_all(jobs: dict, kept: Path, setting: Setting, processes: int) -> dict:
@@ -500,14 +599,34 @@ def _at(value: dict, path: tuple):
 
 def table(report: dict) -> str:
     """The README's table of projectors and objectives."""
-    head = ["projector", "objective", "known ROUGE-L", "new voice before", "after: ROUGE-1", "ROUGE-L", "WER"]
-    head += ["not told to answer", "told to repeat", "not told to", "rates", "s per step", "s to 95 %", "peak GB"]
+    head = [
+        "projector",
+        "objective",
+        "known ROUGE-L",
+        "new voice before",
+        "after: ROUGE-1",
+        "ROUGE-L",
+        "WER",
+    ]
+    head += [
+        "not told to answer",
+        "told to repeat",
+        "not told to",
+        "rates",
+        "s per step",
+        "s to 95 %",
+        "peak GB",
+    ]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     chance = []
     for row in report["results"].values():
         chance.append(over_voices(row, "after", "rougeL_chance"))
         shown = [over_voices(row, "after", name) for name in FIGURES]
-        cells = [row["projector"], row["objective"], f"{median(s['known']['rougeL'] for s in row['seeds']):.3f}"]
+        cells = [
+            row["projector"],
+            row["objective"],
+            f"{median(s['known']['rougeL'] for s in row['seeds']):.3f}",
+        ]
         cells += [f"{over_voices(row, 'before', 'rougeL'):.3f}", *(f"{f:.3f}" for f in shown)]
         cells += [f"{over_voices(row, 'instruction', *path):.3f}" for path in INSTRUCTED]
         cells.append(f"{row['rate']:g}, {row['personal_rate']:g}")
@@ -516,7 +635,9 @@ def table(report: dict) -> str:
     heard = sum(report["cascade"][v]["rougeL"] for v in VOICES) / len(VOICES)
     blank = " |" * (len(head) - 6)
     lines.append(f"| typed | | 1.000 | | 1.000 | 1.000 |{blank}")
-    lines.append(f"| cascade | | {report['cascade']['known']['rougeL']:.3f} | {heard:.3f} | | {heard:.3f} |{blank}")
+    lines.append(
+        f"| cascade | | {report['cascade']['known']['rougeL']:.3f} | {heard:.3f} | | {heard:.3f} |{blank}"
+    )
     if chance:
         lines.append(f"| chance | | | | | {median(chance):.3f} |{blank}")
     return "\n".join(lines)
@@ -525,18 +646,37 @@ def table(report: dict) -> str:
 def curves(report: dict) -> str:
     """The README's table of the shipped bundle: few utterances, noise, what is forgotten."""
     few, snr = [str(n) for n in report["setting"].get("few", FEW)], [str(db) for db in SNR_DB]
-    head = ["who", "cascade", "general", *(f"{n} utt." for n in few), "WER at most utt.", "training"]
-    head += [f"{db} dB" if db != "None" else "clean" for db in snr] + ["known voices: general", "personalised"]
+    head = [
+        "who",
+        "cascade",
+        "general",
+        *(f"{n} utt." for n in few),
+        "WER at most utt.",
+        "training",
+    ]
+    head += [f"{db} dB" if db != "None" else "clean" for db in snr] + [
+        "known voices: general",
+        "personalised",
+    ]
     head += [f"of {N_WORDLESS} sounds without a word answered"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for name, row in report["results"].items():
         most = row["few"][max(row["few"], key=int)]
         heard = report["cascade"].get(name)
         cells = [name, f"{heard['rougeL']:.3f}" if heard else "", f"{row['general']['rougeL']:.3f}"]
-        cells += [f"{median(r['rougeL'] for r in row['few'][n]):.3f}" if n in row["few"] else "" for n in few]
-        cells += [f"{median(r['wer'] for r in most):.3f}", f"{median(r['train_seconds'] for r in most):.0f} s"]
+        cells += [
+            f"{median(r['rougeL'] for r in row['few'][n]):.3f}" if n in row["few"] else ""
+            for n in few
+        ]
+        cells += [
+            f"{median(r['wer'] for r in most):.3f}",
+            f"{median(r['train_seconds'] for r in most):.0f} s",
+        ]
         cells += [f"{median(r['rougeL'] for r in row['noise'][db]):.3f}" for db in snr]
-        cells += [f"{row['general_known']['rougeL']:.3f}", f"{median(r['rougeL'] for r in row['known']):.3f}"]
+        cells += [
+            f"{row['general_known']['rougeL']:.3f}",
+            f"{median(r['rougeL'] for r in row['known']):.3f}",
+        ]
         cells += [f"{median(row['invented']):.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -560,7 +700,12 @@ def summary(results: dict) -> dict:
         curves_ = [rows[name]["budget_curve"] for name in ("ctc", "end-to-end")]
         level = 0.95 * min(max(p["rougeL"] for p in curve) for curve in curves_)
         ours, theirs = (seconds_to(curve, level) for curve in curves_)
-        out["end_to_end"] = {"rougeL": level, "ours_s": ours, "end_to_end_s": theirs, "ratio": theirs / ours}
+        out["end_to_end"] = {
+            "rougeL": level,
+            "ours_s": ours,
+            "end_to_end_s": theirs,
+            "ratio": theirs / ours,
+        }
     return out
 
 
@@ -578,7 +723,10 @@ def seconds_to(curve: list[dict], level: float) -> float:
 def plot_table(report: dict, folder: Path) -> list[str]:
     """A PNG picture: quality over training time, by objective."""
     rows = [r for r in report["results"].values() if r["projector"] == "bridgeformer"]
-    lines = {r["objective"]: tuple(zip(*((p["seconds"], p["rougeL"]) for p in r["budget_curve"]))) for r in rows}
+    lines = {
+        r["objective"]: tuple(zip(*((p["seconds"], p["rougeL"]) for p in r["budget_curve"])))
+        for r in rows
+    }
     return [_draw(folder / "alignment-time.png", "seconds of training, known voices", lines)]
 
 
@@ -611,26 +759,47 @@ def _command(args, part: str) -> str:
     words, parser = ["python -m benchmarks.alignment --parts", part], _parser()
     words += ["--digits FOLDER"] if args.digits else []
     for name in ("objectives", "projectors", "seeds", "few", "budget", "personal", "known"):
-        value, default = (np.atleast_1d(v).tolist() for v in (getattr(args, name), parser.get_default(name)))
+        value, default = (
+            np.atleast_1d(v).tolist() for v in (getattr(args, name), parser.get_default(name))
+        )
         words += [f"--{name}", *map(str, value)] if value != default else []
     return " ".join(words)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--bundle", type=Path, default=shipped("bundle"))
-    parser.add_argument("--work", type=Path, default=Path("work/alignment"), help="recordings, features, what is done")
-    parser.add_argument("--digits", type=Path, help="a folder of speakers, each with metadata.jsonl")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("work/alignment"),
+        help="recordings, features, what is done",
+    )
+    parser.add_argument(
+        "--digits", type=Path, help="a folder of speakers, each with metadata.jsonl"
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--objectives", nargs="+", choices=FRAMED + POOLED, default=FRAMED + POOLED)
     parser.add_argument("--projectors", nargs="+", choices=PROJECTORS, default=tuple(PROJECTORS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--few", type=int, nargs="+", default=FEW, help="utterances to personalise on")
-    parser.add_argument("--budget", type=float, default=120.0, help="seconds of training from nothing, one core")
-    parser.add_argument("--personal", type=float, default=15.0, help="seconds of training for a voice, one core")
-    parser.add_argument("--known", type=int, default=2000, help="utterances by known voices to train on")
+    parser.add_argument(
+        "--few", type=int, nargs="+", default=FEW, help="utterances to personalise on"
+    )
+    parser.add_argument(
+        "--budget", type=float, default=120.0, help="seconds of training from nothing, one core"
+    )
+    parser.add_argument(
+        "--personal", type=float, default=15.0, help="seconds of training for a voice, one core"
+    )
+    parser.add_argument(
+        "--known", type=int, default=2000, help="utterances by known voices to train on"
+    )
     parser.add_argument("--processes", type=int, default=1, help="jobs at once, a core each")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the documents and pictures")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="folder for the documents and pictures"
+    )
     parser.add_argument("--json", action="store_true")
     return parser
 

@@ -23,14 +23,29 @@ ALL, DIFF = "all", "diff"
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("parts", nargs="+", metavar="PART", help=f"{', '.join(NAMES)}, {ALL}; or {DIFF} A.json B.json")
+    parser.add_argument(
+        "parts",
+        nargs="+",
+        metavar="PART",
+        help=f"{', '.join(NAMES)}, {ALL}; or {DIFF} A.json B.json",
+    )
     parser.add_argument("--bundle", type=Path, help="another bundle than the shipped one")
     parser.add_argument("--data", type=Path, help="other recordings than the shipped ones")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all cores)")
-    parser.add_argument("--short", action="store_true", help="a few minutes: to see that everything works")
-    parser.add_argument("--out", type=Path, default=Path("tiny-align-bench"), help="folder for what is written")
     parser.add_argument(
-        "--slow", action="append", default=[], metavar="STAGE=1.2", help="slow a stage down, to see `diff` report it"
+        "--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all cores)"
+    )
+    parser.add_argument(
+        "--short", action="store_true", help="a few minutes: to see that everything works"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("tiny-align-bench"), help="folder for what is written"
+    )
+    parser.add_argument(
+        "--slow",
+        action="append",
+        default=[],
+        metavar="STAGE=1.2",
+        help="slow a stage down, to see `diff` report it",
     )
 
 
@@ -44,7 +59,9 @@ def run(args) -> dict:
         return _diff(args)
     names = list(NAMES) if ALL in args.parts else list(dict.fromkeys(args.parts))
     if unknown := [name for name in names if name not in NAMES]:
-        raise TinyAlignError(f"there is no part {unknown[0]!r}: choose of {', '.join(NAMES)}, {ALL} and {DIFF}")
+        raise TinyAlignError(
+            f"there is no part {unknown[0]!r}: choose of {', '.join(NAMES)}, {ALL} and {DIFF}"
+        )
     return _measure(args, names)
 
 
@@ -96,7 +113,9 @@ def _slowed(text: str) -> tuple[str, float]:
 
     name, _, factor = text.partition("=")
     if name not in STAGES or not re.fullmatch(r"[1-9]\d*(\.\d+)?", factor):
-        raise TinyAlignError(f"--slow {text} is no STAGE=FACTOR: give one of {', '.join(STAGES)}, and =1.2")
+        raise TinyAlignError(
+            f"--slow {text} is no STAGE=FACTOR: give one of {', '.join(STAGES)}, and =1.2"
+        )
     return name, float(factor)
 
 

@@ -44,11 +44,17 @@ def interval(a: Samples, b: Samples, part: str) -> tuple[float, float, float]:
     cannot be learnt, and is taken as proportional.
     """
     rng = np.random.default_rng(0)
-    kernels, seconds = zip(*(_resampled(np.log([taken[KERNEL], taken[part]]), rng) for taken in (a, b)))
-    within, follows = (np.concatenate([_centred(v) for v in values], axis=1) for values in (kernels, seconds))
+    kernels, seconds = zip(
+        *(_resampled(np.log([taken[KERNEL], taken[part]]), rng) for taken in (a, b))
+    )
+    within, follows = (
+        np.concatenate([_centred(v) for v in values], axis=1) for values in (kernels, seconds)
+    )
     still = within.shape[1] * STILL**2
     slope = ((within * follows).sum(1) + still) / ((within**2).sum(1) + still)
-    levels = [np.median(took - slope[:, None] * kernel, axis=1) for took, kernel in zip(seconds, kernels)]
+    levels = [
+        np.median(took - slope[:, None] * kernel, axis=1) for took, kernel in zip(seconds, kernels)
+    ]
     ratios = np.exp(levels[1] - levels[0])
     low, high = np.quantile(ratios[1:], ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     return float(ratios[0]), float(low), float(high)
@@ -84,7 +90,11 @@ def compare(a: dict, b: dict) -> dict:
         DataError: they do not measure the same on the same machine.
     """
     same(a, b)
-    changes = _speed(a["parts"], b["parts"]) + _size(a["parts"], b["parts"]) + _quality(a["parts"], b["parts"])
+    changes = (
+        _speed(a["parts"], b["parts"])
+        + _size(a["parts"], b["parts"])
+        + _quality(a["parts"], b["parts"])
+    )
     if not changes:
         raise DataError("the two results have no part in common: run the same parts twice")
     shown = [vars(change) for change in changes]
@@ -95,11 +105,15 @@ def same(a: dict, b: dict) -> None:
     for name in ("processor", "jetson", "cores"):
         one, other = a["machine"].get(name), b["machine"].get(name)
         if one != other:
-            raise DataError(f"the results are of two machines ({name} {one} and {other}): compare two of one machine")
+            raise DataError(
+                f"the results are of two machines ({name} {one} and {other}): compare two of one machine"
+            )
     for name in ("threads", "short", "data"):
         one, other = a["setting"][name], b["setting"][name]
         if one != other:
-            raise DataError(f"the results have different settings ({name} {one} and {other}): run both alike")
+            raise DataError(
+                f"the results have different settings ({name} {one} and {other}): run both alike"
+            )
 
 
 def _speed(a: dict, b: dict) -> list[Change]:
@@ -127,5 +141,7 @@ def table(result: dict) -> str:
     lines = ["| | B / A | interval | |", "|---|---|---|---|"]
     for row in result["changes"]:
         mark = "regression" if row["regression"] else ""
-        lines.append(f"| {row['what']} | {row['ratio']:.3f} | {row['low']:.3f} to {row['high']:.3f} | {mark} |")
+        lines.append(
+            f"| {row['what']} | {row['ratio']:.3f} | {row['low']:.3f} to {row['high']:.3f} | {mark} |"
+        )
     return "\n".join(lines)

@@ -68,14 +68,24 @@ def load(folder: Path, threads: int):
     return load_runner(folder / spec.file, spec, BACKEND, threads)
 
 
-def speed(source: Path, exported: dict[str, Path], threads: int, audio_s: float, repeats: int) -> dict:
+def speed(
+    source: Path, exported: dict[str, Path], threads: int, audio_s: float, repeats: int
+) -> dict:
     """Seconds of both sides for the same noise, one after the other in every repeat; a run before warms up."""
-    audio = np.random.default_rng(0).standard_normal((1, round(audio_s * SAMPLE_RATE))).astype(np.float32)
+    audio = (
+        np.random.default_rng(0)
+        .standard_normal((1, round(audio_s * SAMPLE_RATE)))
+        .astype(np.float32)
+    )
     torch.set_num_threads(threads)
     model = load_pretrained(transformers.Wav2Vec2Model, source).eval()
     with contextlib.ExitStack() as stack, torch.inference_mode():
-        runners = {name: stack.enter_context(load(folder, threads)) for name, folder in exported.items()}
-        sides = {name: (lambda run=run: run({"input_values": audio})) for name, run in runners.items()}
+        runners = {
+            name: stack.enter_context(load(folder, threads)) for name, folder in exported.items()
+        }
+        sides = {
+            name: (lambda run=run: run({"input_values": audio})) for name, run in runners.items()
+        }
         sides["pytorch"] = lambda: model(torch.from_numpy(audio))
         patience = Patience(least=repeats, most=repeats)
         samples = alternate({name: timed(run) for name, run in sides.items()}, patience)
@@ -90,7 +100,9 @@ def distance(features: list[np.ndarray], exact: list[np.ndarray]) -> dict:
     pairs = list(zip(features, exact, strict=True))
     cosines = [float(np.vdot(a, b) / np.linalg.norm(a) / np.linalg.norm(b)) for a, b in pairs]
     errors = [float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs]
-    frames = [(a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1) for a, b in pairs]
+    frames = [
+        (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1) for a, b in pairs
+    ]
     return {
         "cosine": float(np.mean(cosines)),
         "least_cosine": min(cosines),
@@ -100,12 +112,16 @@ def distance(features: list[np.ndarray], exact: list[np.ndarray]) -> dict:
     }
 
 
-def random_accuracy(source: Path, exported: dict[str, Path], threads: int, recordings: list[np.ndarray]) -> dict:
+def random_accuracy(
+    source: Path, exported: dict[str, Path], threads: int, recordings: list[np.ndarray]
+) -> dict:
     """INT8 against FP32 on recordings (S,) float32, by the encoder with random weights."""
     front_end, features = load_encoder(str(source)).front_end, {}
     for name, folder in exported.items():
         with load(folder, threads) as run:
-            features[name] = [run({"input_values": front_end(audio)[None]})["features"][0] for audio in recordings]
+            features[name] = [
+                run({"input_values": front_end(audio)[None]})["features"][0] for audio in recordings
+            ]
     return distance(features["int8"], features["fp32"])
 
 
@@ -119,7 +135,9 @@ def shipped_accuracy(folder: Path, threads: int, data: dict[str, list]) -> dict:
         for name, utterances in data.items():
             audios = [u.load(SAMPLE_RATE) for u in utterances]
             features = [[a.features(audio) for audio in audios] for a in (rough, exact)]
-            quality = {p: evaluate(a, utterances) for p, a in zip(PRECISIONS, (exact, rough), strict=True)}
+            quality = {
+                p: evaluate(a, utterances) for p, a in zip(PRECISIONS, (exact, rough), strict=True)
+            }
             said = [[row["spoken"] for row in quality[p].rows] for p in PRECISIONS]
             rows[name] = distance(*features) | {
                 "same_answers": sum(a == b for a, b in zip(*said, strict=True)) / len(utterances),
@@ -135,25 +153,46 @@ def quantise_encoder(bundle: Path, folder: Path) -> Path:
     manifest = Bundle.open(bundle).manifest
     with contextlib.redirect_stdout(sys.stderr):
         spec = write_encoder(folder, load_encoder(str(WEIGHTS / "encoder"), ENCODER_LAYERS), "int8")
-    write_manifest(folder, dataclasses.replace(manifest, graphs={**manifest.graphs, "encoder": spec}))
+    write_manifest(
+        folder, dataclasses.replace(manifest, graphs={**manifest.graphs, "encoder": spec})
+    )
     return folder
 
 
 def table(report: dict) -> str:
     """The report as the README's tables."""
-    head = [f"threads, {report['audio_s']:g} s of audio", "PyTorch FP32", *(f"ONNX Runtime {p}" for p in PRECISIONS)]
+    head = [
+        f"threads, {report['audio_s']:g} s of audio",
+        "PyTorch FP32",
+        *(f"ONNX Runtime {p}" for p in PRECISIONS),
+    ]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for threads, row in report["speed"].items():
-        ours = [f"{row['seconds'][p]:.2f} s, {row['ratios'][f'{p}_vs_pytorch']:.2f}x" for p in PRECISIONS]
-        lines.append(f"| {threads} | {row['seconds']['pytorch']:.2f} s | " + " | ".join(ours) + " |")
-    head = ["INT8 against FP32", "cosine", "least of a frame", "relative error", "same answers", "ROUGE-L", "WER"]
+        ours = [
+            f"{row['seconds'][p]:.2f} s, {row['ratios'][f'{p}_vs_pytorch']:.2f}x"
+            for p in PRECISIONS
+        ]
+        lines.append(
+            f"| {threads} | {row['seconds']['pytorch']:.2f} s | " + " | ".join(ours) + " |"
+        )
+    head = [
+        "INT8 against FP32",
+        "cosine",
+        "least of a frame",
+        "relative error",
+        "same answers",
+        "ROUGE-L",
+        "WER",
+    ]
     lines += ["", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     rows = {"random wav2vec2-base": report["random"]} | {
         f"shipped encoder, {name}": row for name, row in report["shipped"].items()
     }
     for name, row in rows.items():
         figures = [row["cosine"], row["least_cosine_of_a_frame"], row["relative_error"]]
-        lines.append(f"| {name} | " + " | ".join(f"{f:.4f}" for f in figures) + f" | {_answers(row)} |")
+        lines.append(
+            f"| {name} | " + " | ".join(f"{f:.4f}" for f in figures) + f" | {_answers(row)} |"
+        )
     return "\n".join(lines)
 
 
@@ -165,7 +204,9 @@ def _answers(row: dict) -> str:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seconds", type=float, default=10.0, help="of audio")
     parser.add_argument("--repeats", type=int, default=7)
@@ -174,15 +215,24 @@ def main(argv=None) -> int:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
     command = COMMAND + (" --digits FOLDER" if args.digits else "")
-    report = {"machine": describe(), "date": str(date.today()), "command": command, "audio_s": args.seconds}
-    folders = [shipped("voice"), *(sorted(p for p in args.digits.iterdir() if p.is_dir()) if args.digits else ())]
+    report = {
+        "machine": describe(),
+        "date": str(date.today()),
+        "command": command,
+        "audio_s": args.seconds,
+    }
+    folders = [
+        shipped("voice"),
+        *(sorted(p for p in args.digits.iterdir() if p.is_dir()) if args.digits else ()),
+    ]
     data = {path.name: [u for u in load_dataset(path) if u.split == "test"] for path in folders}
     recordings = [u.load(SAMPLE_RATE) for utterances in data.values() for u in utterances[::10]]
     with tempfile.TemporaryDirectory() as temporary:
         source = make_encoder(Path(temporary) / "source")
         exported = export(source, Path(temporary) / "exported")
         report["speed"] = {
-            str(n): speed(source, exported, n, args.seconds, args.repeats) for n in sorted(set(args.threads))
+            str(n): speed(source, exported, n, args.seconds, args.repeats)
+            for n in sorted(set(args.threads))
         }
         report["random"] = random_accuracy(source, exported, min(args.threads), recordings)
         report["shipped"] = shipped_accuracy(Path(temporary) / "bundle", min(args.threads), data)

@@ -35,7 +35,9 @@ def costs(path: Path) -> dict[str, dict]:
         link_tree(path, copy)
         shutil.rmtree(copy / "engines", ignore_errors=True)
         bundle = Bundle.open(copy)
-        return {name: _row(bundle, entry) for name, entry in build_engines(bundle, force=True).items()}
+        return {
+            name: _row(bundle, entry) for name, entry in build_engines(bundle, force=True).items()
+        }
 
 
 def _row(bundle: Bundle, entry: dict) -> dict:
@@ -86,12 +88,21 @@ def _megabytes(n_bytes: int) -> str:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--full-size", type=Path, metavar="DIR", help="the bundle of benchmarks.full_size (default: none)"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repeats", type=int, default=5, help="of the build with and without a timing cache")
-    parser.add_argument("--json", action="store_true", help="print nothing but the JSON document on stdout")
+    parser.add_argument(
+        "--full-size",
+        type=Path,
+        metavar="DIR",
+        help="the bundle of benchmarks.full_size (default: none)",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="of the build with and without a timing cache"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print nothing but the JSON document on stdout"
+    )
     args = parser.parse_args(argv)
     builder, own = find_builder(), Bundle.open(shipped("bundle"))
     bundles = {"reference": own.path} | ({"full size": args.full_size} if args.full_size else {})

@@ -59,7 +59,9 @@ def _once(trace):
 def export(encoder: Path, llm: Path, out: Path, max_context: int) -> Path:
     from tiny_align.export.bundle import ExportOptions, export_bundle
 
-    options = ExportOptions(str(encoder), str(llm), precision="fp32", encoder_layers=(1, -1), max_context=max_context)
+    options = ExportOptions(
+        str(encoder), str(llm), precision="fp32", encoder_layers=(1, -1), max_context=max_context
+    )
     with contextlib.redirect_stdout(sys.stderr):  # the exporter's own progress
         export_bundle(options, out)
     return out
@@ -73,7 +75,10 @@ def encoder_row(family: str, folder: Path, bundle: Path, recordings: list[np.nda
     with Assistant.load(bundle, threads=1) as assistant:
         for audio in recordings:
             ours, theirs = assistant.encode_window(audio), features(family, folder, audio)
-            worst, largest = max(worst, float(np.abs(ours - theirs).max())), max(largest, float(np.abs(theirs).max()))
+            worst, largest = (
+                max(worst, float(np.abs(ours - theirs).max())),
+                max(largest, float(np.abs(theirs).max())),
+            )
             n_frames += len(theirs)
     return {"max_abs_diff": worst, "max_abs": largest, "frames": n_frames}
 
@@ -96,13 +101,21 @@ def llm_row(family: str, folder: Path, bundle: Path, sentences: list[str]) -> di
             for text in sentences:
                 ours = assistant.answer_text(text, INSTRUCTION, decoding).tokens
                 pairs["text"].append((list(ours), both.generate(input_ids=both.template(text))))
-    return {"max_abs_diff": max(parity.values())} | {name: _agreement(said) for name, said in pairs.items()}
+    return {"max_abs_diff": max(parity.values())} | {
+        name: _agreement(said) for name, said in pairs.items()
+    }
 
 
 def _agreement(pairs: list[tuple[list[int], list[int]]]) -> dict:
     """Tokens compared, and those equal up to the first that is not, over pairs of answers."""
-    equal = [next((i for i, (a, b) in enumerate(zip(*p)) if a != b), min(map(len, p))) for p in pairs]
-    return {"answers": len(pairs), "tokens": sum(max(map(len, p)) for p in pairs), "equal": sum(equal)}
+    equal = [
+        next((i for i, (a, b) in enumerate(zip(*p)) if a != b), min(map(len, p))) for p in pairs
+    ]
+    return {
+        "answers": len(pairs),
+        "tokens": sum(max(map(len, p)) for p in pairs),
+        "equal": sum(equal),
+    }
 
 
 def measure(encoders: list[str], llms: list[str]) -> dict:
@@ -115,7 +128,13 @@ def measure(encoders: list[str], llms: list[str]) -> dict:
     torch.set_num_threads(1)
     spoken = load_dataset(shipped("voice"))[:RECORDINGS]
     recordings, sentences = [u.load(16_000) for u in spoken], [u.text for u in spoken]
-    report = {"machine": describe(), "date": str(date.today()), "command": COMMAND, "encoders": {}, "llms": {}}
+    report = {
+        "machine": describe(),
+        "date": str(date.today()),
+        "command": COMMAND,
+        "encoders": {},
+        "llms": {},
+    }
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_encoder(WITH_ENCODER, folder / "encoder")
@@ -135,9 +154,14 @@ def measure(encoders: list[str], llms: list[str]) -> dict:
 
 def encoder_table(report: dict) -> str:
     """The encoders as the README's table."""
-    lines = ["| encoder | features compared | largest difference | largest value |", "|---|---|---|---|"]
+    lines = [
+        "| encoder | features compared | largest difference | largest value |",
+        "|---|---|---|---|",
+    ]
     for name, row in report["encoders"].items():
-        lines.append(f"| {name} | {row['frames']} | {row['max_abs_diff']:.1e} | {row['max_abs']:.1f} |")
+        lines.append(
+            f"| {name} | {row['frames']} | {row['max_abs_diff']:.1e} | {row['max_abs']:.1f} |"
+        )
     return "\n".join(lines)
 
 
@@ -156,9 +180,15 @@ def llm_table(report: dict) -> str:
 def main(argv=None) -> int:
     from tiny_align.benchmarks import tiny_encoders, tiny_llms
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--encoders", nargs="*", choices=tiny_encoders.MAKERS, default=list(tiny_encoders.MAKERS))
-    parser.add_argument("--llms", nargs="*", choices=tiny_llms.FAMILIES, default=list(tiny_llms.FAMILIES))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--encoders", nargs="*", choices=tiny_encoders.MAKERS, default=list(tiny_encoders.MAKERS)
+    )
+    parser.add_argument(
+        "--llms", nargs="*", choices=tiny_llms.FAMILIES, default=list(tiny_llms.FAMILIES)
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)

@@ -36,12 +36,19 @@ def make_models(work: Path, shape: Shape) -> None:
     if (work / "done").exists():
         return
     import torch
-    from transformers import LlamaForCausalLM, Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
+    from transformers import (
+        LlamaForCausalLM,
+        Wav2Vec2Config,
+        Wav2Vec2FeatureExtractor,
+        Wav2Vec2Model,
+    )
 
     from tiny_align.reference import corpus
 
     torch.manual_seed(0)
-    Wav2Vec2Model(Wav2Vec2Config()).save_pretrained(work / "encoder")  # the default sizes are wav2vec2-base's
+    Wav2Vec2Model(Wav2Vec2Config()).save_pretrained(
+        work / "encoder"
+    )  # the default sizes are wav2vec2-base's
     Wav2Vec2FeatureExtractor(return_attention_mask=False).save_pretrained(work / "encoder")
     tokenizer = make_tokenizer(shape.vocabulary)
     tokenizer.save_pretrained(work / "llm")
@@ -53,7 +60,9 @@ def make_models(work: Path, shape: Shape) -> None:
         dtype=torch.bfloat16,
     )
     LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(work / "llm")
-    (work / "sentences.txt").write_text("".join(f"{s.text}\n" for s in corpus.sentences(200, 5)), encoding="utf-8")
+    (work / "sentences.txt").write_text(
+        "".join(f"{s.text}\n" for s in corpus.sentences(200, 5)), encoding="utf-8"
+    )
     (work / "done").touch()
 
 
@@ -66,8 +75,14 @@ def make_tokenizer(size: int):
     from tiny_align.reference.llm import CHAT_TEMPLATE, SPECIAL
 
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    options = {"special_tokens": list(SPECIAL), "initial_alphabet": sorted(pre_tokenizers.ByteLevel.alphabet())}
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    options = {
+        "special_tokens": list(SPECIAL),
+        "initial_alphabet": sorted(pre_tokenizers.ByteLevel.alphabet()),
+    }
     trainer = trainers.BpeTrainer(vocab_size=1000, show_progress=False, **options)
     tokenizer.train_from_iterator([s.text for s in corpus.sentences(500, 0)], trainer)
     rest = range(tokenizer.get_vocab_size(), size)
@@ -78,7 +93,15 @@ def make_tokenizer(size: int):
 
 def export(work: Path, head: str) -> dict:
     """The command `tiny-align export` on the models, and what it took."""
-    line = ["export", "--encoder", work / "encoder", "--llm", work / "llm", "--sentences", work / "sentences.txt"]
+    line = [
+        "export",
+        "--encoder",
+        work / "encoder",
+        "--llm",
+        work / "llm",
+        "--sentences",
+        work / "sentences.txt",
+    ]
     line += ["--head-precision", head, "--max-context", CONTEXT, "--out", work / "bundle", "--json"]
     began = time.perf_counter()
     command = [sys.executable, "-m", "tiny_align.runtime.cli", *map(str, line)]
@@ -100,8 +123,12 @@ def run(bundle: Path, audio_s: float, threads: int, rounds: int = 3) -> dict:
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, time.perf_counter()
     with Assistant.load(bundle, threads=threads) as assistant:
         load_s, rng, rows = time.perf_counter() - began, np.random.default_rng(0), []
-        audio = (rng.standard_normal(round(audio_s * assistant.sample_rate)) * 0.1).astype(np.float32)
-        speech = assistant.llm.embed(rng.integers(0, assistant.llm.spec.vocabulary, round(2.5 * audio_s)))
+        audio = (rng.standard_normal(round(audio_s * assistant.sample_rate)) * 0.1).astype(
+            np.float32
+        )
+        speech = assistant.llm.embed(
+            rng.integers(0, assistant.llm.spec.vocabulary, round(2.5 * audio_s))
+        )
         for _ in range(rounds):
             marks = [time.perf_counter()]
             features = assistant.encode_window(audio)
@@ -144,7 +171,9 @@ def table(report: dict) -> str:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-1b")
     parser.add_argument("--seconds", type=float, default=10.0, help="of audio")
@@ -153,9 +182,17 @@ def main(argv=None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
-    report = {"machine": describe(), "date": str(date.today()), "command": COMMAND, "threads": args.threads}
+    report = {
+        "machine": describe(),
+        "date": str(date.today()),
+        "command": COMMAND,
+        "threads": args.threads,
+    }
     report |= {"shape": args.shape, "audio_s": args.seconds, "head_precision": args.head_precision}
-    with tqdm(total=3, desc="full size", file=sys.stderr) as bar, multiprocessing.get_context("spawn").Pool(1) as pool:
+    with (
+        tqdm(total=3, desc="full size", file=sys.stderr) as bar,
+        multiprocessing.get_context("spawn").Pool(1) as pool,
+    ):
         args.work.mkdir(parents=True, exist_ok=True)
         pool.apply(make_models, (args.work, SHAPES[args.shape]))
         bar.update()

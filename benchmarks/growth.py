@@ -54,7 +54,10 @@ def measure(bundle: Path, threads: int, patience: Patience) -> dict[str, dict]:
 
 def over_audio(assistant: Assistant, rng) -> dict:
     lengths = [s for s in AUDIO_S if s <= assistant.max_speech_s]
-    noise = {s: (0.1 * rng.standard_normal(round(s * assistant.sample_rate))).astype(np.float32) for s in lengths}
+    noise = {
+        s: (0.1 * rng.standard_normal(round(s * assistant.sample_rate))).astype(np.float32)
+        for s in lengths
+    }
     return {s: lambda audio=audio: assistant.features(audio) for s, audio in noise.items()}
 
 
@@ -97,7 +100,9 @@ def over_vocabulary(assistant: Assistant, rng) -> dict:
 
     def work(n: int) -> Callable[[], object]:
         table = rng.standard_normal((n, size), dtype=np.float32)
-        frames = np.pad(table[rng.integers(n, size=50)], ((0, 0), (0, 1)))  # every frame a word, the blank's logit 0
+        frames = np.pad(
+            table[rng.integers(n, size=50)], ((0, 0), (0, 1))
+        )  # every frame a word, the blank's logit 0
         return lambda: collapse(frames, table, ctc_scale(table[:500]))
 
     return {n: work(n) for n in VOCABULARIES}
@@ -109,7 +114,9 @@ def over_persons(bundle: Bundle, threads: int, patience: Patience) -> dict:
         works = {}
         for n in N_USERS:
             copy = Path(temporary) / str(n)
-            shutil.copytree(bundle.path, copy, ignore=shutil.ignore_patterns("users", "engines", ".*"))
+            shutil.copytree(
+                bundle.path, copy, ignore=shutil.ignore_patterns("users", "engines", ".*")
+            )
             make_users(Bundle.open(copy, verify=False), n)
             works[n] = lambda copy=copy: load(copy, threads)
         return curve(works, patience)

@@ -81,7 +81,10 @@ class Kernel:
     """A fixed piece of work of a few milliseconds on one core: arithmetic in the cache, and a copy outside of it."""
 
     def __init__(self):
-        self._near, self._far = np.linspace(0.1, 1.0, 1 << 15, dtype=np.float32), np.ones(1 << 20, np.float32)
+        self._near, self._far = (
+            np.linspace(0.1, 1.0, 1 << 15, dtype=np.float32),
+            np.ones(1 << 20, np.float32),
+        )
         self._near_out, self._far_out = np.empty_like(self._near), np.empty_like(self._far)
 
     def __call__(self) -> float:
@@ -96,7 +99,9 @@ class Kernel:
         return now() - began
 
 
-def alternate(sides: dict[str, Side], patience: Patience = Patience(), pause_s: float = 0.0) -> dict[str, Samples]:
+def alternate(
+    sides: dict[str, Side], patience: Patience = Patience(), pause_s: float = 0.0
+) -> dict[str, Samples]:
     """Give every side its turns.
 
     Args:
@@ -106,7 +111,9 @@ def alternate(sides: dict[str, Side], patience: Patience = Patience(), pause_s: 
         name -> samples, `KERNEL` among them.
     """
     kernel = Kernel()
-    samples = {name: {part: [] for part in (*side(), KERNEL)} for name, side in sides.items()}  # warms up
+    samples = {
+        name: {part: [] for part in (*side(), KERNEL)} for name, side in sides.items()
+    }  # warms up
     began, n_rounds = time.perf_counter(), 0
     while patience.lasts(n_rounds, began, samples):
         order = list(sides) if n_rounds % 2 else list(reversed(sides))
@@ -142,12 +149,18 @@ def relative(samples: Samples, part: str) -> np.ndarray:
 
 def settled(samples: dict[str, Samples], width: float) -> bool:
     """Whether the median of every part that matters is known to within `width`."""
-    return all(half_width(relative(side, part)) <= width for side in samples.values() for part in weighty(side))
+    return all(
+        half_width(relative(side, part)) <= width
+        for side in samples.values()
+        for part in weighty(side)
+    )
 
 
 def weighty(samples: Samples) -> list[str]:
     """The parts that are not small beside the largest."""
-    medians = {part: statistics.median(seconds) for part, seconds in samples.items() if part != KERNEL}
+    medians = {
+        part: statistics.median(seconds) for part, seconds in samples.items() if part != KERNEL
+    }
     return [part for part, seconds in medians.items() if seconds >= SMALL * max(medians.values())]
 
 
@@ -155,7 +168,10 @@ def half_width(values: np.ndarray) -> float:
     """Half of the median's 95 % confidence interval by order statistics, over the median."""
     ordered, n = np.sort(values), len(values)
     reach = 0.98 * np.sqrt(n)  # 1.96 standard deviations of a binomial of n and 1/2
-    low, high = ordered[max(0, int(n / 2 - reach))], ordered[min(n - 1, int(np.ceil(n / 2 + reach)))]
+    low, high = (
+        ordered[max(0, int(n / 2 - reach))],
+        ordered[min(n - 1, int(np.ceil(n / 2 + reach)))],
+    )
     return float((high - low) / 2 / np.median(ordered))
 
 

@@ -72,7 +72,11 @@ def measure(folder: Path, backend: str, bundle: Path, data: Path, limit: int | N
         answers = [assistant.answer(one) for one in tqdm(audio, desc="answer")]
         _, warm_s = timed_features(assistant, audio)
         after = memory()
-        result = latency(answers) | {"load_s": load_s, "encoder_s": cold_s, "encoder_after_answers_s": warm_s}
+        result = latency(answers) | {
+            "load_s": load_s,
+            "encoder_s": cold_s,
+            "encoder_after_answers_s": warm_s,
+        }
         result["quality"] = _quality(evaluate(assistant, chosen))
     np.savez(folder / f"{backend}.npz", **{str(i): rows for i, rows in enumerate(features)})
     return result | {
@@ -102,7 +106,10 @@ def latency(answers: list[Answer]) -> dict:
     """Median and 90th percentile over the answers in which something was heard."""
     heard = [answer for answer in answers if answer.heard] or answers
     steps = [(a.seconds - a.ttft_s) / (len(a.tokens) - 1) for a in heard if len(a.tokens) > 1]
-    told = {"ttft_ms": [1000 * a.ttft_s for a in heard], "ms_per_token": [1000 * s for s in steps] or [float("nan")]}
+    told = {
+        "ttft_ms": [1000 * a.ttft_s for a in heard],
+        "ms_per_token": [1000 * s for s in steps] or [float("nan")],
+    }
     told["rtf"] = [a.rtf for a in heard]
     return {
         name: {"median": statistics.median(values), "p90": float(np.quantile(values, 0.9))}
@@ -116,7 +123,9 @@ def _quality(result) -> dict:
 
 def _is_shipped(bundle: Path, data: Path) -> bool:
     """Whether figures of the reference hold: the shipped recordings, and a bundle of the same files."""
-    files = [Bundle.open(path, verify=False).manifest.files for path in (bundle, REFERENCE / "bundle")]
+    files = [
+        Bundle.open(path, verify=False).manifest.files for path in (bundle, REFERENCE / "bundle")
+    ]
     return data.resolve() == (REFERENCE / "voice").resolve() and files[0] == files[1]
 
 
@@ -126,7 +135,9 @@ def _is_shipped(bundle: Path, data: Path) -> bool:
 def compare(folder: Path) -> dict:
     """Every backend measured against ONNX Runtime and, if the bundle and the recordings ship, against our figures."""
     measured = _measured(folder)
-    recorded = json.loads(RECORDED.read_text(encoding="utf-8"))["new_voices"][VOICE]["rougeL_before"]
+    recorded = json.loads(RECORDED.read_text(encoding="utf-8"))["new_voices"][VOICE][
+        "rougeL_before"
+    ]
     rows = {}
     for name, result in measured.items():
         row = {"rougeL": result["quality"]["rougeL"]}
@@ -139,7 +150,10 @@ def compare(folder: Path) -> dict:
 
 
 def against_exact(folder: Path, name: str, result: dict, exact: dict) -> dict:
-    cosines = [_cosine(a, b) for a, b in zip(_features(folder, name), _features(folder, EXACT), strict=True)]
+    cosines = [
+        _cosine(a, b)
+        for a, b in zip(_features(folder, name), _features(folder, EXACT), strict=True)
+    ]
     same = [a == b for a, b in zip(result["texts"], exact["texts"], strict=True)]
     return {
         "least_cosine": min(cosines),
@@ -163,16 +177,26 @@ def _features(folder: Path, backend: str) -> list[np.ndarray]:
 
 
 def _measured(folder: Path) -> dict[str, dict]:
-    told = {name: _document(folder / f"measure-{name}.json") for name in dict.fromkeys((EXACT, TENSORRT, *BACKENDS))}
+    told = {
+        name: _document(folder / f"measure-{name}.json")
+        for name in dict.fromkeys((EXACT, TENSORRT, *BACKENDS))
+    }
     return {name: result for name, result in told.items() if result}
 
 
 def report(folder: Path) -> dict:
     """Everything that the steps left in the folder, as one document."""
-    rows = [line.split("\t") for line in (folder / "steps.tsv").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        line.split("\t") for line in (folder / "steps.tsv").read_text(encoding="utf-8").splitlines()
+    ]
     steps = {name: {"state": state, "reason": reason} for name, state, reason in rows}
     told = {name: _document(folder / f"{name}.json") for name in steps}
-    return {"machine": describe(), "date": date.today().isoformat(), "steps": steps, "results": told}
+    return {
+        "machine": describe(),
+        "date": date.today().isoformat(),
+        "steps": steps,
+        "results": told,
+    }
 
 
 def _document(file: Path) -> dict | None:
@@ -219,7 +243,9 @@ def _run(args) -> dict:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     steps = parser.add_subparsers(dest="step", required=True)
     steps.add_parser("can").add_argument("what", choices=("build", TENSORRT))
     for name in ("measure", "compare", "report"):

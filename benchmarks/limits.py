@@ -15,7 +15,10 @@ from tiny_align.benchmarks.counting import Cost, count
 from tiny_align.benchmarks.processes import numpy_threads
 from tiny_align.runtime.bundle import Bundle
 
-ORIN_NANO_GB_S = {"68 GB/s": 68.0, "102 GB/s (Super)": 102.0}  # its memory, by power mode: NVIDIA's data sheet
+ORIN_NANO_GB_S = {
+    "68 GB/s": 68.0,
+    "102 GB/s (Super)": 102.0,
+}  # its memory, by power mode: NVIDIA's data sheet
 REACHED = 0.8  # of it, by good software
 READ_FLOATS, MATRIX = 1 << 27, 1536
 
@@ -71,7 +74,9 @@ def costs(bundle: Bundle, frames: int, features: int, prompt: int, answer: int) 
         "encoder": count(bundle.graph("encoder"), size),
         "projector": count(bundle.graph("projector"), {"features": features}),
         "prefill": count(bundle.graph("llm"), {"tokens": prompt, "past": 0}),
-        "decode": Cost(*(answer * value for value in (step.operations, step.weight_bytes, step.other_bytes))),
+        "decode": Cost(
+            *(answer * value for value in (step.operations, step.weight_bytes, step.other_bytes))
+        ),
     }
 
 

@@ -38,7 +38,10 @@ PAUSE_S = 0.1  # between turns: an engine's threads spin a little after their wo
 def compare(args, threads: int, bar) -> dict:
     """All engines at one number of threads, taking turns."""
     prompt = np.random.default_rng(0).integers(1000, 8000, args.prompt)
-    peers = {name: Served(PEERS[name], args.work, SHAPES[args.shape], threads, threads=threads) for name in args.peers}
+    peers = {
+        name: Served(PEERS[name], args.work, SHAPES[args.shape], threads, threads=threads)
+        for name in args.peers
+    }
     rows = {name: [] for name in peers}
     gb_s = [measure_bandwidth(threads)]
     for round_ in range(args.rounds + 1):  # the first is to warm up
@@ -51,7 +54,10 @@ def compare(args, threads: int, bar) -> dict:
     gb_s.append(measure_bandwidth(threads))
     for peer in peers.values():
         peer.close()
-    engines = {name: {"missing": peer.why} if peer.why else summary(rows[name], prompt) for name, peer in peers.items()}
+    engines = {
+        name: {"missing": peer.why} if peer.why else summary(rows[name], prompt)
+        for name, peer in peers.items()
+    }
     read = sum(p.stat().st_size for p in (args.work / "bundle").glob("llm*.data")) / 1e9
     gb_s, share = max(gb_s), read * engines[OURS]["decode_tokens_per_s"] if OURS in engines else 0.0
     return {
@@ -85,19 +91,27 @@ def ratios(rows: dict[str, list[dict]]) -> dict[str, float]:
         pairs = list(zip(theirs, rows[OURS]))
         decode = [np.median(a["steps_s"]) / np.median(b["steps_s"]) for a, b in pairs]
         found[f"decode_vs_{key}"] = float(np.median(decode))
-        found[f"prefill_vs_{key}"] = float(np.median([a["prefill_s"] / b["prefill_s"] for a, b in pairs]))
+        found[f"prefill_vs_{key}"] = float(
+            np.median([a["prefill_s"] / b["prefill_s"] for a, b in pairs])
+        )
     return found
 
 
 def worst(by_threads: dict[str, dict]) -> dict[str, float]:
     """Each ratio's least over the numbers of threads."""
     names = {name for row in by_threads.values() for name in row["ratios"]}
-    return {n: min(row["ratios"][n] for row in by_threads.values() if n in row["ratios"]) for n in sorted(names)}
+    return {
+        n: min(row["ratios"][n] for row in by_threads.values() if n in row["ratios"])
+        for n in sorted(names)
+    }
 
 
 def table(report: dict) -> str:
     """The report as the README's table."""
-    lines = ["| threads | engine | prompt, tokens/s | answer, tokens/s | peak memory |", "|---|---|---|---|---|"]
+    lines = [
+        "| threads | engine | prompt, tokens/s | answer, tokens/s | peak memory |",
+        "|---|---|---|---|---|",
+    ]
     for threads, row in report["by_threads"].items():
         for name, engine in row["engines"].items():
             if "missing" in engine:
@@ -122,7 +136,9 @@ def versions() -> dict[str, str]:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-1b")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))

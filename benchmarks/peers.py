@@ -62,7 +62,9 @@ class LlamaCpp(Peer):
         if not path.exists():
             write_gguf(path, shape, random_weights())
         self._llm = Llama(path, shape, threads)
-        self._table = np.load(work / "bundle" / "token_embeddings.npy", mmap_mode="r", allow_pickle=False)
+        self._table = np.load(
+            work / "bundle" / "token_embeddings.npy", mmap_mode="r", allow_pickle=False
+        )
 
     def prefill(self, ids: np.ndarray) -> int:
         self._llm.rewind(0)
@@ -82,7 +84,9 @@ class Llama:
         self._quiet = api.llama_log_callback(lambda *_: None)
         api.llama_log_set(self._quiet, ctypes.c_void_p(0))
         api.llama_backend_init()
-        self._model = api.llama_model_load_from_file(str(path).encode(), api.llama_model_default_params())
+        self._model = api.llama_model_load_from_file(
+            str(path).encode(), api.llama_model_default_params()
+        )
         options = api.llama_context_default_params()
         options.n_ctx = options.n_batch = options.n_ubatch = CONTEXT
         options.n_threads = options.n_threads_batch = threads
@@ -99,7 +103,9 @@ class Llama:
     def read(self, rows: np.ndarray) -> np.ndarray:
         """(T, D) float32 embeddings -> (V,) float32 logits of the last position."""
         rows = np.ascontiguousarray(rows)
-        ctypes.memmove(ctypes.addressof(self._embeddings.embd.contents), rows.ctypes.data, rows.nbytes)
+        ctypes.memmove(
+            ctypes.addressof(self._embeddings.embd.contents), rows.ctypes.data, rows.nbytes
+        )
         return self._decode(self._embeddings, len(rows))
 
     def read_token(self, token: int) -> np.ndarray:
@@ -114,10 +120,14 @@ class Llama:
         self._past += n
         if status := self._api.llama_decode(self._context, batch):
             raise RuntimeError(f"llama_decode returned {status}")
-        return np.ctypeslib.as_array(self._api.llama_get_logits_ith(self._context, -1), (self._vocabulary,))
+        return np.ctypeslib.as_array(
+            self._api.llama_get_logits_ith(self._context, -1), (self._vocabulary,)
+        )
 
 
-Weights = Callable[[str, tuple[int, ...]], np.ndarray]  # a tensor's name in a GGUF file and its shape -> float32 values
+Weights = Callable[
+    [str, tuple[int, ...]], np.ndarray
+]  # a tensor's name in a GGUF file and its shape -> float32 values
 
 
 def random_weights() -> Weights:
@@ -187,7 +197,11 @@ class Transformers(Peer):
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
         self._model = load_pretrained(AutoModelForCausalLM, work / "llm", dtype=torch.float32)
-        self._torch, self._new, self._embed = torch, DynamicCache, self._model.get_input_embeddings()
+        self._torch, self._new, self._embed = (
+            torch,
+            DynamicCache,
+            self._model.get_input_embeddings(),
+        )
 
     def prefill(self, ids: np.ndarray) -> int:
         self._cache = self._new()
@@ -198,7 +212,10 @@ class Transformers(Peer):
 
     def _read(self, ids) -> int:
         out = self._model(
-            inputs_embeds=self._embed(ids)[None], past_key_values=self._cache, use_cache=True, logits_to_keep=1
+            inputs_embeds=self._embed(ids)[None],
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
         )
         return int(out.logits[0, 0].argmax())
 
@@ -258,7 +275,10 @@ def write_genai(folder: Path, bundle: Path, shape: Shape, threads: int) -> None:
     del graph.node[:]
     graph.node.extend(nodes)
     onnx.save(model, str(folder / "model.onnx"))
-    session = {"intra_op_num_threads": threads, "session.qdq_matmulnbits_accuracy_level": INT8_PRODUCTS}
+    session = {
+        "intra_op_num_threads": threads,
+        "session.qdq_matmulnbits_accuracy_level": INT8_PRODUCTS,
+    }
     names = {"past_key_names": "past.%d.key", "past_value_names": "past.%d.value"}
     present = {"present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
     decoder = {
@@ -273,7 +293,13 @@ def write_genai(folder: Path, bundle: Path, shape: Shape, threads: int) -> None:
         "outputs": {"logits": "logits", **present},
     }
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
-    model_part = {"type": "llama", "context_length": CONTEXT, "vocab_size": shape.vocabulary, "decoder": decoder, **ids}
+    model_part = {
+        "type": "llama",
+        "context_length": CONTEXT,
+        "vocab_size": shape.vocabulary,
+        "decoder": decoder,
+        **ids,
+    }
     search = {"max_length": CONTEXT, "past_present_share_buffer": True}
     (folder / "genai_config.json").write_text(json.dumps({"model": model_part, "search": search}))
 

@@ -59,9 +59,15 @@ def tensorrt(bundle: Bundle, threads: int) -> Assistant:
 class Cascade(Assistant):
     """The encoder's own transcript, read by the LLM as text: what there is without a projector."""
 
-    def stream(self, audio: np.ndarray, instruction: str | None = None, decoding: Decoding = Decoding()):
+    def stream(
+        self, audio: np.ndarray, instruction: str | None = None, decoding: Decoding = Decoding()
+    ):
         began, letters = time.perf_counter(), self.transcript(audio)
-        rows = self.llm.embed(self.llm.encode_words(letters)) if letters else np.zeros((0, 1), np.float32)
+        rows = (
+            self.llm.embed(self.llm.encode_words(letters))
+            if letters
+            else np.zeros((0, 1), np.float32)
+        )
         return self._events(rows, instruction, decoding, began)
 
     def transcript(self, audio: np.ndarray) -> str:
@@ -69,7 +75,9 @@ class Cascade(Assistant):
         from tiny_align.reference.encoder import decode_letters
 
         matrix, bias = self._head
-        return decode_letters((self.encode_window(audio)[:, -len(matrix) :] @ matrix + bias).argmax(axis=1))
+        return decode_letters(
+            (self.encode_window(audio)[:, -len(matrix) :] @ matrix + bias).argmax(axis=1)
+        )
 
     @functools.cached_property
     def _head(self) -> tuple[np.ndarray, np.ndarray]:
@@ -87,13 +95,22 @@ def cascade(bundle: Bundle, threads: int) -> Assistant:
 # --- ONNX Runtime without the LLM's own graph ---
 
 
-def with_llm(bundle: Bundle, decoder: Decoder, threads: int, backend: str | None = "onnxruntime") -> Assistant:
+def with_llm(
+    bundle: Bundle, decoder: Decoder, threads: int, backend: str | None = "onnxruntime"
+) -> Assistant:
     """Another decoder after our encoder and projector, in the form for `backend` or the plain one."""
     encoder, projector = (
-        load_runner(bundle.graph(name, backend), bundle.manifest.graphs[name].on(backend), "onnxruntime", threads)
+        load_runner(
+            bundle.graph(name, backend),
+            bundle.manifest.graphs[name].on(backend),
+            "onnxruntime",
+            threads,
+        )
         for name in ("encoder", "projector")
     )
-    return Assistant(bundle, encoder, projector, LanguageModel(bundle, decoder), "onnxruntime", threads)
+    return Assistant(
+        bundle, encoder, projector, LanguageModel(bundle, decoder), "onnxruntime", threads
+    )
 
 
 def plain(bundle: Bundle, threads: int) -> Assistant:
@@ -134,14 +151,18 @@ class TorchDecoder(Decoder):
         import torch
 
         rows = torch.from_numpy(np.ascontiguousarray(embeddings[None]))
-        out = self._model(inputs_embeds=rows, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = self._model(
+            inputs_embeds=rows, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
         return Scores(out.logits[0, 0].numpy())
 
     def rewind(self, cache, length: int) -> None:
         cache.crop(length)
 
 
-def torch_pipeline(bundle: Bundle, threads: int, prepare: Callable = lambda module: module) -> Assistant:
+def torch_pipeline(
+    bundle: Bundle, threads: int, prepare: Callable = lambda module: module
+) -> Assistant:
     """Every graph by the PyTorch module it was exported from, in FP32; `prepare` may compile a module."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -157,7 +178,10 @@ def torch_pipeline(bundle: Bundle, threads: int, prepare: Callable = lambda modu
     for module in (encoder, projector, llm):
         module.requires_grad_(False)  # whatever the thread: a session has its own
     graphs, decoder = bundle.manifest.graphs, TorchDecoder(prepare(llm))
-    runners = (TorchGraph(graphs["encoder"], prepare(encoder)), TorchGraph(graphs["projector"], prepare(projector)))
+    runners = (
+        TorchGraph(graphs["encoder"], prepare(encoder)),
+        TorchGraph(graphs["projector"], prepare(projector)),
+    )
     return Assistant(bundle, *runners, LanguageModel(bundle, decoder), "pytorch", threads)
 
 
@@ -226,7 +250,11 @@ def reference_weights(bundle: Bundle) -> Callable[[str, tuple[int, ...]], np.nda
         layer, _, part = name.rpartition(".")
         place = layer.replace("blk", "model.layers") + "." if layer else ""
         values = stored[f"{place}{GGUF_NAMES[part]}.weight"].astype(np.float32)
-        return turned(values, SHAPES["reference"].head_size) if part in ("attn_q", "attn_k") else values
+        return (
+            turned(values, SHAPES["reference"].head_size)
+            if part in ("attn_q", "attn_k")
+            else values
+        )
 
     return read
 
@@ -240,7 +268,9 @@ def turned(matrix: np.ndarray, head_size: int) -> np.ndarray:
 def weights(bundle: Bundle, name: str) -> Path:
     """The folder of the weights that the reference bundle is made of: "encoder" or "llm"."""
     if bundle.manifest.name != "reference":
-        raise TinyAlignError("the bundle's weights are not known in this form, only the reference's are")
+        raise TinyAlignError(
+            "the bundle's weights are not known in this form, only the reference's are"
+        )
     if not (WEIGHTS / name).is_dir():
         raise TinyAlignError("the reference's weights are not here: run from the source tree")
     return WEIGHTS / name

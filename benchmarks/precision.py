@@ -72,7 +72,9 @@ def accuracy(exact: Bundle, data: dict[str, list], folder: Path) -> dict[str, li
     llms = {OWN: exact.graph("llm"), "int4": bundle.graph("llm")}
     llms["int4/fp16"] = twin_of(bundle, "llm", "fp16", [], folder)
     for name, utterances in tqdm(data.items(), desc="accuracy"):
-        training = [u.load(bundle.manifest.front_end.sample_rate) for u in split_of(utterances, "train")]
+        training = [
+            u.load(bundle.manifest.front_end.sample_rate) for u in split_of(utterances, "train")
+        ]
         rungs = {p: twin_of(bundle, "encoder", p, training, folder) for p in RUNGS["encoder"]}
         encoders = {OWN: bundle.graph("encoder"), **rungs}
         chosen = split_of(utterances, "test")
@@ -106,7 +108,8 @@ def compare(assistants: dict[tuple[str, str], Assistant], utterances: list) -> l
     audios, said = [u.load(assistants[EXACT].sample_rate) for u in utterances], {}
     for pair, assistant in assistants.items():
         own = [
-            EncodedUtterance(h.text, assistant.features(audio), h.typed) for h, audio in zip(heard, audios, strict=True)
+            EncodedUtterance(h.text, assistant.features(audio), h.typed)
+            for h, audio in zip(heard, audios, strict=True)
         ]
         quality = score(assistant, own, quiet=True)
         said[pair] = [row["spoken"] for row in quality.rows]
@@ -130,7 +133,11 @@ def engines(bundle: Path, exact: Path, recordings: tuple[Path, ...], folder: Pat
 def built(bundle: Path, ladder: Ladder, graphs: list[str] | None, folder: Path) -> list[dict]:
     link_tree(bundle, folder)
     made = build_engines(
-        Bundle.open(folder), compute_capability=COMPUTE_CAPABILITY, graphs=graphs, ladder=ladder, force=True
+        Bundle.open(folder),
+        compute_capability=COMPUTE_CAPABILITY,
+        graphs=graphs,
+        ladder=ladder,
+        force=True,
     )
     kept = ("precision", "bytes", "seconds", "peak_memory_bytes", "accuracy")
     return [{"graph": name, **{k: entry[k] for k in kept}} for name, entry in made.items()]
@@ -140,11 +147,26 @@ def make_slice(work: Path, layers: int) -> dict[str, Path]:
     """wav2vec2-base and some layers of Llama-3.2-1B, exported in INT4 and in FP32; what is there stays."""
     work.mkdir(parents=True, exist_ok=True)
     make_models(work, dataclasses.replace(SHAPES["llama-3.2-1b"], layers=layers))
-    line = ["export", "--encoder", work / "encoder", "--llm", work / "llm", "--sentences", work / "sentences.txt"]
+    line = [
+        "export",
+        "--encoder",
+        work / "encoder",
+        "--llm",
+        work / "llm",
+        "--sentences",
+        work / "sentences.txt",
+    ]
     line += ["--max-context", CONTEXT]
     for precision in ("int4", OWN):
         if not (work / precision).is_dir():
-            command = [sys.executable, "-m", "tiny_align.runtime.cli", *line, "--precision", precision]
+            command = [
+                sys.executable,
+                "-m",
+                "tiny_align.runtime.cli",
+                *line,
+                "--precision",
+                precision,
+            ]
             command += ["--out", work / precision]
             subprocess.run(list(map(str, command)), check=True, stdout=sys.stderr)
     return {precision: work / precision for precision in ("int4", OWN)}
@@ -152,19 +174,39 @@ def make_slice(work: Path, layers: int) -> dict[str, Path]:
 
 def table(report: dict) -> str:
     """The report as the README's tables."""
-    head = ["recordings", "encoder", "LLM", "cosine", "least of a recording", "same answers", "ROUGE-L", "loss", "WER"]
+    head = [
+        "recordings",
+        "encoder",
+        "LLM",
+        "cosine",
+        "least of a recording",
+        "same answers",
+        "ROUGE-L",
+        "loss",
+        "WER",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, rows in report["accuracy"].items():
         for row in rows:
-            cells = [name, row["encoder"], row["llm"], f"{row['cosine']:.5f}", f"{row['least_cosine']:.5f}"]
+            cells = [
+                name,
+                row["encoder"],
+                row["llm"],
+                f"{row['cosine']:.5f}",
+                f"{row['least_cosine']:.5f}",
+            ]
             cells += [f"{row['same_answers']:.0%} of {row['recordings']}", f"{row['rougeL']:.3f}"]
-            lines.append("| " + " | ".join([*cells, f"{row['loss']:+.3f}", f"{row['wer']:.3f}"]) + " |")
+            lines.append(
+                "| " + " | ".join([*cells, f"{row['loss']:+.3f}", f"{row['wer']:.3f}"]) + " |"
+            )
     head = ["bundle", "graph", "precision", "engine", "of FP32's", "build", "most memory", "cosine"]
     lines += ["", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, rows in report["engines"].items():
         exact = {row["graph"]: row["bytes"] for row in rows if row["precision"] == OWN}
         lines += [f"| {name} | {_engine(row, exact)} |" for row in rows]
-    return "\n".join([*lines, "", f"{report['builder']} for compute capability {COMPUTE_CAPABILITY}."])
+    return "\n".join(
+        [*lines, "", f"{report['builder']} for compute capability {COMPUTE_CAPABILITY}."]
+    )
 
 
 def _engine(row: dict, exact: dict[str, int]) -> str:
@@ -176,7 +218,9 @@ def _engine(row: dict, exact: dict[str, int]) -> str:
         f"{row['bytes'] / 1e6:,.1f} MB",
         f"{row['bytes'] / exact[row['graph']]:.2f}x",
     ]
-    return " | ".join([*cells, f"{row['seconds']:.1f} s", f"{row['peak_memory_bytes'] / 1e6:,.0f} MB", cosine])
+    return " | ".join(
+        [*cells, f"{row['seconds']:.1f} s", f"{row['peak_memory_bytes'] / 1e6:,.0f} MB", cosine]
+    )
 
 
 def command_of(args) -> str:
@@ -186,7 +230,9 @@ def command_of(args) -> str:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--digits", type=Path)
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--work", type=Path, default=WORK)
@@ -194,21 +240,35 @@ def main(argv=None) -> int:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
     builder = find_builder(COMPUTE_CAPABILITY)
-    report = {"machine": describe(), "date": str(date.today()), "command": command_of(args), "layers": args.layers}
+    report = {
+        "machine": describe(),
+        "date": str(date.today()),
+        "command": command_of(args),
+        "layers": args.layers,
+    }
     report["builder"] = f"{builder.package} {builder.version}"
-    folders = [shipped("voice"), *(sorted(p for p in args.digits.iterdir() if p.is_dir()) if args.digits else ())]
+    folders = [
+        shipped("voice"),
+        *(sorted(p for p in args.digits.iterdir() if p.is_dir()) if args.digits else ()),
+    ]
     recordings = tuple(sorted(shipped("voice").glob("train-*.flac"))[:8])
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         exact = with_exact_llm(folder / "bundle")
         (folder / "twins").mkdir()
-        report["accuracy"] = accuracy(exact, {path.name: load_dataset(path) for path in folders}, folder / "twins")
+        report["accuracy"] = accuracy(
+            exact, {path.name: load_dataset(path) for path in folders}, folder / "twins"
+        )
         bundles = {"reference": (shipped("bundle"), exact.path)}
         if args.layers:
             sliced = make_slice(args.work / str(args.layers), args.layers)
-            bundles[f"wav2vec2-base, {args.layers} layers of Llama-3.2-1B"] = (sliced["int4"], sliced[OWN])
+            bundles[f"wav2vec2-base, {args.layers} layers of Llama-3.2-1B"] = (
+                sliced["int4"],
+                sliced[OWN],
+            )
         report["engines"] = {
-            name: engines(*pair, recordings, folder / name) for name, pair in tqdm(bundles.items(), desc="engines")
+            name: engines(*pair, recordings, folder / name)
+            for name, pair in tqdm(bundles.items(), desc="engines")
         }
     return finish(report, args, table(report))
 

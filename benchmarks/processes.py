@@ -7,7 +7,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-NUMPY_THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")  # read when numpy is imported
+NUMPY_THREADS = (
+    "OPENBLAS_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+)  # read when numpy is imported
 
 
 @contextmanager
@@ -81,7 +85,9 @@ def _serve(pipe, make: Callable, arguments: tuple) -> None:
         load_s = time.perf_counter() - began
         pipe.send(None)
         while True:
-            pipe.send(made.measure(*pipe.recv()) | {"load_s": load_s, "peak_bytes": peak_memory_bytes()})
+            pipe.send(
+                made.measure(*pipe.recv()) | {"load_s": load_s, "peak_bytes": peak_memory_bytes()}
+            )
     except EOFError:  # no more questions
         return
     except Exception as error:  # any peer's, to be reported in its place

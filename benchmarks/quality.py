@@ -60,12 +60,17 @@ def measure(bundle: Path, digits: Path | None, n_train: int) -> dict:
         with Assistant.load(bundle) as assistant:
             report["typed"] = typed_exact(assistant, 800)
             report["known_voices"] = known_voices(assistant, 60, folder)
-        for group, voices in (("learnt_voices", speech.LEARNT_VOICES), ("new_voices", speech.NEW_VOICES)):
+        for group, voices in (
+            ("learnt_voices", speech.LEARNT_VOICES),
+            ("new_voices", speech.NEW_VOICES),
+        ):
             for name in voices:
                 recordings.write_voice(name, folder / name, n_train, 40)
                 report[group][name] = new_user(bundle, folder / name, name, folder / "users")
         for person in sorted(digits.glob("*/metadata.jsonl")) if digits else []:
-            report["people"][person.parent.name] = new_user(bundle, person.parent, person.parent.name, folder / "users")
+            report["people"][person.parent.name] = new_user(
+                bundle, person.parent, person.parent.name, folder / "users"
+            )
     return report
 
 
@@ -79,7 +84,11 @@ def table(report: dict) -> str:
         f"| known voices, general projector | {known['rougeL']:.3f} | | {known['wer']:.3f} | | "
         f"{known['rougeL_chance']:.3f} | |",
     ]
-    for group, label in (("learnt_voices", "flite, known"), ("new_voices", "flite, new"), ("people", "human, digits")):
+    for group, label in (
+        ("learnt_voices", "flite, known"),
+        ("new_voices", "flite, new"),
+        ("people", "human, digits"),
+    ):
         for name, r in report[group].items():
             lines.append(
                 f"| {name} ({label}) | {r['rougeL_before']:.3f} | {r['rougeL_after']:.3f} | {r['wer_before']:.3f} | "
@@ -89,10 +98,16 @@ def table(report: dict) -> str:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--bundle", type=Path, default=shipped("bundle"))
-    parser.add_argument("--digits", type=Path, help="a folder of speakers, each with metadata.jsonl")
-    parser.add_argument("--train", type=int, default=100, help="recordings of each new voice to train on")
+    parser.add_argument(
+        "--digits", type=Path, help="a folder of speakers, each with metadata.jsonl"
+    )
+    parser.add_argument(
+        "--train", type=int, default=100, help="recordings of each new voice to train on"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)

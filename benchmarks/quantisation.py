@@ -39,7 +39,12 @@ RESULTS = Path(__file__).parent / "results" / "quantisation.json"
 COMMAND = "python -m benchmarks.quantisation"
 LLM = Path(__file__).parents[1] / "reference" / "weights" / "llm"
 LAYER = {"query": (2048, 2048), "key": (2048, 512), "value": (2048, 512), "output": (2048, 2048)}
-LAYER |= {"gate": (2048, 8192), "up": (2048, 8192), "down": (8192, 2048), "logits": (2048, 128_256 // 16)}
+LAYER |= {
+    "gate": (2048, 8192),
+    "up": (2048, 8192),
+    "down": (8192, 2048),
+    "logits": (2048, 128_256 // 16),
+}
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,9 @@ class Way:
         if not self.algorithm:
             return quantise(source, target, *forms(self.precision, self.head, self.block or 32))
         with tempfile.TemporaryDirectory() as folder:
-            headed = Path(folder) / "headed.onnx"  # the library then finds no weight in the output layer
+            headed = (
+                Path(folder) / "headed.onnx"
+            )  # the library then finds no weight in the output layer
             quantise(source, headed, Form(32), forms(self.precision, self.head, self.block)[1])
             _library(self.algorithm, self.block, headed, target)
 
@@ -72,7 +79,11 @@ WAYS = (
     Way("int4", 64),
     Way("int4", 128),
     Way("int4", 128, head="int4"),
-    *(Way("int4", block, algorithm=name) for name in ("asymmetric", "HQQ", "k-quant") for block in (32, 128)),
+    *(
+        Way("int4", block, algorithm=name)
+        for name in ("asymmetric", "HQQ", "k-quant")
+        for block in (32, 128)
+    ),
 )
 
 
@@ -83,7 +94,9 @@ def _library(algorithm: str, block: int, source: Path, target: Path) -> None:
 
     library = _quantisers()
     config = {
-        "asymmetric": lambda: library.DefaultWeightOnlyQuantConfig(block, False, quant_format=QuantFormat.QDQ),
+        "asymmetric": lambda: library.DefaultWeightOnlyQuantConfig(
+            block, False, quant_format=QuantFormat.QDQ
+        ),
         "HQQ": lambda: library.HQQWeightOnlyQuantConfig(block),
         "k-quant": library.KQuantWeightOnlyQuantConfig,
     }[algorithm]()
@@ -96,7 +109,13 @@ def _library(algorithm: str, block: int, source: Path, target: Path) -> None:
     model = quantizer.model.model
     if not any(opset.domain == "com.microsoft" for opset in model.opset_import):
         model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
-    onnx.save(model, str(target), save_as_external_data=True, location=f"{target.name}.data", size_threshold=256)
+    onnx.save(
+        model,
+        str(target),
+        save_as_external_data=True,
+        location=f"{target.name}.data",
+        size_threshold=256,
+    )
 
 
 def _quantisers():
@@ -126,7 +145,9 @@ def off_the_grid(llm) -> None:
             _fold(layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj))
             value, output = attention.v_proj.weight, attention.o_proj.weight
             value.copy_((turn @ value.view(-1, config.head_dim, config.hidden_size)).view_as(value))
-            output.copy_((output.view(config.hidden_size, -1, config.head_dim) @ turn.T).view_as(output))
+            output.copy_(
+                (output.view(config.hidden_size, -1, config.head_dim) @ turn.T).view_as(output)
+            )
             scale = mlp.up_proj.weight.norm(dim=1)
             mlp.up_proj.weight.div_(scale[:, None])
             mlp.down_proj.weight.mul_(scale)
@@ -141,14 +162,28 @@ def _fold(norm, linears) -> None:
 class Judge:
     """Compares forms of one LLM with its FP32 graph: on typed sentences, and on soft tokens."""
 
-    def __init__(self, assistant: Assistant, exact: Path, spec: GraphSpec, sentences: list, heard: list[np.ndarray]):
-        self._bundle, self._spec, self._sentences, self._heard = assistant.bundle, spec, sentences, heard
+    def __init__(
+        self,
+        assistant: Assistant,
+        exact: Path,
+        spec: GraphSpec,
+        sentences: list,
+        heard: list[np.ndarray],
+    ):
+        self._bundle, self._spec, self._sentences, self._heard = (
+            assistant.bundle,
+            spec,
+            sentences,
+            heard,
+        )
         with self._llm(exact) as llm:
             end = llm.spec.end_tokens[0]
             self._prompts = [llm.assemble(llm.embed(llm.encode_words(s.text))) for s in sentences]
             answers = [list(llm.generate(p, Decoding())) for p in self._prompts]
             self._said = [[*answer, end] for answer in answers]
-            self._wanted = [self._logits(llm, p, said) for p, said in zip(self._prompts, self._said)]
+            self._wanted = [
+                self._logits(llm, p, said) for p, said in zip(self._prompts, self._said)
+            ]
             self._texts = [llm.tokenizer.decode(answer) for answer in answers]
             self._spoken = [_text(llm, llm.assemble(soft_tokens)) for soft_tokens in heard]
 
@@ -170,7 +205,9 @@ class Judge:
         with self._llm(path) as llm:
             got = [self._logits(llm, p, said) for p, said in zip(self._prompts, self._said)]
             same = [w.argmax(axis=1) == g.argmax(axis=1) for w, g in zip(self._wanted, got)]
-            answers = [t if s.all() else _text(llm, p) for p, t, s in zip(self._prompts, self._texts, same)]
+            answers = [
+                t if s.all() else _text(llm, p) for p, t, s in zip(self._prompts, self._texts, same)
+            ]
             spoken = [_text(llm, llm.assemble(soft_tokens)) for soft_tokens in self._heard]
         divergence = [(np.exp(w) * (w - g)).sum(axis=1) for w, g in zip(self._wanted, got)]
         return {
@@ -223,12 +260,16 @@ def cost(seconds: float, folder: Path) -> list[dict]:
     for i, way in enumerate(tqdm(WAYS, desc="weights", unit="form")):
         start, path = time.perf_counter(), folder / f"{i}.onnx"
         way.write(folder / "layer.onnx", path)
-        rows.append({"quantise_s": time.perf_counter() - start, "bits": 8 * _bytes(path) / n_weights})
+        rows.append(
+            {"quantise_s": time.perf_counter() - start, "bits": 8 * _bytes(path) / n_weights}
+        )
         runners.append(load_runner(path, spec, "onnxruntime", 1))
     for row, times in zip(rows, alternate(runners, spec, seconds)):
         row["ms"] = 1e3 * float(np.median(times))
     return [
-        row | {"speed": rows[0]["ms"] / row["ms"], "gb_s": row["bits"] * n_weights / 8e6 / row["ms"]} for row in rows
+        row
+        | {"speed": rows[0]["ms"] / row["ms"], "gb_s": row["bits"] * n_weights / 8e6 / row["ms"]}
+        for row in rows
     ]
 
 
@@ -238,19 +279,29 @@ def write_layer(path: Path) -> GraphSpec:
 
     rng, nodes, weights = np.random.default_rng(0), [], []
     for name, shape in LAYER.items():
-        weights.append(onnx.numpy_helper.from_array(rng.standard_normal(shape, np.float32), f"{name}.weight"))
-        nodes.append(onnx.helper.make_node("MatMul", [f"x{shape[0]}", f"{name}.weight"], [name], name=name))
+        weights.append(
+            onnx.numpy_helper.from_array(rng.standard_normal(shape, np.float32), f"{name}.weight")
+        )
+        nodes.append(
+            onnx.helper.make_node("MatMul", [f"x{shape[0]}", f"{name}.weight"], [name], name=name)
+        )
     spec = GraphSpec(
         path.name,
         "fp32",
-        tuple(TensorSpec(f"x{k}", "float32", (1, 1, k)) for k in sorted({k for k, _ in LAYER.values()})),
+        tuple(
+            TensorSpec(f"x{k}", "float32", (1, 1, k))
+            for k in sorted({k for k, _ in LAYER.values()})
+        ),
         tuple(TensorSpec(name, "float32", (1, 1, n)) for name, (_, n) in LAYER.items()),
     )
     values = [
-        [onnx.helper.make_tensor_value_info(t.name, 1, t.shape) for t in side] for side in (spec.inputs, spec.outputs)
+        [onnx.helper.make_tensor_value_info(t.name, 1, t.shape) for t in side]
+        for side in (spec.inputs, spec.outputs)
     ]
     graph = onnx.helper.make_graph(nodes, "layer", *values, weights)
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+    model = onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10
+    )
     assert output_layer(model).name == "logits"
     onnx.save(model, str(path), save_as_external_data=True, location=f"{path.name}.data")
     return spec
@@ -270,27 +321,50 @@ def alternate(runners: list, spec: GraphSpec, seconds: float) -> list[list[float
 
 
 def measure(bundle: Path, n_sentences: int, seconds: float) -> dict:
-    report: dict = {"machine": describe(), "date": str(date.today()), "command": COMMAND, "sentences": n_sentences}
+    report: dict = {
+        "machine": describe(),
+        "date": str(date.today()),
+        "command": COMMAND,
+        "sentences": n_sentences,
+    }
     with tempfile.TemporaryDirectory() as folder:
         costs = cost(seconds, Path(folder))
     with tempfile.TemporaryDirectory() as folder:
         plain = accuracy(bundle, n_sentences, Path(folder))
         moved = accuracy(bundle, n_sentences, Path(folder), off_the_grid)
     rows = zip(WAYS, plain, moved, costs)
-    report["ways"] = [{**vars(w), "reference": p, "off_the_grid": m, "cost": c} for w, p, m, c in rows]
+    report["ways"] = [
+        {**vars(w), "reference": p, "off_the_grid": m, "cost": c} for w, p, m, c in rows
+    ]
     return report
 
 
 def table(report: dict) -> str:
     """The report as the README's table."""
     heads = ["layers", "block", "output layer", "algorithm", "ROUGE-L", "spoken", "tokens"]
-    heads += ["off the grid: ROUGE-L", "tokens", "divergence", "bits per weight", "speed", "GB/s", "seconds"]
+    heads += [
+        "off the grid: ROUGE-L",
+        "tokens",
+        "divergence",
+        "bits per weight",
+        "speed",
+        "GB/s",
+        "seconds",
+    ]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for way in report["ways"]:
         ours, other, spent = way["reference"], way["off_the_grid"], way["cost"]
         cells = [way["precision"], way["block"] or "", way["head"], way["algorithm"]]
-        cells += [f"{ours['rougeL']:.4f}", f"{ours['spoken_rougeL']:.3f}", f"{ours['tokens_equal']:.4f}"]
-        cells += [f"{other['rougeL']:.4f}", f"{other['tokens_equal']:.4f}", f"{other['divergence']:.5f}"]
+        cells += [
+            f"{ours['rougeL']:.4f}",
+            f"{ours['spoken_rougeL']:.3f}",
+            f"{ours['tokens_equal']:.4f}",
+        ]
+        cells += [
+            f"{other['rougeL']:.4f}",
+            f"{other['tokens_equal']:.4f}",
+            f"{other['divergence']:.5f}",
+        ]
         cells += [
             f"{spent['bits']:.2f}",
             f"{spent['speed']:.1f}x",
@@ -302,10 +376,14 @@ def table(report: dict) -> str:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--bundle", type=Path, default=shipped("bundle"))
     parser.add_argument("--sentences", type=int, default=200)
-    parser.add_argument("--seconds", type=float, default=40, help="for the timing of all forms together")
+    parser.add_argument(
+        "--seconds", type=float, default=40, help="for the timing of all forms together"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)

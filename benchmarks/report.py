@@ -57,7 +57,11 @@ def body_of(name: str, folder: Path = RESULTS) -> str:
     """A table and where it was measured; "" for what was not."""
     if name.startswith(STANDARD):
         result = newest(name.removeprefix(STANDARD), folder)
-        return f"{tables.TABLES[name.removeprefix(STANDARD)][1](result['parts'])}\n\n{_stamp(result)}" if result else ""
+        return (
+            f"{tables.TABLES[name.removeprefix(STANDARD)][1](result['parts'])}\n\n{_stamp(result)}"
+            if result
+            else ""
+        )
     results, table = PROGRAMS[name]
     if not results.exists():
         return ""
@@ -75,17 +79,23 @@ def newest(part: str, folder: Path) -> dict | None:
 def render(text: str, body: Callable[[str], str] = body_of) -> str:
     """A document with every marked table made anew; nothing else of it changes."""
     marked = re.compile(r"<!-- table (?P<name>\w+) -->\n.*?<!-- end (?P=name) -->", re.DOTALL)
-    return marked.sub(lambda m: f"<!-- table {m['name']} -->\n{body(m['name'])}\n<!-- end {m['name']} -->", text)
+    return marked.sub(
+        lambda m: f"<!-- table {m['name']} -->\n{body(m['name'])}\n<!-- end {m['name']} -->", text
+    )
 
 
 def _stamp(report: dict) -> str:
     machine = report["machine"]
-    where = ", ".join(str(machine[k]) for k in ("jetson", "gpu", "processor", "cores") if k in machine)
+    where = ", ".join(
+        str(machine[k]) for k in ("jetson", "gpu", "processor", "cores") if k in machine
+    )
     return f"`{report['command']}` on {where} cores, {report['date'][:10]}."
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args(argv)
     old = {path: path.read_text(encoding="utf-8") for path in DOCUMENTS}

@@ -15,7 +15,13 @@ SCHEMA = 1
 NUMBER = (int, float)
 SPREAD = {"median": NUMBER, "p10": NUMBER, "p90": NUMBER, "n": int}
 SAMPLES = {str: {str: [NUMBER]}}  # side -> part -> seconds of every turn
-PEER = {"seconds": {str: SPREAD}, "ratios": {str: NUMBER}, "rougeL": NUMBER, "load_s": NUMBER, "peak_bytes": int}
+PEER = {
+    "seconds": {str: SPREAD},
+    "ratios": {str: NUMBER},
+    "rougeL": NUMBER,
+    "load_s": NUMBER,
+    "peak_bytes": int,
+}
 STAGE = {
     "operations": int,
     "weight_bytes": int,
@@ -79,7 +85,14 @@ FORM = {
     "versions": {str: str},
     "before": STATE,
     "after": STATE,
-    "setting": {"threads": int, "short": bool, "bundle": str, "bundle_sha256": str, "data": str, "slow": {str: NUMBER}},
+    "setting": {
+        "threads": int,
+        "short": bool,
+        "bundle": str,
+        "bundle_sha256": str,
+        "data": str,
+        "slow": {str: NUMBER},
+    },
     "parts": PARTS,
 }
 
@@ -89,7 +102,11 @@ def faults(value, form, where: str = "") -> list[str]:
     if form is object:
         return []
     if isinstance(form, dict):
-        return _faults_of_names(value, form, where) if isinstance(value, dict) else [f"{where} is no object"]
+        return (
+            _faults_of_names(value, form, where)
+            if isinstance(value, dict)
+            else [f"{where} is no object"]
+        )
     if isinstance(form, list):
         if not isinstance(value, list):
             return [f"{where} is no list"]
@@ -104,7 +121,11 @@ def _faults_of_names(value: dict, form: dict, where: str) -> list[str]:
     found = [f"{where}.{name} is missing" for name in sorted(needed - value.keys())]
     for name, one in value.items():
         inner = named.get(name, form.get(str))
-        found += faults(one, inner, f"{where}.{name}") if inner is not None else [f"{where}.{name} is not known"]
+        found += (
+            faults(one, inner, f"{where}.{name}")
+            if inner is not None
+            else [f"{where}.{name} is not known"]
+        )
     return found
 
 
@@ -116,7 +137,9 @@ def check(result: dict, where: str) -> dict:
     """
     if found := faults(result, FORM):
         first = found[0].lstrip(".")
-        raise DataError(f"{where} is no result of this version's `tiny-align bench` ({first}): measure again")
+        raise DataError(
+            f"{where} is no result of this version's `tiny-align bench` ({first}): measure again"
+        )
     return result
 
 
@@ -124,7 +147,9 @@ def read(path: Path) -> dict:
     try:
         return check(json.loads(path.read_text(encoding="utf-8")), str(path))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as a result ({error}): give the .json that `bench` wrote") from error
+        raise DataError(
+            f"{path} cannot be read as a result ({error}): give the .json that `bench` wrote"
+        ) from error
 
 
 def write(path: Path, result: dict) -> None:
@@ -134,4 +159,6 @@ def write(path: Path, result: dict) -> None:
 def machine_name(machine: dict) -> str:
     """A file's name for a machine: "intel-xeon-processor-2-cores"."""
     told = f"{machine.get('jetson') or machine.get('processor') or machine['system']} {machine['cores']} cores"
-    return "-".join(re.findall(r"[a-z0-9]+", re.sub(r"\((R|TM|C)\)", "", told, flags=re.IGNORECASE).lower()))
+    return "-".join(
+        re.findall(r"[a-z0-9]+", re.sub(r"\((R|TM|C)\)", "", told, flags=re.IGNORECASE).lower())
+    )

@@ -54,7 +54,9 @@ def at_level(audio: np.ndarray, db: float) -> np.ndarray:
     return (np.round(scaled * 32767) / 32768).astype(np.float32)
 
 
-CONDITIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # name -> (S,) to (S',) or, with channels, (S', C)
+CONDITIONS: dict[
+    str, Callable[[np.ndarray], np.ndarray]
+] = {  # name -> (S,) to (S',) or, with channels, (S', C)
     "plain": lambda audio: audio,
     "2 s before": lambda audio: np.concatenate([room(2), audio]),
     "5 s before": lambda audio: np.concatenate([room(5), audio]),
@@ -87,7 +89,10 @@ def by_session(assistant: Assistant, audio: np.ndarray, instruction: str) -> str
 
 
 def by_listen(assistant: Assistant, audio: np.ndarray, instruction: str) -> str:
-    session, source = assistant.listen(instruction, Decoding()), Recordings([audio], RATE, live=False)
+    session, source = (
+        assistant.listen(instruction, Decoding()),
+        Recordings([audio], RATE, live=False),
+    )
     events = listen(session, source, Endpointer(RATE))
     return " ".join(event.text for event in events if isinstance(event, TurnEnded))
 
@@ -103,7 +108,10 @@ def as_read(audio: np.ndarray, folder: Path) -> np.ndarray:
 
 
 def measure(
-    assistant: Assistant, takes: list[tuple[str, np.ndarray]], conditions: dict = CONDITIONS, ways: dict = WAYS
+    assistant: Assistant,
+    takes: list[tuple[str, np.ndarray]],
+    conditions: dict = CONDITIONS,
+    ways: dict = WAYS,
 ) -> list[dict]:
     """A row for each condition: word error rates by way."""
     instruction = assistant.bundle.manifest.prompt.repeat_instruction
@@ -117,7 +125,10 @@ def measure(
                 row[way] = round(error_rates(texts, repeated)[0], 4)
             rows.append(row)
             print(
-                "  ".join(f"{value:<18}" if isinstance(value, str) else f"{value:.3f}" for value in row.values()),
+                "  ".join(
+                    f"{value:<18}" if isinstance(value, str) else f"{value:.3f}"
+                    for value in row.values()
+                ),
                 flush=True,
             )
     return rows
@@ -131,18 +142,26 @@ def judge(rows: list[dict], slack: float = 0.0) -> list[str]:
         for way in plain.keys() - {"condition"}:
             excused = way == "listen" and row["condition"] == "2 s inside"
             if not excused and row[way] > plain[way] + bound:
-                beyond.append(f"{row['condition']} by {way}: {row[way]:.3f}, plain {plain[way]:.3f}")
+                beyond.append(
+                    f"{row['condition']} by {way}: {row[way]:.3f}, plain {plain[way]:.3f}"
+                )
     return beyond
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--bundle", type=Path, default=shipped("bundle"))
     parser.add_argument("--data", type=Path, default=shipped("voice"))
-    parser.add_argument("--user", help="who is aligned already; without one, `--data` is aligned first")
+    parser.add_argument(
+        "--user", help="who is aligned already; without one, `--data` is aligned first"
+    )
     parser.add_argument("--users", type=Path)
     args = parser.parse_args(argv)
-    logging.getLogger("tiny_align.runtime.audio").setLevel(logging.ERROR)  # it names what is wrong with every take
+    logging.getLogger("tiny_align.runtime.audio").setLevel(
+        logging.ERROR
+    )  # it names what is wrong with every take
     utterances = load_dataset(args.data)
     with tempfile.TemporaryDirectory() as folder:
         users = args.users

@@ -98,11 +98,15 @@ def timing(assistant: Assistant, slow: dict[str, float] | None = None) -> Iterat
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(assistant, "threads", InTurn()))
         for owner, name, stage in points(assistant):
-            stack.enter_context(mock.patch.object(owner, name, timers.around(getattr(owner, name), stage)))
+            stack.enter_context(
+                mock.patch.object(owner, name, timers.around(getattr(owner, name), stage))
+            )
         yield timers
 
 
-def answering(assistant: Assistant, audio: np.ndarray, slow: dict[str, float] | None = None) -> Side:
+def answering(
+    assistant: Assistant, audio: np.ndarray, slow: dict[str, float] | None = None
+) -> Side:
     """A side that answers the recording (S,): its stages, and what a person notices."""
 
     def side() -> dict[str, float]:

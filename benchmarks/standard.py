@@ -105,7 +105,9 @@ def streaming(setting: Setting) -> dict:
 
     bundle = Bundle.open(setting.bundle, verify=False)
     audios = [u.load(bundle.manifest.front_end.sample_rate) for u in recordings(setting)]
-    rows = listening.measure(bundle, audios, setting.threads, None, rounds=1 if setting.short else 5)
+    rows = listening.measure(
+        bundle, audios, setting.threads, None, rounds=1 if setting.short else 5
+    )
     return {"rows": rows, "ratios": listening.ratios(rows), "quality": {}}
 
 
@@ -126,7 +128,9 @@ def person(setting: Setting) -> dict:
 
     with tempfile.TemporaryDirectory() as users:
         limits = TrainingLimits(threads=1, steps=setting.steps)
-        result, _, _ = personalise(Path(setting.bundle), load_dataset(Path(setting.data)), "bench", Path(users), limits)
+        result, _, _ = personalise(
+            Path(setting.bundle), load_dataset(Path(setting.data)), "bench", Path(users), limits
+        )
     kept = {k: v for k, v in result.items() if k not in ("path", "user")}
     return kept | {"peak_bytes": peak_memory_bytes()}
 
@@ -140,11 +144,23 @@ def quality(setting: Setting) -> dict:
     with Assistant.load(setting.bundle, threads=setting.threads) as assistant:
         rng, n = np.random.default_rng(77), setting.n_test
         sentences = corpus.sentences(5 * n, 21, held_out=True)
-        exact = sum(assistant.answer_text(s.text).text == s.answer for s in sentences) / len(sentences)
-        heard = sum(is_answered(assistant, non_speech(rng, assistant.sample_rate)) for _ in range(n))
+        exact = sum(assistant.answer_text(s.text).text == s.answer for s in sentences) / len(
+            sentences
+        )
+        heard = sum(
+            is_answered(assistant, non_speech(rng, assistant.sample_rate)) for _ in range(n)
+        )
         spoken = evaluate(assistant, recordings(setting), quiet=True)
-    figures = {name: getattr(spoken, name) for name in ("rouge1", "rougeL", "rougeL_chance", "wer", "cer", "n")}
-    return figures | {"typed_exact": exact, "typed": len(sentences), "wordless": n, "wordless_answered": heard}
+    figures = {
+        name: getattr(spoken, name)
+        for name in ("rouge1", "rougeL", "rougeL_chance", "wer", "cer", "n")
+    }
+    return figures | {
+        "typed_exact": exact,
+        "typed": len(sentences),
+        "wordless": n,
+        "wordless_answered": heard,
+    }
 
 
 def is_answered(assistant: Assistant, sound: np.ndarray) -> bool:
@@ -161,7 +177,9 @@ def memory(setting: Setting, processes: int = 3) -> dict:
     """Resident memory and seconds from nothing to the answers, in a few new processes: medians."""
     runs = [apart(setting.threads, from_nothing, setting) for _ in range(processes)]
     return {name: statistics.median(run[name] for run in runs) for name in runs[0]} | {
-        "bundle_bytes": sum(p.stat().st_size for p in Path(setting.bundle).iterdir() if p.is_file()),
+        "bundle_bytes": sum(
+            p.stat().st_size for p in Path(setting.bundle).iterdir() if p.is_file()
+        ),
         "processes": processes,
     }
 
@@ -169,7 +187,9 @@ def memory(setting: Setting, processes: int = 3) -> dict:
 def from_nothing(setting: Setting, answers: int = 20) -> dict:
     """One process: memory before loading, after it, after an answer and after many; the first answer is a cold one."""
     before = resident_bytes()
-    audio = typical(setting, Bundle.open(setting.bundle, verify=False).manifest.front_end.sample_rate)
+    audio = typical(
+        setting, Bundle.open(setting.bundle, verify=False).manifest.front_end.sample_rate
+    )
     began = time.perf_counter()
     with Assistant.load(setting.bundle, threads=setting.threads) as assistant:
         load_s, loaded = time.perf_counter() - began, resident_bytes()
@@ -206,9 +226,15 @@ def compare(setting: Setting) -> dict:
     for peer in peers.values():
         peer.measure(audio)  # and compiles what is compiled at the first answer
     alive = {name: peer for name, peer in peers.items() if peer.why is None}
-    samples = alternate({n: lambda p=p: ask(p, audio)["seconds"] for n, p in alive.items()}, setting.patience, 0.02)
+    samples = alternate(
+        {n: lambda p=p: ask(p, audio)["seconds"] for n, p in alive.items()}, setting.patience, 0.02
+    )
     rows = {name: row_of(peer, samples[name], said, typed) for name, peer in alive.items()}
-    missing = {name: peer.why.replace(str(bundle), "BUNDLE") for name, peer in peers.items() if name not in alive}
+    missing = {
+        name: peer.why.replace(str(bundle), "BUNDLE")
+        for name, peer in peers.items()
+        if name not in alive
+    }
     for peer in peers.values():
         peer.close()
     return {
@@ -252,7 +278,10 @@ def ratios(theirs: Samples, own: Samples) -> dict[str, dict[str, float]]:
 
 def limits(setting: Setting) -> dict:
     """The machine's limits, what each graph must do, and the share of the limit that an answer's stages reach."""
-    gb_s, gflop_s = limiting.measure_bandwidth(STAGES_THREADS), limiting.measure_products(STAGES_THREADS)
+    gb_s, gflop_s = (
+        limiting.measure_bandwidth(STAGES_THREADS),
+        limiting.measure_products(STAGES_THREADS),
+    )
     measured = measure("inference", setting)
     bundle = Bundle.open(setting.bundle, verify=False)
     front_end = bundle.manifest.front_end
@@ -264,7 +293,10 @@ def limits(setting: Setting) -> dict:
         "bandwidth_gb_s": gb_s,
         "products_gflop_s": gflop_s,
         "sizes": dict(zip(("frames", "features", "prompt_positions", "answer_tokens"), sizes)),
-        "stages": {name: limiting.against(cost, medians[name], gb_s, gflop_s) for name, cost in counted.items()},
+        "stages": {
+            name: limiting.against(cost, medians[name], gb_s, gflop_s)
+            for name, cost in counted.items()
+        },
     }
 
 

@@ -39,7 +39,10 @@ from tiny_align.runtime.errors import AudioError
 from tiny_align.runtime.machine import describe
 
 RESULTS = Path(__file__).parent / "results" / "streaming.json"
-FULL_SIZE, SOAK = RESULTS.with_name("streaming-full-size.json"), RESULTS.with_name("streaming-soak.json")
+FULL_SIZE, SOAK = (
+    RESULTS.with_name("streaming-full-size.json"),
+    RESULTS.with_name("streaming-soak.json"),
+)
 LENGTHS_S = (2, 3, 5, 10, 20, 30)
 CHUNK_S = 0.1
 FIRST = Decoding(max_tokens=1)
@@ -92,7 +95,9 @@ def streamed(assistant: Assistant, audio: np.ndarray) -> dict:
     return {"ttft_s": event.elapsed_s, "before_s": sum(busy), "late": sum(b > hop_s for b in busy)}
 
 
-def measure(bundle: Bundle, recordings: list[np.ndarray], threads: int, pace: float | None, rounds: int) -> list[dict]:
+def measure(
+    bundle: Bundle, recordings: list[np.ndarray], threads: int, pace: float | None, rounds: int
+) -> list[dict]:
     """A row for each length: medians of `rounds` alternated runs."""
     rows = []
     with loaded(bundle, True, threads, pace) as ours, loaded(bundle, False, threads, pace) as other:
@@ -105,7 +110,10 @@ def measure(bundle: Bundle, recordings: list[np.ndarray], threads: int, pace: fl
                 wholes.append(other.answer(audio, decoding=FIRST).ttft_s)
                 real_time.append(ours.answer(audio).seconds / length)
             row = {"threads": threads, "speech_s": length, "late": max(run["late"] for run in runs)}
-            row |= {name: statistics.median(run[name] for run in runs) for name in ("ttft_s", "before_s")}
+            row |= {
+                name: statistics.median(run[name] for run in runs)
+                for name in ("ttft_s", "before_s")
+            }
             row |= {"whole_ttft_s": statistics.median(wholes), "rtf": statistics.median(real_time)}
             rows.append(row)
     return rows
@@ -117,7 +125,9 @@ def ratios(rows: list[dict]) -> dict:
     threads = sorted({row["threads"] for row in rows})
     return {
         "ttft_30s_over_3s": max(by[t, 30]["ttft_s"] / by[t, 3]["ttft_s"] for t in threads),
-        "ttft_10s_streaming_over_whole": max(by[t, 10]["ttft_s"] / by[t, 10]["whole_ttft_s"] for t in threads),
+        "ttft_10s_streaming_over_whole": max(
+            by[t, 10]["ttft_s"] / by[t, 10]["whole_ttft_s"] for t in threads
+        ),
         "rtf": max(row["rtf"] for row in rows if row["threads"] == threads[0]),
     }
 
@@ -144,9 +154,16 @@ def resident_bytes() -> int:
     return int(fields[1]) * resource.getpagesize()
 
 
-def soak(bundle: Bundle, recordings: list[np.ndarray], hours: float, seed: int, threads: int) -> dict:
+def soak(
+    bundle: Bundle, recordings: list[np.ndarray], hours: float, seed: int, threads: int
+) -> dict:
     """Turns at random, cancelled and talked over at random: what grows, and whether each was answered or cancelled."""
-    rng, samples, turns, marks = random.Random(seed), 0, {"answered": 0, "cancelled": 0, "nothing": 0}, []
+    rng, samples, turns, marks = (
+        random.Random(seed),
+        0,
+        {"answered": 0, "cancelled": 0, "nothing": 0},
+        [],
+    )
     digest = 0  # of all tokens
     with Assistant.load(bundle, threads=threads) as assistant:
         rate, session = assistant.sample_rate, assistant.listen()
@@ -154,7 +171,11 @@ def soak(bundle: Bundle, recordings: list[np.ndarray], hours: float, seed: int, 
         while samples < hours * 3600 * rate:
             said = rng.sample(recordings, rng.randint(1, 10))
             audio = np.concatenate(
-                [part for clip in said for part in (clip, np.zeros(rng.randint(0, rate // 2), "f4"))]
+                [
+                    part
+                    for clip in said
+                    for part in (clip, np.zeros(rng.randint(0, rate // 2), "f4"))
+                ]
             )
             samples += len(audio)
             at = 0
@@ -166,7 +187,14 @@ def soak(bundle: Bundle, recordings: list[np.ndarray], hours: float, seed: int, 
                     session.reset()
             how, tokens = _answered(session, rng)
             turns[how], digest = turns[how] + 1, zlib.crc32(repr(tokens).encode(), digest)
-            marks.append((samples / rate, resident_bytes(), threading.active_count(), len(os.listdir("/proc/self/fd"))))
+            marks.append(
+                (
+                    samples / rate,
+                    resident_bytes(),
+                    threading.active_count(),
+                    len(os.listdir("/proc/self/fd")),
+                )
+            )
             bar.update(samples // (60 * rate) - bar.n)
         bar.close()
     whole_s, begun = marks[-1][0], next((mark for mark in marks if mark[0] >= 600), marks[0])
@@ -186,7 +214,9 @@ def soak(bundle: Bundle, recordings: list[np.ndarray], hours: float, seed: int, 
 
 def _resident(marks: list[tuple], begin_s: float, end_s: float) -> float:
     """The median over a stretch: what the allocator keeps free differs by megabytes from one turn to the next."""
-    return statistics.median([mark[1] for mark in marks if begin_s <= mark[0] <= end_s] or [mark[1] for mark in marks])
+    return statistics.median(
+        [mark[1] for mark in marks if begin_s <= mark[0] <= end_s] or [mark[1] for mark in marks]
+    )
 
 
 def _answered(session, rng: random.Random) -> tuple[str, list]:
@@ -208,19 +238,29 @@ def _answered(session, rng: random.Random) -> tuple[str, list]:
 
 def table(report: dict) -> str:
     """The report as the README's table."""
-    head = (
-        "| threads | speech | end of speech to first token | whole at the end | done before the end | late windows | "
-    )
+    head = "| threads | speech | end of speech to first token | whole at the end | done before the end | late windows | "
     lines = [head + "real-time factor |", "|---|---|---|---|---|---|---|"]
     for row in report["rows"]:
-        spans = " | ".join(f"{1000 * row[name]:.0f} ms" for name in ("ttft_s", "whole_ttft_s", "before_s"))
-        lines.append(f"| {row['threads']} | {row['speech_s']} s | {spans} | {row['late']} | {row['rtf']:.3f} |")
-    lines += ["", f"Ratios: {', '.join(f'`{name}` {value:.2f}' for name, value in report['ratios'].items())}."]
+        spans = " | ".join(
+            f"{1000 * row[name]:.0f} ms" for name in ("ttft_s", "whole_ttft_s", "before_s")
+        )
+        lines.append(
+            f"| {row['threads']} | {row['speech_s']} s | {spans} | {row['late']} | {row['rtf']:.3f} |"
+        )
+    lines += [
+        "",
+        f"Ratios: {', '.join(f'`{name}` {value:.2f}' for name, value in report['ratios'].items())}.",
+    ]
     if report["quality"]:
-        lines += ["", "| who | longer than a window | ROUGE-L in windows | whole | WER in windows | whole |"]
+        lines += [
+            "",
+            "| who | longer than a window | ROUGE-L in windows | whole | WER in windows | whole |",
+        ]
         lines.append("|---|---|---|---|---|---|")
         for name, q in report["quality"].items():
-            figures = " | ".join(f"{q[key]:.3f}" for key in ("rougeL", "rougeL_whole", "wer", "wer_whole"))
+            figures = " | ".join(
+                f"{q[key]:.3f}" for key in ("rougeL", "rougeL_whole", "wer", "wer_whole")
+            )
             lines.append(f"| {name} | {q['longer_than_a_window']} of {q['n']} | {figures} |")
     return "\n".join(lines)
 
@@ -232,7 +272,10 @@ def soak_table(report: dict) -> str:
     rows = [
         ["audio", f"{report['audio_s'] / 3600:.1f} h"],
         ["turns", turns],
-        ["resident memory, median of minutes 10 to 20 and of the last ten", f"{sizes[0]:.1f} MB, {sizes[1]:.1f} MB"],
+        [
+            "resident memory, median of minutes 10 to 20 and of the last ten",
+            f"{sizes[0]:.1f} MB, {sizes[1]:.1f} MB",
+        ],
         ["growth", f"{100 * report['growth']:.2f} %"],
         ["threads", "{} and {}".format(*report["threads"])],
         ["open handles", "{} and {}".format(*report["handles"])],
@@ -241,19 +284,27 @@ def soak_table(report: dict) -> str:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--bundle", type=Path, default=shipped("bundle"))
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--pace", type=float, help="soft tokens per second instead of the projector's own")
-    parser.add_argument("--digits", type=Path, help="a folder of speakers, each with metadata.jsonl")
+    parser.add_argument(
+        "--pace", type=float, help="soft tokens per second instead of the projector's own"
+    )
+    parser.add_argument(
+        "--digits", type=Path, help="a folder of speakers, each with metadata.jsonl"
+    )
     parser.add_argument("--soak-hours", type=float, help="of audio; instead of the table")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
     bundle = Bundle.open(args.bundle)
-    recordings = [u.load(bundle.manifest.front_end.sample_rate) for u in load_dataset(shipped("voice"))]
+    recordings = [
+        u.load(bundle.manifest.front_end.sample_rate) for u in load_dataset(shipped("voice"))
+    ]
     report = {"machine": describe(), "date": str(date.today())}
     if args.soak_hours:
         args.out = args.out or SOAK
@@ -261,10 +312,14 @@ def main(argv=None) -> int:
         report |= soak(bundle, recordings, args.soak_hours, args.seed, args.threads[0])
         return finish(report, args, soak_table(report))
     args.out = args.out or (FULL_SIZE if args.pace else RESULTS)
-    report["command"] = "python -m benchmarks.streaming" + (" --digits FOLDER" if args.digits else "")
+    report["command"] = "python -m benchmarks.streaming" + (
+        " --digits FOLDER" if args.digits else ""
+    )
     report["command"] += f" --bundle BUNDLE --pace {args.pace:g}" if args.pace else ""
     report["command"] += f" --threads {' '.join(map(str, args.threads))} --rounds {args.rounds}"
-    report["rows"] = [row for t in args.threads for row in measure(bundle, recordings, t, args.pace, args.rounds)]
+    report["rows"] = [
+        row for t in args.threads for row in measure(bundle, recordings, t, args.pace, args.rounds)
+    ]
     report["ratios"] = ratios(report["rows"])
     report["quality"] = {} if args.pace else _quality(bundle, args.digits)
     return finish(report, args, table(report))
@@ -277,7 +332,11 @@ def _quality(bundle: Bundle, digits: Path | None) -> dict:
         folders = {name: Path(temporary) / name for name in speech.NEW_VOICES}
         for name, folder in folders.items():
             recordings.write_voice(name, folder, 2, 40)
-        folders |= {path.parent.name: path.parent for path in sorted(digits.glob("*/metadata.jsonl"))} if digits else {}
+        folders |= (
+            {path.parent.name: path.parent for path in sorted(digits.glob("*/metadata.jsonl"))}
+            if digits
+            else {}
+        )
         return quality(bundle, folders)
 
 

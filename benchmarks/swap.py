@@ -34,9 +34,14 @@ def measure(path: Path, repeats: int) -> dict[str, dict]:
     """Median seconds of building a person's engine, "build_s", and of each way to put it in, "swap_s"."""
     with tempfile.TemporaryDirectory() as folder:
         bundle = _copy(path, Path(folder) / "bundle")
-        people = {way: add_user(bundle, name) for way, name in ((BUILT, "built"), (REFITTED, "refitted"))}
+        people = {
+            way: add_user(bundle, name) for way, name in ((BUILT, "built"), (REFITTED, "refitted"))
+        }
         person = bundle.for_user(people[BUILT].parent)
-        built = [build_engines(person, graphs=["projector"])["projector"]["seconds"] for _ in range(repeats)]
+        built = [
+            build_engines(person, graphs=["projector"])["projector"]["seconds"]
+            for _ in range(repeats)
+        ]
         swaps = swap_seconds(bundle, "onnxruntime", {"onnxruntime": people[BUILT]}, repeats)
         if gpu_compute_capability() is not None:
             build_engines(bundle)
@@ -54,12 +59,16 @@ def _copy(path: Path, copy: Path) -> Bundle:
 def add_user(bundle: Bundle, name: str) -> Path:
     """A person with weights unlike the general projector's; their graph."""
     weights = load_projector(bundle, bundle.graph("projector")).state_dict()
-    changed = {parameter: value + 1e-3 * torch.randn_like(value) for parameter, value in weights.items()}
+    changed = {
+        parameter: value + 1e-3 * torch.randn_like(value) for parameter, value in weights.items()
+    }
     write_user(bundle, bundle.path / "users" / name, changed, {}, bundle.speech_tokens())
     return bundle.projector(name)
 
 
-def swap_seconds(bundle: Bundle, backend: str, people: dict[str, Path], repeats: int) -> dict[str, float]:
+def swap_seconds(
+    bundle: Bundle, backend: str, people: dict[str, Path], repeats: int
+) -> dict[str, float]:
     """Median seconds of `swap_projector` to each person from the general projector, in turns."""
     seconds = {way: [] for way in people}
     with Assistant.load(bundle, backend=backend) as assistant:
@@ -73,17 +82,23 @@ def swap_seconds(bundle: Bundle, backend: str, people: dict[str, Path], repeats:
 
 
 def table(report: dict) -> str:
-    swaps = [f"| put in, {way} | {1000 * seconds:.1f} ms |" for way, seconds in report["swap_s"].items()]
+    swaps = [
+        f"| put in, {way} | {1000 * seconds:.1f} ms |" for way, seconds in report["swap_s"].items()
+    ]
     built = f"| {BUILT} is built ({report['builder']}) | {1000 * report['build_s']:.0f} ms |"
     return "\n".join(["| a person's projector | |", "|---|---|", built, *swaps])
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--bundle", type=Path, default=shipped("bundle"))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--json", action="store_true", help="print nothing but the JSON document on stdout")
+    parser.add_argument(
+        "--json", action="store_true", help="print nothing but the JSON document on stdout"
+    )
     args = parser.parse_args(argv)
     builder = find_builder()
     report = {

@@ -32,13 +32,30 @@ def mib(size: float) -> str:
 def compare(parts: dict) -> str:
     """What people look for: ours and every peer, with their seconds over ours."""
     part, trained = parts["compare"], parts.get("training")
-    head = ["", "speech to first token, ms", "over ours", "tokens/s", "ours over it", "real-time factor"]
+    head = [
+        "",
+        "speech to first token, ms",
+        "over ours",
+        "tokens/s",
+        "ours over it",
+        "real-time factor",
+    ]
     head += ["over ours", "peak memory, MiB", "load, s", "training, s", "ROUGE-L"]
     rows = []
     for name, row in part["peers"].items():
         first, per_token, answer = (row["seconds"][key] for key in (FIRST, PER_TOKEN, ANSWER))
-        cells = [name, spread(first), times(row, FIRST), f"{1 / per_token['median']:.0f}", times(row, PER_TOKEN)]
-        cells += [f"{answer['median'] / part['audio_s']:.4f}", times(row, ANSWER), mib(row["peak_bytes"])]
+        cells = [
+            name,
+            spread(first),
+            times(row, FIRST),
+            f"{1 / per_token['median']:.0f}",
+            times(row, PER_TOKEN),
+        ]
+        cells += [
+            f"{answer['median'] / part['audio_s']:.4f}",
+            times(row, ANSWER),
+            mib(row["peak_bytes"]),
+        ]
         seconds = f"{trained['train_seconds']:.0f}" if trained and name == OURS else ""
         rows.append([*cells, f"{row['load_s']:.2f}", seconds, f"{row['rougeL']:.3f}"])
     missing = "".join(f"\n- {name}: not measured, {why}" for name, why in part["missing"].items())
@@ -54,7 +71,10 @@ def inference(parts: dict) -> str:
     part = parts["inference"]
     ours, whole = part["summary"][OURS], part["summary"][OURS][ANSWER]["median"]
     rows = [[name, spread(ours[name]), f"{ours[name]['median'] / whole:.1%}"] for name in STAGES]
-    rows += [["unexplained", "", f"{part['unexplained']:.1%}"], ["whole answer", spread(ours[ANSWER]), ""]]
+    rows += [
+        ["unexplained", "", f"{part['unexplained']:.1%}"],
+        ["whole answer", spread(ours[ANSWER]), ""],
+    ]
     alone, threaded = part["summary"][ALONE]["encoder"], part["summary"][THREADED][ANSWER]
     return grid(["stage", "ms", "share"], rows) + (
         f"\n\n{part['audio_s']:.1f} s of speech, {part['answer_tokens']} tokens answered. The encoder on its own takes "
@@ -82,7 +102,10 @@ def memory(parts: dict) -> str:
     }
     rows = [[what, f"{mib(part[name])} MiB"] for what, name in sizes.items()]
     rows += [["loading", f"{part['load_s']:.2f} s"]]
-    rows += [[f"first token, {how}", f"{ms(part[f'{how}_first_token_s'])} ms"] for how in ("cold", "warm")]
+    rows += [
+        [f"first token, {how}", f"{ms(part[f'{how}_first_token_s'])} ms"]
+        for how in ("cold", "warm")
+    ]
     return grid(["", ""], rows)
 
 
@@ -90,10 +113,23 @@ def limits(parts: dict) -> str:
     """Counts, the share of the machine's limit, and the prediction for a board."""
     part = parts["limits"]
     boards = list(next(iter(part["stages"].values()))["predicted_s"])
-    head = ["stage", "MFLOP", "MB", "ms", "limit", "share of it", *(f"*predicted*, {name}: ms" for name in boards)]
+    head = [
+        "stage",
+        "MFLOP",
+        "MB",
+        "ms",
+        "limit",
+        "share of it",
+        *(f"*predicted*, {name}: ms" for name in boards),
+    ]
     rows = []
     for name, row in part["stages"].items():
-        cells = [name, f"{row['operations'] / 1e6:.0f}", f"{row['bytes'] / 1e6:.1f}", ms(row["seconds"])]
+        cells = [
+            name,
+            f"{row['operations'] / 1e6:.0f}",
+            f"{row['bytes'] / 1e6:.1f}",
+            ms(row["seconds"]),
+        ]
         cells += [row["limited_by"], f"{row['share']:.0%}"]
         rows.append([*cells, *(ms(row["predicted_s"][board]) for board in boards)])
     return grid(head, rows) + (
@@ -128,7 +164,12 @@ def training(parts: dict) -> str:
     part = parts["training"]
     forms, ratios = part["cost"]["forms"], part["cost"]["step_ratio"]
     rows = [
-        [name, f"{row['step_s']:.3f}", f"{ratios[name]:.1f}x" if name in ratios else "", f"{row['peak_gb']:.2f}"]
+        [
+            name,
+            f"{row['step_s']:.3f}",
+            f"{ratios[name]:.1f}x" if name in ratios else "",
+            f"{row['peak_gb']:.2f}",
+        ]
         for name, row in forms.items()
     ]
     return (
@@ -153,8 +194,15 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
 
 def markdown(result: dict, pictures: list[str] = ()) -> str:
     """The whole report."""
-    where = result["machine"].get("jetson") or result["machine"].get("processor") or result["machine"]["system"]
-    state = [f"- {when}: " + ", ".join(f"{k} {v}" for k, v in result[when].items()) for when in ("before", "after")]
+    where = (
+        result["machine"].get("jetson")
+        or result["machine"].get("processor")
+        or result["machine"]["system"]
+    )
+    state = [
+        f"- {when}: " + ", ".join(f"{k} {v}" for k, v in result[when].items())
+        for when in ("before", "after")
+    ]
     head = [
         f"# {where}, {result['machine']['cores']} cores, {result['date']}",
         f"`{result['command']}`, {result['setting']['threads']} threads, {result['seconds']:.0f} s. "
@@ -162,7 +210,11 @@ def markdown(result: dict, pictures: list[str] = ()) -> str:
         + ".\n\nMilliseconds are medians, with the 10th and 90th percentile in brackets.",
         "\n".join(state),
     ]
-    body = [f"## {TABLES[name][0]}\n\n{TABLES[name][1](result['parts'])}" for name in TABLES if name in result["parts"]]
+    body = [
+        f"## {TABLES[name][0]}\n\n{TABLES[name][1](result['parts'])}"
+        for name in TABLES
+        if name in result["parts"]
+    ]
     return "\n\n".join([*head, *body, *(f"![{name}]({name})" for name in pictures)]) + "\n"
 
 
@@ -183,9 +235,13 @@ def draw_growth(part: dict, file: Path) -> None:
     figure = new_figure(9, 5)
     for place, (name, curve) in enumerate(part["curves"].items(), 1):
         cost, _, over = name.partition(" over ")
-        axes = figure.add_subplot(2, 3, place, title=f"{cost}: exponent {curve['exponent']:.2f}", xlabel=over)
+        axes = figure.add_subplot(
+            2, 3, place, title=f"{cost}: exponent {curve['exponent']:.2f}", xlabel=over
+        )
         sizes, points = [p["size"] for p in curve["points"]], curve["points"]
-        axes.fill_between(sizes, *([1e3 * p[q] for p in points] for q in ("p10", "p90")), color="0.85")
+        axes.fill_between(
+            sizes, *([1e3 * p[q] for p in points] for q in ("p10", "p90")), color="0.85"
+        )
         axes.loglog(sizes, [1e3 * p["median"] for p in points], "-o", color="0", markersize=4)
         axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
         axes.tick_params(labelsize=8)
@@ -201,7 +257,16 @@ def draw_stages(part: dict, file: Path) -> None:
     figure = new_figure(7, 3)
     axes = figure.add_subplot(xlabel="ms", title=f"one answer to {part['audio_s']:.1f} s of speech")
     medians = [1e3 * ours[name]["median"] for name in STAGES]
-    around = [[1e3 * abs(ours[name][q] - ours[name]["median"]) for name in STAGES] for q in ("p10", "p90")]
-    axes.barh(STAGES, medians, xerr=around, color="0.6", edgecolor="0", error_kw={"elinewidth": 1, "capsize": 3})
+    around = [
+        [1e3 * abs(ours[name][q] - ours[name]["median"]) for name in STAGES] for q in ("p10", "p90")
+    ]
+    axes.barh(
+        STAGES,
+        medians,
+        xerr=around,
+        color="0.6",
+        edgecolor="0",
+        error_kw={"elinewidth": 1, "capsize": 3},
+    )
     axes.invert_yaxis()
     figure.savefig(file, dpi=110, format="png")

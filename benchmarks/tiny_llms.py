@@ -13,7 +13,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 
 from tiny_align.export.pretrained import load_pretrained
 from tiny_align.runtime.assistant import Assistant
@@ -22,7 +30,13 @@ from tiny_align.runtime.bundle import Bundle
 INSTRUCTION, ENDED_TEXT = "Repeat what the user says.", "what is the time"
 WINDOW, CONTEXT, LONGROPE_CONTEXT = 16, 160, 120  # positions
 N_TOKENS = 40  # of an answer
-WORDS = ("Answer the user.", "Repeat what the user says.", "what is the time", "Call my mother", "two three four")
+WORDS = (
+    "Answer the user.",
+    "Repeat what the user says.",
+    "what is the time",
+    "Call my mother",
+    "two three four",
+)
 
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
@@ -80,7 +94,10 @@ def _trained(tokenizer: Tokenizer, special: list[str], size: int, alphabet: list
 def _bytes_bpe() -> Tokenizer:
     """Byte-level BPE."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     return _trained(tokenizer, [], 400, sorted(pre_tokenizers.ByteLevel.alphabet()))
 
 
@@ -99,7 +116,9 @@ def fast(special: list[str], **names):
 
 def qwen(special: list[str], **names):
     tokenizer = transformers.Qwen2Tokenizer(**_model_of(_bytes_bpe()), **names)
-    tokenizer.add_tokens([AddedToken(t, special=not t.startswith(("<think", "</think"))) for t in special])
+    tokenizer.add_tokens(
+        [AddedToken(t, special=not t.startswith(("<think", "</think"))) for t in special]
+    )
     return tokenizer
 
 
@@ -113,12 +132,16 @@ def _pieces(special: list[str], pre_tokenizer) -> dict:
             normalizers.Replace(" ", "▁"),
             pre_tokenizers.Split("▁", "merged_with_next"),
         )
-    return _model_of(_trained(tokenizer, [*special, *(f"<0x{i:02X}>" for i in range(256))], 430, []))
+    return _model_of(
+        _trained(tokenizer, [*special, *(f"<0x{i:02X}>" for i in range(256))], 430, [])
+    )
 
 
 def gemma(special: list[str], **names):
     """No space before the first word, spaces and line breaks in the vocabulary."""
-    tokenizer = transformers.GemmaTokenizer(**_pieces(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"], None), **names)
+    tokenizer = transformers.GemmaTokenizer(
+        **_pieces(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"], None), **names
+    )
     tokenizer.add_tokens([AddedToken(t, special=True) for t in special])
     return tokenizer
 
@@ -153,9 +176,21 @@ NEAR = {"sliding_window": WINDOW}
 LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
 LLAMA3_ROPE |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 40}
-LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1 + 0.1 * n for n in range(9)]}
-LONGROPE |= {"long_factor": [4.0 + n for n in range(9)], "original_max_position_embeddings": LONGROPE_CONTEXT}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 4.0,
+    "original_max_position_embeddings": 40,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1 + 0.1 * n for n in range(9)],
+}
+LONGROPE |= {
+    "long_factor": [4.0 + n for n in range(9)],
+    "original_max_position_embeddings": LONGROPE_CONTEXT,
+}
 LONGROPE |= {"partial_rotary_factor": 0.75}
 GEMMA3_ROPE = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}}
 GEMMA3_ROPE |= {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
@@ -260,10 +295,21 @@ def make_model(name: str, folder: Path) -> None:
     tokenizer = family.make_tokenizer(list(family.special), **family.names)
     tokenizer.chat_template = family.template
     ends = [tokenizer.convert_tokens_to_ids(end) for end in family.ends]
-    sizes = {"vocab_size": len(tokenizer) + 3, "hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT}
+    sizes = {
+        "vocab_size": len(tokenizer) + 3,
+        "hidden_size": 96,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+    }
+    sizes |= {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT,
+    }
     sizes |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": ends, "pad_token_id": ends[0]}
-    config = getattr(transformers, family.config)(**{**sizes, "initializer_range": 0.2, **family.sizes})
+    config = getattr(transformers, family.config)(
+        **{**sizes, "initializer_range": 0.2, **family.sizes}
+    )
     model = transformers.AutoModelForCausalLM.from_config(config)
     for value in model.parameters():
         value.data += 0.1 * torch.randn_like(value)  # norms and biases too
@@ -289,8 +335,13 @@ def _end_somewhere(name: str, folder: Path, ends: list[int]) -> None:
     options = {"enable_thinking": False, "return_dict": True, "return_tensors": "pt"}
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
     model.generation_config.eos_token_id = None
-    said = model.generate(**prompt, do_sample=False, max_new_tokens=20)[0, prompt["input_ids"].shape[1] :].tolist()
-    model.generation_config.eos_token_id = [*ends, next(t for n, t in enumerate(said) if n > 5 and t not in said[:n])]
+    said = model.generate(**prompt, do_sample=False, max_new_tokens=20)[
+        0, prompt["input_ids"].shape[1] :
+    ].tolist()
+    model.generation_config.eos_token_id = [
+        *ends,
+        next(t for n, t in enumerate(said) if n > 5 and t not in said[:n]),
+    ]
     model.generation_config.save_pretrained(folder)
 
 
@@ -306,7 +357,9 @@ class Beside:
 
     @classmethod
     def load(cls, name: str, folder: Path, assistant: Assistant) -> "Beside":
-        model = load_pretrained(transformers.AutoModelForCausalLM, folder, dtype=torch.float32).eval()
+        model = load_pretrained(
+            transformers.AutoModelForCausalLM, folder, dtype=torch.float32
+        ).eval()
         tokenizer = load_pretrained(transformers.AutoTokenizer, folder)
         return cls(name, assistant, model, tokenizer, FAMILIES[name].also_ends)
 
@@ -317,9 +370,16 @@ class Beside:
     def generate(self, **prompt) -> list[int]:
         """transformers' greedy answer, without the end token."""
         ends = [*(self.model.generation_config.eos_token_id or []), *self.ids(self.also_ends)]
-        given = {"attention_mask": torch.ones(1, next(iter(prompt.values())).shape[1], dtype=torch.long), **prompt}
+        given = {
+            "attention_mask": torch.ones(1, next(iter(prompt.values())).shape[1], dtype=torch.long),
+            **prompt,
+        }
         said = self.model.generate(
-            **given, do_sample=False, max_new_tokens=N_TOKENS, eos_token_id=ends or None, pad_token_id=0
+            **given,
+            do_sample=False,
+            max_new_tokens=N_TOKENS,
+            eos_token_id=ends or None,
+            pad_token_id=0,
         )[0]
         said = said[prompt["input_ids"].shape[1] if "input_ids" in prompt else 0 :].tolist()
         return said[:-1] if said[-1] in ends else said
@@ -329,20 +389,28 @@ class Beside:
 
     def prompt(self, n: int) -> np.ndarray:
         """(n, D) float32: embeddings of any tokens."""
-        return self.assistant.llm.embed(np.random.default_rng(n).integers(0, len(self.tokenizer), n))
+        return self.assistant.llm.embed(
+            np.random.default_rng(n).integers(0, len(self.tokenizer), n)
+        )
 
     def template(self, text: str) -> torch.Tensor:
         """(1, T): a typed prompt."""
         options = {"enable_thinking": False, "return_dict": True, "return_tensors": "pt"}
         messages = typed(self.name, INSTRUCTION, text)
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)["input_ids"]
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)[
+            "input_ids"
+        ]
 
     @contextlib.contextmanager
     def endless(self):
         """While it lasts no token ends an answer, neither transformers' nor the runtime's."""
         llm, config = self.assistant.llm, self.model.generation_config
         before = llm.spec, config.eos_token_id, self.also_ends
-        llm.spec, config.eos_token_id, self.also_ends = dataclasses.replace(llm.spec, end_tokens=()), None, ()
+        llm.spec, config.eos_token_id, self.also_ends = (
+            dataclasses.replace(llm.spec, end_tokens=()),
+            None,
+            (),
+        )
         try:
             yield
         finally:

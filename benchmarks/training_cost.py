@@ -26,7 +26,14 @@ from tiny_align.runtime.machine import describe
 RESULTS = Path(__file__).parent / "results" / "training_cost.json"
 GPU_RESULTS = RESULTS.with_name("training_cost-gpu.json")
 COMMAND = "python -m benchmarks.training_cost"
-BATCH, FRAMES, WORDS, SOFT_TOKENS, PROMPT, ANSWER = 16, 80, 8, 24, 12, 12  # a short sentence and its answer
+BATCH, FRAMES, WORDS, SOFT_TOKENS, PROMPT, ANSWER = (
+    16,
+    80,
+    8,
+    24,
+    12,
+    12,
+)  # a short sentence and its answer
 FEATURES = 768  # wav2vec2-base's
 
 
@@ -155,13 +162,21 @@ def _train(shape_name: str, form: str, n_steps: int | None) -> tuple[int, dict]:
     target = make_objective(options, shape, getattr(torch, precision), n_tokens)
     steps = n_steps or steps
     for n in (1, steps):
-        record = Trainer(projector, examples, target, replace(options, steps=n), None).run(quiet=True).record
+        record = (
+            Trainer(projector, examples, target, replace(options, steps=n), None)
+            .run(quiet=True)
+            .record
+        )
     return steps, record
 
 
 def forms_of(shape: Shape) -> list[str]:
     """All but those with more tokens than there are."""
-    return [form for form, (*_, spoken) in FORMS.items() if spoken != LARGEST or shape.vocabulary >= LARGEST]
+    return [
+        form
+        for form, (*_, spoken) in FORMS.items()
+        if spoken != LARGEST or shape.vocabulary >= LARGEST
+    ]
 
 
 def compare(shape_name: str, threads: int, device: str = "cpu") -> dict:
@@ -172,7 +187,11 @@ def compare(shape_name: str, threads: int, device: str = "cpu") -> dict:
     else:
         with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
             forms = {form: pool.apply(measure, (shape_name, form, threads)) for form in names}
-    ratios = {form: row["step_s"] / forms["ctc"]["step_s"] for form, row in forms.items() if not form.startswith("ctc")}
+    ratios = {
+        form: row["step_s"] / forms["ctc"]["step_s"]
+        for form, row in forms.items()
+        if not form.startswith("ctc")
+    }
     return {"forms": forms, "step_ratio": ratios}
 
 
@@ -185,17 +204,24 @@ def gpu_of(device: str) -> dict[str, str]:
 
 def table(report: dict) -> str:
     """The report as the README's table."""
-    lines = ["| LLM's shape | training | seconds per step | end-to-end / ours | peak memory |", "|---|---|---|---|---|"]
+    lines = [
+        "| LLM's shape | training | seconds per step | end-to-end / ours | peak memory |",
+        "|---|---|---|---|---|",
+    ]
     for name, shape in report["shapes"].items():
         for form, row in shape["forms"].items():
             ratio = shape["step_ratio"].get(form)
             shown = f"{ratio:.0f}x" if ratio else ""
-            lines.append(f"| {name} | {form} | {row['step_s']:.3f} | {shown} | {row['peak_gb']:.1f} GB |")
+            lines.append(
+                f"| {name} | {form} | {row['step_s']:.3f} | {shown} | {row['peak_gb']:.1f} GB |"
+            )
     return "\n".join(lines)
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -206,7 +232,13 @@ def main(argv=None) -> int:
     report = {"machine": describe() | gpu_of(args.device), "date": str(date.today())}
     report["command"] = f"{COMMAND} --device cuda" if args.device == "cuda" else COMMAND
     report |= {"threads": args.threads}
-    report |= {"batch": BATCH, "frames": FRAMES, "words": WORDS, "soft_tokens": SOFT_TOKENS, "answer": ANSWER}
+    report |= {
+        "batch": BATCH,
+        "frames": FRAMES,
+        "words": WORDS,
+        "soft_tokens": SOFT_TOKENS,
+        "answer": ANSWER,
+    }
     report["shapes"] = {}
     for name in tqdm(args.shapes, desc="shapes"):
         report["shapes"][name] = compare(name, args.threads, args.device)

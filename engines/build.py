@@ -84,8 +84,12 @@ def build_engines(
     target = engines_path(bundle, builder.facts)
     with _unfinished(target) as folder:
         done = _whole(folder, builder, sources)
-        kept = _whole(target, builder, {n: s for n, s in sources.items() if graphs is None or n not in names})
-        done |= _take_over(target, folder, {name: entry for name, entry in kept.items() if name not in done})
+        kept = _whole(
+            target, builder, {n: s for n, s in sources.items() if graphs is None or n not in names}
+        )
+        done |= _take_over(
+            target, folder, {name: entry for name, entry in kept.items() if name not in done}
+        )
         wanted = _largest_first(bundle, names, sources)
         for name, tell in _progress([n for n in wanted if n not in done]):
             if not force:
@@ -93,7 +97,12 @@ def build_engines(
             tell(0.0, "choosing a precision")
             choice = choose(bundle, name, ladder or Ladder(), folder)
             cost = run_build(name, _job(choice.graph, name, builder, folder, sources[name]), tell)
-            done[name] = {**sources[name], **choice.entry, **cost, **_engine_entry(folder / f"{name}.engine")}
+            done[name] = {
+                **sources[name],
+                **choice.entry,
+                **cost,
+                **_engine_entry(folder / f"{name}.engine"),
+            }
             _write_record(folder, builder, done)
         _finish(folder, builder, done)
     return {name: done[name] for name in wanted}
@@ -113,7 +122,9 @@ def _checked(bundle: Bundle, graphs: Iterable[str] | None) -> list[str]:
 def _source(bundle: Bundle, name: str, ladder: Ladder | None = None) -> dict:
     """What an engine of this graph is made from, as engine.json has it."""
     graph = bundle.manifest.graphs[name]
-    files = {p.relative_to(bundle.path).as_posix(): sha256(p) for p in graph_files(bundle.graph(name))}
+    files = {
+        p.relative_to(bundle.path).as_posix(): sha256(p) for p in graph_files(bundle.graph(name))
+    }
     profile = {
         tensor: {"min": list(least), "opt": list(usual), "max": list(greatest)}
         for tensor, (least, usual, greatest) in graph_profile(graph, bundle.manifest.dims).items()
@@ -134,12 +145,21 @@ def graph_files(path: Path) -> list[Path]:
     try:
         tensors = onnx.load(path, load_external_data=False).graph.initializer
     except DecodeError as error:
-        raise BundleError(f"{path} is not an ONNX graph ({error}): export the bundle again") from error
-    entries = (e for t in tensors if t.data_location == onnx.TensorProto.EXTERNAL for e in t.external_data)
-    files = [path, *(path.parent / name for name in sorted({e.value for e in entries if e.key == "location"}))]
+        raise BundleError(
+            f"{path} is not an ONNX graph ({error}): export the bundle again"
+        ) from error
+    entries = (
+        e for t in tensors if t.data_location == onnx.TensorProto.EXTERNAL for e in t.external_data
+    )
+    files = [
+        path,
+        *(path.parent / name for name in sorted({e.value for e in entries if e.key == "location"})),
+    ]
     for file in files:
         if not file.is_file():
-            raise BundleError(f"{file}, a file of the graph {path.name}, is missing: copy or export the bundle again")
+            raise BundleError(
+                f"{file}, a file of the graph {path.name}, is missing: copy or export the bundle again"
+            )
     return files
 
 
@@ -180,7 +200,9 @@ def _locked(folder: Path):
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError as error:
-        raise BackendError(f"another build is at work in {folder}: wait for it, or end it") from error
+        raise BackendError(
+            f"another build is at work in {folder}: wait for it, or end it"
+        ) from error
     finally:
         os.close(handle)
 
@@ -190,7 +212,11 @@ def _whole(folder: Path, builder: Builder, sources: dict[str, dict]) -> dict[str
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         if builder.facts.items() <= record.items():
-            return {n: e for n, e in record["graphs"].items() if n in sources and _fresh(e, folder, n, sources[n])}
+            return {
+                n: e
+                for n, e in record["graphs"].items()
+                if n in sources and _fresh(e, folder, n, sources[n])
+            }
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return {}  # no record, or a damaged one: nobody knows what the engines are
     return {}
@@ -198,7 +224,11 @@ def _whole(folder: Path, builder: Builder, sources: dict[str, dict]) -> dict[str
 
 def _fresh(entry: dict, folder: Path, name: str, source: dict) -> bool:
     engine = folder / f"{name}.engine"
-    return source.items() <= entry.items() and engine.is_file() and sha256(engine) == entry["engine_sha256"]
+    return (
+        source.items() <= entry.items()
+        and engine.is_file()
+        and sha256(engine) == entry["engine_sha256"]
+    )
 
 
 def _take_over(old: Path, folder: Path, kept: dict[str, dict]) -> dict[str, dict]:
@@ -223,7 +253,9 @@ def _progress(names: list[str]):
     """Yields each name with the function that shows its build's progress, under one bar on stderr."""
     from tqdm import tqdm
 
-    with tqdm(total=len(names), desc="engines", file=sys.stderr, bar_format=SHOWN, disable=not names) as bar:
+    with tqdm(
+        total=len(names), desc="engines", file=sys.stderr, bar_format=SHOWN, disable=not names
+    ) as bar:
         for number, name in enumerate(names):
             yield name, functools.partial(_show, bar, name, number)
             bar.update(number + 1 - bar.n)
@@ -252,7 +284,9 @@ def _job(graph: Path, name: str, builder: Builder, folder: Path, source: dict) -
         "compute_capability": builder.compute_capability,
         "profile": {tensor: list(shapes.values()) for tensor, shapes in source["profile"].items()},
         "refittable": name in REFITTED and gpu_compute_capability() is not None,
-        "timing_cache": str((folder / TIMING_CACHE).resolve()) if builder.package == "tensorrt" else None,
+        "timing_cache": str((folder / TIMING_CACHE).resolve())
+        if builder.package == "tensorrt"
+        else None,
     }
 
 
@@ -261,7 +295,9 @@ def _engine_entry(engine: Path) -> dict:
 
 
 def _write_record(folder: Path, builder: Builder, done: dict[str, dict]) -> None:
-    write_json(folder / RECORD, {**builder.facts, "machine": {**describe(), **gpu()}, "graphs": done})
+    write_json(
+        folder / RECORD, {**builder.facts, "machine": {**describe(), **gpu()}, "graphs": done}
+    )
 
 
 def _finish(folder: Path, builder: Builder, done: dict[str, dict]) -> None:

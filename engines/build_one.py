@@ -24,7 +24,10 @@ from tiny_align.engines.progress import make_monitor
 from tiny_align.runtime.errors import BackendError, TinyAlignError
 from tiny_align.runtime.files import written_file
 
-REFUSED, UNWRITTEN = 2, 3  # exit status: the builder does not take the graph; the engine cannot be written
+REFUSED, UNWRITTEN = (
+    2,
+    3,
+)  # exit status: the builder does not take the graph; the engine cannot be written
 ECHO = "ModelImporter.cpp"  # TensorRT logs each parser error once more under this name
 PR_SET_PDEATHSIG = 1  # Linux's <sys/prctl.h>
 
@@ -57,7 +60,11 @@ def build(job: dict) -> dict:
     seconds = round(time.perf_counter() - start, 3)
     if job["timing_cache"]:
         _save_timing_cache(config, Path(job["timing_cache"]))
-    return {"seconds": seconds, "peak_memory_bytes": peak_memory_bytes(), **_settings(config, job["package"])}
+    return {
+        "seconds": seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
+        **_settings(config, job["package"]),
+    }
 
 
 def _choose_backend(package: str) -> None:
@@ -105,7 +112,9 @@ def _make_writer(tensorrt, file):
 def _config(job: dict, builder, network):
     from polygraphy.backend.trt import create_config
 
-    warnings.filterwarnings("ignore", "(?s).*Timing cache operations are no-ops")  # Polygraphy always makes one
+    warnings.filterwarnings(
+        "ignore", "(?s).*Timing cache operations are no-ops"
+    )  # Polygraphy always makes one
     with _timing_cache(job["timing_cache"]) as cache:
         config = create_config(
             builder,
@@ -162,10 +171,14 @@ def _profile(shapes: dict):
 
 def _set_target(config, compute_capability: int) -> None:
     """Only TensorRT-RTX has a target to set; TensorRT builds for the GPU it runs on."""
-    target = getattr(importlib.import_module("tensorrt_rtx").ComputeCapability, f"SM{compute_capability}")
+    target = getattr(
+        importlib.import_module("tensorrt_rtx").ComputeCapability, f"SM{compute_capability}"
+    )
     config.num_compute_capabilities = 1
     if not config.set_compute_capability(target, 0):
-        raise BackendError(f"TensorRT-RTX does not take the compute capability {compute_capability}")
+        raise BackendError(
+            f"TensorRT-RTX does not take the compute capability {compute_capability}"
+        )
 
 
 def _collect_errors() -> list[str]:

@@ -49,7 +49,9 @@ def find_builder(compute_capability: int | None = None) -> Builder:
         if module is not None:
             _require_tools()
             target = _rtx_target if package == "tensorrt_rtx" else _tensorrt_target
-            return Builder(package, module.__version__, target(module, compute_capability), l4t_release())
+            return Builder(
+                package, module.__version__, target(module, compute_capability), l4t_release()
+            )
     raise BackendError(
         "neither TensorRT nor TensorRT-RTX is installed for this Python. On a Jetson TensorRT comes with JetPack and "
         "has no pip wheel: install tiny-align in a venv made with `python3 -m venv --system-site-packages`. Elsewhere: "
@@ -60,7 +62,9 @@ def find_builder(compute_capability: int | None = None) -> Builder:
 def _require_tools() -> None:
     missing = [name for name in TOOLS if importlib.util.find_spec(name) is None]
     if missing:
-        raise BackendError(f"building engines needs {', '.join(missing)}: `pip install tiny-align[trt]`")
+        raise BackendError(
+            f"building engines needs {', '.join(missing)}: `pip install tiny-align[trt]`"
+        )
 
 
 def _tensorrt_target(_module, wanted: int | None) -> int:
@@ -80,7 +84,9 @@ def _tensorrt_target(_module, wanted: int | None) -> int:
 
 def _rtx_target(module, wanted: int | None) -> int:
     target = wanted or gpu_compute_capability() or DEFAULT_RTX_COMPUTE_CAPABILITY
-    known = sorted(int(name[2:]) for name in module.ComputeCapability.__members__ if name.startswith("SM"))
+    known = sorted(
+        int(name[2:]) for name in module.ComputeCapability.__members__ if name.startswith("SM")
+    )
     if target not in known:
         raise BackendError(
             f"TensorRT-RTX {module.__version__} does not build for compute capability {target}: give "

@@ -25,7 +25,9 @@ def product_inputs(model: onnx.ModelProto) -> list[str]:
 
 def _products(model: onnx.ModelProto) -> list:
     weights = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
-    return [node for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in weights]
+    return [
+        node for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in weights
+    ]
 
 
 def watched(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -34,7 +36,9 @@ def watched(model: onnx.ModelProto) -> onnx.ModelProto:
     result.CopyFrom(model)
     del result.graph.output[:]
     names = product_inputs(model)
-    result.graph.output.extend(helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in names)
+    result.graph.output.extend(
+        helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in names
+    )
     return result
 
 
@@ -50,12 +54,17 @@ def scales(runs: Iterable[dict[str, np.ndarray]]) -> dict[str, float]:
             magnitudes = np.abs(array).ravel()
             largest[name] = max(largest.get(name, 0.0), float(magnitudes.max()))
             kept.setdefault(name, []).append(magnitudes[:: -(-len(magnitudes) // KEPT)])
-    return {name: _best_scale(np.concatenate(values), largest[name]) for name, values in kept.items()}
+    return {
+        name: _best_scale(np.concatenate(values), largest[name]) for name, values in kept.items()
+    }
 
 
 def _best_scale(magnitudes: np.ndarray, largest: float) -> float:
     candidates = CLIPS * (largest or 1.0) / HIGHEST
-    errors = [np.square(np.minimum(np.rint(magnitudes / s), HIGHEST) * s - magnitudes).sum() for s in candidates]
+    errors = [
+        np.square(np.minimum(np.rint(magnitudes / s), HIGHEST) * s - magnitudes).sum()
+        for s in candidates
+    ]
     return float(candidates[len(errors) - 1 - int(np.argmin(errors[::-1]))])  # the widest of equals
 
 
@@ -76,7 +85,11 @@ def int8(model: onnx.ModelProto, chosen: dict[str, float], values) -> onnx.Model
         if node.output[0] in products:
             for index, name in enumerate(node.input):
                 if name not in done:
-                    made, tensors = _rounded(name, chosen[name]) if index == 0 else _codes(values(weights[name]), name)
+                    made, tensors = (
+                        _rounded(name, chosen[name])
+                        if index == 0
+                        else _codes(values(weights[name]), name)
+                    )
                     done[name] = made[-1].output[0]
                     nodes.extend(made)
                     graph.initializer.extend(tensors)
@@ -95,7 +108,10 @@ def _rounded(name: str, scale: float) -> tuple[list, list]:
         helper.make_node("QuantizeLinear", [name, at, zero], [q]),
         helper.make_node("DequantizeLinear", [q, at, zero], [dq]),
     ]
-    constants = [numpy_helper.from_array(np.float32(scale), at), numpy_helper.from_array(np.int8(0), zero)]
+    constants = [
+        numpy_helper.from_array(np.float32(scale), at),
+        numpy_helper.from_array(np.int8(0), zero),
+    ]
     return nodes, constants
 
 
@@ -108,5 +124,7 @@ def _codes(weight: np.ndarray, name: str) -> tuple[list, list]:
         numpy_helper.from_array(scale, f"{name}.scales"),
         numpy_helper.from_array(np.zeros(len(scale), np.int8), f"{name}.zeros"),
     ]
-    node = helper.make_node("DequantizeLinear", [c.name for c in constants], [f"{name}.dequantised"], axis=1)
+    node = helper.make_node(
+        "DequantizeLinear", [c.name for c in constants], [f"{name}.dequantised"], axis=1
+    )
     return [node], constants

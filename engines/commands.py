@@ -13,7 +13,9 @@ from tiny_align.runtime.machine import free_memory_line
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `run` reads; `--json` is the dispatcher's."""
-    parser.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="the bundle to build engines for")
+    parser.add_argument(
+        "--bundle", type=Path, required=True, metavar="DIR", help="the bundle to build engines for"
+    )
     parser.add_argument(
         "--compute-capability",
         type=int,
@@ -39,9 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what graphs compute in: auto (the fastest within its bound; default with --data), int8, fp16 or fp32 "
         "(as exported; default for what has no engine yet)",
     )
-    parser.add_argument("--user", metavar="NAME", help="build an engine of this person's projector only")
-    parser.add_argument("--users", type=Path, metavar="DIR", help="where persons are kept (default: BUNDLE/users)")
-    parser.add_argument("--force", action="store_true", help="build even where memory seems not to do")
+    parser.add_argument(
+        "--user", metavar="NAME", help="build an engine of this person's projector only"
+    )
+    parser.add_argument(
+        "--users", type=Path, metavar="DIR", help="where persons are kept (default: BUNDLE/users)"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="build even where memory seems not to do"
+    )
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -52,10 +60,16 @@ def run(args: argparse.Namespace) -> dict:
     builder = find_builder(args.compute_capability)
     ladder = Ladder.of(args.data, args.precision) if args.data or args.precision else None
     if not args.json:
-        print(f"{builder.package} {builder.version} for compute capability {builder.compute_capability}")
+        print(
+            f"{builder.package} {builder.version} for compute capability {builder.compute_capability}"
+        )
         print(free_memory_line(), flush=True)
     engines = build_engines(
-        bundle, compute_capability=builder.compute_capability, graphs=args.graph, ladder=ladder, force=args.force
+        bundle,
+        compute_capability=builder.compute_capability,
+        graphs=args.graph,
+        ladder=ladder,
+        force=args.force,
     )
     path = engines_path(bundle, builder.facts)
     if not args.json:
@@ -74,5 +88,8 @@ def _print_engines(engines: dict[str, dict], path: Path) -> None:
 
 def _tried(accuracy: dict | None) -> str:
     """What the ladder found."""
-    rungs = (f"{name} {found['cosine']:.5f} of {found['bound']:g}" for name, found in (accuracy or {}).items())
+    rungs = (
+        f"{name} {found['cosine']:.5f} of {found['bound']:g}"
+        for name, found in (accuracy or {}).items()
+    )
     return f"; cosine {', '.join(rungs)}" if accuracy else ""

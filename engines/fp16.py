@@ -15,9 +15,36 @@ from onnx import TensorProto, helper, numpy_helper
 
 PRODUCTS = {"MatMul", "Gemm", "Conv", "ConvTranspose", "QuantizeLinear", "DequantizeLinear"}
 ISLANDS = {
-    *("LayerNormalization", "InstanceNormalization", "GroupNormalization", "BatchNormalization", "LpNormalization"),
-    *("Softmax", "LogSoftmax", "Exp", "Log", "Pow", "Sqrt", "Reciprocal", "Div", "CumSum", "Sin", "Cos", "Range"),
-    *("ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "ReduceMax", "ReduceMin", "ReduceLogSumExp"),
+    *(
+        "LayerNormalization",
+        "InstanceNormalization",
+        "GroupNormalization",
+        "BatchNormalization",
+        "LpNormalization",
+    ),
+    *(
+        "Softmax",
+        "LogSoftmax",
+        "Exp",
+        "Log",
+        "Pow",
+        "Sqrt",
+        "Reciprocal",
+        "Div",
+        "CumSum",
+        "Sin",
+        "Cos",
+        "Range",
+    ),
+    *(
+        "ReduceMean",
+        "ReduceSum",
+        "ReduceSumSquare",
+        "ReduceL2",
+        "ReduceMax",
+        "ReduceMin",
+        "ReduceLogSumExp",
+    ),
     *("GlobalAveragePool", "AveragePool", "Resize", "TopK", "Cast"),
 }
 
@@ -89,7 +116,10 @@ def _rewritten(model: onnx.ModelProto, form) -> onnx.ModelProto:
 def _float_values(model: onnx.ModelProto) -> set[str]:
     """Names of the values of type FP32."""
     graph = onnx.shape_inference.infer_shapes(model).graph
-    types = {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.value_info, *graph.output)}
+    types = {
+        v.name: v.type.tensor_type.elem_type
+        for v in (*graph.input, *graph.value_info, *graph.output)
+    }
     types |= {t.name: t.data_type for t in graph.initializer}
     return {name for name, kind in types.items() if kind == TensorProto.FLOAT}
 
@@ -110,7 +140,9 @@ class _Rewriter:
         for node in nodes:
             self._take(node)
         for name, value in inner.items():
-            self._nodes.extend(self._form.leave(value, name) if value in self._halves else _copy(value, name))
+            self._nodes.extend(
+                self._form.leave(value, name) if value in self._halves else _copy(value, name)
+            )
         self._graph.node.extend(self._nodes)
         drop_unused(self._graph)
 

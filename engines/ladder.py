@@ -53,7 +53,9 @@ class Ladder:
         if precision == OWN:
             return cls()
         if data is None:
-            raise BackendError(f"--precision {precision} is measured on recordings: give a folder of them with --data")
+            raise BackendError(
+                f"--precision {precision} is measured on recordings: give a folder of them with --data"
+            )
         found = sorted(p for p in Path(data).glob("*") if p.suffix.lower() in FORMATS)
         if len(found) < 2:
             raise BackendError(
@@ -75,7 +77,9 @@ class Ladder:
         return {
             precision: bound
             for precision, bound in RUNGS.get(graph, {}).items()
-            if self.precision in (AUTO, precision) and self.recordings and (precision != "int8" or own == "fp32")
+            if self.precision in (AUTO, precision)
+            and self.recordings
+            and (precision != "int8" or own == "fp32")
         }
 
 
@@ -90,7 +94,11 @@ class Choice:
     @property
     def entry(self) -> dict:
         """What engine.json says of it."""
-        return {"precision": self.precision, "accuracy": self.accuracy, "built_sha256": sha256(self.graph)}
+        return {
+            "precision": self.precision,
+            "accuracy": self.accuracy,
+            "built_sha256": sha256(self.graph),
+        }
 
 
 def choose(bundle: Bundle, name: str, ladder: Ladder, folder: Path) -> Choice:

@@ -19,13 +19,20 @@ class PlainDecoder(Decoder):
 
     def open_cache(self, capacity: int) -> dict[str, np.ndarray]:
         past = self._spec.inputs[1:]
-        return {t.name: np.zeros([0 if size == "past" else size for size in t.shape], t.dtype) for t in past}
+        return {
+            t.name: np.zeros([0 if size == "past" else size for size in t.shape], t.dtype)
+            for t in past
+        }
 
     def read(self, embeddings: np.ndarray, cache: dict[str, np.ndarray], past: int) -> Scores:
         self.rewind(cache, past)
-        out = self._runner({self._spec.inputs[0].name: np.ascontiguousarray(embeddings[None]), **cache})
+        out = self._runner(
+            {self._spec.inputs[0].name: np.ascontiguousarray(embeddings[None]), **cache}
+        )
         logits, *others = (out[t.name] for t in self._spec.outputs)
-        cache.update(zip(list(cache), others[-len(cache) :], strict=True))  # the best tokens may stand before them
+        cache.update(
+            zip(list(cache), others[-len(cache) :], strict=True)
+        )  # the best tokens may stand before them
         return Scores(logits[0, -1])
 
     def rewind(self, cache: dict[str, np.ndarray], length: int) -> None:

@@ -31,7 +31,9 @@ def require_memory(graph: str, graph_bytes: int, *, swaps: bool) -> None:
     usable = have["MemAvailable"] + (have.get("SwapFree", 0) if swaps else 0)
     limits = [room for room in memory_limits() if room.free < min(need, usable)]
     if usable < need or limits:
-        told = ", ".join(f"{name} {size >> 20} MiB" for name, size in have.items() if name != "MemTotal")
+        told = ", ".join(
+            f"{name} {size >> 20} MiB" for name, size in have.items() if name != "MemTotal"
+        )
         told += "".join(f", {room.free >> 20} MiB {room.limit}" for room in limits)
         raise BackendError(
             f"building the graph {graph!r} takes about {need >> 20} MiB of memory, and there is less ({told}): "

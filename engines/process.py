@@ -37,7 +37,9 @@ def run_build(name: str, job: dict, tell: Callable[[float, str], None]) -> dict:
         words.seek(0)
         said = words.read().decode(errors="replace").strip()
     if status != 0:
-        raise BackendError(_failure(f"the graph {name!r} ({job['graph']})", job["package"], status, said, memory))
+        raise BackendError(
+            _failure(f"the graph {name!r} ({job['graph']})", job["package"], status, said, memory)
+        )
     return result
 
 
@@ -46,7 +48,12 @@ def _started(job: dict, words) -> subprocess.Popen:
         task.write(json.dumps(job).encode())
         task.seek(0)
         return subprocess.Popen(
-            COMMAND, stdin=task, stdout=subprocess.PIPE, stderr=words, encoding="utf-8", errors="replace"
+            COMMAND,
+            stdin=task,
+            stdout=subprocess.PIPE,
+            stderr=words,
+            encoding="utf-8",
+            errors="replace",
         )
 
 

@@ -9,7 +9,9 @@ class Phases:
     """The phases now running. Steps of a phase count alike, although they take unlike times."""
 
     def __init__(self):
-        self._running: dict[str, tuple[str | None, int, int]] = {}  # name -> (parent, steps done, steps)
+        self._running: dict[
+            str, tuple[str | None, int, int]
+        ] = {}  # name -> (parent, steps done, steps)
         self.fraction = 0.0  # of the whole; never falls
 
     def start(self, name: str, parent: str | None, n_steps: int) -> None:
@@ -27,7 +29,9 @@ class Phases:
 
     def _inside(self, parent: str | None) -> float:
         """The most that a phase within `parent` has done."""
-        inside = [name for name, phase in self._running.items() if phase[0] == parent and name != parent]
+        inside = [
+            name for name, phase in self._running.items() if phase[0] == parent and name != parent
+        ]
         return max((self._done(name) for name in inside), default=0.0)
 
     def _done(self, name: str) -> float:

@@ -35,7 +35,9 @@ def climb(bundle: Bundle, name: str, ladder: Ladder, folder: Path) -> Choice:
         twin.unlink()
         if accuracy[precision]["cosine"] >= bound:
             made = graph.write(fp16.half(model, graph.values), f"{name}.{precision}.onnx")
-            return Choice(made, precision if own in (precision, OWN) else f"{own}/{precision}", accuracy)
+            return Choice(
+                made, precision if own in (precision, OWN) else f"{own}/{precision}", accuracy
+            )
     if ladder.precision != AUTO:
         raise BackendError(_beyond(name, accuracy))
     return Choice(graph.path, own, accuracy)
@@ -64,14 +66,20 @@ class Graph:
         place = {e.key: e.value for e in tensor.external_data}
         dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
         start = int(place.get("offset", 0))
-        return np.memmap(self.path.parent / place["location"], dtype, "r", start, tuple(tensor.dims))
+        return np.memmap(
+            self.path.parent / place["location"], dtype, "r", start, tuple(tensor.dims)
+        )
 
     def write(self, model: onnx.ModelProto, name: str) -> Path:
         """Write a graph that was made of this one, whole or not at all."""
-        places = {e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"}
+        places = {
+            e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"
+        }
         with written_file(self._folder / name) as path:
             for place in places:
-                (self._folder / place).unlink(missing_ok=True)  # a killed build's may be of another bundle
+                (self._folder / place).unlink(
+                    missing_ok=True
+                )  # a killed build's may be of another bundle
                 link_file(self.path.parent / place, self._folder / place)
             path.write_bytes(model.SerializeToString())
         return self._folder / name
@@ -110,10 +118,13 @@ class Logits:
     def __init__(self, graph: Graph, audios: list[np.ndarray]):
         self._graph = graph
         with Assistant.load(graph.bundle) as assistant:
-            spoken = [assistant.soft_tokens(assistant.features(audio)) for audio in audios[:MAX_ANSWERS]]
+            spoken = [
+                assistant.soft_tokens(assistant.features(audio)) for audio in audios[:MAX_ANSWERS]
+            ]
             self._prompts = [assistant.llm.assemble(soft_tokens) for soft_tokens in spoken]
             self._answers = [
-                list(assistant.llm.generate(prompt, Decoding(max_tokens=MAX_TOKENS))) for prompt in self._prompts
+                list(assistant.llm.generate(prompt, Decoding(max_tokens=MAX_TOKENS)))
+                for prompt in self._prompts
             ]
         self._exact = self._logits(graph.path)
 
@@ -127,7 +138,9 @@ class Logits:
     def _logits(self, path: Path) -> list[np.ndarray]:
         with PlainDecoder(path, self._graph.spec) as decoder:
             llm = LanguageModel(self._graph.bundle, decoder)
-            return [_said(llm, prompt, answer) for prompt, answer in zip(self._prompts, self._answers)]
+            return [
+                _said(llm, prompt, answer) for prompt, answer in zip(self._prompts, self._answers)
+            ]
 
 
 def _said(llm: LanguageModel, prompt: np.ndarray, answer: list[int]) -> np.ndarray:

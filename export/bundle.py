@@ -20,7 +20,14 @@ from tiny_align.export.encoders import FAMILIES, encoder_graph, load_encoder
 from tiny_align.export.graphs import projector_graph
 from tiny_align.export.int8 import multiply_int8, store_int8
 from tiny_align.export.llm_ort import llm_ort_graph
-from tiny_align.export.llms import LLMS, embedding_table, llm_graph, llm_spec, load_model, load_tokenizer
+from tiny_align.export.llms import (
+    LLMS,
+    embedding_table,
+    llm_graph,
+    llm_spec,
+    load_model,
+    load_tokenizer,
+)
 from tiny_align.export.model_folder import model_folder
 from tiny_align.export.packing import share_weights
 from tiny_align.export.pretrained import refuse_not_finite
@@ -46,7 +53,9 @@ from tiny_align.runtime.llm import encode_in_place
 from tiny_align.runtime.readout import Readout, ctc_scale
 from tiny_align.runtime.windows import WindowSpec
 
-LARGE_VOCABULARY = 8192  # rows of the embedding table; of a larger one speech is read as listed tokens only
+LARGE_VOCABULARY = (
+    8192  # rows of the embedding table; of a larger one speech is read as listed tokens only
+)
 UNTRAINED = "Leave --projector out and train one with `tiny-align align --general`"
 
 
@@ -57,20 +66,32 @@ class ExportOptions:
     encoder: str
     llm: str
     encoder_precision: str = "fp32"  # or "int8": weights, and on ONNX Runtime products
-    encoder_layers: tuple[int, ...] = (-1,)  # hidden states of the features, the shortcut's first; -1: the last layer's
-    sentences: str | None = None  # a text file: what a person may be asked to read and may say, a sentence per line
-    chat_template: str | None = None  # the name of one of the LLM's, or a file; None: its default or only fitting one
+    encoder_layers: tuple[int, ...] = (
+        -1,
+    )  # hidden states of the features, the shortcut's first; -1: the last layer's
+    sentences: str | None = (
+        None  # a text file: what a person may be asked to read and may say, a sentence per line
+    )
+    chat_template: str | None = (
+        None  # the name of one of the LLM's, or a file; None: its default or only fitting one
+    )
     projector: str | None = None  # a safetensors file; None: an untrained one
     precision: str = "int4"  # of the LLM's weights: see quantise.BITS
-    head_precision: str | None = None  # of its output layer; None: "int8" with "int4", else the layers'
+    head_precision: str | None = (
+        None  # of its output layer; None: "int8" with "int4", else the layers'
+    )
     block_size: int = BLOCKS[0]  # weights in integers that share a scale
     name: str = "bundle"
     instruction: str = "Answer the user."
     repeat_instruction: str = "Repeat what the user says."
     max_context: int = 256
-    soft_tokens: int | None = None  # the projector pools to so many; None: length follows the speech
+    soft_tokens: int | None = (
+        None  # the projector pools to so many; None: length follows the speech
+    )
     merge_cosine: float | None = 0.85  # where it pools, see runtime/readout.py
-    window_s: float = 3.84  # speech is encoded in windows of so many seconds while it is spoken; 0: as a whole
+    window_s: float = (
+        3.84  # speech is encoded in windows of so many seconds while it is spoken; 0: as a whole
+    )
     seed: int = 0
 
 
@@ -89,7 +110,9 @@ def export_bundle(options: ExportOptions, out: Path) -> Manifest:
     encoder_folder = model_folder(options.encoder, "encoder", FAMILIES)
     llm_folder = model_folder(options.llm, "LLM", LLMS)
     tokenizer = load_tokenizer(llm_folder, options.chat_template)
-    prompt = prompt_spec(tokenizer, options.instruction, options.repeat_instruction)  # refuses before the long part
+    prompt = prompt_spec(
+        tokenizer, options.instruction, options.repeat_instruction
+    )  # refuses before the long part
     encoder = load_encoder(str(encoder_folder), options.encoder_layers)
     llm = load_model(llm_folder, tokenizer)
     _check_words(options, llm)
@@ -103,17 +126,25 @@ def export_bundle(options: ExportOptions, out: Path) -> Manifest:
 
 def _check_out(out: Path) -> None:
     """What is written to `out` replaces what is there: that may only be an older bundle."""
-    if out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
+    if (
+        out.exists()
+        and not (out / MANIFEST).is_file()
+        and not (out.is_dir() and not any(out.iterdir()))
+    ):
         raise TinyAlignError(f"{out} is there, is not a bundle and not empty: give another --out")
     if users := sorted(p.parent.name for p in out.glob(f"users/*/{USER_RECORD}")):
-        raise TinyAlignError(f"{out} holds the projectors of {', '.join(users)}: move {out / 'users'} away first")
+        raise TinyAlignError(
+            f"{out} holds the projectors of {', '.join(users)}: move {out / 'users'} away first"
+        )
 
 
 def _check_sizes(options: ExportOptions) -> None:
     for name in ("max_context", "soft_tokens", "window_s"):
         checks.check(name, getattr(options, name), f"--{name.replace('_', '-')}")
     if 0 < options.window_s < 3 * MARGIN_S:
-        raise TinyAlignError(f"--window-s is {options.window_s}: give at least {3 * MARGIN_S:g}, or 0 for no windows")
+        raise TinyAlignError(
+            f"--window-s is {options.window_s}: give at least {3 * MARGIN_S:g}, or 0 for no windows"
+        )
 
 
 def _check_ends(path: str, llm, tokenizer) -> None:
@@ -140,21 +171,30 @@ def _is_large(llm) -> bool:
     return len(llm.get_input_embeddings().weight) > LARGE_VOCABULARY
 
 
-def _write(folder: Path, options, encoder, llm, llm_sizes, tokenizer, projector, prompt) -> Manifest:
+def _write(
+    folder: Path, options, encoder, llm, llm_sizes, tokenizer, projector, prompt
+) -> Manifest:
     graphs = {
         "encoder": write_encoder(folder, encoder, options.encoder_precision),
-        "projector": _write_graph(folder, "projector", projector_graph(projector), parity.projector_parity, projector),
+        "projector": _write_graph(
+            folder, "projector", projector_graph(projector), parity.projector_parity, projector
+        ),
         "llm": _write_llm(folder, llm, options, llm_sizes.max_context),
     }
     table = embedding_table(llm)
     np.save(folder / "token_embeddings.npy", table)
     bound_to = sha256(folder / "token_embeddings.npy")
     _check_binding(options.projector, bound_to)
-    (folder / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
+    (folder / "tokenizer.json").write_text(
+        tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8"
+    )
     if options.sentences:
         shutil.copyfile(options.sentences, folder / "sentences.txt")
     if _is_large(llm):
-        np.save(folder / SPEECH_TOKENS, _tokens_of(options.sentences, tokenizer, prompt.on(datetime.now())))
+        np.save(
+            folder / SPEECH_TOKENS,
+            _tokens_of(options.sentences, tokenizer, prompt.on(datetime.now())),
+        )
     context = llm_sizes.max_context
     return Manifest(
         name=options.name,
@@ -192,7 +232,9 @@ def _windows(folder: Path, options: ExportOptions, encoder, spec: GraphSpec) -> 
 def _tokens_of(sentences: str | None, tokenizer, prompt) -> np.ndarray:
     """(K,) int32: the tokens that occur in the sentences of a text file, as they stand in a prompt; none of no file."""
     lines = Path(sentences).read_text(encoding="utf-8").splitlines() if sentences else []
-    ids = (encode_in_place(tokenizer.backend_tokenizer, prompt, line) for line in lines if line.strip())
+    ids = (
+        encode_in_place(tokenizer.backend_tokenizer, prompt, line) for line in lines if line.strip()
+    )
     return np.array(sorted({token for line in ids for token in line}), np.int32)
 
 
@@ -217,7 +259,9 @@ def write_encoder(folder: Path, encoder, precision: str) -> GraphSpec:
         spec = graph.save(folder / f"{name}.onnx")
         with load_runner(folder / spec.file, spec, "onnxruntime") as runner:
             cost = {"int8_cosine_to_pytorch": parity.encoder_cosine(runner, encoder)}
-        specs.append(dataclasses.replace(spec, precision=precision, parity={**exact.parity, **cost}))
+        specs.append(
+            dataclasses.replace(spec, precision=precision, parity={**exact.parity, **cost})
+        )
     plain, ort = specs
     share_weights(folder / plain.file, folder / ort.file)
     return dataclasses.replace(plain, backends={"onnxruntime": ort})
@@ -243,7 +287,9 @@ def _write_llm(folder: Path, llm, options: ExportOptions, max_context: int) -> G
     layers, head = forms(options.precision, options.head_precision, options.block_size)
     specs = {}
     for name, trace, check in (("llm", llm_graph, plain), ("llm.ort", llm_ort_graph, fused)):
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:  # on the disk that must have room anyway
+        with tempfile.TemporaryDirectory(
+            dir=folder
+        ) as temporary:  # on the disk that must have room anyway
             source = Path(temporary) / f"{name}.onnx"
             exact = trace(llm).save(source)
             figures = {"max_abs_diff_to_pytorch": check(source, exact)}
@@ -253,7 +299,9 @@ def _write_llm(folder: Path, llm, options: ExportOptions, max_context: int) -> G
                     path.replace(folder / path.name)
             else:
                 quantise(source, folder / source.name, layers, head)
-                figures[f"{options.precision}_max_abs_diff_to_pytorch"] = check(folder / source.name, exact)
+                figures[f"{options.precision}_max_abs_diff_to_pytorch"] = check(
+                    folder / source.name, exact
+                )
         specs[name] = dataclasses.replace(exact, precision=options.precision, parity=figures)
     specs["llm"] = add_topk(folder / specs["llm"].file, specs["llm"])
     share_weights(folder / specs["llm"].file, folder / specs["llm.ort"].file)
@@ -275,9 +323,17 @@ def find_weights(graph: Path, projector) -> tuple[WeightSpec, ...]:
     for tensor in onnx.load(str(graph), load_external_data=False).graph.initializer:
         if not (entry := {e.key: e.value for e in tensor.external_data}):
             continue  # a shape or a scalar, kept in the graph
-        places[tensor.name] = (int(entry.get("offset", 0)), int(entry["length"]), tuple(tensor.dims), tensor.data_type)
+        places[tensor.name] = (
+            int(entry.get("offset", 0)),
+            int(entry["length"]),
+            tuple(tensor.dims),
+            tensor.data_type,
+        )
     blob = (graph.parent / f"{graph.name}.data").read_bytes()
-    return tuple(_find(name, value.detach().numpy(), places, blob) for name, value in projector.state_dict().items())
+    return tuple(
+        _find(name, value.detach().numpy(), places, blob)
+        for name, value in projector.state_dict().items()
+    )
 
 
 def _find(name: str, value: np.ndarray, places: dict, blob: bytes) -> WeightSpec:
@@ -306,7 +362,9 @@ def make_projector(encoder, llm, options: ExportOptions):
     if options.projector:
         projector.load_state_dict(_fitting_weights(options.projector, projector.state_dict()))
     else:
-        for value in projector.parameters():  # no two parameters alike, so that each is found in the graph
+        for (
+            value
+        ) in projector.parameters():  # no two parameters alike, so that each is found in the graph
             value.data += torch.randn_like(value) * 1e-4
     return projector
 

@@ -24,7 +24,10 @@ from tiny_align.runtime.whisper import WhisperMel
 
 MAX_SPEECH_S, USUAL_SPEECH_S = 30.0, 3.0
 MIN_FEATURES = 4  # the shortest input makes as many: what comes after wants more than one
-UNUSED = ("masked_spec_embed", "adapter.")  # beginnings of parameters that only training has, or that are left out
+UNUSED = (
+    "masked_spec_embed",
+    "adapter.",
+)  # beginnings of parameters that only training has, or that are left out
 
 EXAMPLE_EXTRA = 17  # rows: a length that no other dimension has
 
@@ -39,13 +42,18 @@ class Family:
 
     model: str  # transformers' class
     extractor: str  # transformers' feature extractor for it
-    convolutions: Callable[[torch.nn.Module], list[Convolution]]  # of the encoder, before its layers
+    convolutions: Callable[
+        [torch.nn.Module], list[Convolution]
+    ]  # of the encoder, before its layers
     part: str = ""  # where in the model the encoder is
     mel_first: bool = False  # whether the encoder takes (B, M, frames), not (B, frames, M)
 
 
 def _convolution_list(encoder) -> list[Convolution]:
-    return [(kernel, stride, 0) for kernel, stride in zip(encoder.config.conv_kernel, encoder.config.conv_stride)]
+    return [
+        (kernel, stride, 0)
+        for kernel, stride in zip(encoder.config.conv_kernel, encoder.config.conv_stride)
+    ]
 
 
 def _numbered_convolutions(encoder) -> list[Convolution]:
@@ -54,8 +62,13 @@ def _numbered_convolutions(encoder) -> list[Convolution]:
 
 
 def _subsampling(encoder) -> list[Convolution]:
-    kernel, stride = encoder.config.subsampling_conv_kernel_size, encoder.config.subsampling_conv_stride
-    return [(kernel, stride, (kernel - 1) // 2)] * round(math.log(encoder.config.subsampling_factor, stride))
+    kernel, stride = (
+        encoder.config.subsampling_conv_kernel_size,
+        encoder.config.subsampling_conv_stride,
+    )
+    return [(kernel, stride, (kernel - 1) // 2)] * round(
+        math.log(encoder.config.subsampling_factor, stride)
+    )
 
 
 def _none(_encoder) -> list[Convolution]:
@@ -93,7 +106,9 @@ class LayeredEncoder(torch.nn.Module):
 
     def forward(self, rows):
         """(B, frames, M) or (B, S) -> (B, N, Da)."""
-        out = self.encoder(rows.transpose(1, 2) if self.mel_first else rows, output_hidden_states=True)
+        out = self.encoder(
+            rows.transpose(1, 2) if self.mel_first else rows, output_hidden_states=True
+        )
         hidden = (*out.hidden_states[:-1], out.last_hidden_state)
         return torch.cat([hidden[layer] for layer in self.layers], dim=-1)
 
@@ -109,7 +124,11 @@ class LayeredEncoder(torch.nn.Module):
         if isinstance(self.front_end, WhisperMel):
             return (self.front_end.n_rows,) * 3
         per_s = self.front_end.sample_rate / self.front_end.row_samples
-        return self._rows_for(MIN_FEATURES), round(USUAL_SPEECH_S * per_s), round(MAX_SPEECH_S * per_s)
+        return (
+            self._rows_for(MIN_FEATURES),
+            round(USUAL_SPEECH_S * per_s),
+            round(MAX_SPEECH_S * per_s),
+        )
 
     @property
     def input(self) -> TensorSpec:
@@ -123,8 +142,16 @@ class LayeredEncoder(torch.nn.Module):
     @property
     def dims(self) -> dict[str, tuple[int, int, int]]:
         """Least, usual and greatest size of each dynamic dimension."""
-        features = {"features": (2, round(USUAL_SPEECH_S / self.frame_s), self.n_features(self.row_range[2]))}
-        return features | {name: self.row_range for name in self.input.shape if isinstance(name, str)}
+        features = {
+            "features": (
+                2,
+                round(USUAL_SPEECH_S / self.frame_s),
+                self.n_features(self.row_range[2]),
+            )
+        }
+        return features | {
+            name: self.row_range for name in self.input.shape if isinstance(name, str)
+        }
 
     def n_features(self, n_rows: int) -> int:
         """How many features so many input rows make."""
@@ -150,9 +177,15 @@ def encoder_graph(encoder: LayeredEncoder) -> Graph:
     fixed = least == greatest
     rows = encoder.example(usual if fixed else usual + EXAMPLE_EXTRA)
     length = torch.export.Dim.AUTO(min=least, max=greatest)
-    program = export_program(encoder, {"rows": rows}, dynamic=not fixed, dynamic_shapes={"rows": {1: length}})
+    program = export_program(
+        encoder, {"rows": rows}, dynamic=not fixed, dynamic_shapes={"rows": {1: length}}
+    )
     features = encoder.n_features(usual) if fixed else "features"
-    return Graph(program, (encoder.input,), (TensorSpec("features", "float32", (1, features, encoder.feature_size)),))
+    return Graph(
+        program,
+        (encoder.input,),
+        (TensorSpec("features", "float32", (1, features, encoder.feature_size)),),
+    )
 
 
 def load_encoder(path: str, layers: tuple[int, ...] = (-1,)) -> LayeredEncoder:
@@ -192,11 +225,15 @@ def _load_model(folder: Path, family: Family):
 
 def _check_layers(path: str, layers: tuple[int, ...], n_layers: int) -> None:
     if not layers or any(not -n_layers <= layer <= n_layers for layer in layers):
-        raise TinyAlignError(f"{path} has {n_layers} layers; {list(layers)} was asked for: choose from 1 to {n_layers}")
+        raise TinyAlignError(
+            f"{path} has {n_layers} layers; {list(layers)} was asked for: choose from 1 to {n_layers}"
+        )
 
 
 def _check_rows(path: str, config, front_end: AnyFrontEnd) -> None:
-    wanted = getattr(config, "num_mel_bins", None) or getattr(config, "feature_projection_input_dim", None)
+    wanted = getattr(config, "num_mel_bins", None) or getattr(
+        config, "feature_projection_input_dim", None
+    )
     if not isinstance(front_end, Waveform) and front_end.row_size != wanted:
         raise TinyAlignError(
             f"{path}: its preprocessor_config.json makes {front_end.row_size} values per frame, its config.json "
@@ -212,7 +249,9 @@ def _fit_window(path: str, encoder, front_end: WhisperMel) -> None:
             f"{path}: the chunk_length of its preprocessor_config.json needs {wanted} positions, the encoder has "
             f"{there}: use the two of one checkpoint"
         )
-    encoder.embed_positions = torch.nn.Embedding.from_pretrained(encoder.embed_positions.weight[:wanted])
+    encoder.embed_positions = torch.nn.Embedding.from_pretrained(
+        encoder.embed_positions.weight[:wanted]
+    )
     encoder.config.max_source_positions = wanted
 
 
@@ -233,7 +272,9 @@ def _plain(encoder):
     if hasattr(encoder, "adapter"):
         encoder.adapter = None
     for module in encoder.modules():
-        if parametrize.is_parametrized(module):  # the convolution over positions has its weight normalised
+        if parametrize.is_parametrized(
+            module
+        ):  # the convolution over positions has its weight normalised
             parametrize.remove_parametrizations(module, "weight")
     return encoder
 
@@ -254,7 +295,9 @@ def load_front_end(path: str, extractor: str) -> AnyFrontEnd:
     except (OSError, ValueError) as error:
         raise TinyAlignError(f"{path} has no readable preprocessor_config.json: {error}") from error
     if not value:
-        raise TinyAlignError(f"{path} has no readable preprocessor_config.json: copy it beside the config.json")
+        raise TinyAlignError(
+            f"{path} has no readable preprocessor_config.json: copy it beside the config.json"
+        )
     if value.get("feature_extractor_type", extractor) != extractor:
         raise TinyAlignError(
             f"{path}: its preprocessor_config.json is a {value['feature_extractor_type']}'s, its encoder needs a "
@@ -264,7 +307,9 @@ def load_front_end(path: str, extractor: str) -> AnyFrontEnd:
     try:
         return FRONT_ENDS[extractor](numbers)
     except (KeyError, TypeError) as error:
-        raise TinyAlignError(f"{path}: its preprocessor_config.json lacks {error}: use its encoder's") from error
+        raise TinyAlignError(
+            f"{path}: its preprocessor_config.json lacks {error}: use its encoder's"
+        ) from error
 
 
 def _waveform(value: dict) -> Waveform:
@@ -296,7 +341,9 @@ def _whisper(value: dict) -> WhisperMel:
 
 
 def _filter_bank(value: dict) -> FilterBank:
-    return FilterBank(sample_rate=value["sampling_rate"], n_mels=value["num_mel_bins"], stride=value["stride"])
+    return FilterBank(
+        sample_rate=value["sampling_rate"], n_mels=value["num_mel_bins"], stride=value["stride"]
+    )
 
 
 FRONT_ENDS = {WAVE: _waveform, NEMO: _nemo, WHISPER: _whisper, SEAMLESS: _filter_bank}

@@ -29,13 +29,22 @@ class Graph:
     def save(self, path: Path) -> GraphSpec:
         """Write the graph and, beside it, its weights as external data; the names are the specification's."""
         _rename(self.program, self.inputs, self.outputs)
-        onnx_ir.save(self.program, str(path), external_data=f"{path.name}.data", size_threshold_bytes=INLINE_BYTES)
+        onnx_ir.save(
+            self.program,
+            str(path),
+            external_data=f"{path.name}.data",
+            size_threshold_bytes=INLINE_BYTES,
+        )
         model = onnx.load(str(path), load_external_data=False)
-        for value, spec in zip([*model.graph.input, *model.graph.output], [*self.inputs, *self.outputs]):
+        for value, spec in zip(
+            [*model.graph.input, *model.graph.output], [*self.inputs, *self.outputs]
+        ):
             _set_shape(value, spec.shape)
         _normalise_by_channel(model)
         _strip_traces(model)
-        del model.graph.value_info[:]  # the exporter's guesses at inner shapes, some static ones as symbols
+        del model.graph.value_info[
+            :
+        ]  # the exporter's guesses at inner shapes, some static ones as symbols
         onnx.save(model, str(path))
         return GraphSpec(path.name, "fp32", self.inputs, self.outputs)
 
@@ -45,16 +54,28 @@ def _normalise_by_channel(model: onnx.ModelProto) -> None:
     sizes = {t.name: list(t.dims) for t in model.graph.initializer}
     for node in model.graph.node:
         values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-        if node.op_type == "GroupNormalization" and sizes.get(node.input[1]) == [values["num_groups"]]:
+        if node.op_type == "GroupNormalization" and sizes.get(node.input[1]) == [
+            values["num_groups"]
+        ]:
             made = onnx.helper.make_node(
-                "InstanceNormalization", node.input, node.output, node.name, epsilon=values["epsilon"]
+                "InstanceNormalization",
+                node.input,
+                node.output,
+                node.name,
+                epsilon=values["epsilon"],
             )
             node.CopyFrom(made)
 
 
 def _strip_traces(model: onnx.ModelProto) -> None:
     """Drop the exporter's notes on every node (stack traces, module paths): half of a small graph's size."""
-    for part in (*model.graph.node, *model.graph.initializer, *model.graph.input, *model.graph.output, model.graph):
+    for part in (
+        *model.graph.node,
+        *model.graph.initializer,
+        *model.graph.input,
+        *model.graph.output,
+        model.graph,
+    ):
         del part.metadata_props[:]
         part.doc_string = ""
 
@@ -62,7 +83,9 @@ def _strip_traces(model: onnx.ModelProto) -> None:
 def _rename(program: onnx_ir.Model, inputs, outputs) -> None:
     for values, specs in ((program.graph.inputs, inputs), (program.graph.outputs, outputs)):
         if len(values) != len(specs):
-            raise RuntimeError(f"the graph has {[v.name for v in values]}, expected were {[s.name for s in specs]}")
+            raise RuntimeError(
+                f"the graph has {[v.name for v in values]}, expected were {[s.name for s in specs]}"
+            )
         for value, spec in zip(values, specs):
             value.name = spec.name
 
@@ -77,7 +100,11 @@ def _set_shape(value: onnx.ValueInfoProto, shape: tuple[int | str, ...]) -> None
 
 
 def export_program(
-    model, inputs: dict, dynamic: bool = True, dynamic_shapes: dict | None = None, ort_fusions: str | None = None
+    model,
+    inputs: dict,
+    dynamic: bool = True,
+    dynamic_shapes: dict | None = None,
+    ort_fusions: str | None = None,
 ) -> onnx_ir.Model:
     """A transformers model, or a module with its `config`, as ONNX.
 
@@ -107,5 +134,9 @@ def projector_graph(projector) -> Graph:
         verbose=False,
     ).model
     inputs = (TensorSpec("features", "float32", (1, "features", config.feature_size)),)
-    outputs = (TensorSpec("soft_tokens", "float32", (1, config.soft_tokens or "moments", config.output_size)),)
+    outputs = (
+        TensorSpec(
+            "soft_tokens", "float32", (1, config.soft_tokens or "moments", config.output_size)
+        ),
+    )
     return Graph(program, inputs, outputs)

@@ -19,7 +19,11 @@ def store_int8(program: ir.Model) -> None:
     """Put a DequantizeLinear of INT8 codes in the place of every FP32 weight (K, N) of a MatMul."""
     graph, made = program.graph, {}
     for node in list(graph):
-        if node.op_type == "MatMul" and (weight := node.inputs[1]).const_value is not None and len(weight.shape) == 2:
+        if (
+            node.op_type == "MatMul"
+            and (weight := node.inputs[1]).const_value is not None
+            and len(weight.shape) == 2
+        ):
             if weight not in made:
                 made[weight] = _dequantised(graph, weight)
                 graph.insert_before(node, made[weight])
@@ -30,7 +34,10 @@ def store_int8(program: ir.Model) -> None:
 
 def _dequantised(graph: ir.Graph, weight: ir.Value) -> ir.Node:
     codes, scales = quantise_blocks(weight.const_value.numpy(), BITS)
-    inputs = [make_initializer(graph, f"{weight.name}.{name}", v) for name, v in (("codes", codes), ("scales", scales))]
+    inputs = [
+        make_initializer(graph, f"{weight.name}.{name}", v)
+        for name, v in (("codes", codes), ("scales", scales))
+    ]
     return ir.node("DequantizeLinear", inputs, attributes={"axis": 1})
 
 
@@ -47,7 +54,10 @@ def multiply_int8(program: ir.Model) -> None:
             graph.insert_before(node, quantised[rows])
         nodes = _integer_product(*quantised[rows].outputs, *weight.inputs)
         graph.insert_before(node, nodes)
-        nodes[-1].outputs[0].shape, nodes[-1].outputs[0].dtype = node.outputs[0].shape, node.outputs[0].dtype
+        nodes[-1].outputs[0].shape, nodes[-1].outputs[0].dtype = (
+            node.outputs[0].shape,
+            node.outputs[0].dtype,
+        )
         node.outputs[0].replace_all_uses_with(nodes[-1].outputs[0], replace_graph_outputs=True)
         graph.remove(node, safe=True)
         if not weight.outputs[0].uses():

@@ -9,7 +9,13 @@ import torch
 from transformers import AttentionInterface
 
 from tiny_align.export.graphs import Graph, export_program
-from tiny_align.export.llms import EXAMPLE_PAST, EXAMPLE_TOKENS, fixed_frequencies, kv_shape, kv_specs
+from tiny_align.export.llms import (
+    EXAMPLE_PAST,
+    EXAMPLE_TOKENS,
+    fixed_frequencies,
+    kv_shape,
+    kv_specs,
+)
 from tiny_align.export.packing import pack_products, split_scaled_products
 from tiny_align.runtime.bundle import TensorSpec
 from tiny_align.runtime.errors import TinyAlignError
@@ -31,7 +37,9 @@ class _Decoder(torch.nn.Module):
         AttentionInterface.register(ATTENTION, attend)
         tokens = inputs_embeds.shape[1]
         positions = (length.long() - tokens).reshape(1, 1) + torch.arange(tokens)[None]
-        out = self.llm(inputs_embeds=inputs_embeds, position_ids=positions, use_cache=False, logits_to_keep=1)
+        out = self.llm(
+            inputs_embeds=inputs_embeds, position_ids=positions, use_cache=False, logits_to_keep=1
+        )
         return {"logits": out.logits, "present": attend.present}
 
 
@@ -42,7 +50,9 @@ class _Attention:
         self._heads, self._past, self.present = config.num_attention_heads, past, []
         self._last, self._length = length - 1, length.reshape(())
 
-    def __call__(self, module, query, key, value, mask, scaling=None, softcap=None, sliding_window=None, **_):
+    def __call__(
+        self, module, query, key, value, mask, scaling=None, softcap=None, sliding_window=None, **_
+    ):
         """query (1, heads, tokens, size), key and value (1, kv_heads, tokens, size): the new ones only."""
         past_key, past_value = self._past[2 * module.layer_idx : 2 * module.layer_idx + 2]
         attributes = {
@@ -83,16 +93,24 @@ def llm_ort_graph(llm) -> Graph:
     inputs = {
         "inputs_embeds": torch.randn(1, EXAMPLE_TOKENS, config.hidden_size),
         "length": torch.tensor([EXAMPLE_TOKENS], dtype=torch.int32),
-        "past": [torch.zeros(1, heads, capacity, size) for _ in range(2 * config.num_hidden_layers)],
+        "past": [
+            torch.zeros(1, heads, capacity, size) for _ in range(2 * config.num_hidden_layers)
+        ],
     }
     dynamic = torch.export.Dim.DYNAMIC
-    shapes = {"inputs_embeds": {1: dynamic}, "length": None, "past": [{2: dynamic} for _ in inputs["past"]]}
+    shapes = {
+        "inputs_embeds": {1: dynamic},
+        "length": None,
+        "past": [{2: dynamic} for _ in inputs["past"]],
+    }
     implementation = config._attn_implementation
     AttentionInterface.register(ATTENTION, None)
     llm.set_attn_implementation(ATTENTION)
     try:
         with fixed_frequencies(llm):
-            program = export_program(_Decoder(llm), inputs, dynamic_shapes=shapes, ort_fusions="cpu")
+            program = export_program(
+                _Decoder(llm), inputs, dynamic_shapes=shapes, ort_fusions="cpu"
+            )
     finally:
         llm.set_attn_implementation(implementation)
     pack_products(program)  # what the fusions have left
@@ -104,5 +122,8 @@ def llm_ort_graph(llm) -> Graph:
             TensorSpec("length", "int32", (1,)),
             *kv_specs(config, "past", "capacity"),
         ),
-        (TensorSpec("logits", "float32", (1, 1, config.vocab_size)), *kv_specs(config, "present", "capacity")),
+        (
+            TensorSpec("logits", "float32", (1, 1, config.vocab_size)),
+            *kv_specs(config, "present", "capacity"),
+        ),
     )

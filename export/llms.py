@@ -17,7 +17,16 @@ from tiny_align.export.prompts import choose_template, turn_end
 from tiny_align.runtime.bundle import LlmSpec, TensorSpec
 from tiny_align.runtime.errors import TinyAlignError
 
-LLMS = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "stablelm", "smollm3")  # SmolLM2 is a llama
+LLMS = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "stablelm",
+    "smollm3",
+)  # SmolLM2 is a llama
 EXAMPLE_PAST, EXAMPLE_TOKENS = 5, 7  # sizes that no other dimension has
 
 
@@ -58,7 +67,9 @@ def load_tokenizer(folder: Path, chat_template: str | None = None):
 
     tokenizer = load_pretrained(AutoTokenizer, folder)
     if getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise TinyAlignError(f"{folder} has a tokenizer without a tokenizer.json: convert it with transformers first")
+        raise TinyAlignError(
+            f"{folder} has a tokenizer without a tokenizer.json: convert it with transformers first"
+        )
     tokenizer.backend_tokenizer.no_truncation()  # some files keep the lengths of their training
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.chat_template = choose_template(tokenizer, chat_template)
@@ -104,7 +115,9 @@ def end_tokens(llm, tokenizer) -> tuple[int, ...]:
     listed = listed if isinstance(listed, list) else [listed]
     found = [i for i in (*listed, tokenizer.eos_token_id, *turn_end(tokenizer)) if i is not None]
     if not found:
-        raise TinyAlignError("the LLM has no end token: name one in its generation_config.json (eos_token_id)")
+        raise TinyAlignError(
+            "the LLM has no end token: name one in its generation_config.json (eos_token_id)"
+        )
     return tuple(dict.fromkeys(found))
 
 
@@ -115,8 +128,12 @@ def longest_context(config) -> int:
     graph keeps to the first.
     """
     ropes = config.rope_parameters
-    ropes = [ropes] if "rope_type" in ropes else ropes.values()  # one for all layers, or one per kind of layer
-    original = [r["original_max_position_embeddings"] for r in ropes if r["rope_type"] == "longrope"]
+    ropes = (
+        [ropes] if "rope_type" in ropes else ropes.values()
+    )  # one for all layers, or one per kind of layer
+    original = [
+        r["original_max_position_embeddings"] for r in ropes if r["rope_type"] == "longrope"
+    ]
     return min([config.max_position_embeddings, *original])
 
 
@@ -129,7 +146,9 @@ def embedding_scale(llm) -> float:
     ids = torch.arange(min(8, len(embedding.weight)))
     with torch.no_grad():
         if not torch.allclose(embedding(ids), embedding.weight[ids] * scale, atol=0, rtol=1e-5):
-            raise TinyAlignError("the LLM's embedding is not its table times a number: it cannot be exported")
+            raise TinyAlignError(
+                "the LLM's embedding is not its table times a number: it cannot be exported"
+            )
     return scale
 
 
@@ -142,7 +161,9 @@ def embedding_table(llm) -> np.ndarray:
     with np.errstate(over="ignore"):
         table = llm.get_input_embeddings().weight.detach().numpy().astype(np.float16)
     if not np.isfinite(table).all():
-        raise TinyAlignError("the LLM's embedding table has values beyond float16, or none: download it again")
+        raise TinyAlignError(
+            "the LLM's embedding table has values beyond float16, or none: download it again"
+        )
     return table
 
 
@@ -165,14 +186,25 @@ def llm_graph(llm) -> Graph:
     for layer in range(config.num_hidden_layers):
         cache.update(*torch.randn(2, 1, heads, EXAMPLE_PAST, size), layer)
     embeds = torch.randn(1, EXAMPLE_TOKENS, config.hidden_size)
-    inputs = {"inputs_embeds": embeds, "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+    inputs = {
+        "inputs_embeds": embeds,
+        "past_key_values": cache,
+        "use_cache": True,
+        "logits_to_keep": 1,
+    }
     with fixed_frequencies(llm):
         program = export_program(llm, inputs)
     pack_products(program)
     return Graph(
         program,
-        (TensorSpec("inputs_embeds", "float32", (1, "tokens", config.hidden_size)), *kv_specs(config, "past", "past")),
-        (TensorSpec("logits", "float32", (1, 1, config.vocab_size)), *kv_specs(config, "present", "total")),
+        (
+            TensorSpec("inputs_embeds", "float32", (1, "tokens", config.hidden_size)),
+            *kv_specs(config, "past", "past"),
+        ),
+        (
+            TensorSpec("logits", "float32", (1, 1, config.vocab_size)),
+            *kv_specs(config, "present", "total"),
+        ),
     )
 
 

@@ -11,8 +11,19 @@ from pathlib import Path
 from tiny_align.runtime.errors import TinyAlignError
 
 CONFIG = "config.json"
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "custom_generate/*")  # of a hub id: what is looked at first
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+SMALL_FILES = (
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "custom_generate/*",
+)  # of a hub id: what is looked at first
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 QUANTISED_FILES = {  # a file that only a quantised checkpoint has -> what made it
@@ -41,8 +52,15 @@ FORMATS = {  # suffix of a weight file that transformers does not load -> what i
     ".bin": "under other names than transformers'",
     ".safetensors": "under other names than transformers'",
 }
-EXPECTED = "give the folder of a whole transformers model, with its config.json and model.safetensors"
-HEADS = ("Classification", "QuestionAnswering", "Reward", "MultipleChoice")  # in the name of an architecture
+EXPECTED = (
+    "give the folder of a whole transformers model, with its config.json and model.safetensors"
+)
+HEADS = (
+    "Classification",
+    "QuestionAnswering",
+    "Reward",
+    "MultipleChoice",
+)  # in the name of an architecture
 
 
 def model_folder(path: str, kind: str, supported: Iterable[str]) -> Path:
@@ -60,8 +78,12 @@ def model_folder(path: str, kind: str, supported: Iterable[str]) -> Path:
         made = FORMATS.get(given.suffix.lower())
         raise TinyAlignError(f"{path} is a file{(made and f' ({made})') or ''}: {EXPECTED}")
     local = given.is_dir()
-    if not local and (path.startswith((".", "/", "~")) or path.count("/") > 1):  # no hub id looks so
-        raise TinyAlignError(f"there is no model folder {path}: give one, or a hub id (ORGANISATION/NAME)")
+    if not local and (
+        path.startswith((".", "/", "~")) or path.count("/") > 1
+    ):  # no hub id looks so
+        raise TinyAlignError(
+            f"there is no model folder {path}: give one, or a hub id (ORGANISATION/NAME)"
+        )
     folder = given if local else _downloaded(path, SMALL_FILES)
     _refuse_code(path, folder)
     config = _read_config(path, folder)
@@ -87,7 +109,11 @@ def _download_weights(hub_id: str, folder: Path) -> Path:
     for weights, index in (WEIGHTS[:2], WEIGHTS[2:]):
         listed = _read_json(folder / index)
         places = listed.get("weight_map") if isinstance(listed, dict) else None
-        names = sorted({str(name) for name in places.values()}) if isinstance(places, dict) else [weights]
+        names = (
+            sorted({str(name) for name in places.values()})
+            if isinstance(places, dict)
+            else [weights]
+        )
         folder = _downloaded(hub_id, (*SMALL_FILES, *names), folder.name)
         if any((folder / name).is_file() for name in names):
             break
@@ -196,11 +222,17 @@ def _refuse_adapter(path: str, folder: Path) -> None:
     raise TinyAlignError(
         f"{path} is an adapter ({value.get('peft_type') or 'PEFT'}) for {base}, not a whole model: merge it into that "
         "with peft's merge_and_unload(), save the result and give its folder"
-        + (", or take the files adapter_* away to export the model beside it" if (folder / CONFIG).exists() else "")
+        + (
+            ", or take the files adapter_* away to export the model beside it"
+            if (folder / CONFIG).exists()
+            else ""
+        )
     )
 
 
-def _refuse_other_kinds(path: str, folder: Path, config: dict, kind: str, supported: tuple[str, ...]) -> None:
+def _refuse_other_kinds(
+    path: str, folder: Path, config: dict, kind: str, supported: tuple[str, ...]
+) -> None:
     _refuse_adapter(path, folder)
     if config["model_type"] not in supported:
         raise TinyAlignError(
@@ -248,7 +280,14 @@ def _quantised_by(folder: Path, config: dict) -> str | None:
 def _method(field: str, quantisation) -> str:
     quantisation = quantisation if isinstance(quantisation, dict) else {}
     if method := quantisation.get("quant_method"):
-        names = {"gptq": "GPTQ", "awq": "AWQ", "hqq": "HQQ", "aqlm": "AQLM", "fp8": "FP8", "fbgemm_fp8": "FP8"}
+        names = {
+            "gptq": "GPTQ",
+            "awq": "AWQ",
+            "hqq": "HQQ",
+            "aqlm": "AQLM",
+            "fp8": "FP8",
+            "fbgemm_fp8": "FP8",
+        }
         return names.get(str(method), str(method))
     if any(str(name).startswith(("load_in_", "bnb_")) for name in quantisation):
         return "bitsandbytes"
@@ -260,7 +299,10 @@ def _method(field: str, quantisation) -> str:
 
 def _check_weights(path: str, folder: Path) -> None:
     """Refuse weights that are absent, cut off or quantised, by what the files' headers say."""
-    name = next((name for name in WEIGHTS if (folder / name).is_file() or (folder / name).is_symlink()), None)
+    name = next(
+        (name for name in WEIGHTS if (folder / name).is_file() or (folder / name).is_symlink()),
+        None,
+    )
     if name is None:
         raise damaged(path, *_without_weights(folder))
     files = _shards(path, folder, name) if name.endswith(".index.json") else [folder / name]

@@ -14,7 +14,11 @@ def pack_products(program: ir.Model) -> None:
     """Products of one value with several weights become one product and a split: queries, keys and values for one."""
     graph, siblings = program.graph, {}
     for node in graph:
-        if node.op_type == "MatMul" and node.inputs[1].const_value is not None and len(node.inputs[1].uses()) == 1:
+        if (
+            node.op_type == "MatMul"
+            and node.inputs[1].const_value is not None
+            and len(node.inputs[1].uses()) == 1
+        ):
             siblings.setdefault(node.inputs[0], []).append(node)
     for nodes in siblings.values():
         if len(nodes) > 1:
@@ -25,11 +29,15 @@ def _pack(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     weights = [node.inputs[1] for node in nodes]
     widths = np.array([weight.shape[1] for weight in weights], np.int64)
     packed = make_initializer(
-        graph, weights[0].name + ".packed", np.concatenate([w.const_value.numpy() for w in weights], 1)
+        graph,
+        weights[0].name + ".packed",
+        np.concatenate([w.const_value.numpy() for w in weights], 1),
     )
     sizes = make_initializer(graph, weights[0].name + ".widths", widths)
     product = ir.node("MatMul", [nodes[0].inputs[0], packed])
-    split = ir.node("Split", [product.outputs[0], sizes], attributes={"axis": -1}, num_outputs=len(nodes))
+    split = ir.node(
+        "Split", [product.outputs[0], sizes], attributes={"axis": -1}, num_outputs=len(nodes)
+    )
     for value in (product.outputs[0], *split.outputs):
         value.dtype = weights[0].dtype
     graph.insert_before(nodes[0], [product, split])
@@ -74,7 +82,10 @@ def share_weights(keeper: Path, other: Path) -> None:
 
     Both lie in one folder, each with its external data beside it in <name>.data; what only `other` has stays there.
     """
-    kept = {_digest(blob): tensor.external_data for tensor, blob in _external(_load(keeper), keeper.parent)}
+    kept = {
+        _digest(blob): tensor.external_data
+        for tensor, blob in _external(_load(keeper), keeper.parent)
+    }
     model, path = _load(other), other.with_name(f"{other.name}.data")
     partial = path.with_name(f"{path.name}.partial")
     with open(partial, "wb") as own:

@@ -15,7 +15,11 @@ def _difference(got: np.ndarray, want: torch.Tensor) -> float:
 
 
 def _cosine(got: np.ndarray, want: torch.Tensor) -> float:
-    return float(torch.nn.functional.cosine_similarity(torch.from_numpy(got).flatten(), want.flatten(), dim=0))
+    return float(
+        torch.nn.functional.cosine_similarity(
+            torch.from_numpy(got).flatten(), want.flatten(), dim=0
+        )
+    )
 
 
 @torch.no_grad()
@@ -45,7 +49,9 @@ def projector_parity(runner, projector, seed: int = 0) -> dict[str, float]:
     out = {}
     for n in PROJECTOR_FRAMES:
         x = rng.standard_normal((1, n, size)).astype(np.float32)
-        out[str(n)] = _difference(runner({"features": x})["soft_tokens"], projector(torch.from_numpy(x)))
+        out[str(n)] = _difference(
+            runner({"features": x})["soft_tokens"], projector(torch.from_numpy(x))
+        )
     return out
 
 
@@ -60,7 +66,10 @@ def llm_lengths(config, max_context: int) -> tuple[tuple[int, int], ...]:
 def llm_parity(runner, llm, seed: int = 0, lengths=LLM_LENGTHS) -> dict[str, float]:
     """tokens+past -> largest absolute difference over logits, keys and values."""
     rng = np.random.default_rng(seed)
-    return {f"{tokens}+{past}": _llm_difference(runner, llm, tokens, past, rng) for tokens, past in lengths}
+    return {
+        f"{tokens}+{past}": _llm_difference(runner, llm, tokens, past, rng)
+        for tokens, past in lengths
+    }
 
 
 def _llm_difference(runner, llm, tokens: int, past: int, rng) -> float:
@@ -70,13 +79,20 @@ def _llm_difference(runner, llm, tokens: int, past: int, rng) -> float:
     scale = float(llm.get_input_embeddings().weight.std()) * embedding_scale(llm)
     embeds = (rng.standard_normal((1, tokens, llm.config.hidden_size)) * scale).astype(np.float32)
     feed = {"inputs_embeds": embeds}
-    cache = DynamicCache()  # without the configuration: every layer's past is whole, as in the graph
+    cache = (
+        DynamicCache()
+    )  # without the configuration: every layer's past is whole, as in the graph
     for layer in layers:
         pair = [rng.standard_normal((1, heads, past, size)).astype(np.float32) for _ in range(2)]
         feed |= {f"past.{layer}.key": pair[0], f"past.{layer}.value": pair[1]}
         if past:
             cache.update(*map(torch.from_numpy, pair), layer)
-    want = llm(inputs_embeds=torch.from_numpy(embeds), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    want = llm(
+        inputs_embeds=torch.from_numpy(embeds),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
     got = runner(feed)
     differences = [_difference(got["logits"], want.logits)]
     for layer in layers:
@@ -93,11 +109,15 @@ def decoder_parity(decoder, llm, seed: int = 0, lengths=LLM_LENGTHS) -> dict[str
     scale = float(llm.get_input_embeddings().weight.std()) * embedding_scale(llm)
     out = {}
     for tokens, past in lengths:
-        embeds = (rng.standard_normal((past + tokens, llm.config.hidden_size)) * scale).astype(np.float32)
+        embeds = (rng.standard_normal((past + tokens, llm.config.hidden_size)) * scale).astype(
+            np.float32
+        )
         cache = decoder.open_cache(capacity)
         if past:
             decoder.read(embeds[:past], cache, 0)
         got = decoder.read(embeds[past:], cache, past).logits
-        want = llm(inputs_embeds=torch.from_numpy(embeds)[None], use_cache=False, logits_to_keep=1).logits
+        want = llm(
+            inputs_embeds=torch.from_numpy(embeds)[None], use_cache=False, logits_to_keep=1
+        ).logits
         out[f"{tokens}+{past}"] = _difference(got, want[0, 0])
     return out

@@ -7,7 +7,10 @@ from pathlib import Path
 from tiny_align.export.model_folder import damaged, one_line
 from tiny_align.runtime.errors import TinyAlignError
 
-LOCAL = {"trust_remote_code": False, "local_files_only": True}  # no code of a model's own, no network
+LOCAL = {
+    "trust_remote_code": False,
+    "local_files_only": True,
+}  # no code of a model's own, no network
 
 
 def load_pretrained(kind, folder: Path, **options):
@@ -21,7 +24,9 @@ def load_pretrained(kind, folder: Path, **options):
     except pickle.UnpicklingError as error:
         why = "its pytorch_model.bin is a pickle of more than tensors, whose code is never run, or damaged"
         raise damaged(folder, why, "Give a checkpoint with model.safetensors") from error
-    except Exception as error:  # transformers, safetensors and tokenizers raise all kinds, a bare Exception too
+    except (
+        Exception
+    ) as error:  # transformers, safetensors and tokenizers raise all kinds, a bare Exception too
         raise damaged(folder, one_line(error)) from error
 
 
@@ -64,13 +69,17 @@ def load_whole(kind, folder: Path, needed: Callable[[str], bool] = lambda name: 
         more = f" and {len(missing) - 1} more" if missing[1:] else ""
         raise TinyAlignError(f"{folder} lacks the weights of {missing[0]}{more}: download it again")
     # A head beside the layers may be left out; older checkpoints keep the rotary frequencies.
-    of_layers = [n for n in report["unexpected_keys"] if "layers." in n and not n.endswith("inv_freq")]
+    of_layers = [
+        n for n in report["unexpected_keys"] if "layers." in n and not n.endswith("inv_freq")
+    ]
     if unused := sorted(filter(needed, of_layers)):
         raise TinyAlignError(
             f"{folder}: its {unused[0]} has no place in the {type(model).__name__} of its config.json: "
             "weights and configuration belong to different models"
         )
-    refuse_not_finite(str(folder), {name: t for name, t in model.state_dict().items() if needed(name)})
+    refuse_not_finite(
+        str(folder), {name: t for name, t in model.state_dict().items() if needed(name)}
+    )
     return model.eval()
 
 
@@ -92,4 +101,6 @@ def _is_finite(tensor) -> bool:
     """Without a copy of the tensor: NaN goes through a minimum and a maximum."""
     import torch
 
-    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(tensor.float()))).all())
+    return tensor.numel() == 0 or bool(
+        torch.isfinite(torch.stack(torch.aminmax(tensor.float()))).all()
+    )

@@ -17,17 +17,36 @@ from tiny_align.runtime.llm import encode_around, encode_in_place
 INSTRUCTION, WORDS, ANSWER = "INSTRUCTION-goes-HERE", "SPEECH-goes-HERE", "ANSWER-goes-HERE"
 MORE = "MORE-words-go-HERE"
 IN_ONE_TURN = "\n\n"  # between instruction and words where a template takes no system message
-SWITCHES = {"enable_thinking": False}  # an answer to speech is said at once; templates without the switch ignore it
+SWITCHES = {
+    "enable_thinking": False
+}  # an answer to speech is said at once; templates without the switch ignore it
 OTHER_USES = ("tool_use", "rag")  # names of templates that are not for a plain chat
 OPEN, CLOSE = "\ue000", "\ue001"  # around the format of a date, while a template is taken apart
 DATE = re.compile(f"{OPEN}(.*?){CLOSE}", re.DOTALL)
 MARKED = "{%- macro strftime_now(format) -%}" + OPEN + "{{ format }}" + CLOSE + "{%- endmacro %}\n"
 ON_A_DAY = "{%- macro strftime_now(format) -%}{{ tiny_align_days[format] }}{%- endmacro %}\n"
-VARIABLE = re.compile(r"(?i)(\w*(?:date|today)\w*)(?:\s+is\s+(?:not\s+)?(?:defined|none)|\s*\|\s*default)")
-DATE_FORMATS = ("%d %b %Y", "%d %B %Y", "%B %d, %Y", "%b %d, %Y", "%Y-%m-%d", "%A, %B %d, %Y", "%A, %d %B %Y")
+VARIABLE = re.compile(
+    r"(?i)(\w*(?:date|today)\w*)(?:\s+is\s+(?:not\s+)?(?:defined|none)|\s*\|\s*default)"
+)
+DATE_FORMATS = (
+    "%d %b %Y",
+    "%d %B %Y",
+    "%B %d, %Y",
+    "%b %d, %Y",
+    "%Y-%m-%d",
+    "%A, %B %d, %Y",
+    "%A, %d %B %Y",
+)
 FORMAT = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?["'](.*?)["']""")
-DAYS = [datetime(2024, 1, 1, 0, 1, 2) + n * timedelta(days=37, hours=5, minutes=11, seconds=7) for n in range(100)]
-PROBES = ("what is the time", "Call my mother", "3 new e-mails, please!")  # nothing may change at a cut
+DAYS = [
+    datetime(2024, 1, 1, 0, 1, 2) + n * timedelta(days=37, hours=5, minutes=11, seconds=7)
+    for n in range(100)
+]
+PROBES = (
+    "what is the time",
+    "Call my mother",
+    "3 new e-mails, please!",
+)  # nothing may change at a cut
 
 
 def choose_template(tokenizer, wanted: str | None = None) -> str:
@@ -42,7 +61,9 @@ def choose_template(tokenizer, wanted: str | None = None) -> str:
     templates = tokenizer.chat_template or {}
     templates = {"default": templates} if isinstance(templates, str) else templates
     if wanted is not None:
-        return templates[wanted] if wanted in templates else _read_template(wanted, sorted(templates))
+        return (
+            templates[wanted] if wanted in templates else _read_template(wanted, sorted(templates))
+        )
     if not templates:
         raise TinyAlignError(
             "the LLM's tokenizer has no chat template: use an instruction-tuned model, or give the template it was "
@@ -50,7 +71,11 @@ def choose_template(tokenizer, wanted: str | None = None) -> str:
         )
     if "default" in templates:
         return templates["default"]
-    fitting = [name for name in templates if name not in OTHER_USES and _takes_chat(tokenizer, templates[name])]
+    fitting = [
+        name
+        for name in templates
+        if name not in OTHER_USES and _takes_chat(tokenizer, templates[name])
+    ]
     if len(fitting) != 1:
         raise TinyAlignError(
             f"the LLM's tokenizer has the chat templates {', '.join(sorted(templates))} and none named default: "
@@ -77,7 +102,9 @@ def _takes_chat(tokenizer, template: str) -> bool:
 
 def render(tokenizer, messages: list[dict], **options):
     """`apply_chat_template` as every prompt here is made: without thinking, ready for the answer."""
-    return tokenizer.apply_chat_template(messages, **{"add_generation_prompt": True, **SWITCHES, **options})
+    return tokenizer.apply_chat_template(
+        messages, **{"add_generation_prompt": True, **SWITCHES, **options}
+    )
 
 
 def system_turn(instruction: str, words: str) -> list[dict]:
@@ -154,7 +181,9 @@ def prompt_spec(tokenizer, instruction: str, repeat_instruction: str) -> PromptS
     template = _Template(tokenizer, choose_template(tokenizer))
     for turns in (system_turn, user_turn):
         if pieces := _cut(template.marked(turns(INSTRUCTION, WORDS))):
-            spec = _with_dates(PromptSpec(*pieces, instruction, repeat_instruction, _next_turn(template, turns)))
+            spec = _with_dates(
+                PromptSpec(*pieces, instruction, repeat_instruction, _next_turn(template, turns))
+            )
             _check_cuts(tokenizer, template, spec, turns)
             return spec
     raise TinyAlignError(
@@ -193,7 +222,9 @@ def _with_dates(spec: PromptSpec) -> PromptSpec:
     names = {format_: f"DATE-{n}-goes-HERE" for n, format_ in enumerate(formats)}
     for name, piece in pieces.items():
         pieces[name] = piece and DATE.sub(lambda found: names[found[1]], piece)
-    return dataclasses.replace(spec, **pieces, dates={mark: format_ for format_, mark in names.items()})
+    return dataclasses.replace(
+        spec, **pieces, dates={mark: format_ for format_, mark in names.items()}
+    )
 
 
 def _check_cuts(tokenizer, template: _Template, spec: PromptSpec, turns) -> None:
@@ -223,7 +254,9 @@ def _check_cuts(tokenizer, template: _Template, spec: PromptSpec, turns) -> None
 def turn_end(tokenizer) -> list[int]:
     """The token that ends an answer in the chat template, if it is a token of its own there."""
     text = _answered(tokenizer)
-    encoded = tokenizer.backend_tokenizer.encode(text.split(ANSWER)[-1], add_special_tokens=False).ids
+    encoded = tokenizer.backend_tokenizer.encode(
+        text.split(ANSWER)[-1], add_special_tokens=False
+    ).ids
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
     return encoded[:1] if ANSWER in text and encoded and encoded[0] in added else []
 

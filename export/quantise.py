@@ -65,7 +65,13 @@ def quantise(source: Path, target: Path, layers: Form, head: Form) -> None:
     chosen = {n.input[1]: layers for n in products} | {output_layer(model).input[1]: head}
     with open(f"{target}.data", "wb") as data:
         for name, tensor in stored.items():
-            _write(model.graph, tensor, _values(source.parent, tensor), chosen.get(name, Form(32)), data)
+            _write(
+                model.graph,
+                tensor,
+                _values(source.parent, tensor),
+                chosen.get(name, Form(32)),
+                data,
+            )
     _multiply_in_half(model.graph, {n.output[0] for n in products if chosen[n.input[1]].bits == 16})
     onnx.save(model, str(target))
 
@@ -75,7 +81,9 @@ def output_layer(model) -> onnx.NodeProto:
     made_by = {output: node for node in model.graph.node for output in node.output}
     name = "logits"
     while made_by[name].op_type != "MatMul":  # back through a soft cap
-        name = next(i for i in made_by[name].input if i in made_by and made_by[i].op_type != "Constant")
+        name = next(
+            i for i in made_by[name].input if i in made_by and made_by[i].op_type != "Constant"
+        )
     return made_by[name]
 
 
@@ -85,7 +93,9 @@ def _values(folder: Path, tensor) -> np.ndarray:
         return onnx.numpy_helper.to_array(tensor)
     place = {e.key: e.value for e in tensor.external_data}
     dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    return np.memmap(folder / place["location"], dtype, "r", int(place.get("offset", 0)), tuple(tensor.dims))
+    return np.memmap(
+        folder / place["location"], dtype, "r", int(place.get("offset", 0)), tuple(tensor.dims)
+    )
 
 
 def _write(graph, tensor, values: np.ndarray, form: Form, data) -> None:
@@ -120,7 +130,9 @@ def _halves(name: str, values: np.ndarray) -> Iterator[np.ndarray]:
         with np.errstate(over="ignore"):
             half = values[start : start + TILE[0]].astype(np.float16)
         if not np.isfinite(half).all():
-            raise TinyAlignError(f"the LLM's weight {name} goes beyond float16: choose another --precision than fp16")
+            raise TinyAlignError(
+                f"the LLM's weight {name} goes beyond float16: choose another --precision than fp16"
+            )
         yield half
 
 
@@ -130,7 +142,9 @@ def _store_blocks(graph, tensor, values: np.ndarray, form: Form, data) -> None:
     tensor.name, scale = f"{name}.codes", graph.initializer.add(name=f"{name}.scales")
     _store(tensor, DTYPES[form.bits], values.shape, _codes(values, form, scales), data)
     _store(scale, TensorProto.FLOAT, (len(scales), values.shape[1]), scales, data)
-    made = onnx.helper.make_node("DequantizeLinear", [tensor.name, scale.name], [name], axis=0, block_size=form.block)
+    made = onnx.helper.make_node(
+        "DequantizeLinear", [tensor.name, scale.name], [name], axis=0, block_size=form.block
+    )
     graph.node.insert(0, made)
 
 
@@ -138,7 +152,10 @@ def _codes(values: np.ndarray, form: Form, scales: list[np.ndarray]) -> Iterator
     """The codes of (K, N) weights as the file has them, a row of blocks at a time; its scales are added to `scales`."""
     for start in range(0, len(values), form.block):
         rows = values[start : start + form.block]
-        tiles = [quantise_blocks(rows[:, n : n + TILE[1]], form.bits) for n in range(0, rows.shape[1], TILE[1])]
+        tiles = [
+            quantise_blocks(rows[:, n : n + TILE[1]], form.bits)
+            for n in range(0, rows.shape[1], TILE[1])
+        ]
         scales.append(np.concatenate([scale for _, scale in tiles]))
         codes = np.concatenate([codes for codes, _ in tiles], axis=1)
         yield _packed(codes) if form.bits == 4 else codes
@@ -152,7 +169,9 @@ def quantise_blocks(rows: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray
     """
     highest = (1 << (bits - 1)) - 1
     farthest = np.take_along_axis(rows, np.abs(rows).argmax(axis=0)[None], axis=0)[0]
-    scales = farthest / np.float32(-highest - 1) if bits == 4 else np.abs(farthest) / np.float32(highest)
+    scales = (
+        farthest / np.float32(-highest - 1) if bits == 4 else np.abs(farthest) / np.float32(highest)
+    )
     scales = np.where(scales == 0, np.float32(1), scales)
     return np.clip(np.rint(rows / scales), -highest - 1, highest).astype(np.int8), scales
 
@@ -170,7 +189,9 @@ def _multiply_in_half(graph, outputs: set[str]) -> None:
     del graph.node[:]
     for node in nodes:
         if (y := node.output[0]) in outputs:
-            cast_in = onnx.helper.make_node("Cast", [node.input[0]], [f"{y}.in"], to=TensorProto.FLOAT16)
+            cast_in = onnx.helper.make_node(
+                "Cast", [node.input[0]], [f"{y}.in"], to=TensorProto.FLOAT16
+            )
             cast_out = onnx.helper.make_node("Cast", [f"{y}.half"], [y], to=TensorProto.FLOAT)
             node.input[0], node.output[0] = cast_in.output[0], cast_out.input[0]
             graph.node.extend([cast_in, node, cast_out])

@@ -20,12 +20,17 @@ def add_topk(path: Path, spec: GraphSpec) -> GraphSpec:
     logits, *others = spec.outputs
     if logits.shape[-1] <= TOPK:
         return spec
-    best = (TensorSpec(TOPK_LOGITS, "float32", (1, 1, TOPK)), TensorSpec(TOPK_TOKENS, "int64", (1, 1, TOPK)))
+    best = (
+        TensorSpec(TOPK_LOGITS, "float32", (1, 1, TOPK)),
+        TensorSpec(TOPK_TOKENS, "int64", (1, 1, TOPK)),
+    )
     model = onnx.load(str(path), load_external_data=False)
     graph, number = model.graph, helper.make_tensor("best.number", TensorProto.INT64, [1], [TOPK])
     graph.initializer.append(number)
     names = [tensor.name for tensor in best]
-    graph.node.append(helper.make_node("TopK", [logits.name, number.name], names, axis=-1, largest=1, sorted=1))
+    graph.node.append(
+        helper.make_node("TopK", [logits.name, number.name], names, axis=-1, largest=1, sorted=1)
+    )
     for place, (tensor, kind) in enumerate(zip(best, (TensorProto.FLOAT, TensorProto.INT64)), 1):
         graph.output.insert(place, helper.make_tensor_value_info(tensor.name, kind, tensor.shape))
     onnx.save(model, str(path))

@@ -18,7 +18,10 @@ def window_spec(window_s: float, front_end, frame_s: float, encode) -> WindowSpe
     n_vectors = round(window_s * front_end.sample_rate / vector_samples)
     if not n_vectors:
         return None
-    noise = np.random.default_rng(0).standard_normal(n_vectors * vector_samples).astype(np.float32) * 0.1
+    noise = (
+        np.random.default_rng(0).standard_normal(n_vectors * vector_samples).astype(np.float32)
+        * 0.1
+    )
     n_features = encode(front_end(noise)[None]).shape[1]
     margin = round(MARGIN_S * front_end.sample_rate / vector_samples)
     return WindowSpec(n_vectors, margin, vector_samples, min(n_features, n_vectors * STACK))

@@ -32,7 +32,9 @@ def _uniform(n: int, low: float, high: float) -> torch.Tensor:
 
 def _smooth_curve(n: int, length: int, knots: int, scale: float) -> torch.Tensor:
     """(n, length): random curves through `knots` normal points of standard deviation `scale`."""
-    return F.interpolate(torch.randn(n, 1, knots) * scale, size=length, mode="linear", align_corners=True)[:, 0]
+    return F.interpolate(
+        torch.randn(n, 1, knots) * scale, size=length, mode="linear", align_corners=True
+    )[:, 0]
 
 
 def stretch(x: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,7 +53,9 @@ def stretch(x: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch
     return torch.where(silent.unsqueeze(-1), torch.tensor(PAD), out), new_lengths
 
 
-def warp_tract(x: torch.Tensor, slope=(0.84, 1.2), shift: float = 2.5, wobble: float = 0.7) -> torch.Tensor:
+def warp_tract(
+    x: torch.Tensor, slope=(0.84, 1.2), shift: float = 2.5, wobble: float = 0.7
+) -> torch.Tensor:
     """Other vocal tracts: the mel axis read stretched, shifted and, formant by formant, a little elsewhere.
 
     On Slaney's scale a shorter tract is a stretch below 1 kHz and a shift above; the two are drawn freely.
@@ -59,14 +63,20 @@ def warp_tract(x: torch.Tensor, slope=(0.84, 1.2), shift: float = 2.5, wobble: f
     """
     n, _, n_mels = x.shape
     band, pivot = torch.arange(n_mels).float(), n_mels / 4  # about 800 Hz
-    where = (band - pivot) * _uniform(n, *slope).unsqueeze(1) + pivot + _uniform(n, -shift, shift).unsqueeze(1)
+    where = (
+        (band - pivot) * _uniform(n, *slope).unsqueeze(1)
+        + pivot
+        + _uniform(n, -shift, shift).unsqueeze(1)
+    )
     where = where + _smooth_curve(n, n_mels, 5, wobble)
     return _resample(x.transpose(1, 2), where).transpose(1, 2)
 
 
 def _smooth_field(n: int, length: int, n_mels: int, scale: torch.Tensor) -> torch.Tensor:
     """(n, length, n_mels): random surfaces through normal points every 0.15 s and 13 mels, `scale` (n,) of each."""
-    knots = torch.randn(n, 1, max(2, length // 15), max(2, n_mels // 13)) * scale[:, None, None, None]
+    knots = (
+        torch.randn(n, 1, max(2, length // 15), max(2, n_mels // 13)) * scale[:, None, None, None]
+    )
     return F.interpolate(knots, size=(length, n_mels), mode="bilinear", align_corners=True)[:, 0]
 
 
@@ -84,7 +94,9 @@ def color(x: torch.Tensor) -> torch.Tensor:
     x = x + _smooth_curve(len(x), x.shape[2], 7, 5 * DB).unsqueeze(1)
     mean = x.mean(dim=2, keepdim=True)
     x = mean + (x - mean) * _uniform(len(x), 0.7, 1.25)[:, None, None]
-    soft = F.avg_pool2d(x.unsqueeze(1), (5, 3), stride=1, padding=(2, 1), count_include_pad=False)[:, 0]
+    soft = F.avg_pool2d(x.unsqueeze(1), (5, 3), stride=1, padding=(2, 1), count_include_pad=False)[
+        :, 0
+    ]
     share = _uniform(len(x), -0.5, 0.9).clamp(min=0)[:, None, None]
     return x * (1 - share) + soft * share
 
@@ -92,7 +104,9 @@ def color(x: torch.Tensor) -> torch.Tensor:
 def echo(power: torch.Tensor, odds: float = 0.4) -> torch.Tensor:
     """A room: power spread over the following frames, decaying 60 dB within 0.1 to 0.7 s."""
     n, length, n_mels = power.shape
-    decay = torch.exp(-math.log(1e6) * torch.arange(60).float() / (_uniform(n, 10, 70).unsqueeze(1)))
+    decay = torch.exp(
+        -math.log(1e6) * torch.arange(60).float() / (_uniform(n, 10, 70).unsqueeze(1))
+    )
     kernel = decay * _uniform(n, 0.02, 0.25).unsqueeze(1)
     kernel[:, 0] = 1.0
     kernel[torch.rand(n) > odds, 1:] = 0.0
@@ -105,7 +119,9 @@ def noise(power: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     n, length, n_mels = power.shape
     level = power.sum(dim=(1, 2)) / (lengths * n_mels)
     hiss = torch.exp(_smooth_curve(n, n_mels, 5, 8 * DB)).unsqueeze(1)
-    hiss = hiss * torch.rand(n, length, n_mels).clamp(min=1e-4).log().neg()  # the power of Gaussian noise
+    hiss = (
+        hiss * torch.rand(n, length, n_mels).clamp(min=1e-4).log().neg()
+    )  # the power of Gaussian noise
     hiss = hiss / hiss.mean(dim=(1, 2), keepdim=True)
     snr_db = torch.where(torch.rand(n) < 0.6, _uniform(n, 3, 30), _uniform(n, 30, 55))
     out = power + hiss * (level * 10 ** (-snr_db / 10))[:, None, None]
@@ -114,7 +130,9 @@ def noise(power: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     return out + others * (10 ** (-talk_db / 10))[:, None, None]
 
 
-def gate(power: torch.Tensor, clean: torch.Tensor, odds: float = 0.4, hold: int = 12) -> torch.Tensor:
+def gate(
+    power: torch.Tensor, clean: torch.Tensor, odds: float = 0.4, hold: int = 12
+) -> torch.Tensor:
     """Nothing between the words, as noise suppression and cut recordings leave it: `power` where `clean` is loud.
 
     The gate opens and closes by up to `hold` frames too soon or too late, so that a noise is heard around the words.
@@ -146,7 +164,9 @@ def telephone(x: torch.Tensor, odds: float = 0.4) -> torch.Tensor:
     """Nothing above 3.3-4.2 kHz (of 80 Slaney mels up to 8 kHz), for some nothing below 200 Hz or so."""
     n, _, n_mels = x.shape
     band = torch.arange(n_mels).unsqueeze(0)
-    top = torch.where(torch.rand(n) < odds, _uniform(n, 0.68, 0.77) * n_mels, torch.tensor(float(n_mels)))
+    top = torch.where(
+        torch.rand(n) < odds, _uniform(n, 0.68, 0.77) * n_mels, torch.tensor(float(n_mels))
+    )
     bottom = torch.where(torch.rand(n) < odds / 2, _uniform(n, 2, 7), torch.tensor(0.0))
     outside = (band >= top.unsqueeze(1)) | (band < bottom.unsqueeze(1))
     return torch.where(outside.unsqueeze(1), x - _uniform(n, 30, 90)[:, None, None] * DB, x)
@@ -186,7 +206,11 @@ def spec_augment(x: torch.Tensor, lengths: torch.Tensor, n_masks: int = 3) -> to
     time, band = torch.arange(length).unsqueeze(0), torch.arange(n_mels).unsqueeze(0)
     for _ in range(n_masks):
         start, width = torch.rand(n) * lengths, _uniform(n, 0, 16)
-        x = x.masked_fill(((time >= start[:, None]) & (time < (start + width)[:, None])).unsqueeze(-1), 0.0)
+        x = x.masked_fill(
+            ((time >= start[:, None]) & (time < (start + width)[:, None])).unsqueeze(-1), 0.0
+        )
         start, width = torch.rand(n) * n_mels, _uniform(n, 0, 14)
-        x = x.masked_fill(((band >= start[:, None]) & (band < (start + width)[:, None])).unsqueeze(1), 0.0)
+        x = x.masked_fill(
+            ((band >= start[:, None]) & (band < (start + width)[:, None])).unsqueeze(1), 0.0
+        )
     return x

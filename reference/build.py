@@ -13,10 +13,19 @@ ENCODER_LAYERS = (1, 3, 4, -1)  # low ones know more of a new voice
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--reference", type=Path, default=Path("reference"), help="folder of weights, bundle and voice")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        default=Path("reference"),
+        help="folder of weights, bundle and voice",
+    )
     parser.add_argument("--work", type=Path, default=Path("work"))
-    parser.add_argument("--start", type=Path, help="a projector's weights to begin with (default: random)")
+    parser.add_argument(
+        "--start", type=Path, help="a projector's weights to begin with (default: random)"
+    )
     parser.add_argument("--steps", type=int, default=4000, help="of the projector's training")
     args = parser.parse_args(argv)
     from tiny_align.export.bundle import ExportOptions, export_bundle
@@ -36,9 +45,24 @@ def main(argv=None) -> int:
     )
     manifest = export_bundle(options, bundle)
     out = weights / "projector.safetensors"
-    projector.main(["--bundle", str(bundle), "--out", str(out), "--work", str(args.work), "--steps", str(args.steps)])
+    projector.main(
+        [
+            "--bundle",
+            str(bundle),
+            "--out",
+            str(out),
+            "--work",
+            str(args.work),
+            "--steps",
+            str(args.steps),
+        ]
+    )
     recordings.main(["--out", str(args.reference / "voice")])
-    print(json.dumps({"bundle": str(bundle), "parity": {n: g.parity for n, g in manifest.graphs.items()}}))
+    print(
+        json.dumps(
+            {"bundle": str(bundle), "parity": {n: g.parity for n, g in manifest.graphs.items()}}
+        )
+    )
     return 0
 
 

@@ -30,7 +30,18 @@ REPEAT_INSTRUCTIONS = (
 )
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-TEENS = ["ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
+TEENS = [
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+]
 TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 DAYS = ["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"]
 MONTHS = [
@@ -79,7 +90,11 @@ def _spell(rng: random.Random, low: int, high: int) -> str:
 def _count(rng: random.Random) -> dict[str, str]:
     low = rng.randint(0, 12)
     high = low + rng.randint(2, 4)
-    return {"low": number(low), "high": number(high), "steps": " ".join(map(number, range(low, high + 1)))}
+    return {
+        "low": number(low),
+        "high": number(high),
+        "steps": " ".join(map(number, range(low, high + 1))),
+    }
 
 
 def _clock(rng: random.Random) -> dict[str, str]:
@@ -235,7 +250,9 @@ class Sentence:
 def _fill(intent: Intent, rng: random.Random) -> Sentence:
     ask = rng.choice(intent.asks)
     values: dict[str, str] = {}
-    fields = [part.split("}")[0] for template in (ask, intent.answer) for part in template.split("{")[1:]]
+    fields = [
+        part.split("}")[0] for template in (ask, intent.answer) for part in template.split("{")[1:]
+    ]
     for slot in dict.fromkeys(_SUPPLIERS.get(field, field) for field in fields):
         values.update(_draw(slot, rng))
     return Sentence(intent.name, ask.format(**values), intent.answer.format(**values))

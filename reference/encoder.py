@@ -39,11 +39,20 @@ def decode_letters(ids: np.ndarray) -> str:
 
 def save_front_end(out: Path) -> None:
     """preprocessor_config.json, as transformers' ParakeetFeatureExtractor has it, and what our front end adds."""
-    names = {"n_mels": "feature_size", "sample_rate": "sampling_rate", "hop_samples": "hop_length", "n_fft": "n_fft"}
+    names = {
+        "n_mels": "feature_size",
+        "sample_rate": "sampling_rate",
+        "hop_samples": "hop_length",
+        "n_fft": "n_fft",
+    }
     names |= {"preemphasis": "preemphasis", "window_samples": "win_length"}
     value = {theirs: getattr(FRONT_END, ours) for ours, theirs in names.items()}
     value |= {name: getattr(FRONT_END, name) for name in ("floor_db", "speech_share")}
-    value |= {"feature_extractor_type": "ParakeetFeatureExtractor", "padding_side": "right", "padding_value": 0.0}
+    value |= {
+        "feature_extractor_type": "ParakeetFeatureExtractor",
+        "padding_side": "right",
+        "padding_value": 0.0,
+    }
     (out / "preprocessor_config.json").write_text(json.dumps(value, indent=1) + "\n")
 
 
@@ -84,14 +93,25 @@ def _shifted_depthwise(conv, x):
 
     (rows, columns), (step, _), (pad, _) = conv.kernel_size, conv.stride, conv.padding
     height, width = ((n + 2 * pad - k) // step + 1 for n, k in zip(x.shape[2:], conv.kernel_size))
-    x = F.pad(x, (pad, pad + -(x.shape[3] + 2 * pad) % step, pad, pad + -(x.shape[2] + 2 * pad) % step))
+    x = F.pad(
+        x, (pad, pad + -(x.shape[3] + 2 * pad) % step, pad, pad + -(x.shape[2] + 2 * pad) % step)
+    )
     b, c, h, w = x.shape
-    phases = x.view(b, c, h // step, step, w // step, step).permute(3, 5, 0, 1, 2, 4).flatten(0, 1).unbind()
+    phases = (
+        x.view(b, c, h // step, step, w // step, step)
+        .permute(3, 5, 0, 1, 2, 4)
+        .flatten(0, 1)
+        .unbind()
+    )
     out = conv.bias[:, None, None]
     for i in range(rows):
         for j in range(columns):
             phase, top, left = phases[i % step * step + j % step], i // step, j // step
-            out = out + phase[:, :, top : top + height, left : left + width] * conv.weight[:, :, i, j, None]
+            out = (
+                out
+                + phase[:, :, top : top + height, left : left + width]
+                * conv.weight[:, :, i, j, None]
+            )
     return out
 
 
@@ -102,7 +122,9 @@ def _speed_up(model) -> None:
             layer.forward = functools.partial(_shifted_depthwise, layer)
 
 
-def ctc_step(model, log_mel, lengths, texts: list[list[int]], inter_layer: int = 3, inter_weight: float = 0.3):
+def ctc_step(
+    model, log_mel, lengths, texts: list[list[int]], inter_layer: int = 3, inter_weight: float = 0.3
+):
     """CTC loss of the letters' numbers at the top and, to train deep layers sooner, half-way up (arXiv 2102.03216)."""
     import torch
     import torch.nn.functional as F
@@ -113,7 +135,10 @@ def ctc_step(model, log_mel, lengths, texts: list[list[int]], inter_layer: int =
     out = model.encoder(log_mel, attention_mask=mask, output_hidden_states=True)
     n_frames = out.attention_mask.sum(-1)
     loss = 0.0
-    for hidden, weight in ((out.last_hidden_state, 1 - inter_weight), (out.hidden_states[inter_layer], inter_weight)):
+    for hidden, weight in (
+        (out.last_hidden_state, 1 - inter_weight),
+        (out.hidden_states[inter_layer], inter_weight),
+    ):
         log_probs = F.log_softmax(model.ctc_head(hidden).float(), dim=-1).transpose(0, 1)
         ctc = F.ctc_loss(log_probs, targets, n_frames, sizes, blank=BLANK, zero_infinity=True)
         loss = loss + weight * ctc
@@ -127,7 +152,9 @@ def letter_error(model, audios: list[np.ndarray], texts: list[str]) -> float:
 
     model.eval()
     with torch.no_grad():
-        logits = [model(torch.from_numpy(FRONT_END(a)).to(model.device)[None]).logits[0] for a in audios]
+        logits = [
+            model(torch.from_numpy(FRONT_END(a)).to(model.device)[None]).logits[0] for a in audios
+        ]
         heard = [decode_letters(each.argmax(-1).cpu().numpy()) for each in logits]
     model.train()
     return jiwer.cer(texts, [h or " " for h in heard])
@@ -137,7 +164,11 @@ def check_sets(n: int = 40) -> dict[str, tuple[list[np.ndarray], list[str]]]:
     """Held-out sentences by voices the encoder knows (espeak-ng's, flite's) and by those it never hears."""
     from tiny_align.reference.speech import LEARNT_VOICES, NEW_VOICES, Espeak, flite
 
-    texts, rng, espeak = [s.text for s in corpus.sentences(n, 7, held_out=True)], random.Random(7), Espeak(seed=0)
+    texts, rng, espeak = (
+        [s.text for s in corpus.sentences(n, 7, held_out=True)],
+        random.Random(7),
+        Espeak(seed=0),
+    )
     sets = {"known": ([espeak.say_as_someone(t, rng) for t in texts], texts)}
     return sets | {v: ([flite(t, v) for t in texts], texts) for v in (*LEARNT_VOICES, *NEW_VOICES)}
 
@@ -164,10 +195,14 @@ def train(args) -> dict:
     torch.set_default_device(args.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(seed)
-    model = (load_pretrained(ParakeetForCTC, args.start) if args.start else build_model()).to(args.device)
+    model = (load_pretrained(ParakeetForCTC, args.start) if args.start else build_model()).to(
+        args.device
+    )
     if args.device == "cpu":
         _speed_up(model)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=args.rate, weight_decay=1e-2, betas=(0.9, 0.98))
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=args.rate, weight_decay=1e-2, betas=(0.9, 0.98)
+    )
     checkpoint, done, log = work / "encoder.pt", 0, []
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True, map_location=args.device)
@@ -203,33 +238,53 @@ def train(args) -> dict:
             row |= {name: round(letter_error(model, *check), 3) for name, check in checks.items()}
             log.append(row)
             print(json.dumps(row), flush=True)
-            state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "log": json.dumps(log)}
+            state = {
+                "model": model.state_dict(),
+                "optimiser": optimiser.state_dict(),
+                "log": json.dumps(log),
+            }
             torch.save(state | {"step": done}, checkpoint.with_suffix(".partial"))
             checkpoint.with_suffix(".partial").replace(checkpoint)
     model.save_pretrained(out)
-    return {"steps_done": done, "parameters": sum(p.numel() for p in model.parameters()), "log": log}
+    return {
+        "steps_done": done,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "log": log,
+    }
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, default=Path("work"))
     parser.add_argument("--out", type=Path, default=Path("reference/weights/encoder"))
     parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--max-seconds", type=float, default=float("inf"), help="less time is fewer steps")
+    parser.add_argument(
+        "--max-seconds", type=float, default=float("inf"), help="less time is fewer steps"
+    )
     parser.add_argument("--batch", type=int, default=90_000, help="frames of log-mel, 10 ms each")
     parser.add_argument("--check-every", type=int, default=500, help="steps")
-    parser.add_argument("--judged", type=int, default=40, help="recordings of each voice that are judged, or none")
+    parser.add_argument(
+        "--judged", type=int, default=40, help="recordings of each voice that are judged, or none"
+    )
     parser.add_argument("--device", default="cpu", help="cpu, for days, or cuda")
     parser.add_argument("--speech", type=int, default=N_SPEECH, help="recordings to synthesise")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate")
-    parser.add_argument("--start", type=Path, help="trained weights to begin with (default: random)")
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 products: faster where the CPU has them")
+    parser.add_argument(
+        "--start", type=Path, help="trained weights to begin with (default: random)"
+    )
+    parser.add_argument(
+        "--bf16", action="store_true", help="bfloat16 products: faster where the CPU has them"
+    )
     args = parser.parse_args(argv)
     report = train(args)
     if args.start:
         report["started_from"] = json.loads((args.start / "training.json").read_text())
-    (args.out / "training.json").write_text(json.dumps(vars(args) | report, indent=1, default=str) + "\n")
+    (args.out / "training.json").write_text(
+        json.dumps(vars(args) | report, indent=1, default=str) + "\n"
+    )
     save_front_end(args.out)
     print(json.dumps(report))
     return 0

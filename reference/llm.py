@@ -45,8 +45,12 @@ def build_tokenizer():
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
     drawn = corpus.sentences(40_000, 0, unique=False)
     texts = [t for s in drawn for t in (s.text, s.answer)]
-    texts += [i for i in corpus.ANSWER_INSTRUCTIONS + corpus.REPEAT_INSTRUCTIONS for _ in range(300)]
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=list(SPECIAL), show_progress=False)
+    texts += [
+        i for i in corpus.ANSWER_INSTRUCTIONS + corpus.REPEAT_INSTRUCTIONS for _ in range(300)
+    ]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=list(SPECIAL), show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -87,7 +91,9 @@ class Example:
 
     def __init__(self, encode, sentence: corpus.Sentence, rng: random.Random):
         repeat = rng.random() < 0.3
-        instruction = rng.choice(corpus.REPEAT_INSTRUCTIONS if repeat else corpus.ANSWER_INSTRUCTIONS)
+        instruction = rng.choice(
+            corpus.REPEAT_INSTRUCTIONS if repeat else corpus.ANSWER_INSTRUCTIONS
+        )
         self.before = encode(f"<bos>{instruction}<user>")
         self.words = encode(sentence.text)
         self.after = encode("<assistant>")
@@ -129,7 +135,11 @@ def collate(model, rows: list[Example], rng: random.Random, stretched: float):
             words = words[low] * (1 - share) + words[(low + 1).clamp(max=len(words) - 1)] * share
         if kind < stretched + 0.2:
             words = words + torch.randn_like(words) * scale * rng.uniform(0.0, 0.8)
-        pieces = [table[torch.tensor(row.before)], words, table[torch.tensor(row.after + row.output)]]
+        pieces = [
+            table[torch.tensor(row.before)],
+            words,
+            table[torch.tensor(row.after + row.output)],
+        ]
         embedded.append(torch.cat(pieces))
         hidden = len(row.before) + len(words) + len(row.after)
         labels.append(torch.tensor([IGNORE] * hidden + row.output))
@@ -145,7 +155,9 @@ def int4_rounding():
     class Rounding(torch.nn.Module):
         def forward(self, weight):
             blocks = weight.reshape(len(weight), -1, INT4_BLOCK)
-            peak = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))  # the largest, with its sign
+            peak = blocks.gather(
+                -1, blocks.abs().argmax(-1, keepdim=True)
+            )  # the largest, with its sign
             scale = peak / -8
             scale = torch.where(scale.abs() < 1e-9, torch.full_like(scale, 1e-9), scale)
             rounded = (blocks / scale).round().clamp(-8, 7) * scale
@@ -174,14 +186,19 @@ def exact_share(model, tokenizer, n: int = 300, batch: int = 50) -> float:
     for start in range(0, n, batch):
         part = drawn[start : start + batch]
         prompts = [
-            tokenizer.encode(f"<bos>{corpus.ANSWER_INSTRUCTIONS[0]}<user>{s.text}<assistant>", add_special_tokens=False)
+            tokenizer.encode(
+                f"<bos>{corpus.ANSWER_INSTRUCTIONS[0]}<user>{s.text}<assistant>",
+                add_special_tokens=False,
+            )
             for s in part
         ]
         width = max(map(len, prompts))
         ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
         with torch.no_grad():
-            out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=40, do_sample=False)
+            out = model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=40, do_sample=False
+            )
         texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
         right += sum(t.strip() == s.answer for t, s in zip(texts, part))
     model.train()
@@ -193,10 +210,16 @@ def _rate(step: int, steps: int, finish: int) -> float:
     if step >= steps:
         return 0.3 * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - steps) / finish)))
     rise = steps / 10
-    return (step + 1) / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise)))
+    return (
+        (step + 1) / rise
+        if step < rise
+        else 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise)))
+    )
 
 
-def train(work: Path, out: Path, steps: int, finish: int, batch: int, seed: int, rate: float) -> dict:
+def train(
+    work: Path, out: Path, steps: int, finish: int, batch: int, seed: int, rate: float
+) -> dict:
     import torch
     from torch.nn.utils import parametrize
 
@@ -217,12 +240,20 @@ def train(work: Path, out: Path, steps: int, finish: int, batch: int, seed: int,
         optimiser.load_state_dict(state["optimiser"])
         done, log = state["step"], json.loads(state["log"])
         rng.seed(seed + done)
-    for step in tqdm(range(done, steps + finish), initial=done, total=steps + finish, file=sys.stderr, mininterval=10):
+    for step in tqdm(
+        range(done, steps + finish),
+        initial=done,
+        total=steps + finish,
+        file=sys.stderr,
+        mininterval=10,
+    ):
         if step == rounding_from:
             linears = round_linears(model)
         model.get_input_embeddings().weight.requires_grad_(step < steps)
         rows = [Example(encode, s, rng) for s in rng.sample(sentences, batch)]
-        embeddings, mask, labels = collate(model, rows, rng, STRETCHED if step < steps else STRETCHED / 3)
+        embeddings, mask, labels = collate(
+            model, rows, rng, STRETCHED if step < steps else STRETCHED / 3
+        )
         loss = model(inputs_embeds=embeddings, attention_mask=mask, labels=labels).loss
         for group in optimiser.param_groups:
             group["lr"] = rate * _rate(step, steps, finish)
@@ -232,10 +263,18 @@ def train(work: Path, out: Path, steps: int, finish: int, batch: int, seed: int,
         optimiser.step()
         if (step + 1) % 300 == 0 or step + 1 in (steps, steps + finish):
             log.append(
-                {"step": step + 1, "loss": round(float(loss.detach()), 4), "exact": exact_share(model, tokenizer)}
+                {
+                    "step": step + 1,
+                    "loss": round(float(loss.detach()), 4),
+                    "exact": exact_share(model, tokenizer),
+                }
             )
             print(json.dumps(log[-1]), flush=True)
-            state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step + 1}
+            state = {
+                "model": model.state_dict(),
+                "optimiser": optimiser.state_dict(),
+                "step": step + 1,
+            }
             state |= {"log": json.dumps(log), "rounded": bool(linears)}
             torch.save(state, checkpoint.with_suffix(".partial"))
             checkpoint.with_suffix(".partial").replace(checkpoint)
@@ -246,18 +285,27 @@ def train(work: Path, out: Path, steps: int, finish: int, batch: int, seed: int,
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, default=Path("work"))
     parser.add_argument("--out", type=Path, default=Path("reference/weights/llm"))
     parser.add_argument("--steps", type=int, default=2200)
-    parser.add_argument("--finish", type=int, default=600, help="more steps, embeddings frozen, fewer rows stretched")
+    parser.add_argument(
+        "--finish",
+        type=int,
+        default=600,
+        help="more steps, embeddings frozen, fewer rows stretched",
+    )
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
     args = parser.parse_args(argv)
     args.work.mkdir(parents=True, exist_ok=True)
     report = train(args.work, args.out, args.steps, args.finish, args.batch, args.seed, args.rate)
-    (args.out / "training.json").write_text(json.dumps(vars(args) | report, indent=1, default=str) + "\n")
+    (args.out / "training.json").write_text(
+        json.dumps(vars(args) | report, indent=1, default=str) + "\n"
+    )
     print(json.dumps(report))
     return 0
 

@@ -36,7 +36,9 @@ def spoken_examples(assistant: Assistant, work: Path, n: int, seed: int) -> list
         chunk = items[start : start + CHUNK]
         paths = [work / name / f"{name}-{start + i}.npy" for i in range(len(chunk))]
         if not all(path.exists() for path in paths):
-            for path, features in zip(paths, _encode(assistant, [mel for mel, _ in chunk], seed + start)):
+            for path, features in zip(
+                paths, _encode(assistant, [mel for mel, _ in chunk], seed + start)
+            ):
                 kept(path, lambda features=features: features)
         stored += [Stored(path) for path in paths]
     return make_examples(assistant.llm, [text for _, text in items], [stored])
@@ -54,7 +56,9 @@ def _encode(assistant: Assistant, mels: list[np.ndarray], seed: int) -> list[np.
     padded, lengths = augment(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths)
     finish = assistant.bundle.manifest.front_end.finish
     return [
-        np.concatenate([assistant.encode(finish(mel[which])) for which in _windows_of(assistant, int(count))])
+        np.concatenate(
+            [assistant.encode(finish(mel[which])) for which in _windows_of(assistant, int(count))]
+        )
         for mel, count in zip(padded.numpy(), lengths)
     ]
 
@@ -63,7 +67,9 @@ def _windows_of(assistant: Assistant, n_frames: int) -> list[np.ndarray]:
     """Which frames of a log-mel belong to each of its windows: indices."""
     spec, hop = assistant.windows, assistant.bundle.manifest.front_end.hop_samples
     in_frames = dataclasses.replace(spec, vector_samples=spec.vector_samples // hop)
-    return [window.astype(int) for window, _ in cut(np.arange(n_frames, dtype=np.float32), in_frames)]
+    return [
+        window.astype(int) for window, _ in cut(np.arange(n_frames, dtype=np.float32), in_frames)
+    ]
 
 
 def train(args) -> dict:
@@ -76,21 +82,27 @@ def train(args) -> dict:
     limits = TrainingLimits(steps=args.steps, seed=args.seed, objective=args.objective)
     with Assistant.load(args.bundle, threads=args.threads) as assistant:
         examples = spoken_examples(assistant, args.work, args.utterances, args.seed)
-        trained = train_general(assistant, examples, args.work / f"projector-{args.objective}", limits)
+        trained = train_general(
+            assistant, examples, args.work / f"projector-{args.objective}", limits
+        )
         table = assistant.bundle.manifest.embeddings_sha256
     save_file(trained.weights, args.out, {"embeddings_sha256": table})
     return trained.record
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--bundle", type=Path, default=Path("reference/bundle"))
     parser.add_argument("--out", type=Path, default=Path("reference/weights/projector.safetensors"))
     parser.add_argument("--work", type=Path, default=Path("work"))
     parser.add_argument("--utterances", type=int, default=16_000)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, help="CPU threads of the encoder (default: all cores)")
+    parser.add_argument(
+        "--threads", type=int, help="CPU threads of the encoder (default: all cores)"
+    )
     parser.add_argument("--objective", default="ctc")
     args = parser.parse_args(argv)
     record = train(args)

@@ -36,14 +36,20 @@ def write_recordings(out: Path, n_train: int, n_test: int, seed: int, say) -> No
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--voice", choices=(*NEW_VOICES, "child"), default="child")
     parser.add_argument("--out", type=Path, default=Path("reference/voice"))
     parser.add_argument("--train", type=int, default=100)
     parser.add_argument("--test", type=int, default=40)
     args = parser.parse_args(argv)
     write_voice(args.voice, args.out, args.train, args.test)
-    print(json.dumps({"voice": args.voice, "path": str(args.out), "train": args.train, "test": args.test}))
+    print(
+        json.dumps(
+            {"voice": args.voice, "path": str(args.out), "train": args.train, "test": args.test}
+        )
+    )
     return 0
 
 

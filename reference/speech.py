@@ -19,7 +19,17 @@ import soundfile
 import soxr
 
 SAMPLE_RATE = 16_000
-ACCENTS = ("en-us", "en-us", "en-us", "en", "en-gb-x-rp", "en-gb-scotland", "en-us-nyc", "en-029", "en-gb-x-gbcwmd")
+ACCENTS = (
+    "en-us",
+    "en-us",
+    "en-us",
+    "en",
+    "en-gb-x-rp",
+    "en-gb-scotland",
+    "en-us-nyc",
+    "en-029",
+    "en-gb-x-gbcwmd",
+)
 STOCK_VARIANTS = [
     "Alicia",
     "Andrea",
@@ -88,7 +98,11 @@ STOCK_VARIANTS = [
     "victor",
     "zac",
 ]
-LEARNT_VOICES = ("kal", "kal16", "rms")  # flite's: two ways of playing one man's recordings, and another man
+LEARNT_VOICES = (
+    "kal",
+    "kal16",
+    "rms",
+)  # flite's: two ways of playing one man's recordings, and another man
 NEW_VOICES = ("awb", "slt")  # flite's: a Scottish man and a woman
 FOREIGN = {  # an English sound in espeak-ng's spelling: what people say for it who learnt English later in life
     "T": "tsf", "D": "dzv", "r": "R", "h": "", "w": "v", "v": "wb", "z": "s", "N": "n", "dZ": ("Z", "tS"), "tS": "S",
@@ -107,7 +121,11 @@ def random_variant(rng: random.Random, name: str) -> str:
     """The text of an espeak-ng voice variant with a vocal tract and a voice of its own."""
     tract = rng.uniform(0.85, 1.22)  # shorter vocal tract, higher formants
     low = rng.uniform(65, 120) if tract < 1.02 else rng.uniform(100, 230)
-    lines = ["language variant", f"name {name}", f"pitch {low:.0f} {low * rng.uniform(1.15, 1.7):.0f}"]
+    lines = [
+        "language variant",
+        f"name {name}",
+        f"pitch {low:.0f} {low * rng.uniform(1.15, 1.7):.0f}",
+    ]
     if rng.random() < 0.4:
         lines.append(f"klatt {rng.randint(1, 5)}")
     for formant in range(9):
@@ -137,7 +155,9 @@ def foreign_sounds(rng: random.Random, share: float) -> list[str]:
     """
     kinds = [(0, s, rng.choice(list(said) or ["NULL"])) for s, said in FOREIGN.items()]
     kinds += [(1, s, said) for s, said in FOREIGN_FINAL.items()]
-    return [f"replace {where} {sound} {said}" for where, sound, said in kinds if rng.random() < share]
+    return [
+        f"replace {where} {sound} {said}" for where, sound, said in kinds if rng.random() < share
+    ]
 
 
 def _not_english(folder: str, names: list[str]) -> list[str]:
@@ -152,7 +172,9 @@ class Synthesiser:
 
     voices: list[str]
 
-    def say(self, text: str, voice: str, *, rate: int = 165, pitch: int = 50, pitch_range: int = 50) -> np.ndarray:
+    def say(
+        self, text: str, voice: str, *, rate: int = 165, pitch: int = 50, pitch_range: int = 50
+    ) -> np.ndarray:
         """(S,) float32 at 16 kHz; `rate` in words per minute, `pitch` and `pitch_range` 0..99."""
         raise NotImplementedError
 
@@ -166,7 +188,9 @@ class Synthesiser:
             pitch_range=rng.randint(15, 80),
         )
 
-    def say_haltingly(self, text: str, rng: random.Random, pause_s: tuple[float, float] = (0.03, 0.6)) -> np.ndarray:
+    def say_haltingly(
+        self, text: str, rng: random.Random, pause_s: tuple[float, float] = (0.03, 0.6)
+    ) -> np.ndarray:
         """`say_as_someone` by one voice, a word or a few at a time with silence between, as people read digits."""
         voice, words, pieces = rng.choice(self.voices), text.split(), []
         rate, pitch = rng.randint(115, 230), rng.randint(25, 75)
@@ -206,9 +230,13 @@ class Espeak(Synthesiser):
         self.voices = [f"{rng.choice(ACCENTS)}+{v}" for v in (*STOCK_VARIANTS, *names)]
         self._rate = self._lib.espeak_Initialize(_RETRIEVAL, 0, self._home.name.encode(), 0)
         if self._rate <= 0:
-            raise RuntimeError(f"espeak-ng could not start with the data in {data}; is libespeak-ng1 installed?")
+            raise RuntimeError(
+                f"espeak-ng could not start with the data in {data}; is libespeak-ng1 installed?"
+            )
         self._chunks: list[np.ndarray] = []
-        callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+        callback = ctypes.CFUNCTYPE(
+            ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
+        )
         self._callback = callback(self._collect)  # kept alive: the library calls it
         self._lib.espeak_SetSynthCallback(self._callback)
 
@@ -217,15 +245,24 @@ class Espeak(Synthesiser):
             self._chunks.append(np.ctypeslib.as_array(samples, shape=(n,)).copy())
         return 0
 
-    def say(self, text: str, voice: str, *, rate: int = 165, pitch: int = 50, pitch_range: int = 50) -> np.ndarray:
+    def say(
+        self, text: str, voice: str, *, rate: int = 165, pitch: int = 50, pitch_range: int = 50
+    ) -> np.ndarray:
         """(S,) float32 at 16 kHz; `rate` in words per minute, `pitch` and `pitch_range` 0..99."""
         if self._lib.espeak_SetVoiceByName(voice.encode()) != 0:
             raise ValueError(f"espeak-ng has no voice {voice!r}")
-        for parameter, value in ((_RATE, rate), (_PITCH, pitch), (_RANGE, pitch_range), (_VOLUME, 100)):
+        for parameter, value in (
+            (_RATE, rate),
+            (_PITCH, pitch),
+            (_RANGE, pitch_range),
+            (_VOLUME, 100),
+        ):
             self._lib.espeak_SetParameter(parameter, value, 0)
         self._chunks = []
         encoded = text.encode() + b"\0"
-        self._lib.espeak_Synth(encoded, len(encoded), 0, 1, 0, 1, None, None)  # position by character, UTF-8
+        self._lib.espeak_Synth(
+            encoded, len(encoded), 0, 1, 0, 1, None, None
+        )  # position by character, UTF-8
         self._lib.espeak_Synchronize()
         if not self._chunks:
             raise RuntimeError(f"espeak-ng made no sound of {text!r} with the voice {voice!r}")
@@ -239,7 +276,9 @@ class Flite(Synthesiser):
     def __init__(self, voices: tuple[str, ...] = LEARNT_VOICES):
         self.voices = list(voices)
 
-    def say(self, text: str, voice: str, *, rate: int = 165, pitch: int = 50, pitch_range: int = 50) -> np.ndarray:
+    def say(
+        self, text: str, voice: str, *, rate: int = 165, pitch: int = 50, pitch_range: int = 50
+    ) -> np.ndarray:
         settings = {
             "duration_stretch": 165 / rate,
             "int_f0_target_mean": 105 * 2 ** ((pitch - 50) / 50),  # Hz
@@ -250,7 +289,11 @@ class Flite(Synthesiser):
 
 def flite(text: str, voice: str, settings: dict[str, float] | None = None) -> np.ndarray:
     """(S,) float32 at 16 kHz in one of flite's voices, as it speaks by itself or with other `settings` of its own."""
-    given = [word for name, value in (settings or {}).items() for word in ("--setf", f"{name}={value:.3f}")]
+    given = [
+        word
+        for name, value in (settings or {}).items()
+        for word in ("--setf", f"{name}={value:.3f}")
+    ]
     with tempfile.NamedTemporaryFile(suffix=".wav") as out:
         subprocess.run(["flite", "-voice", voice, *given, "-t", text, "-o", out.name], check=True)
         audio, rate = soundfile.read(out.name, dtype="float32")

@@ -36,7 +36,9 @@ def texts_to_say(n: int, seed: int) -> list[str]:
             texts.append(" ".join(rng.choice(corpus.DIGITS) for _ in range(rng.randint(1, 7))))
         else:
             texts.append(s.text)
-    return [text for text in texts if not corpus.is_held_out(text)]  # loose digits may be a test sentence
+    return [
+        text for text in texts if not corpus.is_held_out(text)
+    ]  # loose digits may be a test sentence
 
 
 def speak_shard(shard: int, path: Path) -> None:
@@ -50,7 +52,9 @@ def speak_shard(shard: int, path: Path) -> None:
         say = people.say_haltingly if rng.random() < HALTING else people.say_as_someone
         mels.append(FRONT_END.log_mel(say(text, rng)).astype(np.float16))
     np.save(path.with_suffix(".partial.npy"), np.concatenate(mels))
-    path.with_suffix(".json").write_text(json.dumps({"texts": texts, "frames": [len(m) for m in mels]}))
+    path.with_suffix(".json").write_text(
+        json.dumps({"texts": texts, "frames": [len(m) for m in mels]})
+    )
     path.with_suffix(".partial.npy").rename(path)
 
 
@@ -61,7 +65,10 @@ def shards_of(work: Path, n: int) -> list[Path]:
 
 def read_shard(path: Path) -> list[tuple[np.ndarray, str]]:
     """A shard's recordings as (log-mel (T, M) float16, text)."""
-    meta, mels = json.loads(path.with_suffix(".json").read_text()), np.load(path, mmap_mode="r", allow_pickle=False)
+    meta, mels = (
+        json.loads(path.with_suffix(".json").read_text()),
+        np.load(path, mmap_mode="r", allow_pickle=False),
+    )
     edges = np.cumsum([0, *meta["frames"]])
     return [(mels[a:b], text) for a, b, text in zip(edges, edges[1:], meta["texts"])]
 
@@ -104,7 +111,9 @@ class Spoken:
         ready = [path for path in self._waiting if path.exists()]
         for path in ready:
             meta = json.loads(path.with_suffix(".json").read_text())
-            self._frames.append(torch.from_numpy(np.load(path, allow_pickle=False)).to(self._device))
+            self._frames.append(
+                torch.from_numpy(np.load(path, allow_pickle=False)).to(self._device)
+            )
             self._lengths.append(torch.tensor(meta["frames"], device=self._device))
             self.targets += [self._encode(text) for text in meta["texts"]]
             self._waiting.remove(path)

@@ -49,7 +49,13 @@ class Assistant:
     """
 
     def __init__(
-        self, bundle: Bundle, encoder, projector, llm: LanguageModel, backend: str, n_threads: int | None = None
+        self,
+        bundle: Bundle,
+        encoder,
+        projector,
+        llm: LanguageModel,
+        backend: str,
+        n_threads: int | None = None,
     ):
         self.bundle, self.backend, self._n_threads = bundle, backend, n_threads
         self._encoder, self._projector, self.llm = encoder, projector, llm
@@ -102,10 +108,15 @@ class Assistant:
             need = budget(bundle, backend, context or bundle.manifest.llm.max_context, threads)
             log.info("%s takes about %s", bundle.path, need)
             need.require()
-        own, paths = bundle.projector(user, users), {n: bundle.graph(n, backend) for n in ("encoder", "llm")}
+        own, paths = (
+            bundle.projector(user, users),
+            {n: bundle.graph(n, backend) for n in ("encoder", "llm")},
+        )
         specs = {name: graph.on(backend) for name, graph in bundle.manifest.graphs.items()}
         # the largest first: loading takes more memory
-        llm = LanguageModel(bundle, load_decoder(paths["llm"], specs["llm"], backend, threads, bundle), context)
+        llm = LanguageModel(
+            bundle, load_decoder(paths["llm"], specs["llm"], backend, threads, bundle), context
+        )
         encoder = load_runner(paths["encoder"], specs["encoder"], backend, threads, bundle)
         projector = load_runner(own, specs["projector"], backend, threads, bundle)
         assistant = cls(bundle, encoder, projector, llm, backend, threads)
@@ -115,7 +126,9 @@ class Assistant:
     def features(self, audio: np.ndarray) -> np.ndarray:
         """(S,) float32 audio -> (N, Da) float32 encoder features, none of them after the end of the audio."""
         check_audio(audio, self.sample_rate, "the audio", max_s=self.max_speech_s)
-        return np.concatenate([self.encode_window(window) for window, _ in cut(audio, self.windows, self.sample_rate)])
+        return np.concatenate(
+            [self.encode_window(window) for window, _ in cut(audio, self.windows, self.sample_rate)]
+        )
 
     def encode_window(self, audio: np.ndarray) -> np.ndarray:
         """A window (S,), or speech that is not cut -> (N, Da) float32, none of them after the end of the audio."""
@@ -133,9 +146,13 @@ class Assistant:
 
     def _rows_of(self, audio: np.ndarray) -> np.ndarray:
         """What the front end makes of a window: (frames, M) or (S,)."""
-        if len(audio) < MIN_SECONDS * self.sample_rate:  # some front ends have nothing to make of it
+        if (
+            len(audio) < MIN_SECONDS * self.sample_rate
+        ):  # some front ends have nothing to make of it
             seconds = len(audio) / self.sample_rate
-            raise AudioError(f"the audio lasts {seconds:.3f} s, expected at least {MIN_SECONDS} s: record longer")
+            raise AudioError(
+                f"the audio lasts {seconds:.3f} s, expected at least {MIN_SECONDS} s: record longer"
+            )
         least = self._row_range()[0]
         rows = self._front_end(condition(audio, self.sample_rate))
         if len(rows) < least:
@@ -189,9 +206,13 @@ class Assistant:
     ) -> Iterator[Event]:
         """Answer typed text: the upper bound of the spoken path."""
         began = time.perf_counter()
-        yield from self._events(self.llm.embed(self.llm.encode_words(text)), instruction, decoding, began)
+        yield from self._events(
+            self.llm.embed(self.llm.encode_words(text)), instruction, decoding, began
+        )
 
-    def _events(self, speech: np.ndarray, instruction, decoding: Decoding, began: float) -> Iterator[Event]:
+    def _events(
+        self, speech: np.ndarray, instruction, decoding: Decoding, began: float
+    ) -> Iterator[Event]:
         if not len(speech):
             yield Event("", None, time.perf_counter() - began)
             return
@@ -199,11 +220,15 @@ class Assistant:
         for token in self.llm.generate(self.llm.assemble(speech, instruction), decoding):
             yield Event(pieces.push(token), token, time.perf_counter() - began)
 
-    def answer(self, audio: np.ndarray, instruction: str | None = None, decoding: Decoding = Decoding()) -> Answer:
+    def answer(
+        self, audio: np.ndarray, instruction: str | None = None, decoding: Decoding = Decoding()
+    ) -> Answer:
         """`stream`, collected."""
         return collect(self.stream(audio, instruction, decoding), len(audio) / self.sample_rate)
 
-    def answer_text(self, text: str, instruction: str | None = None, decoding: Decoding = Decoding()) -> Answer:
+    def answer_text(
+        self, text: str, instruction: str | None = None, decoding: Decoding = Decoding()
+    ) -> Answer:
         """`stream_text`, collected."""
         return collect(self.stream_text(text, instruction, decoding), 0.0)
 
@@ -211,9 +236,13 @@ class Assistant:
         """Answer soft tokens (T, D) that are at hand already; greedy."""
         return collect(self._events(soft_tokens, instruction, Decoding(), time.perf_counter()), 0.0)
 
-    def answer_file(self, path, instruction: str | None = None, decoding: Decoding = Decoding()) -> Answer:
+    def answer_file(
+        self, path, instruction: str | None = None, decoding: Decoding = Decoding()
+    ) -> Answer:
         """`answer` for an audio file of any rate, channel count and format that soundfile reads."""
-        return self.answer(read_audio(path, self.sample_rate, self.max_speech_s), instruction, decoding)
+        return self.answer(
+            read_audio(path, self.sample_rate, self.max_speech_s), instruction, decoding
+        )
 
     def listen(self, instruction: str | None = None, decoding: Decoding = Decoding()) -> Session:
         """A conversation: push chunks of audio, then finish; any number of turns, spoken and typed."""

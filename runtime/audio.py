@@ -53,7 +53,11 @@ def read_audio(path: Path | str, sample_rate: int, max_s: float | None = None) -
 
 
 def read_segment(
-    path: Path | str, sample_rate: int, start_s: float, end_s: float | None, max_s: float | None = None
+    path: Path | str,
+    sample_rate: int,
+    start_s: float,
+    end_s: float | None,
+    max_s: float | None = None,
 ) -> np.ndarray:
     """The part of a file from `start_s` to `end_s` seconds (None: to the end); only that part is read.
 
@@ -73,7 +77,9 @@ def _logged(recording: Recording) -> np.ndarray:
     return recording.samples
 
 
-def check_audio(audio: np.ndarray, sample_rate: int, name: str = "audio", max_s: float | None = None) -> None:
+def check_audio(
+    audio: np.ndarray, sample_rate: int, name: str = "audio", max_s: float | None = None
+) -> None:
     """Accept (S,) float32 samples in [-1, 1] in which something can be heard.
 
     Args:
@@ -98,8 +104,14 @@ def check_chunk(chunk: np.ndarray) -> None:
         AudioError: another type or shape, NaN or infinite samples, out of range.
     """
     if not isinstance(chunk, np.ndarray) or chunk.ndim != 1 or chunk.dtype != np.float32:
-        given = f"{chunk.dtype} {chunk.shape}" if isinstance(chunk, np.ndarray) else type(chunk).__name__
-        raise AudioError(f"a chunk must be a float32 array of shape (S,), given was {given}: convert it")
+        given = (
+            f"{chunk.dtype} {chunk.shape}"
+            if isinstance(chunk, np.ndarray)
+            else type(chunk).__name__
+        )
+        raise AudioError(
+            f"a chunk must be a float32 array of shape (S,), given was {given}: convert it"
+        )
     if len(chunk):
         _check_values(chunk, "a chunk")
 
@@ -107,18 +119,28 @@ def check_chunk(chunk: np.ndarray) -> None:
 def _check_values(audio: np.ndarray, name: str) -> None:
     peak = np.abs(audio).max()  # NaN if there is one
     if not np.isfinite(peak):
-        raise AudioError(f"{name}: has NaN or infinite samples; expected values in [-1, 1], record it again.")
+        raise AudioError(
+            f"{name}: has NaN or infinite samples; expected values in [-1, 1], record it again."
+        )
     if peak > MAX_PEAK:
-        raise AudioError(f"{name}: samples reach {peak:.0f}, expected [-1, 1]; divide 16-bit samples by 32768.")
+        raise AudioError(
+            f"{name}: samples reach {peak:.0f}, expected [-1, 1]; divide 16-bit samples by 32768."
+        )
 
 
 def _check_array(audio: np.ndarray, name: str) -> None:
     expected = "expected a one-dimensional float32 numpy array in [-1, 1]"
     if not isinstance(audio, np.ndarray):
-        raise AudioError(f"{name}: got {type(audio).__name__}, {expected}; use np.asarray(samples, np.float32).")
+        raise AudioError(
+            f"{name}: got {type(audio).__name__}, {expected}; use np.asarray(samples, np.float32)."
+        )
     if audio.dtype != np.float32:
         integer = np.issubdtype(audio.dtype, np.integer)
-        fix = f"divide by {np.iinfo(audio.dtype).max + 1} as float32" if integer else "use .astype(np.float32)"
+        fix = (
+            f"divide by {np.iinfo(audio.dtype).max + 1} as float32"
+            if integer
+            else "use .astype(np.float32)"
+        )
         raise AudioError(f"{name}: got {audio.dtype} samples, {expected}; {fix}.")
     if audio.ndim != 1:
         raise AudioError(f"{name}: got shape {audio.shape}, {expected}; average the channels.")
@@ -128,9 +150,13 @@ def _check_seconds(seconds: float, name: str, max_s: float | None) -> None:
     if seconds == 0:
         raise AudioError(f"{name}: is empty, it holds no samples; record it again.")
     if seconds < MIN_SECONDS:
-        raise AudioError(f"{name}: lasts {seconds:.3f} s, expected at least {MIN_SECONDS} s; record a longer one.")
+        raise AudioError(
+            f"{name}: lasts {seconds:.3f} s, expected at least {MIN_SECONDS} s; record a longer one."
+        )
     if max_s is not None and seconds > max_s:
-        raise AudioError(f"{name}: lasts {seconds:.2f} s, expected at most {max_s:g} s; cut it into shorter parts.")
+        raise AudioError(
+            f"{name}: lasts {seconds:.2f} s, expected at most {max_s:g} s; cut it into shorter parts."
+        )
 
 
 def _check_level(audio: np.ndarray, sample_rate: int, name: str) -> None:
@@ -142,7 +168,9 @@ def _check_level(audio: np.ndarray, sample_rate: int, name: str) -> None:
         )
 
 
-def _read(path: Path, sample_rate: int, start_s: float, end_s: float | None, max_s: float | None) -> Recording:
+def _read(
+    path: Path, sample_rate: int, start_s: float, end_s: float | None, max_s: float | None
+) -> Recording:
     is_whole = (start_s, end_s) == (0.0, None)
     name = file_name(path) if is_whole else f"{path} [{start_s} s to {end_s} s]"
 
@@ -157,17 +185,25 @@ def _read(path: Path, sample_rate: int, start_s: float, end_s: float | None, max
     audio = soxr.resample(mono, decoded.sample_rate, sample_rate, quality="HQ")
     check_audio(audio, sample_rate, name, max_s)
     if not decoded.has_length:
-        notes.append("its header does not say how long it is: read to its end, a part cut off could not be noticed")
+        notes.append(
+            "its header does not say how long it is: read to its end, a part cut off could not be noticed"
+        )
     notes += levels.notes(mono, decoded.sample_rate)
     return Recording(audio, tuple(f"{name}: {note}" for note in notes))
 
 
-def _bounds(n_samples: int, rate: int, name: str, start_s: float, end_s: float | None) -> tuple[int, int]:
+def _bounds(
+    n_samples: int, rate: int, name: str, start_s: float, end_s: float | None
+) -> tuple[int, int]:
     """First sample of a segment and the one after its last, at the file's rate."""
     length_s = n_samples / rate
     end = length_s if end_s is None else end_s
     if not 0 <= start_s < end:  # NaN fails too
-        raise AudioError(f"{name}: is not a segment; expected 0 <= start < end in a file of {length_s:.2f} s.")
+        raise AudioError(
+            f"{name}: is not a segment; expected 0 <= start < end in a file of {length_s:.2f} s."
+        )
     if start_s >= length_s or end > length_s + END_SLACK_S:
-        raise AudioError(f"{name}: reaches past the end, the file lasts {length_s:.2f} s; correct the time marks.")
+        raise AudioError(
+            f"{name}: reaches past the end, the file lasts {length_s:.2f} s; correct the time marks."
+        )
     return round(start_s * rate), min(round(end * rate), n_samples)

@@ -15,7 +15,10 @@ from tiny_align.runtime.bundle import Bundle, GraphSpec, TensorSpec
 from tiny_align.runtime.errors import BackendError
 
 BACKENDS = ("onnxruntime", "tensorrt")
-TOPK_LOGITS, TOPK_TOKENS = "best_logits", "best_tokens"  # outputs of an LLM's graph that picks the best few itself
+TOPK_LOGITS, TOPK_TOKENS = (
+    "best_logits",
+    "best_tokens",
+)  # outputs of an LLM's graph that picks the best few itself
 
 
 class Loaded:
@@ -51,7 +54,9 @@ class Runner(Loaded, ABC):
     def _check(self, feed: dict) -> None:
         expected = [t.name for t in self.spec.inputs]
         if sorted(feed) != sorted(expected):
-            raise BackendError(f"{self.spec.file} takes the inputs {expected}, given were {sorted(feed)}")
+            raise BackendError(
+                f"{self.spec.file} takes the inputs {expected}, given were {sorted(feed)}"
+            )
         for tensor in self.spec.inputs:
             value = feed[tensor.name]
             if not _fits(value, tensor):
@@ -63,7 +68,9 @@ class Runner(Loaded, ABC):
     @abstractmethod
     def _run(self, feed: dict) -> dict: ...
 
-    def into(self, other: "Runner", feed: dict[str, np.ndarray], rows: int | None = None) -> dict[str, np.ndarray]:
+    def into(
+        self, other: "Runner", feed: dict[str, np.ndarray], rows: int | None = None
+    ) -> dict[str, np.ndarray]:
         """See Chain; a backend may do it without numpy between the two."""
         return other({name: value[:, :rows] for name, value in self(feed).items()})
 
@@ -82,12 +89,16 @@ class Chain:
     def __post_init__(self):
         given, taken = self.first.spec.outputs, self.second.spec.inputs
         if [(t.name, t.dtype) for t in given] != [(t.name, t.dtype) for t in taken]:
-            takes, gives = (", ".join(f"{t.name} {t.dtype}" for t in side) for side in (taken, given))
+            takes, gives = (
+                ", ".join(f"{t.name} {t.dtype}" for t in side) for side in (taken, given)
+            )
             raise BackendError(
                 f"{self.second.spec.file} takes {takes}, {self.first.spec.file} gives {gives}: export the bundle again"
             )
 
-    def __call__(self, feed: dict[str, np.ndarray], rows: int | None = None) -> dict[str, np.ndarray]:
+    def __call__(
+        self, feed: dict[str, np.ndarray], rows: int | None = None
+    ) -> dict[str, np.ndarray]:
         """Run both: the first one's inputs to the second one's outputs.
 
         Args:
@@ -155,7 +166,11 @@ def _fits(value: np.ndarray, tensor: TensorSpec) -> bool:
 
 
 def load_runner(
-    path: Path, spec: GraphSpec, backend: str, threads: int | None = None, bundle: Bundle | None = None
+    path: Path,
+    spec: GraphSpec,
+    backend: str,
+    threads: int | None = None,
+    bundle: Bundle | None = None,
 ) -> Runner:
     """Load one graph with the named backend; never another one in its place.
 
@@ -176,7 +191,11 @@ def load_runner(
 
 
 def load_decoder(
-    path: Path, spec: GraphSpec, backend: str, threads: int | None = None, bundle: Bundle | None = None
+    path: Path,
+    spec: GraphSpec,
+    backend: str,
+    threads: int | None = None,
+    bundle: Bundle | None = None,
 ) -> Decoder:
     """Load the LLM's graph for the named backend; never another one in its place."""
     if backend == "onnxruntime":

@@ -50,7 +50,11 @@ class Budget:
             raise TinyAlignError(
                 f"the bundle takes about {self}{threads}, and {short.limit} {short.free >> 20} MiB are available: "
                 "ask for a smaller context, export with fewer bits (--precision int4, --encoder-precision int8), "
-                + ("raise that limit, or give fewer --threads" if short.thread_bytes else "or close other programs")
+                + (
+                    "raise that limit, or give fewer --threads"
+                    if short.thread_bytes
+                    else "or close other programs"
+                )
             )
 
 
@@ -69,7 +73,10 @@ def budget(bundle: Bundle, backend: str, context: int, threads: int | None = Non
         threads: CPU threads per graph; None: all cores.
     """
     bundle.graph("llm")  # refuses a bundle without one
-    sizes = {name: _weight_bytes(bundle, graph, backend) for name, graph in bundle.manifest.graphs.items()}
+    sizes = {
+        name: _weight_bytes(bundle, graph, backend)
+        for name, graph in bundle.manifest.graphs.items()
+    }
     speech = len(bundle.speech_tokens()) * bundle.manifest.llm.hidden_size * 4
     cache = cache_bytes(bundle.manifest.graphs["llm"], backend, context)
     weights = {n: round(size * (1 + WORK_SHARE)) for n, size in sizes.items()}
@@ -81,7 +88,9 @@ def cache_bytes(graph: GraphSpec, backend: str, context: int) -> int:
     """Keys and values of one conversation: the inputs of the LLM's graph that have four dimensions."""
     kept = [tensor for tensor in graph.on(backend).inputs if len(tensor.shape) == 4]
     shapes = [[context if isinstance(dim, str) else dim for dim in tensor.shape] for tensor in kept]
-    one = sum(math.prod(shape) * np.dtype(tensor.dtype).itemsize for tensor, shape in zip(kept, shapes))
+    one = sum(
+        math.prod(shape) * np.dtype(tensor.dtype).itemsize for tensor, shape in zip(kept, shapes)
+    )
     return CACHE_SETS.get(backend, 1) * one
 
 
@@ -102,4 +111,8 @@ def _weight_bytes(bundle: Bundle, graph: GraphSpec, backend: str) -> int:
     """A graph's files; a backend's own graph may share its weights with the plain one."""
     own, plain = graph.on(backend).file, graph.file
     shared = [f"{own}.data"] if f"{own}.data" in bundle.manifest.files else [f"{plain}.data"]
-    return sum((bundle.path / name).stat().st_size for name in (own, *shared) if name in bundle.manifest.files)
+    return sum(
+        (bundle.path / name).stat().st_size
+        for name in (own, *shared)
+        if name in bundle.manifest.files
+    )

@@ -80,12 +80,17 @@ class GraphSpec:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     parity: dict = field(default_factory=dict)  # max absolute difference to PyTorch, by length
-    backends: dict[str, "GraphSpec"] = field(default_factory=dict)  # backend -> its graph; the others take this one
+    backends: dict[str, "GraphSpec"] = field(
+        default_factory=dict
+    )  # backend -> its graph; the others take this one
 
     def __post_init__(self):
         for name in ("inputs", "outputs"):
             object.__setattr__(self, name, tuple(_tensor(t) for t in getattr(self, name)))
-        made = {name: g if isinstance(g, GraphSpec) else GraphSpec(**g) for name, g in self.backends.items()}
+        made = {
+            name: g if isinstance(g, GraphSpec) else GraphSpec(**g)
+            for name, g in self.backends.items()
+        }
         object.__setattr__(self, "backends", made)
 
     def on(self, backend: str | None) -> "GraphSpec":
@@ -94,7 +99,11 @@ class GraphSpec:
 
 
 def _tensor(value) -> TensorSpec:
-    return value if isinstance(value, TensorSpec) else TensorSpec(value["name"], value["dtype"], tuple(value["shape"]))
+    return (
+        value
+        if isinstance(value, TensorSpec)
+        else TensorSpec(value["name"], value["dtype"], tuple(value["shape"]))
+    )
 
 
 @dataclass(frozen=True)
@@ -127,8 +136,12 @@ class PromptSpec:
     after: str
     instruction: str  # used where the caller gives none
     repeat_instruction: str  # asks for the user's own words; measures the word error rate
-    next: str | None = None  # from the end of an answer to the next turn's words; None: the LLM knows one turn only
-    dates: dict[str, str] = field(default_factory=dict)  # mark -> strftime format of the day in its place
+    next: str | None = (
+        None  # from the end of an answer to the next turn's words; None: the LLM knows one turn only
+    )
+    dates: dict[str, str] = field(
+        default_factory=dict
+    )  # mark -> strftime format of the day in its place
 
     def on(self, day: datetime) -> "PromptSpec":
         """The prompt of a conversation that begins on this day."""
@@ -153,11 +166,15 @@ class Manifest:
     projector: dict  # the projector's class and sizes, as align.build_projector takes them
     projector_weights: tuple[WeightSpec, ...]
     graphs: dict[str, GraphSpec]  # "encoder", "projector", "llm"
-    dims: dict[str, tuple[int, int, int]]  # least, usual and greatest value of each dynamic dimension
+    dims: dict[
+        str, tuple[int, int, int]
+    ]  # least, usual and greatest value of each dynamic dimension
     embeddings_sha256: str  # the LLM's embedding table; a projector is bound to it
     readout: Readout  # how the projector's output becomes soft tokens
     files: dict[str, str]  # every file of the bundle but this one -> SHA-256
-    windows: WindowSpec | None = None  # how speech is cut for the encoder; None: not at all, so that nothing streams
+    windows: WindowSpec | None = (
+        None  # how speech is cut for the encoder; None: not at all, so that nothing streams
+    )
     projector_trained: bool = True  # False: the general projector is random still
     schema: int = SCHEMA
 
@@ -168,11 +185,15 @@ class Manifest:
         A parameter of the front end counts where it is not the usual one, so that a new one changes no key.
         """
         fields = dataclasses.fields(self.front_end)
-        unusual = {f.name: value for f in fields if (value := getattr(self.front_end, f.name)) != f.default}
+        unusual = {
+            f.name: value for f in fields if (value := getattr(self.front_end, f.name)) != f.default
+        }
         graph = self.graphs["encoder"].file
         parts = [digest for name, digest in sorted(self.files.items()) if name.startswith(graph)]
         parts += [dataclasses.astuple(self.windows)] if self.windows else []
-        return hashlib.sha256(json.dumps([self.front_end.kind, unusual, parts], sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps([self.front_end.kind, unusual, parts], sort_keys=True).encode()
+        ).hexdigest()
 
     @property
     def binding(self) -> dict[str, tuple[str, str]]:
@@ -220,10 +241,14 @@ class Bundle:
         """
         path = Path(path)
         bundle = cls(path, _read_manifest(path))
-        graphs = [g for one in bundle.manifest.graphs.values() for g in (one, *one.backends.values())]
+        graphs = [
+            g for one in bundle.manifest.graphs.values() for g in (one, *one.backends.values())
+        ]
         unlisted = {g.file for g in graphs} - set(bundle.manifest.files)
         if unlisted:
-            raise BundleError(f"{path / MANIFEST} lists no hash of {', '.join(unlisted)}: export the bundle again")
+            raise BundleError(
+                f"{path / MANIFEST} lists no hash of {', '.join(unlisted)}: export the bundle again"
+            )
         for name, expected in bundle.manifest.files.items():
             with read_errors(path / name, BundleError):
                 bundle._check_file(name, expected if verify else None)
@@ -232,7 +257,9 @@ class Bundle:
 
     def _check_file(self, name: str, expected: str | None) -> None:
         if not (self.path / name).is_file():
-            raise BundleError(f"{self.path} lacks {name}, which its manifest lists: copy or export the bundle again")
+            raise BundleError(
+                f"{self.path} lacks {name}, which its manifest lists: copy or export the bundle again"
+            )
         if expected and sha256(self.path / name) != expected:
             raise BundleError(
                 f"{self.path / name} has changed: its SHA-256 is not the manifest's. Copy or export the bundle again"
@@ -298,7 +325,11 @@ class Bundle:
 
     def _checked_tokens(self, path: Path) -> np.ndarray:
         tokens, vocabulary = _load_array(path), self.manifest.llm.vocabulary
-        if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or (len(tokens) and not _within(tokens, vocabulary)):
+        if (
+            tokens.ndim != 1
+            or tokens.dtype.kind not in "iu"
+            or (len(tokens) and not _within(tokens, vocabulary))
+        ):
             raise BundleError(
                 f"{path} is no list of tokens of this LLM, whole numbers from 0 to {vocabulary - 1}: "
                 "export the bundle, or train the person, again"
@@ -316,7 +347,9 @@ class Bundle:
         try:
             return Tokenizer.from_file(str(self.tokenizer))
         except Exception as error:  # tokenizers raises no other class
-            raise BundleError(f"{self.tokenizer} cannot be read ({error}): copy or export the bundle again") from error
+            raise BundleError(
+                f"{self.tokenizer} cannot be read ({error}): copy or export the bundle again"
+            ) from error
 
     def load_embeddings(self) -> np.ndarray:
         """(V, D) float16, mapped: the LLM's embedding table.
@@ -344,12 +377,18 @@ class Bundle:
 
     def user_folder(self, user: str, users: Path | None = None) -> Path:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", user):
-            raise UserError(f"{user!r} is no user name: use letters, digits, '.', '_' and '-', at most 64")
+            raise UserError(
+                f"{user!r} is no user name: use letters, digits, '.', '_' and '-', at most 64"
+            )
         if user == GENERAL:
-            raise UserError(f"{user!r} is the bundle's own projector, for everybody: choose another name")
+            raise UserError(
+                f"{user!r} is the bundle's own projector, for everybody: choose another name"
+            )
         folder = Path(users or self.path / "users") / user
         if not is_utf8(str(folder)):
-            raise UserError(f"{str(folder)!r} is not UTF-8, as the backends want it: rename the folder")
+            raise UserError(
+                f"{str(folder)!r} is not UTF-8, as the backends want it: rename the folder"
+            )
         return folder
 
 
@@ -371,7 +410,9 @@ def _within(tokens: np.ndarray, vocabulary: int) -> bool:
 
 def _read_manifest(path: Path) -> Manifest:
     if not is_utf8(str(path)):
-        raise BundleError(f"{str(path)!r} is not UTF-8, as the backends want it: rename the bundle's folder")
+        raise BundleError(
+            f"{str(path)!r} is not UTF-8, as the backends want it: rename the bundle's folder"
+        )
     with read_errors(path / MANIFEST, BundleError):
         if not (path / MANIFEST).is_file():
             raise BundleError(
@@ -382,14 +423,20 @@ def _read_manifest(path: Path) -> Manifest:
         value = json.loads(text.decode())
         schema = value["schema"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BundleError(f"{path / MANIFEST} is not a manifest ({error}): copy or export the bundle again") from error
+        raise BundleError(
+            f"{path / MANIFEST} is not a manifest ({error}): copy or export the bundle again"
+        ) from error
     if schema != SCHEMA:
-        raise BundleError(f"{path} has schema {schema}, this version reads schema {SCHEMA}: export the bundle again")
+        raise BundleError(
+            f"{path} has schema {schema}, this version reads schema {SCHEMA}: export the bundle again"
+        )
     try:
         manifest = Manifest.from_json(value)
         names = [*(graph.file for graph in manifest.graphs.values()), *manifest.files.keys()]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise BundleError(f"{path / MANIFEST} lacks or misnames a field ({error}): export the bundle again") from error
+        raise BundleError(
+            f"{path / MANIFEST} lacks or misnames a field ({error}): export the bundle again"
+        ) from error
     if outside := [name for name in names if not _inside(name)]:
         raise BundleError(
             f"{path / MANIFEST} names the file {outside[0]!r}: expected a relative path inside the bundle. "
@@ -406,7 +453,9 @@ def _check_numbers(manifest: Manifest) -> None:
     """Every size is one that can be, before anything is laid out by it."""
     check_form(manifest, Manifest, "", SIZES, BundleError)
     if manifest.readout.kind not in READOUTS:
-        raise BundleError(f"readout.kind is {manifest.readout.kind!r}: expected {' or '.join(READOUTS)}")
+        raise BundleError(
+            f"readout.kind is {manifest.readout.kind!r}: expected {' or '.join(READOUTS)}"
+        )
     for name, value in manifest.projector.items():
         if not isinstance(value, str | None):
             PROJECTOR_SIZE.check(f"projector.{name}", value, BundleError)
@@ -416,13 +465,19 @@ def _check_numbers(manifest: Manifest) -> None:
 
 def _check_tensors(name: str, graph: GraphSpec, dims: dict) -> None:
     if not graph.inputs or not graph.outputs:
-        raise BundleError(f"graphs.{name} has no inputs or no outputs: expected at least one of each")
+        raise BundleError(
+            f"graphs.{name} has no inputs or no outputs: expected at least one of each"
+        )
     for tensor in (*graph.inputs, *graph.outputs):
         if tensor.dtype not in DTYPES:
-            raise BundleError(f"graphs.{name}: {tensor.name} is of {tensor.dtype}: expected {', '.join(DTYPES)}")
+            raise BundleError(
+                f"graphs.{name}: {tensor.name} is of {tensor.dtype}: expected {', '.join(DTYPES)}"
+            )
     for dim in (dim for tensor in graph.inputs for dim in tensor.shape):
         if isinstance(dim, str) and dim not in dims:
-            raise BundleError(f"graphs.{name} has a dimension {dim!r}: expected one of dims, {', '.join(dims)}")
+            raise BundleError(
+                f"graphs.{name} has a dimension {dim!r}: expected one of dims, {', '.join(dims)}"
+            )
 
 
 def _inside(name) -> bool:
@@ -450,18 +505,27 @@ def _checked_user(folder: Path, manifest: Manifest) -> dict:
         )
     try:
         record = json.loads((folder / USER_RECORD).read_text(encoding="utf-8"))
-        files, bound_to = dict(record["files"]), {name: str(record[name]) for name in manifest.binding}
+        files, bound_to = (
+            dict(record["files"]),
+            {name: str(record[name]) for name in manifest.binding},
+        )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{folder / USER_RECORD} is damaged ({error}): train {folder.name!r} again") from error
+        raise UserError(
+            f"{folder / USER_RECORD} is damaged ({error}): train {folder.name!r} again"
+        ) from error
     for name, (part, here) in manifest.binding.items():
         if bound_to[name] != here:
             raise UserError(
                 f"the projector of {folder.name!r} was trained for another {part} ({name} {bound_to[name][:12]}, "
                 f"this bundle has {here[:12]}): train it again with this bundle"
             )
-    for name in sorted({manifest.graphs["projector"].file, *files}):  # the graph, even if the record forgot it
+    for name in sorted(
+        {manifest.graphs["projector"].file, *files}
+    ):  # the graph, even if the record forgot it
         if not (folder / name).is_file() or sha256(folder / name) != files.get(name):
-            raise UserError(f"{folder / name} is missing or has changed: train {folder.name!r} again")
+            raise UserError(
+                f"{folder / name} is missing or has changed: train {folder.name!r} again"
+            )
     return record
 
 

@@ -26,7 +26,9 @@ def mix(samples: np.ndarray, sample_rate: int) -> tuple[np.ndarray, list[str]]:
     counts: copies that agree and people on channels of their own do. What counts is averaged.
     """
     samples, notes = _without_offset(samples)
-    loudness = [frame_levels(channel, sample_rate, FRAME_MS).max(initial=-np.inf) for channel in samples.T]
+    loudness = [
+        frame_levels(channel, sample_rate, FRAME_MS).max(initial=-np.inf) for channel in samples.T
+    ]
     first, *others = np.argsort(np.negative(loudness), kind="stable").tolist()
     kept, left_out = [first], {}
     for i in others:
@@ -37,12 +39,17 @@ def mix(samples: np.ndarray, sample_rate: int) -> tuple[np.ndarray, list[str]]:
         k, copy = next((pair for pair in copies if pair[1]), (i, None))
         if copy is None:
             kept.append(i)
-        elif copy.delay < 0 and loudness[i] >= loudness[k] - AS_LOUD_DB:  # the late one may lack the end
+        elif (
+            copy.delay < 0 and loudness[i] >= loudness[k] - AS_LOUD_DB
+        ):  # the late one may lack the end
             kept[kept.index(k)] = i
             left_out[k] = replace(copy, delay=-copy.delay).described(i, sample_rate)
         else:
             left_out[i] = copy.described(k, sample_rate)
-    notes += [f"channel {i + 1} of {len(loudness)} is left out: {why}" for i, why in sorted(left_out.items())]
+    notes += [
+        f"channel {i + 1} of {len(loudness)} is left out: {why}"
+        for i, why in sorted(left_out.items())
+    ]
     return samples[:, sorted(kept)].mean(axis=1), notes
 
 
@@ -62,7 +69,11 @@ class _Copy:
 
 def _without_offset(samples: np.ndarray) -> tuple[np.ndarray, list[str]]:
     offsets = samples.mean(axis=0, dtype=np.float64)
-    notes = [f"a constant offset of {offset:.2f} is taken off" for offset in offsets if abs(offset) >= NAMED_OFFSET]
+    notes = [
+        f"a constant offset of {offset:.2f} is taken off"
+        for offset in offsets
+        if abs(offset) >= NAMED_OFFSET
+    ]
     offsets[np.abs(offsets) < OFFSET] = 0
     return samples - offsets.astype(np.float32), notes
 
@@ -71,7 +82,9 @@ def _bad_copy(channel: np.ndarray, other: np.ndarray, sample_rate: int) -> _Copy
     """Whether a channel has the same sound as another and does not agree with it."""
     if np.array_equal(channel, other):
         return None
-    correlation = _correlation(channel, other, sample_rate)  # (2 L + 1,), the middle one without a delay
+    correlation = _correlation(
+        channel, other, sample_rate
+    )  # (2 L + 1,), the middle one without a delay
     best = int(np.argmax(np.abs(correlation)))
     copy = _Copy(bool(correlation[best] < 0), best - len(correlation) // 2)
     is_same = abs(correlation[best]) >= SAME

@@ -34,7 +34,9 @@ def run(args) -> dict:
 def _lines() -> Iterator[tuple[int, str]]:
     """What is typed or piped in, without empty lines, and its line's number; Ctrl-C ends it as Ctrl-D does."""
     if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # whatever the locale; see _text
+        sys.stdin.reconfigure(
+            encoding="utf-8", errors="surrogateescape"
+        )  # whatever the locale; see _text
     number = 0
     while True:
         if sys.stdin.isatty():
@@ -57,7 +59,9 @@ def _read_line() -> str:
         while len(rest) > MAX_CHARACTERS and not rest.endswith("\n"):
             rest = sys.stdin.readline(MAX_CHARACTERS + 1)
     except OSError as error:
-        raise TinyAlignError(f"standard input cannot be read ({error}): type turns, or pipe a text file in") from error
+        raise TinyAlignError(
+            f"standard input cannot be read ({error}): type turns, or pipe a text file in"
+        ) from error
     return line
 
 
@@ -87,14 +91,22 @@ def _text(line: str, where: str) -> str:
         DataError: it is not UTF-8, or too long.
     """
     if len(line) > MAX_CHARACTERS:
-        raise DataError(f"{where} is too long: expected at most {MAX_CHARACTERS} characters, write less")
+        raise DataError(
+            f"{where} is too long: expected at most {MAX_CHARACTERS} characters, write less"
+        )
     try:
         return line.encode("utf-8", "surrogateescape").decode()
     except UnicodeDecodeError as error:
         wrong = error.object[error.start]
-        raise DataError(f"{where} is not UTF-8 (byte {wrong:#04x} at {error.start}): write it in UTF-8") from error
+        raise DataError(
+            f"{where} is not UTF-8 (byte {wrong:#04x} at {error.start}): write it in UTF-8"
+        ) from error
 
 
 def _printable(line: str) -> str:
     """The beginning of a line, bytes that are no text as \\xff."""
-    return line[:SHOWN_CHARACTERS].encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return (
+        line[:SHOWN_CHARACTERS]
+        .encode("utf-8", "surrogateescape")
+        .decode("utf-8", "backslashreplace")
+    )

@@ -91,7 +91,9 @@ def check_options(args) -> None:
             check(name, value, option)
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and not is_utf8(text):
-                raise TinyAlignError(f"{option} is {text!r}: expected UTF-8 text, it holds other bytes")
+                raise TinyAlignError(
+                    f"{option} is {text!r}: expected UTF-8 text, it holds other bytes"
+                )
 
 
 def is_utf8(text: str) -> bool:
@@ -103,7 +105,9 @@ def is_utf8(text: str) -> bool:
     return True
 
 
-def check_form(value, hint, name: str, ranges: dict[str, Range], error: type[TinyAlignError]) -> None:
+def check_form(
+    value, hint, name: str, ranges: dict[str, Range], error: type[TinyAlignError]
+) -> None:
     """Compare what a file holds with the annotation of the field it is for, down to the last number.
 
     Args:

@@ -17,23 +17,52 @@ from tiny_align.runtime.checks import check_options
 from tiny_align.runtime.errors import TinyAlignError
 
 COMMANDS = {  # name -> (module, what it does, the extra that installs what it needs)
-    "demo": ("tiny_align.align.demo", "personalise the shipped bundle to a new voice and talk to it", "demo"),
+    "demo": (
+        "tiny_align.align.demo",
+        "personalise the shipped bundle to a new voice and talk to it",
+        "demo",
+    ),
     "align": (
         "tiny_align.align.personalise",
         "train a person's projector or the general one",
         "align",
     ),
-    "enroll": ("tiny_align.align.enroll", "get to know a person: sentences to read, checks, training", "enroll"),
+    "enroll": (
+        "tiny_align.align.enroll",
+        "get to know a person: sentences to read, checks, training",
+        "enroll",
+    ),
     "eval": ("tiny_align.align.evaluate", "measure a bundle or a person on a data set", "align"),
-    "export": ("tiny_align.export.command", "export encoder, projector and LLM into a bundle", "export"),
-    "build-engines": ("tiny_align.engines.commands", "build TensorRT engines for a bundle's graphs", "trt"),
+    "export": (
+        "tiny_align.export.command",
+        "export encoder, projector and LLM into a bundle",
+        "export",
+    ),
+    "build-engines": (
+        "tiny_align.engines.commands",
+        "build TensorRT engines for a bundle's graphs",
+        "trt",
+    ),
     "run": ("tiny_align.runtime.run", "answer a recording", None),
-    "listen": ("tiny_align.runtime.listen", "talk with it: a microphone, or recordings played to it", "listen"),
+    "listen": (
+        "tiny_align.runtime.listen",
+        "talk with it: a microphone, or recordings played to it",
+        "listen",
+    ),
     "chat": ("tiny_align.runtime.chat", "talk with it in typed turns", None),
-    "bench": ("tiny_align.benchmarks.command", "measure this machine, beside what would be used instead", "bench"),
+    "bench": (
+        "tiny_align.benchmarks.command",
+        "measure this machine, beside what would be used instead",
+        "bench",
+    ),
     "doctor": ("tiny_align.runtime.doctor", "say what this machine can do and what it lacks", None),
 }
-FAULT, REFUSED, INTERRUPTED, NOBODY_READS = 1, 2, 130, 141  # exit status; the last two are 128 and the signal
+FAULT, REFUSED, INTERRUPTED, NOBODY_READS = (
+    1,
+    2,
+    130,
+    141,
+)  # exit status; the last two are 128 and the signal
 NO_MEMORY = (  # in what libraries say
     "bad_alloc",
     "bad allocation",
@@ -46,13 +75,19 @@ DEBUG = "show the traceback of an error"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tiny-align", description="Talk to a language model in your own voice.")
+    parser = argparse.ArgumentParser(
+        prog="tiny-align", description="Talk to a language model in your own voice."
+    )
     parser.add_argument("--debug", action="store_true", help=DEBUG)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, about, _) in COMMANDS.items():
-        command = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
+        command = commands.add_parser(
+            name, help=about, description=about[0].upper() + about[1:] + "."
+        )
         import_module(module).add_arguments(command)
-        command.add_argument("--json", action="store_true", help="print nothing but the JSON document on stdout")
+        command.add_argument(
+            "--json", action="store_true", help="print nothing but the JSON document on stdout"
+        )
         command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=DEBUG)
     return parser
 
@@ -65,7 +100,9 @@ def main(argv=None) -> int:
         return _run(args)
     except SystemExit:
         raise
-    except BaseException as error:  # whatever it is: a library written in Rust has exceptions that are no Exception
+    except (
+        BaseException
+    ) as error:  # whatever it is: a library written in Rust has exceptions that are no Exception
         return _explained(error, args)
 
 
@@ -88,7 +125,9 @@ def _open_streams() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
     if sys.stdout is None:
-        raise TinyAlignError("standard output is closed: leave it open, or send it to a file or /dev/null")
+        raise TinyAlignError(
+            "standard output is closed: leave it open, or send it to a file or /dev/null"
+        )
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -116,7 +155,9 @@ def _explained(error: BaseException, args) -> int:
     """Say what went wrong, in one sentence; returns the exit status."""
     if isinstance(error, KeyboardInterrupt):
         return _fail("interrupted", INTERRUPTED)
-    if isinstance(error, BrokenPipeError):  # who reads has left, as `head` does: nothing to say, nobody to say it to
+    if isinstance(
+        error, BrokenPipeError
+    ):  # who reads has left, as `head` does: nothing to say, nobody to say it to
         _abandon_stdout()
         return NOBODY_READS
     if args.debug:
@@ -156,8 +197,12 @@ def _refused_by_system(error: OSError) -> str:
         return " ".join(str(error).split())
     if error.filename is None:
         _abandon_stdout()  # it may be that which failed: Python would try it again at its end
-        return f"reading or writing failed ({error.strerror}): make room, or send the output elsewhere"
-    names = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        return (
+            f"reading or writing failed ({error.strerror}): make room, or send the output elsewhere"
+        )
+    names = " and ".join(
+        str(name) for name in (error.filename, error.filename2) if name is not None
+    )
     return f"{names} cannot be used ({error.strerror}): check the path, and that you may read and write there"
 
 

@@ -14,10 +14,26 @@ from tiny_align.runtime import streams
 from tiny_align.runtime.old_containers import PROMISED_END
 from tiny_align.runtime.streams import Bytes, cut_off
 
-STREAMED_BYTES = 0x7FFF_0000  # a 32-bit size from here up is a placeholder: the writer had a pipe, not a file
-W64_NAME = bytes.fromhex("f3acd3118cd100c04f8edb8a")  # behind the first four letters of a chunk's name
-MAY_FOLLOW = (b"data", b"fact", b"fmt ", b"LIST", b"bext", b"cue ", b"smpl", b"PEAK")  # an odd chunk of a WAV
-WAV_GSM, WAV_GSM_BLOCK = b"\x31\0", (65, 320)  # a WAV's number for GSM 6.10; bytes and samples of a block
+STREAMED_BYTES = (
+    0x7FFF_0000  # a 32-bit size from here up is a placeholder: the writer had a pipe, not a file
+)
+W64_NAME = bytes.fromhex(
+    "f3acd3118cd100c04f8edb8a"
+)  # behind the first four letters of a chunk's name
+MAY_FOLLOW = (
+    b"data",
+    b"fact",
+    b"fmt ",
+    b"LIST",
+    b"bext",
+    b"cue ",
+    b"smpl",
+    b"PEAK",
+)  # an odd chunk of a WAV
+WAV_GSM, WAV_GSM_BLOCK = (
+    b"\x31\0",
+    (65, 320),
+)  # a WAV's number for GSM 6.10; bytes and samples of a block
 GSM_BYTES, GSM_MARK = 33, 0xD  # a frame of GSM 6.10, and its first four bits
 FOREIGN = (  # what people have that libsndfile does not read: where to look, for which bytes, what it is
     (4, b"ftyp", "MP4, M4A or MOV"),
@@ -62,7 +78,9 @@ def examine(data: Bytes, name: str) -> Whole:
         return _gsm(data, name)
     if magic.startswith(b"\xff"):
         return _mpeg(data, start, name)
-    promised_end = next((end for known, end in PROMISED_END.items() if magic.startswith(known)), None)
+    promised_end = next(
+        (end for known, end in PROMISED_END.items() if magic.startswith(known)), None
+    )
     if promised_end:
         return _old(data, start, name, promised_end)
     return Whole([[slice(start, None)]])
@@ -75,7 +93,9 @@ def foreign(data: Bytes) -> str | None:
 
 def _require(promised: int, present: int, name: str) -> None:
     if present < promised:
-        raise cut_off(name, f"its header promises {promised} bytes of samples and {present} are there")
+        raise cut_off(
+            name, f"its header promises {promised} bytes of samples and {present} are there"
+        )
 
 
 # --- chunks: WAV, RF64, AIFF, 8SVX, CAF, W64 ---
@@ -129,7 +149,11 @@ def _chunks(data: Bytes, start: int, family: Family) -> Iterator[Chunk]:
         yield Chunk(name, at, begin, size, lacks_padding)
         end = begin + size
         at = end + (start - end) % family.align
-        lacks_padding = at == end + 1 and data[end : end + 4] in MAY_FOLLOW and data[at : at + 4] not in MAY_FOLLOW
+        lacks_padding = (
+            at == end + 1
+            and data[end : end + 4] in MAY_FOLLOW
+            and data[at : at + 4] not in MAY_FOLLOW
+        )
         at = end if lacks_padding else at
 
 
@@ -138,7 +162,9 @@ def _chunked(data: Bytes, start: int, name: str, family: Family) -> Whole:
     samples = next((chunk for chunk in chunks if chunk.name in family.data), None)
     if samples is None:
         end = chunks[-1].begin + chunks[-1].size if chunks else start + family.first
-        if data[start + 8 : start + 12].startswith(family.forms) and end + family.header_bytes > len(data):
+        if data[start + 8 : start + 12].startswith(
+            family.forms
+        ) and end + family.header_bytes > len(data):
             raise cut_off(name, "it ends before its samples")
         return Whole([[slice(start, None)]])  # libsndfile says what is wrong with it
     size_at, form, promised = samples.at + family.name_bytes, family.size_form, samples.size
@@ -146,7 +172,11 @@ def _chunked(data: Bytes, start: int, name: str, family: Family) -> Whole:
     if wide and wide.begin + 16 <= samples.at:
         size_at, form = wide.begin + 8, "<Q"
         promised = struct.unpack(form, data[size_at : size_at + 8])[0]
-    edits = {chunk.at: (chunk.at, b"\0") for chunk in chunks if chunk.lacks_padding and chunk.at <= samples.at}
+    edits = {
+        chunk.at: (chunk.at, b"\0")
+        for chunk in chunks
+        if chunk.lacks_padding and chunk.at <= samples.at
+    }
     present = len(data) - samples.begin
     following = data[samples.begin : samples.begin + family.header_bytes]
     if _was_left_open(promised, present, form, family, following):
@@ -160,7 +190,9 @@ def _chunked(data: Bytes, start: int, name: str, family: Family) -> Whole:
     return Whole([_edited(start, edits)], n_samples=_samples_of_gsm(data, chunks, promised))
 
 
-def _was_left_open(promised: int, present: int, form: str, family: Family, following: bytes) -> bool:
+def _was_left_open(
+    promised: int, present: int, form: str, family: Family, following: bytes
+) -> bool:
     """Whether a size is no size: the writer had a pipe and could not come back to it."""
     if promised == 0:
         return present > 0 and not _is_chunk(following, family, present)
@@ -213,7 +245,9 @@ def _mpeg(data: Bytes, start: int, name: str) -> Whole:
         return Whole([[slice(start, None)]], has_length=False)
     frames.require_whole(name)
     promised = frames.promised_frames
-    if frames.is_layer_iii and (not promised or promised < frames.n_frames):  # fewer: files one after another
+    if frames.is_layer_iii and (
+        not promised or promised < frames.n_frames
+    ):  # fewer: files one after another
         counted = [streams.xing_frame(data, frames), slice(frames.begin, None)]
         return Whole([counted], has_length=bool(promised))
     return Whole([[slice(start, None)]], has_length=bool(promised))

@@ -13,11 +13,18 @@ import numpy as np
 
 from tiny_align.runtime.errors import BackendError
 
-LIBRARIES = ("libcudart.so.13", "libcudart.so.12", "libcudart.so", "/usr/local/cuda/lib64/libcudart.so")
+LIBRARIES = (
+    "libcudart.so.13",
+    "libcudart.so.12",
+    "libcudart.so",
+    "/usr/local/cuda/lib64/libcudart.so",
+)
 TO_DEVICE, TO_HOST, ON_DEVICE = 1, 2, 3  # cudaMemcpyKind
 MAPPED = 2  # cudaHostAllocMapped
 INTEGRATED, CAN_MAP_HOST_MEMORY = 18, 19  # cudaDeviceAttr
-ZERO_COPY = "TINY_ALIGN_ZERO_COPY"  # environment variable; "0": every array is copied, on a Jetson too
+ZERO_COPY = (
+    "TINY_ALIGN_ZERO_COPY"  # environment variable; "0": every array is copied, on a Jetson too
+)
 POINTER, SIZE, INT, FLAGS = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_uint
 SIGNATURES = {  # of <cuda_runtime_api.h>, the same in CUDA 12 and 13; each returns a cudaError_t
     "cudaMalloc": (ctypes.POINTER(POINTER), SIZE),
@@ -57,7 +64,10 @@ def _declared(cudart):
     for name, arguments in SIGNATURES.items():
         function = getattr(cudart, name)
         function.argtypes, function.restype = arguments, ctypes.c_int
-    cudart.cudaGetErrorString.argtypes, cudart.cudaGetErrorString.restype = (ctypes.c_int,), ctypes.c_char_p
+    cudart.cudaGetErrorString.argtypes, cudart.cudaGetErrorString.restype = (
+        (ctypes.c_int,),
+        ctypes.c_char_p,
+    )
     return cudart
 
 
@@ -80,9 +90,16 @@ class Buffer:
 
     def __init__(self, n_bytes: int):
         self.n_bytes, address = max(n_bytes, 1), POINTER()  # of nothing CUDA would give no address
-        call("cudaMalloc", ctypes.byref(address), self.n_bytes, what=f" of {self.n_bytes / 1e6:.1f} MB")
+        call(
+            "cudaMalloc",
+            ctypes.byref(address),
+            self.n_bytes,
+            what=f" of {self.n_bytes / 1e6:.1f} MB",
+        )
         self.address = address.value
-        weakref.finalize(self, library().cudaFree, self.address)  # where it fails nobody can be told
+        weakref.finalize(
+            self, library().cudaFree, self.address
+        )  # where it fails nobody can be told
 
 
 class Copied:
@@ -107,8 +124,12 @@ class Mapped:
 
     def __init__(self, size: int, dtype):
         n_bytes, host, address = size * np.dtype(dtype).itemsize, POINTER(), POINTER()
-        call("cudaHostAlloc", ctypes.byref(host), n_bytes, MAPPED, what=f" of {n_bytes / 1e6:.1f} MB")
-        weakref.finalize(self, library().cudaFreeHost, host.value)  # where it fails nobody can be told
+        call(
+            "cudaHostAlloc", ctypes.byref(host), n_bytes, MAPPED, what=f" of {n_bytes / 1e6:.1f} MB"
+        )
+        weakref.finalize(
+            self, library().cudaFreeHost, host.value
+        )  # where it fails nobody can be told
         call("cudaHostGetDevicePointer", ctypes.byref(address), host.value, 0)
         self.array = np.frombuffer((ctypes.c_byte * n_bytes).from_address(host.value), dtype)
         self.address = address.value
@@ -163,9 +184,21 @@ class Stream:
     def shorten(self, origin: Buffer, to: Buffer, rows: int, row: int, kept: int) -> None:
         """Copy the first `kept` bytes of each of `rows` rows of `row` bytes to another buffer, without gaps."""
         if rows * row > origin.n_bytes or kept > row or rows * kept > to.n_bytes:
-            raise BackendError(f"{rows} rows of {row} bytes do not fit buffers of {origin.n_bytes} and {to.n_bytes}")
+            raise BackendError(
+                f"{rows} rows of {row} bytes do not fit buffers of {origin.n_bytes} and {to.n_bytes}"
+            )
         if kept:
-            call("cudaMemcpy2DAsync", to.address, kept, origin.address, row, kept, rows, ON_DEVICE, self.handle)
+            call(
+                "cudaMemcpy2DAsync",
+                to.address,
+                kept,
+                origin.address,
+                row,
+                kept,
+                rows,
+                ON_DEVICE,
+                self.handle,
+            )
 
     def synchronise(self) -> None:
         """Wait until all of it is done; errors of what ran before are told here."""
@@ -173,5 +206,7 @@ class Stream:
 
     def _copy(self, to: int, origin: int, array: np.ndarray, buffer: Buffer, kind: int) -> None:
         if array.nbytes > buffer.n_bytes or not array.flags.c_contiguous:
-            raise BackendError(f"{array.nbytes} bytes do not fit a device buffer of {buffer.n_bytes}")
+            raise BackendError(
+                f"{array.nbytes} bytes do not fit a device buffer of {buffer.n_bytes}"
+            )
         call("cudaMemcpyAsync", to, origin, array.nbytes, kind, self.handle)

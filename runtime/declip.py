@@ -12,10 +12,15 @@ FRAME, HOP = 768, 96  # samples
 N_STEPS, MORE = 100, 2  # iterations, coefficients that each adds
 AT_ONCE = 64  # frames, whose spectra a processor's cache holds
 BINS = 100  # of amplitudes, from 0 to the greatest
-FLAT, RIPPLED = 0.99, 0.95  # of the ceiling: resampling after the clipping has moved samples by more than rounding
+FLAT, RIPPLED = (
+    0.99,
+    0.95,
+)  # of the ceiling: resampling after the clipping has moved samples by more than rounding
 MIN_SHARE = 1e-3  # of the samples lie at the ceiling
 PILE = 2.0  # the ceiling's bins hold so many times more than those below it
-WINDOW = np.sin(np.pi * (np.arange(FRAME) + 0.5) / FRAME).astype(np.float32) * np.float32((2 * HOP / FRAME) ** 0.5)
+WINDOW = np.sin(np.pi * (np.arange(FRAME) + 0.5) / FRAME).astype(np.float32) * np.float32(
+    (2 * HOP / FRAME) ** 0.5
+)
 
 
 def clipping(audio: np.ndarray) -> tuple[float, float]:
@@ -75,7 +80,9 @@ def _overlapped(frames: np.ndarray, n_samples: int) -> np.ndarray:
     return whole.reshape(-1)[FRAME - HOP : FRAME - HOP + n_samples]
 
 
-def _restored(frames: np.ndarray, least: np.ndarray, greatest: np.ndarray, damaged: np.ndarray) -> np.ndarray:
+def _restored(
+    frames: np.ndarray, least: np.ndarray, greatest: np.ndarray, damaged: np.ndarray
+) -> np.ndarray:
     """A-SPADE for frames (N, FRAME): the damaged samples anew, between `least` and `greatest`."""
     scale = np.float32(np.sqrt(2 * FRAME))
     audio, dual = frames, np.zeros((len(frames), FRAME + 1), np.complex64)

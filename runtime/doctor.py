@@ -19,7 +19,9 @@ from tiny_align.runtime import machine
 GIB = 2**30
 MIN_TENSORRT = (10, 3)
 LEAST_L4T = (36, 4)  # JetPack 6.1, the first with TensorRT 10.3
-SMALL_BOARD = 12 * GIB  # below it CPU and GPU share too little for carelessness: an Orin Nano or NX of 8 GB
+SMALL_BOARD = (
+    12 * GIB
+)  # below it CPU and GPU share too little for carelessness: an Orin Nano or NX of 8 GB
 MIN_AVAILABLE, MIN_CMA, MIN_SWAP = 1 * GIB, 900 << 20, 4 * GIB
 THROTTLES_WITHIN_C = 5.0
 DOCS = "docs/jetson.md"
@@ -59,7 +61,9 @@ class Subject:
 
     def package(self, *names: str) -> metadata.Distribution | None:
         """The first of these distributions that is installed; a folder without metadata is none."""
-        found = (d for name in names for d in metadata.distributions(name=name, path=list(self.packages)))
+        found = (
+            d for name in names for d in metadata.distributions(name=name, path=list(self.packages))
+        )
         return next((d for d in found if d.metadata["Name"]), None)
 
 
@@ -105,7 +109,9 @@ def _gpu(subject: Subject) -> Iterator[Finding]:
 def _cuda(subject: Subject) -> Iterator[Finding]:
     version = machine.cuda_toolkit(subject.root)
     if version or subject.jetson:
-        yield _judged("CUDA", version or "no toolkit", bool(version), "sudo apt install nvidia-jetpack")
+        yield _judged(
+            "CUDA", version or "no toolkit", bool(version), "sudo apt install nvidia-jetpack"
+        )
 
 
 def _tensorrt(subject: Subject) -> Iterator[Finding]:
@@ -122,21 +128,31 @@ def _tensorrt(subject: Subject) -> Iterator[Finding]:
     elif subject.jetson:
         yield Finding("TensorRT", "not installed", False, "sudo apt install nvidia-jetpack")
     else:
-        yield _optional(subject, "TensorRT-RTX", ("tensorrt-rtx",), "to build engines: pip install tensorrt-rtx")
+        yield _optional(
+            subject, "TensorRT-RTX", ("tensorrt-rtx",), "to build engines: pip install tensorrt-rtx"
+        )
 
 
 def _hidden_tensorrt(system: machine.SystemTensorRT, python: str) -> Finding:
     if not system.pythons:
         value, remedy = "has no Python bindings", "sudo apt install python3-libnvinfer"
     elif python not in system.pythons:
-        value, remedy = f"is for {', '.join(system.pythons)}, this is {python}", f"use {system.pythons[-1]}"
+        value, remedy = (
+            f"is for {', '.join(system.pythons)}, this is {python}",
+            f"use {system.pythons[-1]}",
+        )
     else:
-        value, remedy = "is not seen by this Python", "make the venv with `python3 -m venv --system-site-packages`"
+        value, remedy = (
+            "is not seen by this Python",
+            "make the venv with `python3 -m venv --system-site-packages`",
+        )
     return Finding("TensorRT", f"the system's {system.version} {value}", False, remedy)
 
 
 def _onnx_runtime(subject: Subject) -> Iterator[Finding]:
-    builds = {name: d for name in ("onnxruntime", "onnxruntime-gpu") if (d := subject.package(name))}
+    builds = {
+        name: d for name in ("onnxruntime", "onnxruntime-gpu") if (d := subject.package(name))
+    }
     if not builds:
         yield Finding("ONNX Runtime", "not installed", False, "pip install tiny-align")
         return
@@ -153,19 +169,28 @@ def _providers(distribution: metadata.Distribution) -> list[str]:
     """By the libraries that lie in the package's folder, which all builds share; the CPU is built in."""
     folder = Path(str(distribution.locate_file("onnxruntime/capi")))
     libraries = {"TensorRT": "tensorrt", "CUDA": "cuda"}
-    return [n for n, part in libraries.items() if any(folder.glob(f"*onnxruntime_providers_{part}.*"))] + ["CPU"]
+    return [
+        n for n, part in libraries.items() if any(folder.glob(f"*onnxruntime_providers_{part}.*"))
+    ] + ["CPU"]
 
 
 def _torch(subject: Subject) -> Iterator[Finding]:
     torch = subject.package("torch")
     if torch is None:
         wheel = f"a wheel for the board, see {DOCS}, then " if subject.jetson else ""
-        yield Finding("PyTorch", "not installed", None, f"to train: {wheel}pip install 'tiny-align[align]'")
+        yield Finding(
+            "PyTorch", "not installed", None, f"to train: {wheel}pip install 'tiny-align[align]'"
+        )
         return
     cuda, toolkit = _torch_cuda(torch), machine.cuda_toolkit(subject.root)
     fits = not (cuda and toolkit) or cuda.split(".")[0] == toolkit.split(".")[0]
     value = f"{torch.version}, {f'CUDA {cuda}' if cuda else 'for the CPU'}"
-    yield _judged("PyTorch", value, fits, f"the machine has CUDA {toolkit}: install a build for it, see {DOCS}")
+    yield _judged(
+        "PyTorch",
+        value,
+        fits,
+        f"the machine has CUDA {toolkit}: install a build for it, see {DOCS}",
+    )
 
 
 def _torch_cuda(torch: metadata.Distribution) -> str | None:
@@ -175,10 +200,19 @@ def _torch_cuda(torch: metadata.Distribution) -> str | None:
 
 
 def _extras(subject: Subject) -> Iterator[Finding]:
-    yield _optional(subject, "evaluation", ("rouge-score",), "to evaluate: pip install 'tiny-align[align]'")
-    yield _optional(subject, "Polygraphy", ("polygraphy",), "to build engines: pip install 'tiny-align[trt]'")
+    yield _optional(
+        subject, "evaluation", ("rouge-score",), "to evaluate: pip install 'tiny-align[align]'"
+    )
+    yield _optional(
+        subject, "Polygraphy", ("polygraphy",), "to build engines: pip install 'tiny-align[trt]'"
+    )
     if not subject.jetson:
-        yield _optional(subject, "transformers", ("transformers",), "to export: pip install 'tiny-align[export]'")
+        yield _optional(
+            subject,
+            "transformers",
+            ("transformers",),
+            "to export: pip install 'tiny-align[export]'",
+        )
 
 
 def _power(subject: Subject) -> Iterator[Finding]:
@@ -190,15 +224,21 @@ def _power(subject: Subject) -> Iterator[Finding]:
     events = machine.power_shortages(subject.root)
     if events is not None:
         remedy = "the board slowed down: use a stronger power supply, or a lower mode of nvpmodel"
-        yield _judged("power supply", f"fell short {events} times since the start", events == 0, remedy)
+        yield _judged(
+            "power supply", f"fell short {events} times since the start", events == 0, remedy
+        )
 
 
 def _clocks(subject: Subject) -> Iterator[Finding]:
     clock = machine.gpu_clock(subject.root)
     if clock:
-        now, least, greatest = (round(hertz / 1e6) for hertz in (clock.now, clock.least, clock.greatest))
+        now, least, greatest = (
+            round(hertz / 1e6) for hertz in (clock.now, clock.least, clock.greatest)
+        )
         value = f"{now} MHz, locked" if clock.locked else f"{now} MHz of {least} to {greatest}"
-        yield Finding("GPU clock", value, None, "" if clock.locked else "before measuring: sudo jetson_clocks")
+        yield Finding(
+            "GPU clock", value, None, "" if clock.locked else "before measuring: sudo jetson_clocks"
+        )
 
 
 def _heat(subject: Subject) -> Iterator[Finding]:
@@ -207,14 +247,21 @@ def _heat(subject: Subject) -> Iterator[Finding]:
         nearest = min(zones, key=lambda zone: zone.limit - zone.celsius)
         cool = nearest.celsius < nearest.limit - THROTTLES_WITHIN_C
         value = f"{nearest.celsius:.0f} °C at {nearest.zone}, slowed down from {nearest.limit:.0f}"
-        yield _judged("temperature", value, cool, "clean or add a fan, or choose a lower power mode")
+        yield _judged(
+            "temperature", value, cool, "clean or add a fan, or choose a lower power mode"
+        )
 
 
 def _memory(subject: Subject) -> Iterator[Finding]:
     told = subject.memory
     if "MemAvailable" in told:
         value = f"{told['MemAvailable'] / GIB:.1f} GiB available of {told['MemTotal'] / GIB:.1f}"
-        yield _judged("memory", value, told["MemAvailable"] >= MIN_AVAILABLE, "close other programs, or restart")
+        yield _judged(
+            "memory",
+            value,
+            told["MemAvailable"] >= MIN_AVAILABLE,
+            "close other programs, or restart",
+        )
     if subject.small_board and machine.starts_a_desktop(subject.root):
         remedy = "takes over 1 GiB: sudo systemctl set-default multi-user.target, then restart"
         yield Finding("desktop", "started with the board", False, remedy)
@@ -231,7 +278,9 @@ def _cma(subject: Subject) -> Iterator[Finding]:
             "TensorRT runs out of contiguous memory first: add cma=950M to the APPEND line of "
             f"/boot/extlinux/extlinux.conf, then restart, see {DOCS}"
         )
-        yield _judged("contiguous memory", value, total >= MIN_CMA or not subject.small_board, remedy)
+        yield _judged(
+            "contiguous memory", value, total >= MIN_CMA or not subject.small_board, remedy
+        )
 
 
 def _swap(subject: Subject) -> Iterator[Finding]:
@@ -248,7 +297,9 @@ def _swap(subject: Subject) -> Iterator[Finding]:
 def _sound(subject: Subject) -> Iterator[Finding]:
     names = machine.microphones(subject.root)
     remedy = "to enroll by voice plug in a USB microphone (`arecord -l` lists it); recordings in files need none"
-    yield Finding("microphone", ", ".join(names) or "none", True if names else None, "" if names else remedy)
+    yield Finding(
+        "microphone", ", ".join(names) or "none", True if names else None, "" if names else remedy
+    )
 
 
 CHECKS = (
@@ -275,7 +326,11 @@ def _judged(what: str, value: str, ok: bool, remedy: str) -> Finding:
 
 def _optional(subject: Subject, what: str, names: tuple[str, ...], remedy: str) -> Finding:
     found = subject.package(*names)
-    return Finding(what, found.version, True) if found else Finding(what, "not installed", None, remedy)
+    return (
+        Finding(what, found.version, True)
+        if found
+        else Finding(what, "not installed", None, remedy)
+    )
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -304,14 +359,20 @@ def run(args) -> dict:
     bundle = _bundle(args.bundle) if args.bundle else None
     findings = examine(Subject(machine.gpu_compute_capability()))
     if bundle:
-        findings.append(Finding("bundle", f"{bundle['name']}: every file is there and unchanged", True))
+        findings.append(
+            Finding("bundle", f"{bundle['name']}: every file is there and unchanged", True)
+        )
     private = _private(args.bundle) if args.prove_private else None
     if private:
         findings.append(_privacy(private))
     if not args.json:
         show(findings)
     wrong = [finding.what for finding in findings if finding.ok is False]
-    report = {"machine": machine.describe(), "findings": [asdict(f) for f in findings], "wrong": wrong}
+    report = {
+        "machine": machine.describe(),
+        "findings": [asdict(f) for f in findings],
+        "wrong": wrong,
+    }
     report |= {"bundle": bundle} if bundle else {}
     if private:
         report |= {"private": private, "exit_status": int(private["proved"] is False)}

@@ -89,7 +89,11 @@ class Endpointer:
                 f"speech is found at {SAMPLE_RATE} Hz only and the bundle's encoder hears {sample_rate} Hz: "
                 "push recordings to a session instead"
             )
-        self.sample_rate, self.endpointing, self._detector = sample_rate, endpointing, detector or Silero()
+        self.sample_rate, self.endpointing, self._detector = (
+            sample_rate,
+            endpointing,
+            detector or Silero(),
+        )
         self._least, self._pre, self._post, self._hangover = (
             max(1, round(seconds / FRAME_S))
             for seconds in (
@@ -122,13 +126,19 @@ class Endpointer:
         audio = np.concatenate([self._rest, chunk])
         whole = len(audio) // FRAME_SAMPLES * FRAME_SAMPLES
         self._rest = audio[whole:].copy()
-        return [event for frame in audio[:whole].reshape(-1, FRAME_SAMPLES) for event in self._hear(frame)]
+        return [
+            event
+            for frame in audio[:whole].reshape(-1, FRAME_SAMPLES)
+            for event in self._hear(frame)
+        ]
 
     def flush(self) -> list[Event]:
         """The stream is over, end the turn that is open; `reset` before another stream."""
         if not self.speaking:
             return []
-        tail = [] if self._held or not len(self._rest) else [Speech(self._rest)]  # less than a frame: not judged
+        tail = (
+            [] if self._held or not len(self._rest) else [Speech(self._rest)]
+        )  # less than a frame: not judged
         return [*tail, self._end()]
 
     def _hear(self, frame: np.ndarray) -> list[Event]:

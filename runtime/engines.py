@@ -37,7 +37,9 @@ def import_tensorrt(package: str, part: str):
     except (ImportError, OSError) as error:
         if isinstance(error, ModuleNotFoundError) and error.name == package:
             return None
-        raise BackendError(f"{package} is installed but cannot be imported ({error}): repair or remove it") from error
+        raise BackendError(
+            f"{package} is installed but cannot be imported ({error}): repair or remove it"
+        ) from error
     return module if hasattr(module, part) else None
 
 
@@ -102,7 +104,11 @@ def build_command(bundle: Bundle) -> str:
     if (bundle.path / USER_RECORD).is_file():
         users = bundle.path.parent
         own = (users.parent / MANIFEST).is_file() and users.name == "users"
-        where = ["--bundle", str(users.parent)] if own else ["--bundle", "BUNDLE", "--users", str(users)]
+        where = (
+            ["--bundle", str(users.parent)]
+            if own
+            else ["--bundle", "BUNDLE", "--users", str(users)]
+        )
         where += ["--user", bundle.path.name]
     return shlex.join(["tiny-align", "build-engines", *where])
 

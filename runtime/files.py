@@ -116,7 +116,10 @@ def replace_folder(new: Path, target: Path) -> None:
 def _exchange(one: Path, other: Path) -> bool:
     """Give two folders each other's name at once; False where that cannot be done."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)  # Linux, glibc 2.28
-    return rename is not None and rename(HERE, os.fsencode(one), HERE, os.fsencode(other), EXCHANGE) == 0
+    return (
+        rename is not None
+        and rename(HERE, os.fsencode(one), HERE, os.fsencode(other), EXCHANGE) == 0
+    )
 
 
 def link_tree(source: Path, target: Path) -> None:

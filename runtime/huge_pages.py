@@ -11,7 +11,10 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-COLLAPSE, PAGE = 25, 2 << 20  # MADV_COLLAPSE; bytes of a huge page on x86-64 and, with 4 KiB pages, on ARM
+COLLAPSE, PAGE = (
+    25,
+    2 << 20,
+)  # MADV_COLLAPSE; bytes of a huge page on x86-64 and, with 4 KiB pages, on ARM
 LEAST = 16 * PAGE  # bytes of a mapping worth it
 MAPS = Path("/proc/self/maps")
 ANONYMOUS = re.compile(r"([0-9a-f]+)-([0-9a-f]+) rw-p 0+ 00:00 0\s*(?:\[heap\])?$", re.MULTILINE)
@@ -25,7 +28,9 @@ def on_huge_pages() -> Iterator[None]:
     new = _without(_mappings(), before)
     if large := [m for m in map(_whole_pages, new) if m[1] - m[0] >= LEAST]:
         with contextlib.suppress(RuntimeError):  # no more threads: it can do without
-            threading.Thread(target=_collapse, args=(large,), name="huge pages", daemon=True).start()
+            threading.Thread(
+                target=_collapse, args=(large,), name="huge pages", daemon=True
+            ).start()
 
 
 def _mappings() -> list[tuple[int, int]]:
@@ -35,7 +40,9 @@ def _mappings() -> list[tuple[int, int]]:
     return [(int(start, 16), int(end, 16)) for start, end in ANONYMOUS.findall(MAPS.read_text())]
 
 
-def _without(mappings: list[tuple[int, int]], others: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def _without(
+    mappings: list[tuple[int, int]], others: list[tuple[int, int]]
+) -> list[tuple[int, int]]:
     """What of `mappings` is in none of `others`: a mapping grows at either end."""
     for start, end in others:
         pieces = (piece for a, b in mappings for piece in ((a, min(b, start)), (max(a, end), b)))

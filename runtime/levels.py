@@ -14,7 +14,9 @@ SPEECH_RANGE_DB = 20.0  # below its loudest moment
 QUIET_DB = -40.0  # speech below this is mostly the microphone's own noise
 CLIPPED_SHARE = 1e-3  # of the samples
 FULL_SCALE = (0.985, 1.001)
-OVERSHOOT = 1.5  # a lossy codec's, of clipped sound; beyond it samples are floats that nothing clipped at 1
+OVERSHOOT = (
+    1.5  # a lossy codec's, of clipped sound; beyond it samples are floats that nothing clipped at 1
+)
 FLAT = 5e-5  # samples that differ by less are equal: one step of 16 bits, and a half
 FLAT_RUN = 3  # samples
 MIN_FLATS = 4  # speech that is not clipped has one highest peak
@@ -36,7 +38,9 @@ def measure(audio: np.ndarray, sample_rate: int) -> Levels:
     frames_db = np.sort(frame_levels(audio, sample_rate, FRAME_MS))
     speech = frames_db[frames_db >= frames_db[-SPOKEN_FRAMES] - SPEECH_RANGE_DB]
     noise = frames_db[: max(1, len(frames_db) // 10)]
-    return Levels(_mean_db(speech), _mean_db(noise), clipped_share(audio), float(np.abs(audio).max()))
+    return Levels(
+        _mean_db(speech), _mean_db(noise), clipped_share(audio), float(np.abs(audio).max())
+    )
 
 
 def notes(audio: np.ndarray, sample_rate: int) -> list[str]:
@@ -44,7 +48,9 @@ def notes(audio: np.ndarray, sample_rate: int) -> list[str]:
     levels, found = measure(audio, sample_rate), []
     if levels.clipped > CLIPPED_SHARE:
         where = (
-            "at full scale" if levels.peak >= FULL_SCALE[0] else f"cut flat at {20 * math.log10(levels.peak):.0f} dBFS"
+            "at full scale"
+            if levels.peak >= FULL_SCALE[0]
+            else f"cut flat at {20 * math.log10(levels.peak):.0f} dBFS"
         )
         found.append(
             f"clipped: {levels.clipped:.1%} of the samples are {where}, words may be misheard; "
@@ -72,7 +78,10 @@ def clipped_share(audio: np.ndarray) -> float:
     size = np.abs(audio)
     at_full_scale = (size >= FULL_SCALE[0]) & (size <= FULL_SCALE[1])
     at_full_scale &= size.max() <= OVERSHOOT
-    return max(float(at_full_scale.mean()), _flat_share(audio, audio.max()) + _flat_share(audio, audio.min()))
+    return max(
+        float(at_full_scale.mean()),
+        _flat_share(audio, audio.max()) + _flat_share(audio, audio.min()),
+    )
 
 
 def _flat_share(audio: np.ndarray, edge: float) -> float:

@@ -17,8 +17,12 @@ METER_CELLS = 20
 
 def add_arguments(parser) -> None:
     options.add_arguments(parser)
-    parser.add_argument("--wav", type=Path, nargs="+", metavar="AUDIO", help="recordings instead of a microphone")
-    parser.add_argument("--fast", action="store_true", help="with --wav: each as soon as the one before is answered")
+    parser.add_argument(
+        "--wav", type=Path, nargs="+", metavar="AUDIO", help="recordings instead of a microphone"
+    )
+    parser.add_argument(
+        "--fast", action="store_true", help="with --wav: each as soon as the one before is answered"
+    )
     parser.add_argument("--device", help="microphone, by name or number (default: the system's)")
 
 
@@ -27,17 +31,25 @@ def run(args) -> dict:
     from tiny_align.runtime.listening import Notice, TurnEnded, listen
 
     if args.fast and not args.wav:
-        raise TinyAlignError("--fast is for recordings and a microphone has no other speed: give --wav too")
+        raise TinyAlignError(
+            "--fast is for recordings and a microphone has no other speed: give --wav too"
+        )
     bundle = options.check(args)
     seal = options.prepare_seal(args)
     sample_rate = bundle.manifest.front_end.sample_rate
     endpointer, show, seen = Endpointer(sample_rate), _Screen(args.json), []
     recordings = _recordings(args, sample_rate)
-    with _source(args, sample_rate, recordings) as source, options.load_for_long(args, bundle) as assistant:
+    with (
+        _source(args, sample_rate, recordings) as source,
+        options.load_for_long(args, bundle) as assistant,
+    ):
         sealed = seal(microphone=not args.wav)
         session = assistant.listen(args.instruction, options.decoding(args))
         events = contextlib.closing(listen(session, source, endpointer))
-        with contextlib.suppress(KeyboardInterrupt), events as heard:  # Ctrl-C: the way to stop a microphone
+        with (
+            contextlib.suppress(KeyboardInterrupt),
+            events as heard,
+        ):  # Ctrl-C: the way to stop a microphone
             for event in heard:
                 if isinstance(event, TurnEnded | Notice):
                     seen.append(event)
@@ -66,7 +78,9 @@ def _source(args, sample_rate: int, recordings: list):
     from tiny_align.runtime.microphone import Microphone
 
     if recordings:
-        played = Recordings([recording.samples for recording in recordings], sample_rate, live=not args.fast)
+        played = Recordings(
+            [recording.samples for recording in recordings], sample_rate, live=not args.fast
+        )
         return contextlib.nullcontext(played)
     return Microphone(sample_rate, args.device)
 
@@ -107,7 +121,12 @@ class _Screen:
     def _Level(self, level) -> None:
         if self._meter:
             state = "silence" if level.speaking_s is None else f"speaking {level.speaking_s:.1f} s"
-            print(f"\r\033[K{meter(level.db)} {level.db:4.0f} dB  {state}", end="", file=sys.stderr, flush=True)
+            print(
+                f"\r\033[K{meter(level.db)} {level.db:4.0f} dB  {state}",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _TurnBegan(self, began) -> None:
         self._say(f"turn {began.turn}: speech at {began.at_s:.1f} s")
@@ -131,7 +150,11 @@ class _Screen:
 
 
 def _latencies(turn) -> str:
-    end = "cancelled, the person spoke again" if turn.cancelled else f"{turn.tokens} tokens in {turn.seconds:.2f} s"
+    end = (
+        "cancelled, the person spoke again"
+        if turn.cancelled
+        else f"{turn.tokens} tokens in {turn.seconds:.2f} s"
+    )
     if not turn.heard:
         end = "nothing was heard: no word in it"
     if turn.ttft_s is None:

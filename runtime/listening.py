@@ -91,7 +91,10 @@ class Recordings:
             yield block
 
     def _blocks(self) -> Iterator[np.ndarray]:
-        size, pause = round(BLOCK_S * self._sample_rate), np.zeros(round(PAUSE_S * self._sample_rate), np.float32)
+        size, pause = (
+            round(BLOCK_S * self._sample_rate),
+            np.zeros(round(PAUSE_S * self._sample_rate), np.float32),
+        )
         for recording in self._recordings:
             audio = np.concatenate([recording, pause])
             yield from (audio[at : at + size] for at in range(0, len(audio), size))
@@ -127,7 +130,9 @@ class _Ears(threading.Thread):
         super().__init__(name="listening", daemon=True)
         self._session, self._source, self.endpointer = session, source, endpointer
         self.live, self.turn = source.live, 0  # the turn that was begun last
-        self.heard: queue.Queue = queue.Queue(WAITING)  # (event, when), (exception, when), or (None, when) at the end
+        self.heard: queue.Queue = queue.Queue(
+            WAITING
+        )  # (event, when), (exception, when), or (None, when) at the end
         self.answered = threading.Semaphore(0)
         self._stopped = False
         self._listened_s: float | None = 0.0  # until something is loud enough to be speech
@@ -166,7 +171,9 @@ class _Ears(threading.Thread):
         elif self._listened_s >= DEAF_S:
             self._listened_s = None
             heard = f"nothing louder than {loudest:.0f} dBFS in {DEAF_S:.0f} s, expected speech at {QUIET_DB:.0f}"
-            self._put(Notice(f"{heard} or more: check that the microphone is on, unmuted and selected"))
+            self._put(
+                Notice(f"{heard} or more: check that the microphone is on, unmuted and selected")
+            )
 
     def _hand_on(self, events: list) -> None:
         for event in events:
@@ -233,7 +240,9 @@ class _Mouth:
 
     def _level(self) -> Level:
         speaking = self._ears.endpointer.speaking
-        return Level(self._ears.endpointer.level_db, self._samples / self._rate if speaking else None)
+        return Level(
+            self._ears.endpointer.level_db, self._samples / self._rate if speaking else None
+        )
 
     def _push(self, item: SpeechBegan | Speech) -> Iterator[TurnBegan | Notice]:
         if isinstance(item, SpeechBegan):

@@ -30,7 +30,9 @@ class Decoding:
     temperature: float = 0.0
     top_k: int = 40
     seed: int = 0
-    loop_tokens: int = 24  # an answer ends when its last so many tokens go round in a circle; 0: never for that
+    loop_tokens: int = (
+        24  # an answer ends when its last so many tokens go round in a circle; 0: never for that
+    )
 
     def __post_init__(self):
         check_fields(self, "max_tokens", "temperature", "top_k", "seed", "loop_tokens")
@@ -49,9 +51,13 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def encode_around(tokenizer: Tokenizer, prompt: PromptSpec, instruction: str) -> tuple[list[int], list[int]]:
+def encode_around(
+    tokenizer: Tokenizer, prompt: PromptSpec, instruction: str
+) -> tuple[list[int], list[int]]:
     """Token ids that stand before and after the words of a prompt, spoken or typed."""
-    return encode(tokenizer, prompt.before + instruction.strip() + prompt.between), encode(tokenizer, prompt.after)
+    return encode(tokenizer, prompt.before + instruction.strip() + prompt.between), encode(
+        tokenizer, prompt.after
+    )
 
 
 def encode_in_place(tokenizer: Tokenizer, prompt: PromptSpec, words: str) -> list[int]:
@@ -78,8 +84,12 @@ class LanguageModel:
         self.tokenizer = bundle.load_tokenizer()
         self._table = bundle.load_embeddings()
         self.set_speech_tokens(bundle.speech_tokens())
-        self._special = {i for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
-        self._unknown = self.tokenizer.token_to_id(getattr(self.tokenizer.model, "unk_token", None) or "<unk>")
+        self._special = {
+            i for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special
+        }
+        self._unknown = self.tokenizer.token_to_id(
+            getattr(self.tokenizer.model, "unk_token", None) or "<unk>"
+        )
 
     def encode(self, text: str) -> list[int]:
         """Text -> token ids, special tokens of the template understood, none added."""
@@ -98,7 +108,9 @@ class LanguageModel:
         if not text.strip() or not ids:
             raise DataError(f"{where} is empty: a sentence was expected")
         if self._unknown is not None and self._unknown in ids:
-            strange = sorted({c for c in set(text) if self._unknown in self.encode(c)})[:MAX_SHOWN] or [text]
+            strange = sorted({c for c in set(text) if self._unknown in self.encode(c)})[
+                :MAX_SHOWN
+            ] or [text]
             raise DataError(
                 f"{where} holds characters outside the LLM's tokenizer: {' '.join(map(repr, strange))}. "
                 "Write it in the characters the model knows"
@@ -132,7 +144,9 @@ class LanguageModel:
         """What stands before and after speech, template, instruction and today's date: (P, D) and (Q, D) embeddings."""
         wanted = self.prompt.instruction if instruction is None else instruction
         before, after = encode_around(self.tokenizer, self._prompt_of_today(), wanted)
-        if strange := [i for i in before + after if i >= len(self._table)]:  # some special tokens have no embedding
+        if strange := [
+            i for i in before + after if i >= len(self._table)
+        ]:  # some special tokens have no embedding
             raise DataError(
                 f"the prompt holds {self.tokenizer.id_to_token(strange[0])}, for which the LLM has no embedding: "
                 "write the instruction in words"
@@ -174,10 +188,14 @@ class LanguageModel:
             self._decoder.rewind(cache.memory, length)
             cache.length = length
 
-    def generate(self, embeddings: np.ndarray, decoding: Decoding, cache: Cache | None = None) -> Iterator[int]:
+    def generate(
+        self, embeddings: np.ndarray, decoding: Decoding, cache: Cache | None = None
+    ) -> Iterator[int]:
         """Token ids of the answer to a prompt (T, D): `decode` after reading it."""
         cache = Cache() if cache is None else cache
-        yield from self.decode(self.prefill(np.ascontiguousarray(embeddings, np.float32), cache), decoding, cache)
+        yield from self.decode(
+            self.prefill(np.ascontiguousarray(embeddings, np.float32), cache), decoding, cache
+        )
 
     def decode(self, scores: Scores, decoding: Decoding, cache: Cache) -> Iterator[int]:
         """Token ids after a prompt, until an end token, `max_tokens`, a full context or a loop.

@@ -28,7 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
-STACK_BYTES, ARENA_BYTES = 8 << 20, 64 << 20  # that a thread reserves: its stack, and where glibc's malloc serves it
+STACK_BYTES, ARENA_BYTES = (
+    8 << 20,
+    64 << 20,
+)  # that a thread reserves: its stack, and where glibc's malloc serves it
 ROOT = Path("/")
 MEMINFO, CPUINFO, SWAPS = Path("/proc/meminfo"), Path("/proc/cpuinfo"), Path("/proc/swaps")
 STATUS, CGROUPS = Path("/proc/self/status"), Path("/proc/self/cgroup")
@@ -36,7 +39,10 @@ JETSON_MODEL, L4T_RELEASE = Path("/proc/device-tree/model"), Path("/etc/nv_tegra
 NVPMODEL, NVPMODEL_CONFIG = Path("/usr/sbin/nvpmodel"), Path("/etc/nvpmodel.conf")
 NVPMODEL_STATUS = Path("/var/lib/nvpmodel/status")
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-DEFAULT_TARGETS = (Path("/etc/systemd/system/default.target"), Path("/usr/lib/systemd/system/default.target"))
+DEFAULT_TARGETS = (
+    Path("/etc/systemd/system/default.target"),
+    Path("/usr/lib/systemd/system/default.target"),
+)
 CUDA_VERSION = Path("/usr/local/cuda/version.json")
 JETPACKS = {  # Jetson Linux -> JetPack: NVIDIA's JetPack archive
     "36.4.0": "6.1",
@@ -60,7 +66,10 @@ def gpu_compute_capability() -> int | None:
         return None
     if cuda.cuInit(0) != 0:
         return None
-    major, minor = _attribute(cuda, COMPUTE_CAPABILITY_MAJOR), _attribute(cuda, COMPUTE_CAPABILITY_MINOR)
+    major, minor = (
+        _attribute(cuda, COMPUTE_CAPABILITY_MAJOR),
+        _attribute(cuda, COMPUTE_CAPABILITY_MINOR),
+    )
     return None if major is None or minor is None else 10 * major + minor
 
 
@@ -68,7 +77,11 @@ def _attribute(cuda, attribute: int) -> int | None:
     value, device = ctypes.c_int(), ctypes.c_int()
     if cuda.cuDeviceGet(ctypes.byref(device), 0) != 0:
         return None
-    return value.value if cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device) == 0 else None
+    return (
+        value.value
+        if cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device) == 0
+        else None
+    )
 
 
 def under(root: Path, path: Path) -> Path:
@@ -105,14 +118,19 @@ def gpu() -> dict[str, str]:
         return {}
     cuda.cuDriverGetVersion(ctypes.byref(version))
     cuda.cuDeviceGetName(name, len(name), device)
-    return {"gpu": name.value.decode(), "cuda": f"{version.value // 1000}.{version.value % 1000 // 10}"}
+    return {
+        "gpu": name.value.decode(),
+        "cuda": f"{version.value // 1000}.{version.value % 1000 // 10}",
+    }
 
 
 def memory(
     names: tuple[str, ...] = ("MemTotal", "MemAvailable", "SwapFree", "CmaFree"), root: Path = ROOT
 ) -> dict[str, int]:
     """Bytes of each of /proc/meminfo's fields that the kernel tells; CmaFree is a Jetson's contiguous memory."""
-    fields = dict(line.split(":", 1) for line in read(under(root, MEMINFO)).splitlines() if ":" in line)
+    fields = dict(
+        line.split(":", 1) for line in read(under(root, MEMINFO)).splitlines() if ":" in line
+    )
     return {name: int(fields[name].split()[0]) * 1024 for name in names if name in fields}
 
 
@@ -136,7 +154,10 @@ class _Cgroups:
 
 
 CGROUP_2 = _Cgroups(
-    Path("/sys/fs/cgroup"), "memory.max", "memory.current", ("inactive_file", "active_file", "slab_reclaimable")
+    Path("/sys/fs/cgroup"),
+    "memory.max",
+    "memory.current",
+    ("inactive_file", "active_file", "slab_reclaimable"),
 )
 CGROUP_1 = _Cgroups(
     Path("/sys/fs/cgroup/memory"),
@@ -153,11 +174,15 @@ def memory_limits(root: Path = ROOT) -> list[Room]:
 
 def _control_group_rooms(root: Path) -> Iterator[Room]:
     """The process's own group and all above it, as far as they are seen from here: a container sees its own as /."""
-    for controllers, path in re.findall(r"^\d+:([^:]*):(/.*)$", read(under(root, CGROUPS)), re.MULTILINE):
+    for controllers, path in re.findall(
+        r"^\d+:([^:]*):(/.*)$", read(under(root, CGROUPS)), re.MULTILINE
+    ):
         if not controllers or "memory" in controllers.split(","):
             version = CGROUP_1 if controllers else CGROUP_2
             for group in (Path(path), *Path(path).parents):
-                yield from _group_room(under(root, version.mount) / group.relative_to("/"), group, version)
+                yield from _group_room(
+                    under(root, version.mount) / group.relative_to("/"), group, version
+                )
 
 
 def _group_room(folder: Path, group: Path, version: _Cgroups) -> Iterator[Room]:
@@ -165,7 +190,9 @@ def _group_room(folder: Path, group: Path, version: _Cgroups) -> Iterator[Room]:
     if limit is not None and used is not None:
         told = dict(re.findall(r"^(\w+) (\d+)$", read(folder / "memory.stat"), re.MULTILINE))
         cached = sum(int(told.get(name, 0)) for name in version.caches)
-        yield Room(max(0, limit - max(0, used - cached)), f"in the control group {group} ({version.limit})")
+        yield Room(
+            max(0, limit - max(0, used - cached)), f"in the control group {group} ({version.limit})"
+        )
 
 
 def _ulimit_rooms(root: Path) -> Iterator[Room]:
@@ -173,7 +200,9 @@ def _ulimit_rooms(root: Path) -> Iterator[Room]:
         import resource  # Unix's
     except ImportError:
         return
-    status = dict(line.split(":", 1) for line in read(under(root, STATUS)).splitlines() if ":" in line)
+    status = dict(
+        line.split(":", 1) for line in read(under(root, STATUS)).splitlines() if ":" in line
+    )
     for kind, field, option, thread_bytes in (
         (resource.RLIMIT_AS, "VmSize", "-v", STACK_BYTES + ARENA_BYTES),
         (resource.RLIMIT_DATA, "VmData", "-d", STACK_BYTES),
@@ -186,13 +215,19 @@ def _ulimit_rooms(root: Path) -> Iterator[Room]:
 
 def free_memory_line() -> str:
     """For people: 'MemAvailable 5120 MiB, CmaFree 200 MiB'."""
-    told = [f"{name} {size >> 20} MiB" for name, size in memory(("MemAvailable", "CmaFree")).items()]
+    told = [
+        f"{name} {size >> 20} MiB" for name, size in memory(("MemAvailable", "CmaFree")).items()
+    ]
     return ", ".join(told) or "free memory unknown"
 
 
 def describe(root: Path = ROOT) -> dict[str, str | int]:
     """System, cores, processor and, on a Jetson, its model, L4T release and JetPack: the stamp of a measurement."""
-    described = {"system": platform.platform(), "cores": os.cpu_count(), "python": platform.python_version()}
+    described = {
+        "system": platform.platform(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+    }
     models = re.findall(r"^model name\s*: (.*)", read(under(root, CPUINFO)), re.MULTILINE)
     release = l4t_release(root)
     told = {
@@ -242,7 +277,9 @@ def power_mode(root: Path = ROOT) -> PowerMode | None:
 
 
 def _power_modes(root: Path) -> list[tuple[str, str]]:
-    return re.findall(r"<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)\s*>", read(under(root, NVPMODEL_CONFIG)))
+    return re.findall(
+        r"<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)\s*>", read(under(root, NVPMODEL_CONFIG))
+    )
 
 
 def _watts(mode: str) -> float:
@@ -253,7 +290,9 @@ def _watts(mode: str) -> float:
 
 def _asked_power_mode(nvpmodel: Path) -> str | None:
     try:
-        done = subprocess.run([nvpmodel, "-q"], capture_output=True, text=True, timeout=10, check=False)
+        done = subprocess.run(
+            [nvpmodel, "-q"], capture_output=True, text=True, timeout=10, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     found = re.search(r"NV Power Mode: (\S+)", done.stdout)
@@ -319,18 +358,26 @@ def temperatures(root: Path = ROOT, default_limit: float = 95.0) -> list[Tempera
         value = _number(zone / "temp")
         if value is not None and value > 0:
             trips = [_number(trip) or 0 for trip in zone.glob("trip_point_*_temp") if _slows(trip)]
-            limit = min((trip / 1000 for trip in trips if trip >= 60_000), default=default_limit)  # others are fans'
+            limit = min(
+                (trip / 1000 for trip in trips if trip >= 60_000), default=default_limit
+            )  # others are fans'
             told.append(Temperature(read(zone / "type"), value / 1000, limit))
     return told
 
 
 def _slows(trip: Path) -> bool:
-    return read(trip.with_name(trip.name.replace("_temp", "_type"))) in ("passive", "hot", "critical")
+    return read(trip.with_name(trip.name.replace("_temp", "_type"))) in (
+        "passive",
+        "hot",
+        "critical",
+    )
 
 
 def power_shortages(root: Path = ROOT) -> int | None:
     """How often a Jetson has slowed down since its start for under-voltage or over-current; None elsewhere."""
-    counts = [_number(p) for p in under(root, Path("/sys/class/hwmon")).glob("hwmon*/oc*_event_cnt")]
+    counts = [
+        _number(p) for p in under(root, Path("/sys/class/hwmon")).glob("hwmon*/oc*_event_cnt")
+    ]
     known = [count for count in counts if count is not None]
     return sum(known) if known else None
 
@@ -362,8 +409,15 @@ def microphones(root: Path = ROOT) -> list[str]:
     """Names of the sound cards that record; a Jetson's own ones record from its pins only and do not count."""
     folder = under(root, Path("/proc/asound"))
     cards = re.findall(r"^\s*(\d+) \[\S*\s*\]: (\S+) - (.*)", read(folder / "cards"), re.MULTILINE)
-    records = {int(found[1]) for found in re.finditer(r"^(\d+)-\d+: .*capture", read(folder / "pcm"), re.MULTILINE)}
-    return [name for number, driver, name in cards if int(number) in records and not driver.startswith("tegra")]
+    records = {
+        int(found[1])
+        for found in re.finditer(r"^(\d+)-\d+: .*capture", read(folder / "pcm"), re.MULTILINE)
+    }
+    return [
+        name
+        for number, driver, name in cards
+        if int(number) in records and not driver.startswith("tegra")
+    ]
 
 
 def cuda_toolkit(root: Path = ROOT) -> str | None:
@@ -385,7 +439,9 @@ class SystemTensorRT:
 def system_tensorrt(root: Path = ROOT) -> SystemTensorRT | None:
     """What JetPack's Debian packages have installed, whether or not this Python sees it."""
     libraries = under(root, Path("/usr/lib")).glob("*-linux-gnu/libnvinfer.so.*.*")
-    versions = {found[1] for p in libraries if (found := re.search(r"\.so\.(\d+\.\d+\.\d+)", p.name))}
+    versions = {
+        found[1] for p in libraries if (found := re.search(r"\.so\.(\d+\.\d+\.\d+)", p.name))
+    }
     if not versions:
         return None
     bindings = under(root, Path("/usr/lib")).glob("python3*/dist-packages/tensorrt")

@@ -10,7 +10,11 @@ def slaney_filters(sample_rate: int, n_fft: int, n_mels: int) -> np.ndarray:
     """(n_fft // 2 + 1, n_mels) float64: triangles of equal area in Hz, from 0 Hz up, on Slaney's scale."""
     top = _hz_to_slaney(np.array(sample_rate / 2))
     edges = _slaney_to_hz(np.linspace(0, top, n_mels + 2))  # (n_mels + 2,)
-    return _triangles(np.linspace(0, sample_rate / 2, n_fft // 2 + 1), edges) * 2 / (edges[2:] - edges[:-2])
+    return (
+        _triangles(np.linspace(0, sample_rate / 2, n_fft // 2 + 1), edges)
+        * 2
+        / (edges[2:] - edges[:-2])
+    )
 
 
 @lru_cache
@@ -34,7 +38,9 @@ def _triangles(bins: np.ndarray, edges: np.ndarray) -> np.ndarray:
 
 def _hz_to_slaney(hz: np.ndarray) -> np.ndarray:
     """Linear below 1 kHz, logarithmic above."""
-    return np.where(hz < 1000, hz * 3 / 200, 15 + 27 * np.log(np.maximum(hz, 1e-9) / 1000) / np.log(6.4))
+    return np.where(
+        hz < 1000, hz * 3 / 200, 15 + 27 * np.log(np.maximum(hz, 1e-9) / 1000) / np.log(6.4)
+    )
 
 
 def _slaney_to_hz(mel: np.ndarray) -> np.ndarray:

@@ -64,7 +64,9 @@ class Microphone:
         finally:
             self._stream.stop()
         taken = [self._blocks.get_nowait()[0] for _ in range(self._blocks.qsize())]
-        return soxr.resample(np.concatenate([np.zeros(0, np.float32), *taken]), self._rate, self.sample_rate)
+        return soxr.resample(
+            np.concatenate([np.zeros(0, np.float32), *taken]), self._rate, self.sample_rate
+        )
 
     def __iter__(self) -> Iterator[np.ndarray | Notice]:
         """Blocks (S,) float32 until `stop`, and what there is to say about them.
@@ -73,14 +75,19 @@ class Microphone:
             AudioError: the microphone is gone.
         """
         if self._rate != self.sample_rate:
-            yield Notice(f"the microphone records at {self._rate} Hz: resampled to {self.sample_rate} Hz")
+            yield Notice(
+                f"the microphone records at {self._rate} Hz: resampled to {self.sample_rate} Hz"
+            )
         resampler = soxr.ResampleStream(self._rate, self.sample_rate, 1, dtype="float32")
         self._start()
         while (item := self._next()) is not None:
             block, lost = item
             if lost:
                 seconds = lost / self._rate
-                yield Notice(f"{seconds:.1f} s of audio dropped: this machine or its reader is too slow", seconds)
+                yield Notice(
+                    f"{seconds:.1f} s of audio dropped: this machine or its reader is too slow",
+                    seconds,
+                )
             yield resampler.resample_chunk(block)
 
     def _next(self) -> tuple[np.ndarray, int] | None:
@@ -91,14 +98,18 @@ class Microphone:
                 return self._blocks.get(timeout=POLL_S)
             except queue.Empty:
                 if not self._stream.active or time.monotonic() - began > GONE_S:
-                    raise AudioError("the microphone is gone: plug it in and start again, or give --device") from None
+                    raise AudioError(
+                        "the microphone is gone: plug it in and start again, or give --device"
+                    ) from None
         return None
 
     def _start(self) -> None:
         try:
             self._stream.start()
         except _sounddevice().PortAudioError as error:
-            raise AudioError(f"the microphone does not start ({error}): close what else uses it") from error
+            raise AudioError(
+                f"the microphone does not start ({error}): close what else uses it"
+            ) from error
 
     def stop(self) -> None:
         """End an iteration within POLL_S; from any thread."""
@@ -115,7 +126,9 @@ def _sounddevice():
     try:
         import sounddevice
     except OSError as error:  # its library, not the package
-        raise AudioError(f"{error}: install PortAudio (Debian: libportaudio2), or give recordings") from error
+        raise AudioError(
+            f"{error}: install PortAudio (Debian: libportaudio2), or give recordings"
+        ) from error
     return sounddevice
 
 
@@ -132,7 +145,10 @@ def _opened(sample_rate: int, device, take) -> tuple:
         own = round(sounddevice.query_devices(device, "input")["default_samplerate"])
         return _stream(sounddevice, own, device, take), own
     except refused as error:
-        known = ", ".join(d["name"] for d in sounddevice.query_devices() if d["max_input_channels"]) or "none"
+        known = (
+            ", ".join(d["name"] for d in sounddevice.query_devices() if d["max_input_channels"])
+            or "none"
+        )
         raise AudioError(
             f"no microphone {device or 'of the system'!r} ({error}); known: {known}. Give --device, or recordings"
         ) from error

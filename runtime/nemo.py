@@ -32,7 +32,9 @@ class FrontEnd:
     hop_samples: int = 160  # 10 ms
     preemphasis: float = 0.97
     floor_db: float | None = None  # below the loudest mel level; None: no floor
-    speech_share: float | None = None  # a frame is loud above this share of the range of levels; None: all are
+    speech_share: float | None = (
+        None  # a frame is loud above this share of the range of levels; None: all are
+    )
 
     @property
     def row_samples(self) -> int:

@@ -68,7 +68,9 @@ def _mat5_end(data: bytes) -> int:
     end = 128 + 8 + struct.unpack_from(order + "4xI", data, 128)[0] + 8
     for _ in range(3):
         kind, size = struct.unpack_from(order + "2I", data, end)
-        end += 8 if kind >> 16 else 8 + -(-size // 8) * 8  # a small element has its content in its header
+        end += (
+            8 if kind >> 16 else 8 + -(-size // 8) * 8
+        )  # a small element has its content in its header
     return end + 8 + struct.unpack_from(order + "4xI", data, end)[0]
 
 

@@ -11,13 +11,21 @@ def add_arguments(parser) -> None:
     parser.add_argument("--user", help="whose projector; without it, the general one")
     parser.add_argument("--users", type=Path, help="where persons are kept (default: BUNDLE/users)")
     parser.add_argument("--instruction", help="what to do with the speech (default: the bundle's)")
-    parser.add_argument("--max-tokens", type=int, help="of an answer (default: 64, or until the context is full)")
+    parser.add_argument(
+        "--max-tokens", type=int, help="of an answer (default: 64, or until the context is full)"
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="0: always the best token")
     parser.add_argument("--seed", type=int, default=0, help="of sampling, with a temperature")
-    parser.add_argument("--backend", default="onnxruntime", help="onnxruntime (default) or tensorrt")
+    parser.add_argument(
+        "--backend", default="onnxruntime", help="onnxruntime (default) or tensorrt"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
-    parser.add_argument("--context", type=int, help="positions of a conversation (default: the LLM's)")
-    parser.add_argument("--sealed", action="store_true", help="once loaded, give up network and writing (Linux)")
+    parser.add_argument(
+        "--context", type=int, help="positions of a conversation (default: the LLM's)"
+    )
+    parser.add_argument(
+        "--sealed", action="store_true", help="once loaded, give up network and writing (Linux)"
+    )
 
 
 def check(args):
@@ -32,7 +40,9 @@ def check(args):
     if args.context is not None:
         Range(1, bundle.manifest.llm.max_context).check("--context", args.context)
     if args.max_tokens is not None:
-        Range(1, args.context or bundle.manifest.llm.max_context).check("--max-tokens", args.max_tokens)
+        Range(1, args.context or bundle.manifest.llm.max_context).check(
+            "--max-tokens", args.max_tokens
+        )
     return bundle
 
 

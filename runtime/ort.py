@@ -11,7 +11,9 @@ from tiny_align.runtime.errors import BackendError
 from tiny_align.runtime.huge_pages import on_huge_pages
 
 INT8_PRODUCTS = "4"  # accuracy level of MatMulNBits: activations of block-quantised weights in int8
-EXACT_INT8 = "1"  # where x86 lacks VNNI: sums of products of uint8 and int8 overflow their 16 bits there
+EXACT_INT8 = (
+    "1"  # where x86 lacks VNNI: sums of products of uint8 and int8 overflow their 16 bits there
+)
 SMALL_INT8 = b"DynamicQuantizeLinear"  # of what is multiplied by 7-bit codes (export/int8.py), where nothing overflows
 
 
@@ -27,8 +29,12 @@ def _session(path: Path, threads: int | None, spinning: bool):
     options = ort.SessionOptions()
     options.log_severity_level = 4  # it raises what it would say
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", INT8_PRODUCTS)
-    options.enable_mem_pattern = False  # ONNX Runtime would keep a plan for every length there has been
-    if b"QuantizeLinear" in path.read_bytes().replace(SMALL_INT8, b""):  # DequantizeLinear has a small q
+    options.enable_mem_pattern = (
+        False  # ONNX Runtime would keep a plan for every length there has been
+    )
+    if b"QuantizeLinear" in path.read_bytes().replace(
+        SMALL_INT8, b""
+    ):  # DequantizeLinear has a small q
         options.add_session_config_entry("session.x64quantprecision", EXACT_INT8)
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     if threads:
@@ -45,8 +51,14 @@ def _explained(what: str):
     except Exception as error:  # onnxruntime has no common base class
         import onnxruntime as ort
 
-        remedy = ": memory ran out, close other programs or raise its limit" if "bad_alloc" in str(error) else ""
-        raise BackendError(f"ONNX Runtime {ort.__version__} {what} ({' '.join(str(error).split())}){remedy}") from error
+        remedy = (
+            ": memory ran out, close other programs or raise its limit"
+            if "bad_alloc" in str(error)
+            else ""
+        )
+        raise BackendError(
+            f"ONNX Runtime {ort.__version__} {what} ({' '.join(str(error).split())}){remedy}"
+        ) from error
 
 
 class OrtRunner(Runner):
@@ -124,9 +136,15 @@ class _OrtCache:
 
     def prepare(self, embeddings: np.ndarray, past: int) -> None:
         """What a step changes: the embeddings (T, D), and how many positions are in use after them."""
-        self._bind(self.binding.bind_ortvalue_input, "inputs_embeds", np.ascontiguousarray(embeddings[None]))
+        self._bind(
+            self.binding.bind_ortvalue_input,
+            "inputs_embeds",
+            np.ascontiguousarray(embeddings[None]),
+        )
         self._length[0] = past + len(embeddings)
 
 
 def _zeros(tensor: TensorSpec, capacity: int) -> np.ndarray:
-    return np.zeros([capacity if size == "capacity" else size for size in tensor.shape], tensor.dtype)
+    return np.zeros(
+        [capacity if size == "capacity" else size for size in tensor.shape], tensor.dtype
+    )

@@ -12,13 +12,19 @@ import numpy as np
 
 FRAME_S = 0.005  # so that what is kept begins alike before the same word, wherever a stream began
 LONG_S = 0.5  # a shorter pause between two sounds stays
-KEPT_S, NOISY_KEPT_S = 0.08, 0.3  # of a pause, beside a sound; more where noise hides where a sound begins
+KEPT_S, NOISY_KEPT_S = (
+    0.08,
+    0.3,
+)  # of a pause, beside a sound; more where noise hides where a sound begins
 NOISY_DB = 30.0  # between the floor and the loudest, or less
 MEMORY_S = 4.0  # of levels: what is quiet and what is loud
 FLOOR_SHARE = 0.05  # of the frames lie below the floor
 ABOVE_FLOOR_DB = 6.0  # a frame above that is a sound,
 BELOW_LOUDEST_DB = 40.0  # unless it is quieter than that,
-AROUND_S, SOFT_DB = 0.1, 20.0  # or, softer than that below the loudest, as steady around it as only noise is
+AROUND_S, SOFT_DB = (
+    0.1,
+    20.0,
+)  # or, softer than that below the loudest, as steady around it as only noise is
 SILENCE = 1e-12  # power, so that digital silence has a level
 
 
@@ -56,7 +62,9 @@ class Pauses:
             rest = audio[frames.size :]  # less than a frame: goes with the one before it
             kept = [frames[keep].reshape(-1), rest if keep[-1:].all() else rest[:0]]
             return np.concatenate(kept), len(audio), self
-        n_open = int(np.argmax(keep[::-1])) if keep.any() else n_frames  # at the end: a sound may follow
+        n_open = (
+            int(np.argmax(keep[::-1])) if keep.any() else n_frames
+        )  # at the end: a sound may follow
         n_judged = n_frames - min(n_open, _frames(LONG_S))
         sounds = np.flatnonzero(is_sound[:n_judged])
         since_sound = n_judged - 1 - int(sounds[-1]) if len(sounds) else self.since_sound + n_judged

@@ -12,7 +12,9 @@ Shape = tuple[int, ...]
 LEAST, USUAL, GREATEST = range(3)
 
 
-def graph_profile(graph: GraphSpec, dims: dict[str, tuple[int, int, int]]) -> dict[str, tuple[Shape, Shape, Shape]]:
+def graph_profile(
+    graph: GraphSpec, dims: dict[str, tuple[int, int, int]]
+) -> dict[str, tuple[Shape, Shape, Shape]]:
     """Least, usual and greatest shape of every input of `graph`, static ones included.
 
     Args:
@@ -34,7 +36,9 @@ def _range(dim: int | str, where: str, dims: dict) -> tuple[int, int, int]:
     if isinstance(dim, int):
         return dim, dim, dim
     if dim not in dims:
-        raise BundleError(f"the manifest's dims lack {dim!r}, a dimension of {where}: export the bundle again")
+        raise BundleError(
+            f"the manifest's dims lack {dim!r}, a dimension of {where}: export the bundle again"
+        )
     least, usual, greatest = dims[dim]
     if not 0 <= least <= usual <= greatest:
         raise BundleError(

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-FEW, SURE = 2, 0.7  # so few tokens, none of them this likely in any frame, are a noise that was taken for a word
+FEW, SURE = (
+    2,
+    0.7,
+)  # so few tokens, none of them this likely in any frame, are a noise that was taken for a word
 
 
 @dataclass(frozen=True)
@@ -17,8 +20,12 @@ class Readout:
     """How the projector's output is read, in the bundle's manifest."""
 
     kind: str  # "ctc" or "pooled"
-    scale: float = 1.0  # "ctc": of a vector's product with a token's embedding, to give the token's logit
-    merge_cosine: float | None = None  # "pooled": neighbours more alike than this become one; None: they stay
+    scale: float = (
+        1.0  # "ctc": of a vector's product with a token's embedding, to give the token's logit
+    )
+    merge_cosine: float | None = (
+        None  # "pooled": neighbours more alike than this become one; None: they stay
+    )
 
 
 def ctc_scale(table: np.ndarray) -> float:
@@ -41,12 +48,19 @@ class CtcReader:
             0.0,
             0,
         )  # of the run that goes on: its token, summed weights, frames
-        self._n_runs, self._likely = 0, 0.0  # so far; the most likely token's probability in any frame
-        self._held: list[np.ndarray] = []  # soft tokens of runs that are over, while they are few and doubtful
+        self._n_runs, self._likely = (
+            0,
+            0.0,
+        )  # so far; the most likely token's probability in any frame
+        self._held: list[
+            np.ndarray
+        ] = []  # soft tokens of runs that are over, while they are few and doubtful
 
     def push(self, frames: np.ndarray) -> np.ndarray:
         """(N, D + 1) float32, the last column being the blank's logit -> (T', D) float32, what is certain now."""
-        if len(frames) and len(self._table):  # a large vocabulary may have no token that anything was trained on yet
+        if len(frames) and len(
+            self._table
+        ):  # a large vocabulary may have no token that anything was trained on yet
             best, weights = self._read(frames)
             edges = [0, *(np.flatnonzero(best[1:] != best[:-1]) + 1), len(best)]
             for start, end in zip(edges, edges[1:]):
@@ -66,7 +80,9 @@ class CtcReader:
         top = logits.max(axis=1, keepdims=True)
         weights = np.exp(logits - top)  # 1 for the best
         total = weights.sum(axis=1, keepdims=True)
-        likely = 1 / (total + np.exp((frames[:, -1:] - top).clip(max=80)))  # (N, 1) the best token's probability
+        likely = 1 / (
+            total + np.exp((frames[:, -1:] - top).clip(max=80))
+        )  # (N, 1) the best token's probability
         self._likely = max(self._likely, float(likely.max()))
         return np.where(top[:, 0] > frames[:, -1], logits.argmax(axis=1), -1), weights / total
 

@@ -7,7 +7,9 @@ from tiny_align.runtime import options
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("audio", type=Path, help="a recording, any rate and channel count; - reads standard input")
+    parser.add_argument(
+        "audio", type=Path, help="a recording, any rate and channel count; - reads standard input"
+    )
     options.add_arguments(parser)
 
 

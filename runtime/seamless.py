@@ -38,9 +38,13 @@ class FilterBank:
     def __call__(self, audio: np.ndarray) -> np.ndarray:
         """(S,) float32 in [-1, 1] -> (rows, stride * n_mels) float32; S >= WINDOW_SAMPLES."""
         log_mel = self._log_mel(audio)
-        log_mel = (log_mel - log_mel.mean(axis=0)) / np.sqrt(log_mel.var(axis=0, ddof=1) + VARIANCE_GUARD)
+        log_mel = (log_mel - log_mel.mean(axis=0)) / np.sqrt(
+            log_mel.var(axis=0, ddof=1) + VARIANCE_GUARD
+        )
         n_rows = len(log_mel) // self.stride
-        return log_mel[: n_rows * self.stride].reshape(n_rows, -1)  # (frames, M) -> (rows, stride * M)
+        return log_mel[: n_rows * self.stride].reshape(
+            n_rows, -1
+        )  # (frames, M) -> (rows, stride * M)
 
     def _log_mel(self, audio: np.ndarray) -> np.ndarray:
         """(S,) -> (frames, n_mels) float32."""

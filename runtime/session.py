@@ -85,9 +85,13 @@ class Turn:
     reader: object = None  # of the projector's output, once there is some
     hearing: deque[Future] = field(default_factory=deque)  # windows on their way
     reading: deque[Future] = field(default_factory=deque)  # what the LLM is to read
-    words: list[np.ndarray] = field(default_factory=list)  # (T, D) each: what the LLM has read of the person
+    words: list[np.ndarray] = field(
+        default_factory=list
+    )  # (T, D) each: what the LLM has read of the person
     end: End | None = None  # anticipated, until more is pushed
-    end_at: int | None = None  # position of the cache where an anticipated end begins, if there is one in it
+    end_at: int | None = (
+        None  # position of the cache where an anticipated end begins, if there is one in it
+    )
     asked: bool = False  # whether the LLM has read that the words end here
     said: list[int] = field(default_factory=list)  # tokens of the answer
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -105,12 +109,16 @@ class Session:
     def __init__(self, assistant, instruction: str | None = None, decoding: Decoding = Decoding()):
         self._assistant, self._llm, self._decoding = assistant, assistant.llm, decoding
         self._before, self._after = self._llm.around(instruction)  # (P, D), (Q, D)
-        self._following = self._llm.following()  # (R, D); like these of the day on which the conversation began
+        self._following = (
+            self._llm.following()
+        )  # (R, D); like these of the day on which the conversation began
         self._turn: Turn | None = None  # that is being spoken
         self._asked: Turn | None = None  # that is being answered
         # the reading thread's own:
         self._cache, self._settled = Cache(), 0  # positions of it that no turn takes back
-        self._past: list[np.ndarray] = []  # (T, D) each: the turns that are remembered, from the words to the answer
+        self._past: list[
+            np.ndarray
+        ] = []  # (T, D) each: the turns that are remembered, from the words to the answer
         self._latest: Turn | None = None  # whose rows are in the cache behind the settled ones
 
     @property
@@ -176,7 +184,9 @@ class Session:
         """
         if (turn := self._turn) and turn.cutter.n_samples:
             turn.end = End()
-            turn.end.heard = self._assistant.threads.encode(self._heard_to_end, turn, turn.end, turn.cutter.finish())
+            turn.end.heard = self._assistant.threads.encode(
+                self._heard_to_end, turn, turn.end, turn.cutter.finish()
+            )
 
     def settle(self) -> None:
         """Wait until what was pushed is heard and read, as far as it can be before the turn's end.
@@ -219,7 +229,9 @@ class Session:
     def _answer_speech(self, turn: Turn) -> Iterator[Event]:
         with self._dropped_if_failed(turn):
             if not turn.cutter.n_samples:
-                raise AudioError("the speech is empty, it holds no samples: push some before finish()")
+                raise AudioError(
+                    "the speech is empty, it holds no samples: push some before finish()"
+                )
             _settle(turn.hearing)
             if turn.end:
                 turn.reading.append(turn.end.heard.result())
@@ -264,8 +276,13 @@ class Session:
         if turn.end is end and not turn.cancelled.is_set():
             reader = copy.copy(turn.reader) or self._assistant.reader()
             try:
-                pieces = [reader.push(self._assistant.project_window(window)[kept]) for window, kept in windows]
-                end.words = [soft_tokens for soft_tokens in [*pieces, reader.finish()] if len(soft_tokens)]
+                pieces = [
+                    reader.push(self._assistant.project_window(window)[kept])
+                    for window, kept in windows
+                ]
+                end.words = [
+                    soft_tokens for soft_tokens in [*pieces, reader.finish()] if len(soft_tokens)
+                ]
             except AudioError as error:  # too little, so far
                 end.error = error
         return self._later(self._read_to_end, turn, end)
@@ -278,7 +295,10 @@ class Session:
             self._end(self._latest)
             _give_back_memory()
         rows = self._remembered()
-        if self._past and self.capacity - len(rows) < len(self._after) + 2 * self._decoding.max_tokens:
+        if (
+            self._past
+            and self.capacity - len(rows) < len(self._after) + 2 * self._decoding.max_tokens
+        ):
             while self._past and len(rows) > self.capacity // 2:
                 self._past.pop(0)
                 rows, self._settled = self._remembered(), 0
@@ -288,7 +308,9 @@ class Session:
 
     def _remembered(self) -> np.ndarray:
         """(P, D): the instruction and the turns so far, up to where the next words stand."""
-        return np.concatenate([self._before, *(np.concatenate([rows, self._following]) for rows in self._past)])
+        return np.concatenate(
+            [self._before, *(np.concatenate([rows, self._following]) for rows in self._past)]
+        )
 
     def _read(self, turn: Turn, words: np.ndarray) -> None:
         self._take_back_end(turn)
@@ -331,12 +353,20 @@ class Session:
         """A turn that was asked is remembered with what was said; another has never been."""
         turn.cancelled.set()
         if turn.asked and self._llm.prompt.next:
-            self._past.append(np.concatenate([*turn.words, self._after, self._llm.embed(turn.said)]))
-            self._settled = self._cache.length  # but for the last token that was said, which nobody has read
+            self._past.append(
+                np.concatenate([*turn.words, self._after, self._llm.embed(turn.said)])
+            )
+            self._settled = (
+                self._cache.length
+            )  # but for the last token that was said, which nobody has read
 
     def _extend(self, rows: np.ndarray) -> Scores | None:
         """Read (T, D) rows; the scores after the last one."""
-        return self._llm.prefill(np.ascontiguousarray(rows, np.float32), self._cache) if len(rows) else None
+        return (
+            self._llm.prefill(np.ascontiguousarray(rows, np.float32), self._cache)
+            if len(rows)
+            else None
+        )
 
 
 def _give_back_memory() -> None:

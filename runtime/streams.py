@@ -19,7 +19,11 @@ MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 MPEG_1, MPEG_2_5 = 3, 0  # versions, as a header has them
 LAYER_I, LAYER_II, LAYER_III = 3, 2, 1
-RATES = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}  # Hz, by version
+RATES = {
+    3: (44_100, 48_000, 32_000),
+    2: (22_050, 24_000, 16_000),
+    0: (11_025, 12_000, 8_000),
+}  # Hz, by version
 KBIT_MPEG_1 = {
     LAYER_I: (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
     LAYER_II: (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
@@ -128,11 +132,16 @@ class MpegFrames:
         """
         fewer_bytes = not self.promised_bytes or self.n_bytes < self.promised_bytes
         if self.promised_frames and self.n_frames < self.promised_frames and fewer_bytes:
-            raise cut_off(name, f"its header promises {self.promised_frames} frames and {self.n_frames} are there")
+            raise cut_off(
+                name,
+                f"its header promises {self.promised_frames} frames and {self.n_frames} are there",
+            )
         if self.ends_inside:
             raise cut_off(name, "its last frame is incomplete")
         if self.resumes_at is not None:
-            raise damaged(name, f"there is something else between its frames, before byte {self.resumes_at}")
+            raise damaged(
+                name, f"there is something else between its frames, before byte {self.resumes_at}"
+            )
 
 
 def mpeg_frames(data: Bytes, start: int) -> MpegFrames | None:
@@ -141,7 +150,11 @@ def mpeg_frames(data: Bytes, start: int) -> MpegFrames | None:
     if first is None:
         return None
     head = data[first : first + 4]
-    found, kind, at = MpegFrames(first, is_layer_iii=head[1] >> 1 & 3 == LAYER_III), _kind(head), first
+    found, kind, at = (
+        MpegFrames(first, is_layer_iii=head[1] >> 1 & 3 == LAYER_III),
+        _kind(head),
+        first,
+    )
     if _read_promise(found, data[first : first + 200]):
         found.begin = first + frame_bytes(head)
     while at < len(data):

@@ -29,7 +29,13 @@ import numpy as np
 from tiny_align.runtime import cuda_memory
 from tiny_align.runtime.backend import TOPK_LOGITS, TOPK_TOKENS, Decoder, Runner, Scores, closed
 from tiny_align.runtime.bundle import Bundle, GraphSpec, TensorSpec
-from tiny_align.runtime.engines import PACKAGES, build_command, check_engine, import_tensorrt, machine_facts
+from tiny_align.runtime.engines import (
+    PACKAGES,
+    build_command,
+    check_engine,
+    import_tensorrt,
+    machine_facts,
+)
 from tiny_align.runtime.errors import BackendError
 
 PROFILE, GREATEST = 0, 2  # an engine has one profile: least, usual and greatest shapes
@@ -73,20 +79,26 @@ class _Engine:
     def __init__(self, bundle: Bundle, spec: GraphSpec, graph: Path):
         self._trt, self.spec = _package(), spec
         self._log = _log(self._trt)
-        self.file, fits = _engine_file(bundle, spec, graph, machine_facts(self._trt.__name__, self._trt.__version__))
+        self.file, fits = _engine_file(
+            bundle, spec, graph, machine_facts(self._trt.__name__, self._trt.__version__)
+        )
         self.stream = cuda_memory.Stream()
         self._runtime = self._made(self._trt.Runtime, self._log)
         self._engine = self._deserialised()
         self._check_tensors()
         if not fits:
             self._refit(bundle, graph)
-        self._context = self._given(self._engine.create_execution_context(), "make an execution context")
+        self._context = self._given(
+            self._engine.create_execution_context(), "make an execution context"
+        )
 
     def _given(self, value, what: str):
         """TensorRT says no with None or False, and why in its log."""
         if value is None or value is False:
             words = " ".join(self._log.words) or "it does not say why"
-            raise BackendError(f"{self._trt.__name__} {self._trt.__version__} cannot {what} for {self.file}: {words}")
+            raise BackendError(
+                f"{self._trt.__name__} {self._trt.__version__} cannot {what} for {self.file}: {words}"
+            )
         return value
 
     def _made(self, kind, *given):
@@ -98,10 +110,15 @@ class _Engine:
     def _deserialised(self):
         self._log.words.clear()
         try:  # mapped, so that an 8 GB board does not hold it a second time
-            with open(self.file, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            with (
+                open(self.file, "rb") as file,
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+            ):
                 return self._given(self._runtime.deserialize_cuda_engine(data), "load the engine")
         except (OSError, ValueError) as error:  # ValueError: an empty file
-            raise BackendError(f"{self.file} cannot be read ({error}): build the engines again") from error
+            raise BackendError(
+                f"{self.file} cannot be read ({error}): build the engines again"
+            ) from error
 
     def _refit(self, bundle: Bundle, graph: Path) -> None:
         """Give the engine the weights of a graph that differs in nothing else."""
@@ -125,15 +142,26 @@ class _Engine:
         engine, trt = self._engine, self._trt
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         found = {
-            (n, engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT, np.dtype(trt.nptype(engine.get_tensor_dtype(n))))
+            (
+                n,
+                engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT,
+                np.dtype(trt.nptype(engine.get_tensor_dtype(n))),
+            )
             for n in names
         }
-        wanted = {(t.name, t in self.spec.inputs, np.dtype(t.dtype)) for t in self.spec.inputs + self.spec.outputs}
+        wanted = {
+            (t.name, t in self.spec.inputs, np.dtype(t.dtype))
+            for t in self.spec.inputs + self.spec.outputs
+        }
         if found != wanted:
             odd = ", ".join(sorted(f"{name} {dtype}" for name, _, dtype in found ^ wanted))
-            raise BackendError(f"{self.file} and the bundle's manifest differ in {odd}: build the engines again")
+            raise BackendError(
+                f"{self.file} and the bundle's manifest differ in {odd}: build the engines again"
+            )
         if host := [n for n in names if engine.get_tensor_location(n) != trt.TensorLocation.DEVICE]:
-            raise BackendError(f"{self.file} wants {', '.join(host)} in host memory: export the bundle again")
+            raise BackendError(
+                f"{self.file} wants {', '.join(host)} in host memory: export the bundle again"
+            )
 
     def greatest(self, name: str) -> tuple[int, ...]:
         """The greatest shape of an input."""
@@ -141,18 +169,28 @@ class _Engine:
 
     def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
         if not self._context.set_input_shape(name, shape):
-            least, _, greatest = (list(s) for s in self._engine.get_tensor_profile_shape(name, PROFILE))
-            raise BackendError(f"{self.file} takes {name} from {least} to {greatest}, given was {list(shape)}")
+            least, _, greatest = (
+                list(s) for s in self._engine.get_tensor_profile_shape(name, PROFILE)
+            )
+            raise BackendError(
+                f"{self.file} takes {name} from {least} to {greatest}, given was {list(shape)}"
+            )
 
     def shape(self, name: str) -> tuple[int, ...]:
         """An output's shape for the inputs' shapes that are set."""
         shape = tuple(self._context.get_tensor_shape(name))
         if any(size < 0 for size in shape):
-            raise BackendError(f"{self.file} gives {name} a size that is known only when it has run: {list(shape)}")
+            raise BackendError(
+                f"{self.file} gives {name} a size that is known only when it has run: {list(shape)}"
+            )
         return shape
 
-    def set_address(self, name: str, memory: cuda_memory.Buffer | cuda_memory.Copied | cuda_memory.Mapped) -> None:
-        self._given(self._context.set_tensor_address(name, memory.address), f"take the address of {name}")
+    def set_address(
+        self, name: str, memory: cuda_memory.Buffer | cuda_memory.Copied | cuda_memory.Mapped
+    ) -> None:
+        self._given(
+            self._context.set_tensor_address(name, memory.address), f"take the address of {name}"
+        )
 
     def run(self, stream: cuda_memory.Stream) -> None:
         """Start the work; `stream.synchronise` waits for it."""
@@ -245,7 +283,11 @@ class TrtDecoder(Decoder):
         self._given = _exchange(self._embeddings, self._engine.greatest(self._embeddings.name))
         self._told = {t.name: _exchange(t, t.shape) for t in _told(scores)}
         self._untold = {t.name: _buffer(t, t.shape) for t in scores if t.name not in self._told}
-        for name, memory in {self._embeddings.name: self._given, **self._told, **self._untold}.items():
+        for name, memory in {
+            self._embeddings.name: self._given,
+            **self._told,
+            **self._untold,
+        }.items():
             self._engine.set_address(name, memory)
         self._spare: list[_Memory] = []  # of conversations that are over
 
@@ -272,7 +314,9 @@ class TrtDecoder(Decoder):
             memory.fetch(engine.stream)
         engine.stream.synchronise()
         cache.turn(total)
-        told = {name: memory.array.copy() for name, memory in self._told.items()}  # other conversations use it too
+        told = {
+            name: memory.array.copy() for name, memory in self._told.items()
+        }  # other conversations use it too
         return Scores(*told.values())
 
     def rewind(self, cache: "_TrtCache", length: int) -> None:
@@ -299,7 +343,9 @@ class TrtDecoder(Decoder):
             engine.set_address(tensor.name, buffer)
         grown = self._kept[0]  # one for all of them
         if engine.shape(grown.name) != _sized(grown, total):  # it would write beyond the buffer
-            raise BackendError(f"{engine.file} does not give {grown.name} for {total} positions: build it again")
+            raise BackendError(
+                f"{engine.file} does not give {grown.name} for {total} positions: build it again"
+            )
 
     def close(self) -> None:
         self._engine, self._given, self._told, self._untold, self._spare = None, None, {}, {}, []
@@ -346,11 +392,15 @@ def _contiguous(feed: dict) -> dict:
 def _told(scores: tuple[TensorSpec, ...]) -> list[TensorSpec]:
     """Of a graph's outputs those that a token is chosen by, as Scores has them: the best few, or every logit."""
     named = {tensor.name: tensor for tensor in scores}
-    wanted = (TOPK_LOGITS, TOPK_TOKENS) if {TOPK_LOGITS, TOPK_TOKENS} <= named.keys() else ("logits",)
+    wanted = (
+        (TOPK_LOGITS, TOPK_TOKENS) if {TOPK_LOGITS, TOPK_TOKENS} <= named.keys() else ("logits",)
+    )
     return [named[name] for name in wanted]
 
 
-def _exchange(tensor: TensorSpec, shape: tuple[int, ...]) -> cuda_memory.Copied | cuda_memory.Mapped:
+def _exchange(
+    tensor: TensorSpec, shape: tuple[int, ...]
+) -> cuda_memory.Copied | cuda_memory.Mapped:
     return cuda_memory.exchange(int(np.prod(shape)), tensor.dtype)
 
 

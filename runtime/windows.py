@@ -23,7 +23,9 @@ class WindowSpec:
 
     def __post_init__(self):
         if not 0 < 2 * self.margin < self.n_vectors:
-            raise ValueError(f"a window of {self.n_vectors} vectors cannot lose {self.margin} at both ends")
+            raise ValueError(
+                f"a window of {self.n_vectors} vectors cannot lose {self.margin} at both ends"
+            )
 
     @property
     def samples(self) -> int:
@@ -69,10 +71,14 @@ class Cutter:
         self._n_waiting += len(audio)
         self.n_samples += len(audio)
         windows = []
-        while self.spec and self._n_waiting > self._n_wanted():  # more follows: it is not the last window
+        while (
+            self.spec and self._n_waiting > self._n_wanted()
+        ):  # more follows: it is not the last window
             self._take(self._n_wanted())
             if len(self._kept) >= self.spec.samples:
-                windows.append((self._kept[: self.spec.samples], self.spec.kept(self._first, last=False)))
+                windows.append(
+                    (self._kept[: self.spec.samples], self.spec.kept(self._first, last=False))
+                )
                 self._kept, self._first = self._kept[self.spec.hop_samples :], False
         return windows
 
@@ -82,7 +88,9 @@ class Cutter:
         rest = self._pauses.judge(waiting, last=True)[0] if self._pauses else waiting
         audio, first, windows = np.concatenate([self._kept, rest]), self._first, []
         if not len(audio):
-            audio = waiting  # no sound stands out in it: the projector tells whether there is a word
+            audio = (
+                waiting  # no sound stands out in it: the projector tells whether there is a word
+            )
         while self.spec and len(audio) > self.spec.samples:
             windows.append((audio[: self.spec.samples], self.spec.kept(first, last=False)))
             audio, first = audio[self.spec.hop_samples :], False
@@ -95,7 +103,9 @@ class Cutter:
 
     def _take(self, n: int) -> None:
         """Of the first `n` waiting samples, what is certain joins the window or is left out."""
-        waiting = self._waiting[0] if len(self._waiting) == 1 else np.concatenate(self._waiting)  # hours, uncopied
+        waiting = (
+            self._waiting[0] if len(self._waiting) == 1 else np.concatenate(self._waiting)
+        )  # hours, uncopied
         kept, n_judged = waiting[:n], n
         if self._pauses:
             kept, n_judged, self._pauses = self._pauses.judge(waiting[:n], last=False)
@@ -103,7 +113,9 @@ class Cutter:
         self._waiting, self._n_waiting = [waiting[n_judged:]], len(waiting) - n_judged
 
 
-def cut(audio: np.ndarray, spec: WindowSpec | None, sample_rate: int | None = None) -> list[tuple[np.ndarray, slice]]:
+def cut(
+    audio: np.ndarray, spec: WindowSpec | None, sample_rate: int | None = None
+) -> list[tuple[np.ndarray, slice]]:
     """(S,) -> all windows of an utterance, and which vectors of each remain."""
     cutter = Cutter(spec, sample_rate)
     return [*cutter.push(audio), *cutter.finish()]

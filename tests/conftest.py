@@ -71,14 +71,26 @@ def watch(offline, tmp_path):
 
     home, trace = tmp_path / "home", tmp_path / "trace"
     set_by_us = ("ORT_", "HF_", "XDG_", "MPL", *telemetry.OFF)
-    ci = ("CI", "GITHUB_", "GITLAB_", "JENKINS_", "BUILDKITE", "TF_BUILD")  # ONNX Runtime is quiet there
+    ci = (
+        "CI",
+        "GITHUB_",
+        "GITLAB_",
+        "JENKINS_",
+        "BUILDKITE",
+        "TF_BUILD",
+    )  # ONNX Runtime is quiet there
     env = {k: v for k, v in os.environ.items() if not k.startswith((*set_by_us, *ci))}
     home.mkdir()
 
     def run(*command, stdin: str = "") -> Watched:
         line = [*offline, "-o", trace, *(str(part) for part in command)]
         done = subprocess.run(
-            line, env=env | {"HOME": str(home)}, input=stdin, capture_output=True, text=True, timeout=300
+            line,
+            env=env | {"HOME": str(home)},
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
         lines = trace.read_text(errors="replace").splitlines()
         files = sorted(path.relative_to(home).as_posix() for path in home.rglob("*"))

@@ -6,17 +6,37 @@ import time
 import numpy as np
 import pytest
 
-from tiny_align.benchmarks import command, diff, growth, harness, pipelines, results, stages, standard, tables
+from tiny_align.benchmarks import (
+    command,
+    diff,
+    growth,
+    harness,
+    pipelines,
+    results,
+    stages,
+    standard,
+    tables,
+)
 from tiny_align.benchmarks.counting import Cost, count
 from tiny_align.benchmarks.limits import against
 from tiny_align.benchmarks.processes import Served
 from tiny_align.runtime.errors import DataError
 
-SECONDS = {"front end": 6e-3, "encoder": 15e-3, "projector": 2e-3, "readout": 1e-3, "prefill": 3e-3, "decode": 4e-3}
+SECONDS = {
+    "front end": 6e-3,
+    "encoder": 15e-3,
+    "projector": 2e-3,
+    "readout": 1e-3,
+    "prefill": 3e-3,
+    "decode": 4e-3,
+}
 
 
 def turns(
-    seed: int, n: int = standard.STAGES_PATIENCE.most, machine: float = 1.0, slow: dict | None = None
+    seed: int,
+    n: int = standard.STAGES_PATIENCE.most,
+    machine: float = 1.0,
+    slow: dict | None = None,
 ) -> dict[str, list[float]]:
     """A noisy machine's samples: it slows down for whole stretches, every part jitters, now and then one is held up."""
     rng = np.random.default_rng(seed)
@@ -38,7 +58,9 @@ def regressions(a: dict, b: dict) -> list[str]:
 @pytest.mark.parametrize("seed", range(5))
 def test_two_runs_alike_are_no_regression(seed):
     assert regressions(turns(seed), turns(100 + seed)) == []
-    assert regressions(turns(seed), turns(200 + seed, machine=1.5)) == []  # the whole machine is slower
+    assert (
+        regressions(turns(seed), turns(200 + seed, machine=1.5)) == []
+    )  # the whole machine is slower
 
 
 @pytest.mark.parametrize("stage", SECONDS)
@@ -57,7 +79,10 @@ def test_everything_slower_than_the_kernel_is_found():
 
 def test_sides_take_turns_until_the_noise_is_small():
     calls = []
-    sides = {name: harness.timed(lambda name=name: (calls.append(name), time.sleep(0.002))) for name in "ab"}
+    sides = {
+        name: harness.timed(lambda name=name: (calls.append(name), time.sleep(0.002)))
+        for name in "ab"
+    }
     patience = harness.Patience(least=4, most=4, seconds=60)
     samples = harness.alternate(sides, patience)
     assert "".join(calls) == "ab" + "baab" * 2  # one each to warm up
@@ -66,7 +91,9 @@ def test_sides_take_turns_until_the_noise_is_small():
 
 
 def test_more_turns_are_taken_where_there_is_more_noise():
-    calm, wild = ({"x": {"a": values, "kernel": [1.0] * 20}} for values in ([1.0] * 20, [1.0, 2.0] * 10))
+    calm, wild = (
+        {"x": {"a": values, "kernel": [1.0] * 20}} for values in ([1.0] * 20, [1.0, 2.0] * 10)
+    )
     assert harness.settled(calm, 0.02) and not harness.settled(wild, 0.02)
     patience = harness.Patience(least=5, most=20, seconds=60)
     now = time.perf_counter()
@@ -78,7 +105,10 @@ def test_more_turns_are_taken_where_there_is_more_noise():
 def test_the_clock_stands_still_for_others_only():
     began, waited = harness.now(), harness.waited()
     time.sleep(0.05)
-    assert harness.now() - began >= 0.05 - (harness.waited() - waited) and harness.waited() >= waited >= 0
+    assert (
+        harness.now() - began >= 0.05 - (harness.waited() - waited)
+        and harness.waited() >= waited >= 0
+    )
 
 
 def test_a_stage_has_its_own_seconds_only():
@@ -146,7 +176,24 @@ def test_the_cascade_reads_the_encoders_own_letters(assistant, speech):
 
 def test_rotated_halves_become_neighbours():
     rows = np.arange(16, dtype=np.float32)[:, None]  # two heads of eight
-    assert pipelines.turned(rows, 8)[:, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15]
+    assert pipelines.turned(rows, 8)[:, 0].tolist() == [
+        0,
+        4,
+        1,
+        5,
+        2,
+        6,
+        3,
+        7,
+        8,
+        12,
+        9,
+        13,
+        10,
+        14,
+        11,
+        15,
+    ]
 
 
 # --- counts ---
@@ -161,14 +208,18 @@ def test_a_graph_is_counted_as_by_hand(tmp_path):
         numpy_helper.from_array(np.ones((6, 5), np.float32), "matrix"),
     ]
     nodes = [
-        helper.make_node("Conv", ["x", "kernel"], ["c"], pads=[1, 1]),  # (1, 6, n), 12 products for each
+        helper.make_node(
+            "Conv", ["x", "kernel"], ["c"], pads=[1, 1]
+        ),  # (1, 6, n), 12 products for each
         helper.make_node("Transpose", ["c"], ["t"], perm=[0, 2, 1]),
         helper.make_node("MatMul", ["t", "matrix"], ["y"]),  # (1, n, 5), 6 products for each
     ]
     value = helper.make_tensor_value_info
     io = [value("x", TensorProto.FLOAT, [1, 4, "n"])], [value("y", TensorProto.FLOAT, [1, "n", 5])]
     model = helper.make_model(
-        helper.make_graph(nodes, "g", *io, weights), opset_imports=[helper.make_opsetid("", 17)], ir_version=9
+        helper.make_graph(nodes, "g", *io, weights),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=9,
     )
     onnx.save(model, str(tmp_path / "g.onnx"))
     cost = count(tmp_path / "g.onnx", {"n": 10})
@@ -181,7 +232,9 @@ def test_the_llm_is_counted_from_its_plain_graph(bundle_path, assistant):
     spec = assistant.bundle.manifest.llm
     step, deeper = (count(bundle_path / "llm.onnx", {"tokens": 1, "past": n}) for n in (10, 110))
     heads = 6  # of the reference LLM, which its manifest does not tell: each reads keys and values
-    assert deeper.operations - step.operations == 2 * 2 * 100 * heads * spec.head_size * spec.n_layers
+    assert (
+        deeper.operations - step.operations == 2 * 2 * 100 * heads * spec.head_size * spec.n_layers
+    )
     with pytest.raises(ValueError, match="GroupQueryAttention"):
         count(bundle_path / "llm.ort.onnx", {})
 
@@ -197,7 +250,9 @@ def test_the_share_of_a_limit_is_by_the_slower_of_two():
 @pytest.mark.parametrize("power", [0.0, 1.0, 2.0])
 def test_the_exponent_is_that_of_the_data(power):
     sizes = [1, 2, 5, 10, 30]
-    assert growth.exponent(sizes, [3e-3 * size**power for size in sizes]) == pytest.approx(power, abs=1e-9)
+    assert growth.exponent(sizes, [3e-3 * size**power for size in sizes]) == pytest.approx(
+        power, abs=1e-9
+    )
 
 
 # --- what is written ---
@@ -225,11 +280,23 @@ def result() -> dict:
         "date": "2026-01-01T00:00:00",
         "command": "tiny-align bench inference",
         "seconds": 12.0,
-        "machine": {"system": "Linux", "cores": 2, "python": "3.11", "processor": "Intel(R) Xeon(R) Processor"},
+        "machine": {
+            "system": "Linux",
+            "cores": 2,
+            "python": "3.11",
+            "processor": "Intel(R) Xeon(R) Processor",
+        },
         "versions": {"numpy": "2"},
         "before": {},
         "after": {"load": 0.1},
-        "setting": {"threads": 1, "short": False, "bundle": "b", "bundle_sha256": "0", "data": "voice", "slow": {}},
+        "setting": {
+            "threads": 1,
+            "short": False,
+            "bundle": "b",
+            "bundle_sha256": "0",
+            "data": "voice",
+            "slow": {},
+        },
         "parts": {"inference": inference},
     }
 
@@ -242,7 +309,11 @@ def test_a_result_has_its_form(result, tmp_path):
     tables.write(path, result)
     report = path.with_suffix(".md").read_text(encoding="utf-8")
     assert "| unexplained |  | 1.0% |" in report
-    assert path.with_name("intel-xeon-processor-2-cores-inference.png").read_bytes().startswith(b"\x89PNG")
+    assert (
+        path.with_name("intel-xeon-processor-2-cores-inference.png")
+        .read_bytes()
+        .startswith(b"\x89PNG")
+    )
 
 
 @pytest.mark.parametrize(
@@ -270,7 +341,10 @@ def test_a_regression_is_the_commands_exit_status(result, tmp_path, run_cli):
     slower["parts"]["inference"]["timings"][standard.OURS] = turns(2, slow={"encoder": 1.3})
     for name, one in (("a", result), ("b", slower)):
         results.write(tmp_path / f"{name}.json", one)
-    same, worse = (run_cli("bench", "diff", tmp_path / "a.json", tmp_path / f"{b}.json", "--json") for b in "ab")
+    same, worse = (
+        run_cli("bench", "diff", tmp_path / "a.json", tmp_path / f"{b}.json", "--json")
+        for b in "ab"
+    )
     assert (same.status, same.document["regressions"]) == (0, [])
     assert (worse.status, worse.document["regressions"]) == (1, ["encoder"])
 

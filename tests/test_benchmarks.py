@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from tiny_align.align.users import load_projector
-from tiny_align.benchmarks import alignment, encoder, families, quantisation, report, swap, training_cost
+from tiny_align.benchmarks import (
+    alignment,
+    encoder,
+    families,
+    quantisation,
+    report,
+    swap,
+    training_cost,
+)
 from tiny_align.runtime.bundle import Bundle
 
 
@@ -26,13 +34,19 @@ def voice(voice_path, tmp_path_factory):
 
 def test_a_projector_in_pytorch_is_read_as_the_deployed_one_is(assistant):
     projector = load_projector(assistant.bundle, assistant.bundle.graph("projector")).eval()
-    features = np.random.default_rng(0).standard_normal((61, projector.config.feature_size)).astype(np.float32)
+    features = (
+        np.random.default_rng(0)
+        .standard_normal((61, projector.config.feature_size))
+        .astype(np.float32)
+    )
     spoken = alignment.Speaking(assistant, projector).soft_tokens(features)
     np.testing.assert_allclose(spoken, assistant.soft_tokens(features), atol=1e-3)
 
 
 def test_a_recorded_command_names_what_was_chosen_and_no_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(alignment, "measure", lambda args, part: {"command": alignment._command(args, part)})
+    monkeypatch.setattr(
+        alignment, "measure", lambda args, part: {"command": alignment._command(args, part)}
+    )
     for drawn in ("table", "plot_table", "curves", "plot_curves"):
         monkeypatch.setattr(alignment, drawn, lambda *_: "")
     given = f"--digits {tmp_path} --few 25 100 --objectives ctc --seeds 1 --out {tmp_path}"
@@ -128,7 +142,9 @@ def test_the_report_replaces_only_between_markers():
 
 def test_the_newest_result_is_reported_and_none_is_blank(tmp_path):
     for name, day, parts in (("x", 1, {"memory": 1}), ("y", 2, {"memory": 2}), ("z", 3, {})):
-        (tmp_path / f"{name}.json").write_text(json.dumps({"date": f"2026-01-0{day}T00:00:00", "parts": parts}))
+        (tmp_path / f"{name}.json").write_text(
+            json.dumps({"date": f"2026-01-0{day}T00:00:00", "parts": parts})
+        )
     (tmp_path / "other.json").write_text("{}")
     assert report.newest("memory", tmp_path)["parts"] == {"memory": 2}
     assert report.body_of("bench_growth", tmp_path) == ""
@@ -136,9 +152,14 @@ def test_the_newest_result_is_reported_and_none_is_blank(tmp_path):
 
 def test_the_distance_of_features_is_by_direction_and_by_size():
     exact = np.random.default_rng(0).standard_normal((30, 8)).astype(np.float32)
-    same, longer = encoder.distance([exact], [exact]), encoder.distance([exact, 2 * exact], [exact, exact])
+    same, longer = (
+        encoder.distance([exact], [exact]),
+        encoder.distance([exact, 2 * exact], [exact, exact]),
+    )
     assert same["cosine"] == pytest.approx(1) and same["relative_error"] == 0
-    assert longer["least_cosine"] == pytest.approx(1) and longer["relative_error"] == pytest.approx(0.5)
+    assert longer["least_cosine"] == pytest.approx(1) and longer["relative_error"] == pytest.approx(
+        0.5
+    )
     turned = exact.copy()
     turned[7] *= -1
     assert encoder.distance([turned], [exact])["least_cosine_of_a_frame"] == pytest.approx(-1)
@@ -146,8 +167,16 @@ def test_the_distance_of_features_is_by_direction_and_by_size():
 
 def test_the_same_function_has_other_weights_off_the_grid():
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": 50}
-    config = transformers.LlamaConfig(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, **sizes)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+        "vocab_size": 50,
+    }
+    config = transformers.LlamaConfig(
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, **sizes
+    )
     llm, ids = transformers.LlamaForCausalLM(config).eval(), torch.arange(20)[None]
     with torch.no_grad():
         for name, value in llm.named_parameters():
@@ -161,7 +190,9 @@ def test_the_same_function_has_other_weights_off_the_grid():
 
 def test_what_each_form_of_the_weights_costs_is_measured(monkeypatch, tmp_path):
     pytest.importorskip("onnx")
-    monkeypatch.setattr(quantisation, "LAYER", {n: (k // 8, m // 8) for n, (k, m) in quantisation.LAYER.items()})
+    monkeypatch.setattr(
+        quantisation, "LAYER", {n: (k // 8, m // 8) for n, (k, m) in quantisation.LAYER.items()}
+    )
     monkeypatch.setattr(quantisation, "WAYS", quantisation.WAYS[:1] + quantisation.WAYS[-2:])
     exact, *others = quantisation.cost(0.1, tmp_path)
     assert exact["bits"] == pytest.approx(32, abs=0.1) and exact["speed"] == 1
@@ -175,7 +206,9 @@ def test_a_swap_is_timed_between_projectors_that_differ(bundle_copy):
     assert weights.read_bytes() != (bundle_copy / weights.name).read_bytes()
     seconds = swap.swap_seconds(bundle, "onnxruntime", {"onnxruntime": graph}, repeats=2)
     assert list(seconds) == ["onnxruntime"] and 0 < seconds["onnxruntime"] < 60
-    told = swap.table({"builder": "tensorrt_rtx 1.7", "build_s": 0.512, "swap_s": {"refit": 0.0213}})
+    told = swap.table(
+        {"builder": "tensorrt_rtx 1.7", "build_s": 0.512, "swap_s": {"refit": 0.0213}}
+    )
     assert told.splitlines()[2:] == [
         "| an engine of their own is built (tensorrt_rtx 1.7) | 512 ms |",
         "| put in, refit | 21.3 ms |",

@@ -66,13 +66,19 @@ def test_the_stages_are_there():
 def test_imports_point_at_runtime(path):
     stage = named(path).partition("/")[0]
     stages = {name.split(".")[1] for name in imported(path) if name.startswith("tiny_align.")}
-    assert stages <= MAY_IMPORT[stage], f"{stage} may not import {sorted(stages - MAY_IMPORT[stage])}"
+    assert stages <= MAY_IMPORT[stage], (
+        f"{stage} may not import {sorted(stages - MAY_IMPORT[stage])}"
+    )
 
 
 @pytest.mark.parametrize("path", ALL_MODULES, ids=named)
 def test_imports_are_absolute(path):
     """A relative or a bare `import runtime` would make a second copy of a module."""
-    bad = [name for name in imported(path) if name.startswith(".") or name.partition(".")[0] in MAY_IMPORT]
+    bad = [
+        name
+        for name in imported(path)
+        if name.startswith(".") or name.partition(".")[0] in MAY_IMPORT
+    ]
     assert not bad
 
 
@@ -115,7 +121,9 @@ def test_the_syntax_is_that_of_python_3_10():
 def test_the_readme_names_every_folder():
     ignored = [line.strip().rstrip("/") for line in (ROOT / ".gitignore").read_text().splitlines()]
     folders = [p.name for p in ROOT.iterdir() if p.is_dir() and not p.name.startswith((".", "__"))]
-    folders = [name for name in folders if not any(fnmatch.fnmatch(name, pattern) for pattern in ignored)]
+    folders = [
+        name for name in folders if not any(fnmatch.fnmatch(name, pattern) for pattern in ignored)
+    ]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert set(MAY_IMPORT) < set(folders)
     assert not [name for name in folders if f"{name}/" not in readme]
@@ -130,7 +138,10 @@ def test_tests_run_the_installed_package():
 
 # --- nothing that is loaded runs code ---
 
-SAFELY = {"np.load": ("allow_pickle", False), "torch.load": ("weights_only", True)}  # call -> the keyword it needs
+SAFELY = {
+    "np.load": ("allow_pickle", False),
+    "torch.load": ("weights_only", True),
+}  # call -> the keyword it needs
 
 
 def loads(path) -> list[tuple[str, dict]]:
@@ -140,7 +151,9 @@ def loads(path) -> list[tuple[str, dict]]:
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
             if name in SAFELY or name.endswith(".from_pretrained") or name.startswith("pickle."):
-                found.append((name, {k.arg: getattr(k.value, "value", None) for k in node.keywords}))
+                found.append(
+                    (name, {k.arg: getattr(k.value, "value", None) for k in node.keywords})
+                )
     return found
 
 
@@ -151,4 +164,6 @@ def test_nothing_that_is_loaded_runs_code(path):
         if name.endswith(".from_pretrained"):
             assert named(path) == "export/pretrained.py" or "Embedding" in name
         else:
-            assert name in SAFELY and keywords.get(SAFELY[name][0], "absent") == SAFELY[name][1], name
+            assert name in SAFELY and keywords.get(SAFELY[name][0], "absent") == SAFELY[name][1], (
+                name
+            )

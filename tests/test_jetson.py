@@ -41,7 +41,9 @@ def run(out: Path, python: str, *options) -> tuple[int, dict, str]:
     stub.chmod(0o755)
     command = ["bash", str(SCRIPT), "--out", str(out), *map(str, options)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": str(stub)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False, env=environment
+    )
     assert done.stdout, done.stderr
     return done.returncode, json.loads(done.stdout.splitlines()[-1]), done.stderr
 
@@ -68,7 +70,11 @@ def test_without_a_gpu_the_script_goes_as_far_as_it_can(tmp_path, bundle_copy):
     results = document["results"]
     assert list(results["build"]["engines"]) == ["projector"]
     assert results["measure-onnxruntime"]["recordings"] == 2
-    assert 0 < results["measure-onnxruntime"]["ttft_ms"]["median"] <= results["measure-onnxruntime"]["ttft_ms"]["p90"]
+    assert (
+        0
+        < results["measure-onnxruntime"]["ttft_ms"]["median"]
+        <= results["measure-onnxruntime"]["ttft_ms"]["p90"]
+    )
     assert document["steps"]["measure-tensorrt"]["reason"]
     with tarfile.open(tmp_path / "out.tar.gz") as tar:
         names = {Path(name).name for name in tar.getnames()}
@@ -85,7 +91,12 @@ def recorded(tmp_path):
         figure = {"median": 1.0, "p90": 1.0}
         document = {"backend": backend, "recordings": 1, "shipped": False, "texts": texts}
         document |= {"peak_memory_bytes": 1, "memory_taken_bytes": 1}
-        document |= {"ttft_ms": figure, "ms_per_token": figure, "rtf": figure, "quality": {"rougeL": rouge}}
+        document |= {
+            "ttft_ms": figure,
+            "ms_per_token": figure,
+            "rtf": figure,
+            "quality": {"rougeL": rouge},
+        }
         (folder / f"{backend}.json").write_text(json.dumps(document))
         np.savez(folder / f"{backend}.npz", **{"0": features})
 
@@ -106,7 +117,10 @@ def test_a_backend_on_a_par_with_onnx_runtime_passes(tmp_path, recorded):
     out = tmp_path / "out"
     status, document, errors = run(out, tensorrt(recorded(0.01, "the light is on", 0.89), out))
     assert status == 0, errors
-    assert states(document)["build"] == "left out" and document["steps"]["build"]["reason"] == "no builder"
+    assert (
+        states(document)["build"] == "left out"
+        and document["steps"]["build"]["reason"] == "no builder"
+    )
     row = document["results"]["parity"]["tensorrt"]
     assert row["on_a_par"] and row["least_cosine"] > 0.999 and row["same_answers"] == 1.0
     assert row["loss"] == pytest.approx(0.01)

@@ -15,7 +15,9 @@ from tiny_align.runtime.cli import COMMANDS
 CALL = "import sys; from tiny_align.runtime.cli import main; sys.exit(main(sys.argv[1:]))"
 ONE_CORE = ("--threads", 1)
 N_TRAIN, N_TEST = 6, 2
-UPLOADS_AFTER_S = 9.5  # ONNX Runtime 1.32: seconds from its import to its uploader's first attempt, and a little
+UPLOADS_AFTER_S = (
+    9.5  # ONNX Runtime 1.32: seconds from its import to its uploader's first attempt, and a little
+)
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +25,9 @@ def data(voice_path, tmp_path_factory):
     """A few recordings of the shipped voice."""
     folder = tmp_path_factory.mktemp("data")
     rows = [json.loads(line) for line in (voice_path / "metadata.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["split"] == "train"][:N_TRAIN] + [row for row in rows if row["split"] == "test"][
-        :N_TEST
-    ]
+    rows = [row for row in rows if row["split"] == "train"][:N_TRAIN] + [
+        row for row in rows if row["split"] == "test"
+    ][:N_TEST]
     for row in rows:
         shutil.copy(voice_path / row["file_name"], folder)
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -83,7 +85,9 @@ time.sleep(max(0, float(sys.argv[3]) + began - time.monotonic()))
 """
 
 
-def test_a_program_that_imported_onnx_runtime_before_reaches_for_nothing(watch, bundle_path, voice_path):
+def test_a_program_that_imported_onnx_runtime_before_reaches_for_nothing(
+    watch, bundle_path, voice_path
+):
     """Installing tiny-align switches telemetry off at Python's start (setup.py)."""
     audio = voice_path / "train-000.flac"
     watched = watch(sys.executable, "-c", PROGRAM, bundle_path, audio, UPLOADS_AFTER_S)

@@ -38,7 +38,9 @@ def test_where_nothing_is_said_nothing_is_answered(assistant):
     rng, answered = np.random.default_rng(77), []
     for i in range(40):
         sound = non_speech(rng, assistant.sample_rate)
-        with contextlib.suppress(AudioError):  # too short or too quiet: refused, and that is no answer
+        with contextlib.suppress(
+            AudioError
+        ):  # too short or too quiet: refused, and that is no answer
             answer = assistant.answer(sound)
             answered += [(i, answer.text)] if answer.heard else []
     assert not answered, answered
@@ -48,7 +50,17 @@ def test_where_nothing_is_said_nothing_is_answered(assistant):
 def demo(tmp_path_factory) -> dict:
     """The main job, on one core, with the shipped voice."""
     out = tmp_path_factory.mktemp("demo")
-    command = [sys.executable, "-m", "tiny_align.runtime.cli", "demo", "--json", "--threads", "1", "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "tiny_align.runtime.cli",
+        "demo",
+        "--json",
+        "--threads",
+        "1",
+        "--out",
+        str(out),
+    ]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
@@ -61,12 +73,22 @@ def test_the_demo_personalises(demo):
 
 
 def test_the_demo_reaches_its_target(demo):
-    assert demo["rougeL_before"] >= 0.85 and demo["rougeL_after"] >= 0.89 and demo["wer_after"] <= 0.16
+    assert (
+        demo["rougeL_before"] >= 0.85 and demo["rougeL_after"] >= 0.89 and demo["wer_after"] <= 0.16
+    )
 
 
 def test_speech_as_it_comes_is_repeated_as_plain_speech_is(demo, bundle_path, voice_path):
     """By the file; sessions and `listen` too: benchmarks.robustness. A CPU's rounding in the training moves .02."""
-    names = ("plain", "5 s before", "2 s inside", "2 s after", "-57 dBFS", "offset", "stereo, inverted")
+    names = (
+        "plain",
+        "5 s before",
+        "2 s inside",
+        "2 s after",
+        "-57 dBFS",
+        "offset",
+        "stereo, inverted",
+    )
     test = split_of(load_dataset(voice_path), "test")
     with Assistant.load(bundle_path, "demo", users=Path(demo["path"]).parent, threads=1) as aligned:
         takes = [(u.text, u.load(aligned.sample_rate)) for u in test]

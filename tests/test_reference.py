@@ -45,13 +45,23 @@ def test_a_foreign_accent_replaces_about_the_share_of_sounds():
     assert abs(sum(map(len, lines)) / len(lines) / all_of - 0.3) < 0.03
     assert len(foreign_sounds(rng, share=1.0)) == all_of
     for keyword, final, sound, said in (line.split() for line in foreign_sounds(rng, share=1.0)):
-        assert keyword == "replace" and final in "01" and sound in FOREIGN | FOREIGN_FINAL and said != sound
+        assert (
+            keyword == "replace"
+            and final in "01"
+            and sound in FOREIGN | FOREIGN_FINAL
+            and said != sound
+        )
 
 
 def _write_shard(path: Path, texts: list[str]) -> None:
     """A shard of noise, the k-th recording 40 + 20 k frames long."""
     frames = [40 + 20 * k for k in range(len(texts))]
-    np.save(path, np.random.default_rng(0).standard_normal((sum(frames), FRONT_END.n_mels)).astype(np.float16))
+    np.save(
+        path,
+        np.random.default_rng(0)
+        .standard_normal((sum(frames), FRONT_END.n_mels))
+        .astype(np.float16),
+    )
     path.with_suffix(".json").write_text(json.dumps({"texts": texts, "frames": frames}))
 
 
@@ -71,7 +81,18 @@ def test_a_batch_holds_recordings_of_similar_length_whole_and_padded_with_nothin
 
 def test_an_encoder_is_trained_on_from_where_it_stopped(tmp_path):
     _write_shard(tmp_path / "spoken0.npy", ["one two", "three", "four", "five six"])
-    options = ["--work", tmp_path, "--out", tmp_path / "encoder", "--device", "cpu", "--speech", 500, "--judged", 0]
+    options = [
+        "--work",
+        tmp_path,
+        "--out",
+        tmp_path / "encoder",
+        "--device",
+        "cpu",
+        "--speech",
+        500,
+        "--judged",
+        0,
+    ]
     options += ["--batch", 200, "--check-every", 1]
     for steps in (1, 3, 3):  # the last finds nothing to do
         assert encoder.main([str(option) for option in [*options, "--steps", steps]]) == 0
@@ -81,6 +102,9 @@ def test_an_encoder_is_trained_on_from_where_it_stopped(tmp_path):
 
 
 def test_a_mean_of_weights_lies_between_them():
-    before, after = {"w": torch.zeros(3), "n": torch.tensor(4)}, {"w": torch.ones(3), "n": torch.tensor(7)}
+    before, after = (
+        {"w": torch.zeros(3), "n": torch.tensor(4)},
+        {"w": torch.ones(3), "n": torch.tensor(7)},
+    )
     averaged = mean(before, after, share=0.6)
     assert averaged["w"].tolist() == pytest.approx([0.6] * 3) and averaged["n"] == 7

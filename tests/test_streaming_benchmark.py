@@ -11,7 +11,13 @@ from tiny_align.runtime.bundle import Bundle
 
 def rows(threads, ttft, whole):
     return [
-        {"threads": threads, "speech_s": s, "ttft_s": ttft[s], "whole_ttft_s": whole, "rtf": 0.1 * threads}
+        {
+            "threads": threads,
+            "speech_s": s,
+            "ttft_s": ttft[s],
+            "whole_ttft_s": whole,
+            "rtf": 0.1 * threads,
+        }
         for s in (3, 10, 30)
     ]
 
@@ -19,7 +25,11 @@ def rows(threads, ttft, whole):
 def test_ratios_are_the_worst_of_all_threads():
     both = rows(1, {3: 2.0, 10: 1.0, 30: 2.0}, 10.0) + rows(2, {3: 1.0, 10: 3.0, 30: 1.5}, 6.0)
     figures = streaming.ratios(both)
-    assert figures == {"ttft_30s_over_3s": 1.5, "ttft_10s_streaming_over_whole": 0.5, "rtf": pytest.approx(0.1)}
+    assert figures == {
+        "ttft_30s_over_3s": 1.5,
+        "ttft_10s_streaming_over_whole": 0.5,
+        "rtf": pytest.approx(0.1),
+    }
 
 
 def test_a_pace_gives_so_many_soft_tokens_however_they_come():

@@ -16,9 +16,22 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
-    shutil.rmtree(ROOT / "build", ignore_errors=True)  # left by an earlier build: old files would get in
+    shutil.rmtree(
+        ROOT / "build", ignore_errors=True
+    )  # left by an earlier build: old files would get in
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", out, ROOT],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "-q",
+            "--no-deps",
+            "--no-build-isolation",
+            "-w",
+            out,
+            ROOT,
+        ],
         check=True,
         env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
     )
@@ -27,7 +40,13 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_the_wheel_holds_stages_and_reference(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    stages = ("runtime/cli.py", "align/trainer.py", "export/graphs.py", "engines/build.py", "reference/corpus.py")
+    stages = (
+        "runtime/cli.py",
+        "align/trainer.py",
+        "export/graphs.py",
+        "engines/build.py",
+        "reference/corpus.py",
+    )
     for name in (*stages, "benchmarks/command.py"):
         assert f"tiny_align/{name}" in names
     manifest = json.loads((ROOT / "reference/bundle/manifest.json").read_text())
@@ -35,7 +54,10 @@ def test_the_wheel_holds_stages_and_reference(wheel):
         assert f"tiny_align/reference/bundle/{name}" in names
     assert "tiny_align/reference/voice/metadata.jsonl" in names
     assert "tiny_align_telemetry_off.pth" in names  # executed at Python's start: setup.py
-    assert not any("weights/" in n or "/users/" in n or "/results/" in n or n.startswith("tests/") for n in names)
+    assert not any(
+        "weights/" in n or "/users/" in n or "/results/" in n or n.startswith("tests/")
+        for n in names
+    )
 
 
 def test_the_demo_runs_from_the_wheel(wheel, tmp_path):
@@ -49,9 +71,20 @@ def test_the_demo_runs_from_the_wheel(wheel, tmp_path):
         "from tiny_align.runtime import cli; assert cli.__file__.startswith(sys.path[0]); "
         "sys.exit(cli.main(['demo', '--steps', '2', '--utterances', '4', '--json', '--out', 'out']))"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout)
-    figures = {"rougeL_before", "rougeL_after", "wer_before", "wer_after", "train_seconds", "ttft_ms", "rtf", "backend"}
+    figures = {
+        "rougeL_before",
+        "rougeL_after",
+        "wer_before",
+        "wer_after",
+        "train_seconds",
+        "ttft_ms",
+        "rtf",
+        "backend",
+    }
     assert figures <= set(result)
     assert (tmp_path / "out/users/demo/projector.onnx").exists()

@@ -13,7 +13,10 @@ the loss is no good judge of weights, `held_out(...)` takes the same and returns
 
 from tiny_align.runtime.errors import TinyAlignError
 
-FRAMED, POOLED = ("ctc",), ("paper", "aligned", "paper-padded", "end-to-end")  # what each reads, default first
+FRAMED, POOLED = (
+    ("ctc",),
+    ("paper", "aligned", "paper-padded", "end-to-end"),
+)  # what each reads, default first
 LLM_FREE = ("ctc", "aligned", "paper", "paper-padded")  # those a device trains with
 
 

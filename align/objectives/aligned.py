@@ -23,7 +23,9 @@ def aligned_places(costs: np.ndarray) -> np.ndarray:
     n_places, n_tokens = costs.shape
     best = np.full(n_tokens, np.inf)
     best[0] = costs[0, 0]
-    moved = np.zeros((n_places, n_tokens), bool)  # whether the best way to (t, l) comes from token l - 1
+    moved = np.zeros(
+        (n_places, n_tokens), bool
+    )  # whether the best way to (t, l) comes from token l - 1
     for t in range(1, n_places):
         before = np.concatenate([[np.inf], best[:-1]])
         moved[t] = before < best
@@ -52,7 +54,9 @@ class Aligned(Paper):
     def __call__(self, soft_tokens: Tensor, lengths: Tensor, examples: list, step: int) -> Tensor:
         if step < self.flat_start:
             return super().__call__(soft_tokens, lengths, examples, step)
-        targets = torch.stack([self._placed(e, soft) for e, soft in zip(examples, soft_tokens.detach())])
+        targets = torch.stack(
+            [self._placed(e, soft) for e, soft in zip(examples, soft_tokens.detach())]
+        )
         return embedlink_loss(soft_tokens, targets, self.variance)
 
     def _placed(self, example, soft_tokens: Tensor) -> Tensor:

@@ -29,7 +29,9 @@ def log_normaliser(frames: Tensor, table: Tensor, scale: float) -> Tensor:
     return torch.logaddexp(logits.logsumexp(dim=-1), frames[..., -1])
 
 
-def sampled_log_normaliser(frames: Tensor, table: Tensor, scale: float, own: Tensor, seed: int) -> Tensor:
+def sampled_log_normaliser(
+    frames: Tensor, table: Tensor, scale: float, own: Tensor, seed: int
+) -> Tensor:
     """An estimate of `log_normaliser`: the tokens `own` (K,) in full, SAMPLE others for all the rest."""
     generator = torch.Generator(table.device).manual_seed(seed)
     drawn = torch.randint(len(table), (SAMPLE,), generator=generator, device=table.device)
@@ -85,14 +87,22 @@ class Ctc:
         log_probs, labels = self.log_probs(frames, [e.tokens for e in examples], step)
         sizes = torch.tensor([len(e.tokens) for e in examples])
         loss = F.ctc_loss(
-            log_probs.transpose(0, 1), torch.cat(labels), lengths, sizes, blank=0, reduction="none", zero_infinity=True
+            log_probs.transpose(0, 1),
+            torch.cat(labels),
+            lengths,
+            sizes,
+            blank=0,
+            reduction="none",
+            zero_infinity=True,
         )  # a transcript with more tokens than frames teaches nothing
         loss = loss - _library_surplus(log_probs, lengths, possible=loss.detach() > 0)
         return loss.sum() / sizes.sum().clamp(min=1)
 
     def _flat(self, frames: Tensor, lengths: Tensor, examples: list, step: int) -> Tensor:
         cast = [_cast(e, int(n)) for e, n in zip(examples, lengths)]
-        places = torch.nn.utils.rnn.pad_sequence(cast, batch_first=True, padding_value=-1)  # (B, N'), -1: the blank
+        places = torch.nn.utils.rnn.pad_sequence(
+            cast, batch_first=True, padding_value=-1
+        )  # (B, N'), -1: the blank
         tokens = places.clamp(min=0)
         logits = (frames[..., :-1] * self.table[tokens]).sum(dim=-1) * self.scale
         logits = torch.where(places >= 0, logits, frames[..., -1])
@@ -108,10 +118,14 @@ class Ctc:
             (e.tokens, path[:n].unique_consecutive().tolist())
             for e, path, n in zip(examples, best_path(frames, self.table, self.scale), lengths)
         ]
-        said, heard = zip(*((_line(said), _line(t for t in heard if t >= 0)) for said, heard in pairs if said))
+        said, heard = zip(
+            *((_line(said), _line(t for t in heard if t >= 0)) for said, heard in pairs if said)
+        )
         return jiwer.wer(list(said), list(heard))
 
-    def log_probs(self, frames: Tensor, transcripts: list[list[int]], step: int) -> tuple[Tensor, list[Tensor]]:
+    def log_probs(
+        self, frames: Tensor, transcripts: list[list[int]], step: int
+    ) -> tuple[Tensor, list[Tensor]]:
         """Log-probabilities of the blank (0) and of each transcript's own tokens, and the transcripts in those numbers.
 
         Args:
@@ -119,11 +133,18 @@ class Ctc:
         Returns:
             (B, N', K + 1), where K is the most different tokens of a transcript, and (L,) labels from 1 for each.
         """
-        own = [torch.tensor(tokens, dtype=torch.long).unique(return_inverse=True) for tokens in transcripts]
-        used = torch.nn.utils.rnn.pad_sequence([tokens for tokens, _ in own], batch_first=True)  # (B, K)
+        own = [
+            torch.tensor(tokens, dtype=torch.long).unique(return_inverse=True)
+            for tokens in transcripts
+        ]
+        used = torch.nn.utils.rnn.pad_sequence(
+            [tokens for tokens, _ in own], batch_first=True
+        )  # (B, K)
         logits = torch.einsum("bnd,bkd->bnk", frames[..., :-1], self.table[used]) * self.scale
         logits = torch.cat([frames[..., -1:], logits], dim=-1)
-        return logits - self._normaliser(frames, used.unique(), step)[..., None], [labels + 1 for _, labels in own]
+        return logits - self._normaliser(frames, used.unique(), step)[..., None], [
+            labels + 1 for _, labels in own
+        ]
 
     def _normaliser(self, frames: Tensor, own: Tensor, step: int) -> Tensor:
         if len(self.table) <= EXACT:

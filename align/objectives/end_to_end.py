@@ -31,16 +31,25 @@ class EndToEnd:
     def __call__(self, soft_tokens: Tensor, lengths: Tensor, examples: list, step: int) -> Tensor:
         turns = [(step + i) % len(self.llm.prompts) for i in range(len(examples))]
         rows, labels = zip(
-            *(self._row(soft[:n], e, turn) for soft, n, e, turn in zip(soft_tokens, lengths, examples, turns))
+            *(
+                self._row(soft[:n], e, turn)
+                for soft, n, e, turn in zip(soft_tokens, lengths, examples, turns)
+            )
         )
-        embeds = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, S, D), padded behind: causal
+        embeds = torch.nn.utils.rnn.pad_sequence(
+            rows, batch_first=True
+        )  # (B, S, D), padded behind: causal
         labels = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
         logits = self.llm.model(inputs_embeds=embeds, use_cache=False).logits
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
+        return F.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100
+        )
 
     def _row(self, soft_tokens: Tensor, example, turn: int) -> tuple[Tensor, Tensor]:
         """The embeddings the LLM reads and what it should say at each, -100 where it says nothing."""
         said = torch.tensor(example.answers[turn])
         embedded = self.llm.model.get_input_embeddings()(said)
-        row = torch.cat([self.llm.prompts[turn], soft_tokens, self.llm.after, embedded]).to(self.table.dtype)
+        row = torch.cat([self.llm.prompts[turn], soft_tokens, self.llm.after, embedded]).to(
+            self.table.dtype
+        )
         return row, torch.cat([torch.full((len(row) - len(said),), -100), said])

@@ -38,7 +38,9 @@ class Paper:
         self.table, self.padded, self.variance = table, padded, float(table.var())
 
     def __call__(self, soft_tokens: Tensor, lengths: Tensor, examples: list, step: int) -> Tensor:
-        targets = torch.stack([self.targets(e, soft_tokens.shape[1]) for e in examples])  # (B, T, D)
+        targets = torch.stack(
+            [self.targets(e, soft_tokens.shape[1]) for e in examples]
+        )  # (B, T, D)
         return embedlink_loss(soft_tokens, targets, self.variance)
 
     def targets(self, example, n_places: int) -> Tensor:

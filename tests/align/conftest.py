@@ -16,8 +16,12 @@ def write_recordings(voice_path):
     """Write a data set of the first recordings of each split: write_recordings(folder, n_train, n_test) -> rows."""
 
     def write(folder, n_train, n_test):
-        every = [json.loads(line) for line in (voice_path / "metadata.jsonl").read_text().splitlines()]
-        train, test = ([row for row in every if row["split"] == split] for split in ("train", "test"))
+        every = [
+            json.loads(line) for line in (voice_path / "metadata.jsonl").read_text().splitlines()
+        ]
+        train, test = (
+            [row for row in every if row["split"] == split] for split in ("train", "test")
+        )
         rows = train[:n_train] + test[:n_test]
         folder.mkdir(parents=True, exist_ok=True)
         for row in rows:

@@ -52,6 +52,8 @@ def test_a_room_keeps_the_sound_and_rings_on():
 
 def test_a_telephone_passes_its_band_only():
     tones = {hz: np.sin(2 * np.pi * hz * TIME) for hz in (100, 1000, 5000)}
-    left = {hz: np.mean(telephone(tone, RATE) ** 2) / np.mean(tone**2) for hz, tone in tones.items()}
+    left = {
+        hz: np.mean(telephone(tone, RATE) ** 2) / np.mean(tone**2) for hz, tone in tones.items()
+    }
     assert TELEPHONE_HZ[0] > 100 and TELEPHONE_HZ[1] < 5000
     assert left[1000] == pytest.approx(1, abs=0.01) and max(left[100], left[5000]) < 0.01

@@ -15,7 +15,13 @@ import pytest
 import soundfile
 
 from tiny_align.align.data_report import DataReport
-from tiny_align.align.datasets import Utterance, clean_chat, leave_out_unknown_splits, load_dataset, split_of
+from tiny_align.align.datasets import (
+    Utterance,
+    clean_chat,
+    leave_out_unknown_splits,
+    load_dataset,
+    split_of,
+)
 from tiny_align.runtime.errors import AudioError, DataError
 
 RATE = 16_000  # Hz
@@ -23,7 +29,9 @@ RATE = 16_000  # Hz
 
 def write_audio(path, seconds=0.5, hz=440.0):
     path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, 0.3 * np.sin(2 * np.pi * hz * np.arange(round(seconds * RATE)) / RATE), RATE)
+    soundfile.write(
+        path, 0.3 * np.sin(2 * np.pi * hz * np.arange(round(seconds * RATE)) / RATE), RATE
+    )
     return path
 
 
@@ -44,7 +52,9 @@ def mark(start_ms, end_ms):
     return f"\x15{start_ms}_{end_ms}\x15"
 
 
-def write_chat(path, tiers, participants="PAR Participant, INV Investigator", media="session", ids=""):
+def write_chat(
+    path, tiers, participants="PAR Participant, INV Investigator", media="session", ids=""
+):
     header = f"@UTF8\n@Begin\n@Languages:\teng\n@Participants:\t{participants}\n{ids}"
     header += f"@Media:\t{media}, audio\n" if media else ""
     path.write_text(header + "".join(f"{tier}\n" for tier in tiers) + "@End\n", encoding="utf-8")
@@ -87,12 +97,17 @@ def test_a_folder_with_metadata_csv(tmp_path):
     write_audio(tmp_path / "clips" / "a.wav")
     text = '\ufefffile_name,transcription,split\r\nclips/a.wav,"Yes, ""now""",dev\r\n'
     (tmp_path / "metadata.csv").write_bytes(text.encode())
-    assert load_dataset(tmp_path) == [Utterance(tmp_path / "clips/a.wav", 'Yes, "now"', "validation")]
+    assert load_dataset(tmp_path) == [
+        Utterance(tmp_path / "clips/a.wav", 'Yes, "now"', "validation")
+    ]
 
 
 @pytest.mark.parametrize("field", ["transcription", "text", "sentence"])
 def test_names_of_the_text(tmp_path, field):
-    assert load_dataset(folder_of(tmp_path, [{"file_name": "a.wav", field: "hello"}]))[0].text == "hello"
+    assert (
+        load_dataset(folder_of(tmp_path, [{"file_name": "a.wav", field: "hello"}]))[0].text
+        == "hello"
+    )
 
 
 def test_duration_in_metadata_is_only_information(tmp_path):
@@ -119,7 +134,10 @@ def test_without_a_split_about_one_text_in_five_is_for_testing(tmp_path):
 
 
 def test_texts_are_nfc_on_one_line_and_keep_their_case(tmp_path):
-    row = {"file_name": "a.wav", "text": "  " + unicodedata.normalize("NFD", "Où est\nle Café ?") + " "}
+    row = {
+        "file_name": "a.wav",
+        "text": "  " + unicodedata.normalize("NFD", "Où est\nle Café ?") + " ",
+    }
     assert load_dataset(folder_of(tmp_path, [row]))[0].text == "Où est le Café ?"
 
 
@@ -131,7 +149,10 @@ def test_blank_lines_and_line_separators_are_no_rows(tmp_path):
 
 
 def test_a_speaker_of_a_folder(tmp_path):
-    rows = [{"file_name": "a.wav", "text": "hello", "speaker_id": 7}, {"file_name": "b.wav", "text": "bye"}]
+    rows = [
+        {"file_name": "a.wav", "text": "hello", "speaker_id": 7},
+        {"file_name": "b.wav", "text": "bye"},
+    ]
     folder = folder_of(tmp_path, rows)
     assert [u.text for u in load_dataset(folder, speaker="7")] == ["hello"]
     with pytest.raises(DataError, match=r"nothing by speaker 'ana'.*\(none given\), 7"):
@@ -141,23 +162,53 @@ def test_a_speaker_of_a_folder(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "hello"}, "line 2: no text in the field file_name or audio_filepath or .*; the row has text"),
-        ({"file_name": "a.wav"}, "line 2: no text in the field transcription or text or .*; the row has file_name"),
+        (
+            {"text": "hello"},
+            "line 2: no text in the field file_name or audio_filepath or .*; the row has text",
+        ),
+        (
+            {"file_name": "a.wav"},
+            "line 2: no text in the field transcription or text or .*; the row has file_name",
+        ),
         ({"file_name": "a.wav", "text": " "}, "line 2: no text in the field text, it is empty"),
-        ({"file_name": "a.wav", "text": 7}, "line 2: the field text holds the number 7; expected text"),
-        ({"file_name": "a.wav", "text": 6.5}, "line 2: the field text holds the number 6.5; expected text"),
-        ({"file_name": "a.wav", "text": ["a"]}, "line 2: the field text holds a list; expected text"),
-        ({"file_name": "a.wav", "text": {"a": 1}}, "line 2: the field text holds an object; expected text"),
+        (
+            {"file_name": "a.wav", "text": 7},
+            "line 2: the field text holds the number 7; expected text",
+        ),
+        (
+            {"file_name": "a.wav", "text": 6.5},
+            "line 2: the field text holds the number 6.5; expected text",
+        ),
+        (
+            {"file_name": "a.wav", "text": ["a"]},
+            "line 2: the field text holds a list; expected text",
+        ),
+        (
+            {"file_name": "a.wav", "text": {"a": 1}},
+            "line 2: the field text holds an object; expected text",
+        ),
         ({"file_name": "a.wav", "text": True}, "line 2: the field text holds true; expected text"),
         ({"file_name": "a.wav", "text": None}, "line 2: the field text holds null; expected text"),
-        ({"file_name": 3, "text": "hi"}, "line 2: the field file_name holds the number 3; expected text"),
+        (
+            {"file_name": 3, "text": "hi"},
+            "line 2: the field file_name holds the number 3; expected text",
+        ),
         (
             {"file_name": "a.wav", "text": "hi", "split": 1},
             "line 2: the field split holds the number 1; expected train",
         ),
-        ({"file_name": "a.wav", "text": "hi", "speaker": ["ana"]}, "line 2: the field speaker holds a list"),
-        ({"file_name": "a.wav", "text": "hi \ud800"}, "line 2: the field text holds half a character"),
-        ({"file_name": "absent.wav", "text": "hi"}, r"line 2: audio file .*absent\.wav does not exist"),
+        (
+            {"file_name": "a.wav", "text": "hi", "speaker": ["ana"]},
+            "line 2: the field speaker holds a list",
+        ),
+        (
+            {"file_name": "a.wav", "text": "hi \ud800"},
+            "line 2: the field text holds half a character",
+        ),
+        (
+            {"file_name": "absent.wav", "text": "hi"},
+            r"line 2: audio file .*absent\.wav does not exist",
+        ),
         ({"file_name": ".", "text": "hi"}, "line 2: audio file .* does not exist"),
         ([1, 2], "line 2: got a list; expected one JSON object per line"),
     ],
@@ -172,10 +223,22 @@ def test_bad_rows(tmp_path, row, message):
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ("file_name,text\na.wav,hello\na.wav\n", "line 3: 1 field where the header has 2: add what is missing"),
-        ("file_name,text\na.wav,on, please\n", "line 2: 3 fields where the header has 2: quote a .* holds a comma"),
-        ("file_name;text\na.wav;on; please\n", "line 2: 3 fields where the header has 2: quote a .* holds a semicolon"),
-        ("file_name\ttext\na.wav\ton\tplease\n", "line 2: 3 fields where the header has 2: take the tab out"),
+        (
+            "file_name,text\na.wav,hello\na.wav\n",
+            "line 3: 1 field where the header has 2: add what is missing",
+        ),
+        (
+            "file_name,text\na.wav,on, please\n",
+            "line 2: 3 fields where the header has 2: quote a .* holds a comma",
+        ),
+        (
+            "file_name;text\na.wav;on; please\n",
+            "line 2: 3 fields where the header has 2: quote a .* holds a semicolon",
+        ),
+        (
+            "file_name\ttext\na.wav\ton\tplease\n",
+            "line 2: 3 fields where the header has 2: take the tab out",
+        ),
         ('file_name,text\na.wav,"two\nlines"\na.wav,b,c\n', "line 4: 3 fields"),
         ("file_name,text,text\na.wav,hello,bye\n", "line 1: the header has the name 'text' twice"),
         ("file_name,text, Text\na.wav,hello,bye\n", "line 1: the header has the name 'text' twice"),
@@ -183,7 +246,10 @@ def test_bad_rows(tmp_path, row, message):
         ("a.wav,hello\nb.wav,bye\n", "the first line, 'a.wav,hello', is no header"),
         ("LJ001|hello\n", "the first line, 'LJ001|hello', is no header"),
         (f"file_name,text\na.wav,{'x' * 200_000}\n", "line 2: invalid CSV"),
-        ('file_name,text\na.wav,hello\na.wav,"hello\na.wav,bye\n', "line 3: invalid CSV in the row that begins here"),
+        (
+            'file_name,text\na.wav,hello\na.wav,"hello\na.wav,bye\n',
+            "line 3: invalid CSV in the row that begins here",
+        ),
         ('file_name,text\na.wav,"hello" she said\n', "line 2: invalid CSV"),
     ],
 )
@@ -203,7 +269,13 @@ def test_a_csv_file_that_breaks_the_rules_is_refused_naming_the_line(tmp_path, t
         'file_name\ttext\na.wav\t"Turn on, ""now"", please"\n',
         '\n File_Name , Text ,,\n,,,\na.wav,"Turn on, ""now"", please",,\n\n',
     ],
-    ids=["RFC 4180", "Excel's with semicolons", "tabs", "tabs with quotes", "empty columns, empty rows"],
+    ids=[
+        "RFC 4180",
+        "Excel's with semicolons",
+        "tabs",
+        "tabs with quotes",
+        "empty columns, empty rows",
+    ],
 )
 def test_csv_is_read_by_the_standards_rules(tmp_path, table):
     write_audio(tmp_path / "a.wav")
@@ -217,7 +289,9 @@ def test_a_json_array_is_read_like_lines(tmp_path):
     (tmp_path / "metadata.json").write_text(json.dumps(rows, indent=1))
     assert [u.text for u in load_dataset(tmp_path)] == ["one", "two"]
     (tmp_path / "metadata.json").write_text(json.dumps([*rows, {"file_name": "a.wav", "text": 3}]))
-    with pytest.raises(DataError, match=r"metadata\.json, row 3: the field text holds the number 3"):
+    with pytest.raises(
+        DataError, match=r"metadata\.json, row 3: the field text holds the number 3"
+    ):
         load_dataset(tmp_path)
 
 
@@ -225,7 +299,9 @@ def test_invalid_json(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('\n{"file_name": \n')
     with pytest.raises(DataError, match=r"metadata\.jsonl, line 2: invalid JSON"):
         load_dataset(tmp_path)
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.wav", "text": "one", "text": "two"}\n')
+    (tmp_path / "metadata.jsonl").write_text(
+        '{"file_name": "a.wav", "text": "one", "text": "two"}\n'
+    )
     with pytest.raises(DataError, match=r"metadata\.jsonl, line 1: .*'text' twice"):
         load_dataset(tmp_path)
     (tmp_path / "metadata.jsonl").write_text("[" * 100_000)
@@ -275,21 +351,29 @@ def test_what_may_not_be_read_is_named(nobody, closed):
     path.is_dir() or path.write_text("file_name,text\n")
     path.chmod(0)
     os.seteuid(user)
-    with pytest.raises(DataError, match=rf"{re.escape(str(path))}.*cannot be read \(Permission denied\)"):
+    with pytest.raises(
+        DataError, match=rf"{re.escape(str(path))}.*cannot be read \(Permission denied\)"
+    ):
         load_dataset(nobody)
 
 
 def test_two_tables_that_differ_in_form_only_are_refused(tmp_path):
     for name in ("metadata.jsonl", "metadata.csv"):
         (tmp_path / name).touch()
-    with pytest.raises(DataError, match=r"holds both metadata\.jsonl and metadata\.csv; expected one of them"):
+    with pytest.raises(
+        DataError, match=r"holds both metadata\.jsonl and metadata\.csv; expected one of them"
+    ):
         load_dataset(tmp_path)
 
 
 def test_paths_that_are_no_data_set(tmp_path):
-    with pytest.raises(DataError, match=r"no such file or folder; expected .*metadata\.jsonl.*manifest.*\.cha"):
+    with pytest.raises(
+        DataError, match=r"no such file or folder; expected .*metadata\.jsonl.*manifest.*\.cha"
+    ):
         load_dataset(tmp_path / "absent")
-    with pytest.raises(DataError, match=r"a folder of no known form; expected .*metadata\.jsonl.*manifest.*\.cha"):
+    with pytest.raises(
+        DataError, match=r"a folder of no known form; expected .*metadata\.jsonl.*manifest.*\.cha"
+    ):
         load_dataset(tmp_path)
     with pytest.raises(DataError, match="a file of no known form"):
         load_dataset(write_audio(tmp_path / "a.wav"))
@@ -313,9 +397,26 @@ def test_a_manifest(tmp_path):
         write_audio(tmp_path / name)
     rows = [
         {"audio_filepath": "clips/a.wav", "text": "one", "split": "test", "speaker": "ana"},
-        {"audio_filepath": "clips/a.wav", "text": "two", "split": "train", "offset": 0.1, "duration": 0.25},
-        {"audio_filepath": str(tmp_path / "elsewhere/b.wav"), "text": "three", "split": "train", "duration": 0.5},
-        {"audio_filepath": "clips/a.wav", "text": "four", "split": "train", "offset": 0.1, "duration": None},
+        {
+            "audio_filepath": "clips/a.wav",
+            "text": "two",
+            "split": "train",
+            "offset": 0.1,
+            "duration": 0.25,
+        },
+        {
+            "audio_filepath": str(tmp_path / "elsewhere/b.wav"),
+            "text": "three",
+            "split": "train",
+            "duration": 0.5,
+        },
+        {
+            "audio_filepath": "clips/a.wav",
+            "text": "four",
+            "split": "train",
+            "offset": 0.1,
+            "duration": None,
+        },
     ]
     a, b = tmp_path / "clips/a.wav", tmp_path / "elsewhere/b.wav"
     expected = [
@@ -373,11 +474,14 @@ def test_a_name_in_another_normalisation_form_is_found(tmp_path, written, on_dis
 
 
 @pytest.mark.parametrize(
-    "written", ["my clips\\a 1.wav", "./my clips/a 1.wav", " my clips/a 1.wav ", "{}/my clips/a 1.wav"]
+    "written",
+    ["my clips\\a 1.wav", "./my clips/a 1.wav", " my clips/a 1.wav ", "{}/my clips/a 1.wav"],
 )
 def test_windows_paths_absolute_paths_and_spaces(tmp_path, written):
     audio = write_audio(tmp_path / "my clips/a 1.wav")
-    write_rows(tmp_path / "metadata.jsonl", [{"file_name": written.format(tmp_path), "text": "hello"}])
+    write_rows(
+        tmp_path / "metadata.jsonl", [{"file_name": written.format(tmp_path), "text": "hello"}]
+    )
     assert load_dataset(tmp_path)[0].audio == audio
 
 
@@ -385,9 +489,15 @@ def test_common_voice(tmp_path, caplog):
     """A table for each split whose paths leave the folder clips/ out; tables of another name are named."""
     for i, split in enumerate(("train", "dev", "test", "validated")):
         write_audio(tmp_path / f"clips/{i}.wav")
-        (tmp_path / f"{split}.tsv").write_text(f'client_id\tpath\tsentence\nx\t{i}.wav\t"Oh", he said.\n')
+        (tmp_path / f"{split}.tsv").write_text(
+            f'client_id\tpath\tsentence\nx\t{i}.wav\t"Oh", he said.\n'
+        )
     found = load_dataset(tmp_path)
-    assert {(u.split, u.audio.name) for u in found} == {("train", "0.wav"), ("validation", "1.wav"), ("test", "2.wav")}
+    assert {(u.split, u.audio.name) for u in found} == {
+        ("train", "0.wav"),
+        ("validation", "1.wav"),
+        ("test", "2.wav"),
+    }
     assert {u.text for u in found} == {
         '"Oh", he said.'
     } and "not read, as its name is no split's: validated.tsv" in caplog.text
@@ -456,7 +566,10 @@ def test_a_folder_of_transcripts(tmp_path):
     write_audio(tmp_path / "media" / "two.FLAC")
     write_chat(tmp_path / "one.cha", [f"*PAR:\tfirst . {mark(0, 400)}"], media="one")
     write_chat(tmp_path / "two.cha", [f"*PAR:\tsecond . {mark(0, 400)}"], media="two")
-    assert [(u.text, u.audio.name) for u in load_dataset(tmp_path)] == [("first.", "one.wav"), ("second.", "two.FLAC")]
+    assert [(u.text, u.audio.name) for u in load_dataset(tmp_path)] == [
+        ("first.", "one.wav"),
+        ("second.", "two.FLAC"),
+    ]
 
 
 def test_several_marks_span_the_utterance_and_old_ones_are_read(tmp_path):
@@ -464,7 +577,10 @@ def test_several_marks_span_the_utterance_and_old_ones_are_read(tmp_path):
     old = '\x15%snd:"session"_2000_2500\x15'
     tiers = [f"*PAR:\tone {mark(0, 400)} two {mark(500, 900)} .", f"*PAR:\tthree . {old}"]
     utterances = load_dataset(write_chat(tmp_path / "a.cha", tiers, media="session.mp3"))
-    assert [(u.text, u.start_s, u.end_s) for u in utterances] == [("one two.", 0.0, 0.9), ("three.", 2.0, 2.5)]
+    assert [(u.text, u.start_s, u.end_s) for u in utterances] == [
+        ("one two.", 0.0, 0.9),
+        ("three.", 2.0, 2.5),
+    ]
 
 
 def test_speakers_of_a_transcript(tmp_path):
@@ -482,8 +598,12 @@ def test_speakers_of_a_transcript(tmp_path):
 
 def test_a_speaker_known_from_its_id_only(tmp_path):
     write_audio(tmp_path / "session.wav")
-    ids = "@ID:\teng|corpus|PAR|63;|male|||Participant|||\n@ID:\teng|corpus|INV|||||Investigator|||\n"
-    path = write_chat(tmp_path / "a.cha", [f"*INV:\thello . {mark(0, 400)}"], participants="", ids=ids)
+    ids = (
+        "@ID:\teng|corpus|PAR|63;|male|||Participant|||\n@ID:\teng|corpus|INV|||||Investigator|||\n"
+    )
+    path = write_chat(
+        tmp_path / "a.cha", [f"*INV:\thello . {mark(0, 400)}"], participants="", ids=ids
+    )
     with pytest.raises(DataError, match="no utterances"):  # PAR is the person, and said nothing
         load_dataset(path)
 
@@ -503,7 +623,10 @@ def test_a_transcript_without_speakers(tmp_path):
 
 def test_missing_media(tmp_path):
     tiers = [f"*PAR:\thello . {mark(0, 400)}"]
-    with pytest.raises(DataError, match=r"a\.cha: audio 'session' of its @Media header does not exist.*\.flac.*media/"):
+    with pytest.raises(
+        DataError,
+        match=r"a\.cha: audio 'session' of its @Media header does not exist.*\.flac.*media/",
+    ):
         load_dataset(write_chat(tmp_path / "a.cha", tiers))
     with pytest.raises(DataError, match="no @Media header; add '@Media:\ta, audio'"):
         load_dataset(write_chat(tmp_path / "a.cha", tiers, media=""))
@@ -523,7 +646,10 @@ def test_missing_media(tmp_path):
         ("I gonna [: going to] sit .", "I going to sit."),
         ("the wɛk@u [: wet] [* p:n] [//] red hat .", "the wet red hat."),
         ("a bird [:: dog] [* s:r] barked .", "a bird barked."),
-        ("a dog [* s:r] barked [?] [!] [=! laughs] [x 3] [% a comment] [+ exc] .", "a dog barked barked barked."),
+        (
+            "a dog [* s:r] barked [?] [!] [=! laughs] [x 3] [% a comment] [+ exc] .",
+            "a dog barked barked barked.",
+        ),
         ("[- spa] hola .", "hola."),
         ("&-um I &+fr &~ga &=laughs:loudly friend &*INV:mhm .", "I friend."),
         ("&-uh , I , &-um , know .", "I, know."),
@@ -549,7 +675,10 @@ def test_missing_media(tmp_path):
         ("⁇maybe⁇ ⁎creaky⁎ °soft° ◉loud◉ ∆fast∆ ∇slow∇ .", "maybe creaky soft loud fast slow."),
         ("▁low▁ ▔high▔ ☺smiled☺ ♋breathy♋ ∬whispered∬ .", "low high smiled breathy whispered."),
         ("∲sung∲ ∮sung∮ §clear§ ΫyawnedΫ .", "sung sung clear yawned."),
-        ("∙hhh well hh pitch↻ reset⤇ fun⁑ny fuἩnny ∾tight .", "well pitch reset funny funny tight."),
+        (
+            "∙hhh well hh pitch↻ reset⤇ fun⁑ny fuἩnny ∾tight .",
+            "well pitch reset funny funny tight.",
+        ),
         ("+≋ so I ≡ went ↑up ↓down ⇗", "so I went up down"),
         ("+≈ “come” he said ∞", "come he said"),
         ("↫b-b↫ball ≠and b̲a:d .", "ball and bad."),
@@ -582,7 +711,10 @@ def test_unintelligible_utterances_are_skipped_but_words_with_those_letters_are_
     ("names", "split"),
     [
         (("train", "Training", "train-clean-100", " TRAIN "), "train"),
-        (("validation", "valid", "val", "dev", "Devel", "eval", "evaluation", "dev.other"), "validation"),
+        (
+            ("validation", "valid", "val", "dev", "Devel", "eval", "evaluation", "dev.other"),
+            "validation",
+        ),
         (("test", "Testing", "test_clean"), "test"),
     ],
 )
@@ -604,27 +736,37 @@ def test_a_row_says_more_than_its_folder_and_an_inner_folder_more_than_an_outer_
 
 def test_folders_above_the_data_say_nothing_of_a_split(tmp_path):
     home, elsewhere = tmp_path / "test/manifests", tmp_path / "test/corpus"
-    names = [write_audio(folder / name) for folder in (home, elsewhere) for name in ("train/a.wav", "clips/b.wav")]
+    names = [
+        write_audio(folder / name)
+        for folder in (home, elsewhere)
+        for name in ("train/a.wav", "clips/b.wav")
+    ]
     rows = [{"audio_filepath": str(name), "text": "hello"} for name in names]
     by_text = load_dataset(write_rows(home / "one.jsonl", rows[1:2]))[0].split
     found = load_dataset(write_rows(home / "set.jsonl", rows))
     assert [u.split for u in found] == ["train", by_text, "train", by_text]
-    alone = load_dataset(write_rows(home / "alone.jsonl", [{"audio_filepath": str(names[2]), "text": "hello"}]))
+    alone = load_dataset(
+        write_rows(home / "alone.jsonl", [{"audio_filepath": str(names[2]), "text": "hello"}])
+    )
     assert alone[0].split == "train"  # the folder that all recordings lie in
 
 
-def test_a_table_named_after_the_test_split_is_it_and_a_training_table_alone_has_its_own_drawn(tmp_path):
+def test_a_table_named_after_the_test_split_is_it_and_a_training_table_alone_has_its_own_drawn(
+    tmp_path,
+):
     write_audio(tmp_path / "a.wav")
     rows = [{"audio_filepath": "a.wav", "text": f"sentence number {i}"} for i in range(50)]
     splits = [
-        {u.split for u in load_dataset(write_rows(tmp_path / f"{s}_manifest.json", rows))} for s in ("test", "train")
+        {u.split for u in load_dataset(write_rows(tmp_path / f"{s}_manifest.json", rows))}
+        for s in ("test", "train")
     ]
     assert splits == [{"test"}, {"train", "test"}]
 
 
 def test_what_is_left_out_is_counted_with_an_example(tmp_path):
     rows = [
-        {"file_name": f"{i}.wav", "text": "hello", "speaker": "ana" if i else "bo", "split": "foo"} for i in range(3)
+        {"file_name": f"{i}.wav", "text": "hello", "speaker": "ana" if i else "bo", "split": "foo"}
+        for i in range(3)
     ]
     report = DataReport()
     found = load_dataset(folder_of(tmp_path, rows), "ana", report)
@@ -634,7 +776,11 @@ def test_what_is_left_out_is_counted_with_an_example(tmp_path):
         "left_out": 4,
         "reasons": [
             {"reason": "by another speaker", "count": 1, "example": "0.wav by bo"},
-            {"reason": "of split 'foo', none of train, validation, test", "count": 2, "example": "1.wav"},
+            {
+                "reason": "of split 'foo', none of train, validation, test",
+                "count": 2,
+                "example": "1.wav",
+            },
             {"reason": "beyond the first 1 of the rows", "count": 1, "example": "2.wav"},
         ],
         "notes": [],
@@ -644,7 +790,10 @@ def test_what_is_left_out_is_counted_with_an_example(tmp_path):
 
 def test_split_of(tmp_path):
     audio = write_audio(tmp_path / "a.wav")
-    utterances = [Utterance(audio, text, split) for text, split in (("a", "train"), ("b", "train"), ("c", "dev"))]
+    utterances = [
+        Utterance(audio, text, split)
+        for text, split in (("a", "train"), ("b", "train"), ("c", "dev"))
+    ]
     assert [u.text for u in split_of(utterances, "train")] == ["a", "b"]
     with pytest.raises(DataError, match=r"split 'test'.*dev \(1\), train \(2\)"):
         split_of(utterances, "test")

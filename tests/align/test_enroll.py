@@ -15,7 +15,14 @@ from tiny_align.runtime.audio import read_audio
 from tiny_align.runtime.errors import TinyAlignError
 
 RATE = 16_000
-TEXTS = ["stop the music", "call my mother", "stop the music now", "seven", "one two three", "what is the time"]
+TEXTS = [
+    "stop the music",
+    "call my mother",
+    "stop the music now",
+    "seven",
+    "one two three",
+    "what is the time",
+]
 QUICK = ("--steps", 2, "--threads", 1)
 
 
@@ -59,7 +66,11 @@ def good(voice_path):
 
 def test_a_good_recording_needs_no_remedy(good):
     report = check_recording(good[0], RATE, good[1])
-    assert not report.remedy and report.snr_db > 20 and report.seconds == pytest.approx(len(good[0]) / RATE)
+    assert (
+        not report.remedy
+        and report.snr_db > 20
+        and report.seconds == pytest.approx(len(good[0]) / RATE)
+    )
 
 
 @pytest.mark.parametrize(
@@ -68,7 +79,12 @@ def test_a_good_recording_needs_no_remedy(good):
         (lambda a: a * 0.002, "too quiet"),
         (lambda a: np.clip(a * 40, -1, 1), "clipped"),
         (lambda a: a + 0.1 * np.random.default_rng(0).standard_normal(len(a)), "noise is only"),
-        (lambda a: np.concatenate([a, 1e-4 * np.random.default_rng(0).standard_normal(RATE * 30)]), "stop right after"),
+        (
+            lambda a: np.concatenate(
+                [a, 1e-4 * np.random.default_rng(0).standard_normal(RATE * 30)]
+            ),
+            "stop right after",
+        ),
         (lambda a: a[RATE // 2 : RATE], "read all of it"),
         (lambda a: a[:0], "empty"),
     ],
@@ -88,13 +104,37 @@ def texts(tmp_path):
 
 
 def test_list_shows_the_sentences_to_read(run_cli, bundle_path, texts):
-    done = run_cli("enroll", "--bundle", bundle_path, "--user", "ana", "--list", "--sentences", 3, "--texts", texts)
-    assert done.status == 0 and len(done.document["sentences"]) == 3 and 0 < done.document["coverage"] < 1
+    done = run_cli(
+        "enroll",
+        "--bundle",
+        bundle_path,
+        "--user",
+        "ana",
+        "--list",
+        "--sentences",
+        3,
+        "--texts",
+        texts,
+    )
+    assert (
+        done.status == 0
+        and len(done.document["sentences"]) == 3
+        and 0 < done.document["coverage"] < 1
+    )
     assert all(sentence in done.stdout for sentence in done.document["sentences"])
 
 
 def test_no_sentences_to_choose_from_is_an_error(run_cli, bundle_path, tmp_path):
-    done = run_cli("enroll", "--bundle", bundle_path, "--user", "ana", "--list", "--texts", tmp_path / "none.txt")
+    done = run_cli(
+        "enroll",
+        "--bundle",
+        bundle_path,
+        "--user",
+        "ana",
+        "--list",
+        "--texts",
+        tmp_path / "none.txt",
+    )
     assert done.status == 2 and "--texts" in done.stderr
 
 
@@ -115,12 +155,29 @@ def recordings(voice_path, tmp_path):
 
 def test_recordings_are_checked_and_learnt_from(run_cli, bundle_path, recordings, tmp_path):
     out = tmp_path / "out"
-    done = run_cli("enroll", "--bundle", bundle_path, "--user", "ana", "--data", recordings, "--out", out, *QUICK)
+    done = run_cli(
+        "enroll",
+        "--bundle",
+        bundle_path,
+        "--user",
+        "ana",
+        "--data",
+        recordings,
+        "--out",
+        out,
+        *QUICK,
+    )
     assert done.status == 0, done.stderr
-    assert "left out 0.wav: it is too quiet" in done.stdout and "left out 1.wav: it is clipped" in done.stdout
+    assert (
+        "left out 0.wav: it is too quiet" in done.stdout
+        and "left out 1.wav: it is clipped" in done.stdout
+    )
     data = done.document["data"]
     assert (data["train"], data["test"], data["left_out"]) == (7, 3, 2)
-    assert [(e["reason"], e["count"]) for e in data["reasons"]] == [("it is too quiet", 1), ("it is clipped", 1)]
+    assert [(e["reason"], e["count"]) for e in data["reasons"]] == [
+        ("it is too quiet", 1),
+        ("it is clipped", 1),
+    ]
     assert done.document["utterances"] == 7 and "held-out error" in done.stdout
     assert (out / "users/ana/curve.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -150,7 +207,9 @@ class Played:
 
 @pytest.fixture
 def mic(voice_path, monkeypatch):
-    rows = [json.loads(line) for line in (voice_path / "metadata.jsonl").read_text().splitlines()[:8]]
+    rows = [
+        json.loads(line) for line in (voice_path / "metadata.jsonl").read_text().splitlines()[:8]
+    ]
     played = Played([read_audio(voice_path / row["file_name"], RATE) for row in rows])
     played.texts = [row["transcription"] for row in rows]
     monkeypatch.setattr(microphone_module, "Microphone", played)
@@ -158,17 +217,25 @@ def mic(voice_path, monkeypatch):
     return played
 
 
-def test_a_microphone_is_asked_until_each_recording_is_good(run_cli, bundle_path, mic, tmp_path, monkeypatch):
-    monkeypatch.setattr("tiny_align.align.enroll.sentences", lambda bundle, texts, n: (mic.texts[:n], 1.0))
+def test_a_microphone_is_asked_until_each_recording_is_good(
+    run_cli, bundle_path, mic, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        "tiny_align.align.enroll.sentences", lambda bundle, texts, n: (mic.texts[:n], 1.0)
+    )
     out = tmp_path / "out"
-    done = run_cli("enroll", "--bundle", bundle_path, "--user", "ana", "--out", out, "--sentences", 8, *QUICK)
+    done = run_cli(
+        "enroll", "--bundle", bundle_path, "--user", "ana", "--out", out, "--sentences", 8, *QUICK
+    )
     assert done.status == 0, done.stderr
     assert "once more, please: it is too quiet" in done.stderr and mic.asked == 9
     rows = (out / "users/ana.recordings/metadata.jsonl").read_text().splitlines()
     assert [json.loads(row)["transcription"] for row in rows] == mic.texts
 
 
-def test_recordings_are_kept_where_nobody_can_press_enter_any_more(run_cli, bundle_path, mic, tmp_path, monkeypatch):
+def test_recordings_are_kept_where_nobody_can_press_enter_any_more(
+    run_cli, bundle_path, mic, tmp_path, monkeypatch
+):
     """The input ends after four times Enter: one that is muted and one that is good."""
     presses = iter([""] * 4)
 
@@ -180,7 +247,10 @@ def test_recordings_are_kept_where_nobody_can_press_enter_any_more(run_cli, bund
     monkeypatch.setattr("builtins.input", enter)
     call = ("enroll", "--bundle", bundle_path, "--user", "ana", "--out", tmp_path / "out", *QUICK)
     done = run_cli(*call)
-    assert (done.status, done.stdout) == (2, "") and "waits for Enter, and standard input has ended" in done.stderr
+    assert (done.status, done.stdout) == (
+        2,
+        "",
+    ) and "waits for Enter, and standard input has ended" in done.stderr
     kept = tmp_path / "out/users/ana.recordings"
     assert [p.name for p in sorted(kept.iterdir())] == ["0000.flac", "metadata.jsonl"]
 
@@ -191,7 +261,9 @@ def test_a_damaged_line_of_earlier_recordings_is_named(run_cli, bundle_path, mic
     kept.mkdir(parents=True)
     whole = b'{"file_name": "0000.flac", "transcription": "hello"}\n'
     (kept / "metadata.jsonl").write_bytes(whole + line)
-    done = run_cli("enroll", "--bundle", bundle_path, "--user", "ana", "--out", tmp_path / "out", *QUICK)
+    done = run_cli(
+        "enroll", "--bundle", bundle_path, "--user", "ana", "--out", tmp_path / "out", *QUICK
+    )
     assert (done.status, done.stdout, mic.asked) == (2, "", 0)
     assert "metadata.jsonl, line 2 is damaged (" in done.stderr and "delete the line" in done.stderr
 

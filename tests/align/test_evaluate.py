@@ -15,7 +15,18 @@ from tiny_align.align.datasets import load_dataset
 from tiny_align.align.evaluate import evaluate
 
 REPEAT = "Repeat it."
-DATA_KEYS = {"rouge1", "rougeL", "rougeL_chance", "wer", "cer", "n", "normaliser", "backend", "user", "data"}
+DATA_KEYS = {
+    "rouge1",
+    "rougeL",
+    "rougeL_chance",
+    "wer",
+    "cer",
+    "n",
+    "normaliser",
+    "backend",
+    "user",
+    "data",
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +48,9 @@ class ScriptedAssistant:
     """Says what the script says and notes the instructions it is given."""
 
     sample_rate = 16_000
-    bundle = SimpleNamespace(manifest=SimpleNamespace(prompt=SimpleNamespace(repeat_instruction=REPEAT)))
+    bundle = SimpleNamespace(
+        manifest=SimpleNamespace(prompt=SimpleNamespace(repeat_instruction=REPEAT))
+    )
     llm = SimpleNamespace(encode_words=lambda text, where: [0])
 
     def __init__(self, script):
@@ -55,7 +68,9 @@ class ScriptedAssistant:
 
     def answer_soft_tokens(self, soft_tokens, instruction):
         self.instructions.append(("spoken", instruction))
-        return SimpleNamespace(text=soft_tokens.repeated if instruction == REPEAT else soft_tokens.spoken)
+        return SimpleNamespace(
+            text=soft_tokens.repeated if instruction == REPEAT else soft_tokens.spoken
+        )
 
 
 def quality(*script, instruction=None):
@@ -74,7 +89,9 @@ def recordings(tmp_path_factory, write_recordings):
 
 
 def test_answers_like_the_typed_ones_are_perfect():
-    got = quality(Line("hi", "good day", "good day", "hi"), Line("bye now", "see you", "see you", "bye now"))
+    got = quality(
+        Line("hi", "good day", "good day", "hi"), Line("bye now", "see you", "see you", "bye now")
+    )
     assert (got.rouge1, got.rougeL, got.wer, got.cer, got.n) == (1, 1, 0, 0, 2)
 
 
@@ -96,7 +113,8 @@ def test_chance_is_the_next_sentences_typed_answer():
 
 def test_word_errors_are_those_of_the_repeated_sentence():
     got = quality(
-        Line("what color is the sky", "blue", "red", "what color is the ski"), Line("hello", "hi", "hi", "hello")
+        Line("what color is the sky", "blue", "red", "what color is the ski"),
+        Line("hello", "hi", "hi", "hello"),
     )
     assert got.wer == pytest.approx(1 / 6) and 0 < got.cer < got.wer
 
@@ -109,26 +127,38 @@ def test_an_instruction_is_for_the_answers_not_for_the_repeats():
     line = Line("hi", "good day", "good day", "hi")
     assistant = ScriptedAssistant([line])
     evaluate(assistant, [line], "Be brief.", quiet=True)
-    assert assistant.instructions == [("typed", "Be brief."), ("spoken", "Be brief."), ("spoken", REPEAT)]
+    assert assistant.instructions == [
+        ("typed", "Be brief."),
+        ("spoken", "Be brief."),
+        ("spoken", REPEAT),
+    ]
 
 
 def test_every_row_has_its_texts():
     line = Line("hi", "good day", "good night", "high")
-    assert quality(line).rows == ({"text": "hi", "typed": "good day", "spoken": "good night", "repeated": "high"},)
+    assert quality(line).rows == (
+        {"text": "hi", "typed": "good day", "spoken": "good night", "repeated": "high"},
+    )
 
 
 # --- on the bundle ---
 
 
-def test_speech_that_is_the_typed_embeddings_is_answered_like_typed_text(assistant, recordings, monkeypatch):
+def test_speech_that_is_the_typed_embeddings_is_answered_like_typed_text(
+    assistant, recordings, monkeypatch
+):
     utterances = load_dataset(recordings)
     texts = iter([u.text for u in utterances])
     monkeypatch.setattr(
-        assistant, "soft_tokens", lambda features: assistant.llm.embed(assistant.llm.encode(next(texts)))
+        assistant,
+        "soft_tokens",
+        lambda features: assistant.llm.embed(assistant.llm.encode(next(texts))),
     )
     got = evaluate(assistant, utterances, quiet=True)
     assert all(row["typed"] == row["spoken"] for row in got.rows)
-    worded = [bool(re.search("[a-z0-9]", row["typed"].lower())) for row in got.rows]  # no words count as 0
+    worded = [
+        bool(re.search("[a-z0-9]", row["typed"].lower())) for row in got.rows
+    ]  # no words count as 0
     assert got.rougeL == got.rouge1 == pytest.approx(sum(worded) / len(worded))
 
 
@@ -149,7 +179,8 @@ def one_bad(recordings, tmp_path):
     (folder / "cut.flac").write_bytes(good[: len(good) // 2])
     (folder / "none.wav").write_bytes(b"no audio")
     rows = [
-        {"file_name": name, "transcription": "hello"} for name in ("silent.wav", "short.wav", "cut.flac", "none.wav")
+        {"file_name": name, "transcription": "hello"}
+        for name in ("silent.wav", "short.wav", "cut.flac", "none.wav")
     ]
     rows.append({"file_name": "test-100.flac", "transcription": "漢字"})
     with open(folder / "metadata.jsonl", "a", encoding="utf-8") as file:
@@ -157,7 +188,9 @@ def one_bad(recordings, tmp_path):
     return folder
 
 
-def test_recordings_that_cannot_be_used_are_left_out_and_named(run_cli, bundle_path, one_bad, caplog):
+def test_recordings_that_cannot_be_used_are_left_out_and_named(
+    run_cli, bundle_path, one_bad, caplog
+):
     done = run_cli("eval", "--bundle", bundle_path, "--data", one_bad, "--threads", 1, "--json")
     assert done.status == 0, done.stderr
     data = done.document["data"]
@@ -166,28 +199,51 @@ def test_recordings_that_cannot_be_used_are_left_out_and_named(run_cli, bundle_p
     reasons = {entry["reason"]: entry for entry in data["reasons"]}
     assert {entry["count"] for entry in reasons.values()} == {1} and len(reasons) == 5
     assert reasons["nothing was heard"]["example"].startswith("silent.wav: nothing was heard")
-    assert "data: 0 train, 0 validation, 1 test used; left out 5: nothing was heard (1, e.g. silent.wav" in done.stderr
+    assert (
+        "data: 0 train, 0 validation, 1 test used; left out 5: nothing was heard (1, e.g. silent.wav"
+        in done.stderr
+    )
     for name in ("silent.wav", "short.wav", "cut.flac", "none.wav", "'字'"):
         assert name in caplog.text
 
 
-def test_what_is_odd_about_recordings_that_are_used_is_counted(run_cli, bundle_path, recordings, tmp_path):
+def test_what_is_odd_about_recordings_that_are_used_is_counted(
+    run_cli, bundle_path, recordings, tmp_path
+):
     for path in recordings.iterdir():
         shutil.copy(path, tmp_path / path.name)
     for path in tmp_path.glob("*.flac"):
         audio, rate = soundfile.read(path)
         soundfile.write(path, np.clip(8 * audio, -1, 1), rate)
-    done = run_cli("eval", "--bundle", bundle_path, "--data", tmp_path, "--split", "all", "--threads", 1, "--json")
-    note = done.document["data"]["notes"][0]  # clipped at one side more than at the other, it has an offset too
+    done = run_cli(
+        "eval",
+        "--bundle",
+        bundle_path,
+        "--data",
+        tmp_path,
+        "--split",
+        "all",
+        "--threads",
+        1,
+        "--json",
+    )
+    note = done.document["data"]["notes"][
+        0
+    ]  # clipped at one side more than at the other, it has an offset too
     assert (note["note"], note["count"]) == ("clipped", 3) and "at full scale" in note["example"]
     assert "used, though: clipped (3, e.g. " in done.stderr and done.stderr.count("clipped") == 2
 
 
-def test_no_usable_recording_is_refused_with_the_reasons(run_cli, bundle_path, one_bad, change_rows):
+def test_no_usable_recording_is_refused_with_the_reasons(
+    run_cli, bundle_path, one_bad, change_rows
+):
     change_rows(one_bad, lambda rows: rows.__delitem__(slice(0, 3)))
     done = run_cli("eval", "--bundle", bundle_path, "--data", one_bad, "--threads", 1)
     assert (done.status, done.stdout) == (2, "")
-    assert "none of the 5 recordings to measure can be used; left out 5: nothing was heard (1," in done.stderr
+    assert (
+        "none of the 5 recordings to measure can be used; left out 5: nothing was heard (1,"
+        in done.stderr
+    )
 
 
 # --- the command ---
@@ -196,7 +252,17 @@ def test_no_usable_recording_is_refused_with_the_reasons(run_cli, bundle_path, o
 @pytest.fixture
 def eval_command(run_cli, bundle_path, recordings):
     def run(*arguments):
-        return run_cli("eval", "--bundle", bundle_path, "--data", recordings, "--threads", 1, "--json", *arguments)
+        return run_cli(
+            "eval",
+            "--bundle",
+            bundle_path,
+            "--data",
+            recordings,
+            "--threads",
+            1,
+            "--json",
+            *arguments,
+        )
 
     return run
 
@@ -207,7 +273,10 @@ def test_the_command_measures_the_test_split(eval_command):
     got = outcome.document
     assert got.keys() == DATA_KEYS and got["n"] == 1
     assert (got["backend"], got["user"]) == ("onnxruntime", None)
-    assert all(0 <= got[name] <= 1 for name in ("rouge1", "rougeL", "rougeL_chance")) and got["wer"] >= 0
+    assert (
+        all(0 <= got[name] <= 1 for name in ("rouge1", "rougeL", "rougeL_chance"))
+        and got["wer"] >= 0
+    )
 
 
 def test_all_splits_with_their_rows(eval_command, recordings):

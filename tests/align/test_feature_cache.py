@@ -60,12 +60,16 @@ def test_features_come_in_the_order_of_the_utterances(assistant, utterance, tmp_
 
 def test_the_text_is_no_part_of_the_key(assistant, utterance):
     """A corrected transcript costs no encoding."""
-    assert utterance_key(assistant, replace(utterance, text="hullo")) == utterance_key(assistant, utterance)
+    assert utterance_key(assistant, replace(utterance, text="hullo")) == utterance_key(
+        assistant, utterance
+    )
 
 
 @pytest.mark.parametrize("change", [{"start_s": 0.1}, {"end_s": 0.5}])
 def test_another_part_of_the_recording_has_another_key(assistant, utterance, change):
-    assert utterance_key(assistant, replace(utterance, **change)) != utterance_key(assistant, utterance)
+    assert utterance_key(assistant, replace(utterance, **change)) != utterance_key(
+        assistant, utterance
+    )
 
 
 def test_a_recording_made_again_has_another_key(assistant, utterance):
@@ -92,7 +96,9 @@ def test_another_front_end_has_another_key(assistant, utterance):
 
 def test_another_llm_has_the_same_key(assistant, utterance):
     manifest = assistant.bundle.manifest
-    other = with_manifest(assistant, files={**manifest.files, manifest.graphs["llm"].file: "0" * 64})
+    other = with_manifest(
+        assistant, files={**manifest.files, manifest.graphs["llm"].file: "0" * 64}
+    )
     assert utterance_key(other, utterance) == utterance_key(assistant, utterance)
 
 
@@ -101,7 +107,9 @@ def cut(path):
 
 
 def zeros(path):
-    path.write_bytes(bytes(path.stat().st_size))  # as a power cut leaves what was not yet on the disk
+    path.write_bytes(
+        bytes(path.stat().st_size)
+    )  # as a power cut leaves what was not yet on the disk
 
 
 DAMAGES = {
@@ -113,7 +121,9 @@ DAMAGES = {
     "text": lambda p: p.write_text("features"),
     "a zip": lambda p: p.write_bytes(b"PK\x03\x04" + bytes(99)),
     "an archive": lambda p: p.write_bytes(archive()),
-    "a huge shape": lambda p: p.write_bytes(p.read_bytes().replace(b"(1, 2), ", b"(9999999999, 9), ")),
+    "a huge shape": lambda p: p.write_bytes(
+        p.read_bytes().replace(b"(1, 2), ", b"(9999999999, 9), ")
+    ),
 }
 
 

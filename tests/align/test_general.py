@@ -40,12 +40,18 @@ BEGIN_S, END_S = 0.1, 0.6  # of each recording
 def words(voice_path, tmp_path_factory):
     """N recordings of the shipped voice, cut to about their first word, and one to test."""
     folder = tmp_path_factory.mktemp("words")
-    rows = [json.loads(line) for line in (voice_path / "metadata.jsonl").read_text().splitlines()][:N]
+    rows = [json.loads(line) for line in (voice_path / "metadata.jsonl").read_text().splitlines()][
+        :N
+    ]
     for i, row in enumerate(rows):
         audio, rate = soundfile.read(voice_path / row["file_name"], dtype="float32")
         soundfile.write(folder / f"{i}.wav", audio[int(BEGIN_S * rate) : int(END_S * rate)], rate)
     rows = [
-        {"file_name": f"{i}.wav", "transcription": row["transcription"].split()[0], "split": "train"}
+        {
+            "file_name": f"{i}.wav",
+            "transcription": row["transcription"].split()[0],
+            "split": "train",
+        }
         for i, row in enumerate(rows)
     ]
     lines = (json.dumps(row) + "\n" for row in [*rows, rows[0] | {"split": "test"}])
@@ -63,21 +69,34 @@ def some_words(words, tmp_path):
 def untrained(bundle_path, tmp_path):
     """A folder with nothing but a bundle that has a random projector, no replay and a person."""
     path = tmp_path / "home/bundle"
-    shutil.copytree(bundle_path, path, ignore=shutil.ignore_patterns("users", "engines", "replay.npz"))
+    shutil.copytree(
+        bundle_path, path, ignore=shutil.ignore_patterns("users", "engines", "replay.npz")
+    )
     bundle = Bundle.open(bundle_path)
     torch.manual_seed(3)
-    write_weights(path / data_file(bundle), bundle.manifest, build_projector(bundle.manifest.projector).state_dict())
+    write_weights(
+        path / data_file(bundle),
+        bundle.manifest,
+        build_projector(bundle.manifest.projector).state_dict(),
+    )
     write_manifest(path, dataclasses.replace(bundle.manifest, projector_trained=False))
     yield path
     shutil.rmtree(path.parent)
 
 
 def arguments(bundle, data, *more):
-    return [str(a) for a in ("align", "--general", "--bundle", bundle, "--data", data, "--threads", 1, *more)]
+    return [
+        str(a)
+        for a in ("align", "--general", "--bundle", bundle, "--data", data, "--threads", 1, *more)
+    ]
 
 
 def contents(folder):
-    return {p.relative_to(folder).as_posix(): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        p.relative_to(folder).as_posix(): sha256(p)
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
 
 
 def names(folder):
@@ -88,7 +107,9 @@ def names(folder):
 def steps_taken(monkeypatch):
     """The steps this process trains, as a list that grows."""
     taken, step = [], Trainer._train_step
-    monkeypatch.setattr(Trainer, "_train_step", lambda self: (taken.append(self.step), step(self))[1])
+    monkeypatch.setattr(
+        Trainer, "_train_step", lambda self: (taken.append(self.step), step(self))[1]
+    )
     return taken
 
 
@@ -97,7 +118,9 @@ def encoded(monkeypatch):
     """The lengths of what this process encodes, as a list that grows."""
     lengths, features = [], Assistant.features
     monkeypatch.setattr(
-        Assistant, "features", lambda self, audio: (lengths.append(len(audio)), features(self, audio))[1]
+        Assistant,
+        "features",
+        lambda self, audio: (lengths.append(len(audio)), features(self, audio))[1],
     )
     return lengths
 
@@ -105,7 +128,9 @@ def encoded(monkeypatch):
 # --- what the bundle gets ---
 
 
-def test_a_bundle_gets_its_general_projector_and_keeps_all_else(run_cli, untrained, words, make_user, tmp_path):
+def test_a_bundle_gets_its_general_projector_and_keeps_all_else(
+    run_cli, untrained, words, make_user, tmp_path
+):
     make_user(Bundle.open(untrained), untrained / "users/ana")
     (untrained / "engines/key").mkdir(parents=True)
     (untrained / "engines/key/llm.engine").write_bytes(b"engine")
@@ -119,13 +144,24 @@ def test_a_bundle_gets_its_general_projector_and_keeps_all_else(run_cli, untrain
 
     after, bundle = contents(untrained), Bundle.open(untrained)
     changed = {name for name in after if after[name] != before.get(name)}
-    assert before.keys() <= after.keys() and changed == {"projector.onnx.data", "replay.npz", "manifest.json"}
-    assert bundle.manifest.projector_trained and check_user(untrained / "users/ana", bundle.manifest)
+    assert before.keys() <= after.keys() and changed == {
+        "projector.onnx.data",
+        "replay.npz",
+        "manifest.json",
+    }
+    assert bundle.manifest.projector_trained and check_user(
+        untrained / "users/ana", bundle.manifest
+    )
     replayed = read_rehearsal(bundle.replay)
-    assert [sum(bool(e.tokens) == said for e in replayed) for said in (True, False)] == [N, general.MIN_SOUNDS]
+    assert [sum(bool(e.tokens) == said for e in replayed) for said in (True, False)] == [
+        N,
+        general.MIN_SOUNDS,
+    ]
     assert names(untrained.parent) == [".bundle.align", "bundle"]
     assert names(untrained.parent / ".bundle.align") == ["features"]
-    assert all(p.stat().st_nlink == 1 for p in untrained.rglob("*") if p.is_file())  # the old one is gone
+    assert all(
+        p.stat().st_nlink == 1 for p in untrained.rglob("*") if p.is_file()
+    )  # the old one is gone
 
 
 def test_what_gets_no_better_stays_unless_it_was_untrained(run_cli, untrained, words, monkeypatch):
@@ -141,13 +177,20 @@ def test_what_gets_no_better_stays_unless_it_was_untrained(run_cli, untrained, w
 
 
 def test_a_trained_projector_goes_on_from_where_it_is():
-    fresh, known = (general.options_for(16_000, "ctc", untrained, TrainingLimits()) for untrained in (True, False))
-    assert (fresh.steps, fresh.flat_start, known.flat_start) == (4000, 500, 0) and not fresh.trainable
+    fresh, known = (
+        general.options_for(16_000, "ctc", untrained, TrainingLimits())
+        for untrained in (True, False)
+    )
+    assert (fresh.steps, fresh.flat_start, known.flat_start) == (
+        4000,
+        500,
+        0,
+    ) and not fresh.trainable
     few = general.options_for(general.LEAST, "ctc", True, TrainingLimits())
     assert few.held_out * general.LEAST >= 5 and few.steps == general.MIN_STEPS
-    assert general.options_for(10**6, "ctc", True, TrainingLimits()).held_out * 10**6 == pytest.approx(
-        general.MAX_HELD_OUT
-    )
+    assert general.options_for(
+        10**6, "ctc", True, TrainingLimits()
+    ).held_out * 10**6 == pytest.approx(general.MAX_HELD_OUT)
 
 
 # --- killed ---
@@ -157,7 +200,9 @@ def kill_when(command, ready, patience_s=120):
     """Run the command in a process of its own and end it without notice as soon as `ready()`."""
     command = [sys.executable, "-m", "tiny_align.runtime.cli", *command]
     environment, until = {**os.environ, "OMP_NUM_THREADS": "1"}, time.monotonic() + patience_s
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment
+    ) as process:
         while not ready() and process.poll() is None and time.monotonic() < until:
             time.sleep(0.005)
         process.kill()
@@ -165,7 +210,9 @@ def kill_when(command, ready, patience_s=120):
     assert process.returncode == -signal.SIGKILL, errors
 
 
-def test_killed_in_the_encoding_and_in_the_training_it_goes_on(run_cli, untrained, words, encoded, steps_taken):
+def test_killed_in_the_encoding_and_in_the_training_it_goes_on(
+    run_cli, untrained, words, encoded, steps_taken
+):
     command, before = arguments(untrained, words, "--steps", 12), contents(untrained)
     work = untrained.parent / ".bundle.align"
     kill_when(command, lambda: len(list(work.glob("features/*.npy"))) > 9)
@@ -196,7 +243,10 @@ def test_interrupted_while_it_is_put_into_the_bundle_that_stays_whole(
 ):
     before = contents(untrained)
     with monkeypatch.context() as patch:
-        patch.setattr("tiny_align.runtime.files._exchange", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            "tiny_align.runtime.files._exchange",
+            lambda *_: (_ for _ in ()).throw(KeyboardInterrupt),
+        )
         assert run_cli(*arguments(untrained, words, "--steps", 2)).status == 130
     assert contents(untrained) == before and names(untrained.parent) == [".bundle.align", "bundle"]
     steps_taken.clear()
@@ -219,7 +269,9 @@ def peak_bytes(work) -> int:
 
 
 def _status(name: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -231,15 +283,25 @@ def test_features_are_in_memory_only_while_their_batch_is(tmp_path):
         path = tmp_path / f"{i}.npy"
         np.save(path, np.full((FRAMES, SIZE), i % 7, np.float32))
         examples.append(Example(Stored(path), [i % 5], [3]))
-    config = ProjectorConfig(feature_size=SIZE, embedding_size=8, hidden_size=8, n_layers=0, kind="mlp")
+    config = ProjectorConfig(
+        feature_size=SIZE, embedding_size=8, hidden_size=8, n_layers=0, kind="mlp"
+    )
     options = TrainOptions(
-        "ctc", trainable=(), shortcut_threshold=None, batch=3, steps=40, held_out=0.02, check_every=20
+        "ctc",
+        trainable=(),
+        shortcut_threshold=None,
+        batch=3,
+        steps=40,
+        held_out=0.02,
+        check_every=20,
     )
     table = torch.randn(5, 8)
 
     def train():
         projector = build_projector(dataclasses.asdict(config))
-        Trainer(projector, examples, make(options, table, 1.0), options, tmp_path / "work").run(quiet=True)
+        Trainer(projector, examples, make(options, table, 1.0), options, tmp_path / "work").run(
+            quiet=True
+        )
 
     while_training = peak_bytes(train)
     everything = peak_bytes(lambda: [array_of(e.features).copy() for e in examples])
@@ -249,7 +311,9 @@ def test_features_are_in_memory_only_while_their_batch_is(tmp_path):
 
 def test_the_same_examples_judged_by_others_are_another_training():
     projector = build_projector(
-        dataclasses.asdict(ProjectorConfig(feature_size=4, embedding_size=8, hidden_size=8, n_layers=0, kind="mlp"))
+        dataclasses.asdict(
+            ProjectorConfig(feature_size=4, embedding_size=8, hidden_size=8, n_layers=0, kind="mlp")
+        )
     )
     examples = [Example(np.full((3, 4), i, np.float32), [1], [3]) for i in range(3)]
     options, objective = (
@@ -257,7 +321,10 @@ def test_the_same_examples_judged_by_others_are_another_training():
         make(TrainOptions("ctc"), torch.randn(5, 8), 1.0),
     )
     prints = {
-        Trainer(projector, examples[n:], objective, options, None, validation=examples[:n]).fingerprint for n in (1, 2)
+        Trainer(
+            projector, examples[n:], objective, options, None, validation=examples[:n]
+        ).fingerprint
+        for n in (1, 2)
     }
     assert len(prints) == 2
 
@@ -280,10 +347,16 @@ def home(untrained):
     yield untrained
     after = contents(untrained.parent)
     assert {name: after.get(name) for name in before} == before
-    assert not [name for name in after.keys() - before.keys() if not name.startswith(".bundle.align/features/")]
+    assert not [
+        name
+        for name in after.keys() - before.keys()
+        if not name.startswith(".bundle.align/features/")
+    ]
 
 
-def test_recordings_that_cannot_be_used_are_left_out_and_named(run_cli, untrained, some_words, change_rows, caplog):
+def test_recordings_that_cannot_be_used_are_left_out_and_named(
+    run_cli, untrained, some_words, change_rows, caplog
+):
     (some_words / "3.wav").write_bytes(b"no audio")
     change_rows(some_words, lambda rows: rows[5].update(transcription="漢字"))
     got = run_cli(*arguments(untrained, some_words, "--steps", 1)).document
@@ -323,7 +396,11 @@ def test_no_usable_recording_is_refused(run_cli, home, some_words, change_rows):
     for i in range(1, N):
         soundfile.write(some_words / f"{i}.wav", np.zeros(8_000), 16_000)
     change_rows(some_words, silent)
-    refused(run_cli(*arguments(home, some_words)), "0 recordings that can be trained on", "nothing was heard (")
+    refused(
+        run_cli(*arguments(home, some_words)),
+        "0 recordings that can be trained on",
+        "nothing was heard (",
+    )
 
 
 def test_a_data_set_without_a_train_split_is_refused(run_cli, home, some_words, change_rows):
@@ -334,7 +411,10 @@ def test_a_data_set_without_a_train_split_is_refused(run_cli, home, some_words, 
 @pytest.fixture
 def nobody(untrained, words):
     """This process without the right to write beside the bundle, even where root runs the tests."""
-    folder, closed = untrained.parent, [p for p in (words, *untrained.parents) if not p.stat().st_mode & 0o001]
+    folder, closed = (
+        untrained.parent,
+        [p for p in (words, *untrained.parents) if not p.stat().st_mode & 0o001],
+    )
     modes = {path: path.stat().st_mode for path in (folder, *closed)}
     for path, mode in modes.items():
         path.chmod(mode | 0o055)
@@ -349,14 +429,24 @@ def nobody(untrained, words):
         path.chmod(mode)
 
 
-def test_a_bundle_that_cannot_be_written_is_refused_before_anything_is_heard(run_cli, home, words, encoded, nobody):
-    refused(run_cli(*arguments(home, words)), "home cannot be written (Permission denied)", "you may write to")
+def test_a_bundle_that_cannot_be_written_is_refused_before_anything_is_heard(
+    run_cli, home, words, encoded, nobody
+):
+    refused(
+        run_cli(*arguments(home, words)),
+        "home cannot be written (Permission denied)",
+        "you may write to",
+    )
     assert not encoded
 
 
 def test_a_full_disk_ends_the_encoding_which_goes_on_later(run_cli, home, words, full_disk):
     with full_disk(5_000):
-        refused(run_cli(*arguments(home, words, "--steps", 1)), "features cannot be written", "make room")
+        refused(
+            run_cli(*arguments(home, words, "--steps", 1)),
+            "features cannot be written",
+            "make room",
+        )
 
 
 def test_a_full_disk_ends_the_training_which_goes_on_later(run_cli, home, words, full_disk):
@@ -364,18 +454,30 @@ def test_a_full_disk_ends_the_training_which_goes_on_later(run_cli, home, words,
         refused(run_cli(*arguments(home, words, "--steps", 1)), ".bundle.align cannot be written")
 
 
-def test_a_disk_too_full_for_another_bundle_leaves_the_old_one(run_cli, home, words, full_disk, monkeypatch):
-    monkeypatch.setattr(Trainer, "_save", lambda trainer: None)  # the state of the training would not fit either
+def test_a_disk_too_full_for_another_bundle_leaves_the_old_one(
+    run_cli, home, words, full_disk, monkeypatch
+):
+    monkeypatch.setattr(
+        Trainer, "_save", lambda trainer: None
+    )  # the state of the training would not fit either
     with full_disk(3_000_000):
-        refused(run_cli(*arguments(home, words, "--steps", 1)), "bundle cannot be written (File too large)")
+        refused(
+            run_cli(*arguments(home, words, "--steps", 1)),
+            "bundle cannot be written (File too large)",
+        )
 
 
 def test_whose_projector_must_be_said_once(run_cli, home, words, tmp_path):
     where = ("--bundle", home, "--data", words)
     assert "one of the arguments --user --general is required" in run_cli("align", *where).stderr
     assert run_cli("align", *where, "--general", "--user", "ana").status == 2
-    refused(run_cli(*arguments(home, words, "--out", tmp_path / "out")), "--out is for a person's projector")
+    refused(
+        run_cli(*arguments(home, words, "--out", tmp_path / "out")),
+        "--out is for a person's projector",
+    )
 
 
 def test_an_objective_for_another_projector_is_refused(run_cli, home, words):
-    refused(run_cli(*arguments(home, words, "--objective", "paper")), "'paper' is not for this bundle")
+    refused(
+        run_cli(*arguments(home, words, "--objective", "paper")), "'paper' is not for this bundle"
+    )

@@ -53,7 +53,9 @@ def holder(person):
 
     def hold(seconds: float) -> subprocess.Popen:
         command = [sys.executable, "-c", HOLDER, str(person), str(seconds)]
-        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        started.append(
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
         return started[-1]
 
     yield hold
@@ -64,7 +66,9 @@ def holder(person):
 
 def test_what_was_made_for_the_lock_goes_with_it(tmp_path, person):
     with alone(person) as work:
-        assert work == work_folder(person) == tmp_path / "users/.ana.align" and (work / LOCK).exists()
+        assert (
+            work == work_folder(person) == tmp_path / "users/.ana.align" and (work / LOCK).exists()
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -89,7 +93,10 @@ def test_another_process_is_waited_for_which_is_said(person, holder, capfd):
     with alone(person) as work:
         assert other.communicate()[0] == "out\n"  # it has left
         assert [p.name for p in sorted(work.iterdir())] == ["features", LOCK]
-    assert capfd.readouterr().err == "tiny-align: another process is training ana: waiting until it has finished\n"
+    assert (
+        capfd.readouterr().err
+        == "tiny-align: another process is training ana: waiting until it has finished\n"
+    )
 
 
 def test_a_killed_process_leaves_no_lock(person, holder, capfd):
@@ -122,14 +129,26 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
 
 def started(*arguments) -> subprocess.Popen:
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tiny_align.runtime.cli", *map(str, arguments), "--threads", "1", "--json"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    command = [
+        sys.executable,
+        "-m",
+        "tiny_align.runtime.cli",
+        *map(str, arguments),
+        "--threads",
+        "1",
+        "--json",
+    ]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    )
 
 
 def ended(*processes: subprocess.Popen) -> tuple[list[dict], str]:
     """Their documents, and what both have said."""
     outputs = [process.communicate(timeout=240) for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), [err[-500:] for _, err in outputs]
+    assert [process.returncode for process in processes] == [0] * len(processes), [
+        err[-500:] for _, err in outputs
+    ]
     return [json.loads(out) for out, _ in outputs], "".join(err for _, err in outputs)
 
 
@@ -171,7 +190,11 @@ def test_a_bundle_is_not_replaced_while_a_person_is_trained_in_it(bundle_copy, c
     trains = threading.Thread(target=person)
     trains.start()
     inside.wait()
-    write_general(bundle, projector.state_dict(), read_rehearsal(bundle.replay)[:4], bundle.speech_tokens())
+    write_general(
+        bundle, projector.state_dict(), read_rehearsal(bundle.replay)[:4], bundle.speech_tokens()
+    )
     trains.join()
-    assert (bundle_copy / "users/ana/user.json").exists() and not (bundle_copy / "users/.ana.align").exists()
+    assert (bundle_copy / "users/ana/user.json").exists() and not (
+        bundle_copy / "users/.ana.align"
+    ).exists()
     assert "another process is training ana" in capfd.readouterr().err

@@ -26,7 +26,9 @@ def test_a_step_is_as_large_as_adams():
     weight = torch.nn.Parameter(torch.zeros(32, 64))
     weight.grad = 1e-4 * torch.randn(32, 64)
     Muon([weight], rate=0.01).step()
-    rms = weight.detach().square().mean().sqrt().item()  # of an orthogonal (A, B), A < B: 1 / sqrt(B)
+    rms = (
+        weight.detach().square().mean().sqrt().item()
+    )  # of an orthogonal (A, B), A < B: 1 / sqrt(B)
     assert rms == pytest.approx(0.01 * LIKE_ADAM, rel=0.25)
 
 

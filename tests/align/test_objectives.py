@@ -89,7 +89,9 @@ def test_pair_costs_are_the_loss_of_every_pair():
     costs = pair_costs(soft_tokens, tokens, variance=0.7)
     assert costs.shape == (3, 2)
     for t, token in itertools.product(range(3), range(2)):
-        one = embedlink_loss(soft_tokens[None, t : t + 1], tokens[None, token : token + 1], variance=0.7)
+        one = embedlink_loss(
+            soft_tokens[None, t : t + 1], tokens[None, token : token + 1], variance=0.7
+        )
         assert costs[t, token].item() == pytest.approx(one.item(), rel=1e-5)
 
 
@@ -101,12 +103,17 @@ def test_the_loss_of_equal_input_is_zero():
 def test_the_loss_is_mse_in_units_of_the_variance_plus_cosine_distance():
     targets = torch.randn(2, T, 8)
     mse = 4 * targets.square().mean().item()
-    assert embedlink_loss(-targets, targets, variance=0.5).item() == pytest.approx(mse / 0.5 + 2, rel=1e-5)
+    assert embedlink_loss(-targets, targets, variance=0.5).item() == pytest.approx(
+        mse / 0.5 + 2, rel=1e-5
+    )
 
 
 def test_the_scale_of_the_table_drops_out():
     made, targets = torch.randn(2, T, 8), torch.randn(2, T, 8)
-    small, large = embedlink_loss(made, targets, 1.0), embedlink_loss(50 * made, 50 * targets, 50.0**2)
+    small, large = (
+        embedlink_loss(made, targets, 1.0),
+        embedlink_loss(50 * made, 50 * targets, 50.0**2),
+    )
     assert large.item() == pytest.approx(small.item(), rel=1e-4)
 
 
@@ -129,13 +136,17 @@ def test_the_gradient_reaches_every_place_and_training_reduces_the_loss():
 
 
 def utterance(tokens, lengths=None, answers=()):
-    return Example(np.zeros((1, 1), np.float32), tokens, lengths or [1] * len(tokens), answers=answers)
+    return Example(
+        np.zeros((1, 1), np.float32), tokens, lengths or [1] * len(tokens), answers=answers
+    )
 
 
 def test_padded_targets_stand_one_token_per_place():
     table = torch.randn(5, 3)
     padded = Paper(table, padded=True)
-    assert torch.equal(padded.targets(utterance([4, 2]), 3), torch.stack([table[4], table[2], 0 * table[0]]))
+    assert torch.equal(
+        padded.targets(utterance([4, 2]), 3), torch.stack([table[4], table[2], 0 * table[0]])
+    )
     assert torch.equal(padded.targets(utterance([4, 2, 1, 0]), 3), table[[4, 2, 1]])
 
 
@@ -179,16 +190,25 @@ def test_ctc_is_the_sum_over_all_paths_and_so_is_its_gradient(tokens):
     frames = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     want = every_path_loss(frames, table, scale, tokens)
     (gradient,) = torch.autograd.grad(want, frames)
-    got = Ctc(table, scale)(frames[None], torch.tensor([4]), [utterance(tokens)], 0) * max(1, len(tokens))
+    got = Ctc(table, scale)(frames[None], torch.tensor([4]), [utterance(tokens)], 0) * max(
+        1, len(tokens)
+    )
     (ours,) = torch.autograd.grad(got, frames)
-    assert got.item() == pytest.approx(want.item(), rel=1e-9) and torch.allclose(ours, gradient, atol=1e-9)
+    assert got.item() == pytest.approx(want.item(), rel=1e-9) and torch.allclose(
+        ours, gradient, atol=1e-9
+    )
 
 
 def test_a_batch_is_the_mean_per_token_of_its_utterances():
     table, frames = torch.randn(9, 4), torch.randn(2, 7, 5)
     ctc, said = Ctc(table, 1.0), [utterance([1, 2, 3]), utterance([8])]
-    alone = [ctc(f[None, :n], torch.tensor([n]), [u], 0) * len(u.tokens) for f, n, u in zip(frames, (7, 4), said)]
-    assert ctc(frames, torch.tensor([7, 4]), said, 0).item() == pytest.approx(sum(alone).item() / 4, rel=1e-5)
+    alone = [
+        ctc(f[None, :n], torch.tensor([n]), [u], 0) * len(u.tokens)
+        for f, n, u in zip(frames, (7, 4), said)
+    ]
+    assert ctc(frames, torch.tensor([7, 4]), said, 0).item() == pytest.approx(
+        sum(alone).item() / 4, rel=1e-5
+    )
 
 
 def test_a_flat_start_is_the_cross_entropy_with_the_cast_tokens():
@@ -225,9 +245,14 @@ def test_the_normaliser_of_a_large_vocabulary_is_estimated_from_a_sample():
 
 
 def test_a_large_vocabulary_is_sampled_and_a_small_one_is_not():
-    frames, said, n = torch.randn(1, 5, 5, requires_grad=True), [utterance([1, 2])], torch.tensor([5])
+    frames, said, n = (
+        torch.randn(1, 5, 5, requires_grad=True),
+        [utterance([1, 2])],
+        torch.tensor([5]),
+    )
     small, large = (
-        Ctc(torch.randn(size, 4, generator=torch.Generator().manual_seed(0)), 1.0) for size in (EXACT, EXACT + 1)
+        Ctc(torch.randn(size, 4, generator=torch.Generator().manual_seed(0)), 1.0)
+        for size in (EXACT, EXACT + 1)
     )
     assert small(frames, n, said, 0).item() == small(frames, n, said, 1).item()
     one, again, other = (large(frames, n, said, step).item() for step in (0, 0, 1))
@@ -241,7 +266,12 @@ def test_a_large_vocabulary_is_sampled_and_a_small_one_is_not():
 def small_llm():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=20, **sizes)).eval()
     return FrozenLlm(model, [torch.randn(3, 16), torch.randn(4, 16)], after=torch.randn(2, 16))
 
@@ -256,7 +286,9 @@ def test_end_to_end_is_the_cross_entropy_of_the_answer(small_llm):
         embedded = small_llm.model.get_input_embeddings()(answer)
         row = torch.cat([small_llm.prompts[turn], soft, small_llm.after, embedded])
         log_probs = small_llm.model(inputs_embeds=row[None]).logits[0].log_softmax(-1)
-        costs += [-log_probs[len(row) - len(answer) - 1 + i, token] for i, token in enumerate(answer)]
+        costs += [
+            -log_probs[len(row) - len(answer) - 1 + i, token] for i, token in enumerate(answer)
+        ]
     assert loss.item() == pytest.approx(torch.stack(costs).mean().item(), rel=1e-5)
     loss.backward()
     assert soft_tokens.grad.abs().sum(-1).min() > 0

@@ -53,7 +53,10 @@ def personalised(tmp_path_factory, bundle_path, recordings):
     out = tmp_path_factory.mktemp("out")
     before, stdout = contents(bundle_path), io.StringIO()
     with contextlib.redirect_stdout(stdout):
-        assert main(align_arguments(bundle_path, recordings, out, "--user", "ana", "--steps", STEPS)) == 0
+        assert (
+            main(align_arguments(bundle_path, recordings, out, "--user", "ana", "--steps", STEPS))
+            == 0
+        )
     assert contents(bundle_path) == before
     return json.loads(stdout.getvalue())
 
@@ -63,7 +66,11 @@ def align(run_cli, bundle_path, few_recordings, tmp_path):
     """`align` for bo on the few recordings: align(*arguments) -> Outcome."""
 
     def run(*arguments, user="bo"):
-        return run_cli(*align_arguments(bundle_path, few_recordings, tmp_path / "out", "--user", user, *arguments))
+        return run_cli(
+            *align_arguments(
+                bundle_path, few_recordings, tmp_path / "out", "--user", user, *arguments
+            )
+        )
 
     return run
 
@@ -72,12 +79,23 @@ def align(run_cli, bundle_path, few_recordings, tmp_path):
 def steps_taken(monkeypatch):
     """The steps this process trains, as a list that grows."""
     taken, step = [], Trainer._train_step
-    monkeypatch.setattr(Trainer, "_train_step", lambda self: (taken.append(self.step), step(self))[1])
+    monkeypatch.setattr(
+        Trainer, "_train_step", lambda self: (taken.append(self.step), step(self))[1]
+    )
     return taken
 
 
 def align_arguments(bundle, data, out, *arguments):
-    where = ["--bundle", bundle, "--data", data, "--threads", 1, "--json", *(["--out", out] if out else [])]
+    where = [
+        "--bundle",
+        bundle,
+        "--data",
+        data,
+        "--threads",
+        1,
+        "--json",
+        *(["--out", out] if out else []),
+    ]
     return [str(a) for a in ("align", *where, *arguments)]
 
 
@@ -104,7 +122,14 @@ def test_the_document_says_what_happened(personalised):
     for name in (f"{measure}_{when}" for measure in MEASURES for when in ("before", "after")):
         assert np.isfinite(got[name]) and got[name] >= 0
     assert 0 <= got["rougeL_chance"] <= 1 and got["normaliser"].startswith("whisper-normalizer")
-    assert got["data"] == {"train": 6, "validation": 0, "test": 3, "left_out": 0, "reasons": [], "notes": []}
+    assert got["data"] == {
+        "train": 6,
+        "validation": 0,
+        "test": 3,
+        "left_out": 0,
+        "reasons": [],
+        "notes": [],
+    }
 
 
 def test_the_record_holds_hashes_and_the_training(personalised, bundle_path):
@@ -112,11 +137,16 @@ def test_the_record_holds_hashes_and_the_training(personalised, bundle_path):
     record = check_user(folder, manifest)
     assert record["embeddings_sha256"] == manifest.embeddings_sha256
     assert record["encoder_key"] == manifest.encoder_key
-    assert record["files"] == {str(p): h for p, h in contents(folder).items() if p.name != "user.json"}
+    assert record["files"] == {
+        str(p): h for p, h in contents(folder).items() if p.name != "user.json"
+    }
     training = record["training"]
     assert training["steps"] == STEPS and training["train_seconds"] == personalised["train_seconds"]
     assert [entry["step"] for entry in training["curve"]] == [0, 50, 60]
-    before, after = ([entry[name] for name in JUDGEMENT] for entry in (training["curve"][0], training["curve"][-1]))
+    before, after = (
+        [entry[name] for name in JUDGEMENT]
+        for entry in (training["curve"][0], training["curve"][-1])
+    )
     assert training["improved"] == (after < before)
 
 
@@ -135,8 +165,12 @@ def test_the_measure_afterwards_is_the_one_of_eval(personalised, run_cli, bundle
     assert all(got[name] == personalised[f"{name}_after"] for name in MEASURES)
 
 
-def test_without_out_the_person_lies_in_the_bundle_which_stays_whole(run_cli, bundle_copy, few_recordings):
-    outcome = run_cli(*align_arguments(bundle_copy, few_recordings, None, "--user", "bo", "--steps", 2))
+def test_without_out_the_person_lies_in_the_bundle_which_stays_whole(
+    run_cli, bundle_copy, few_recordings
+):
+    outcome = run_cli(
+        *align_arguments(bundle_copy, few_recordings, None, "--user", "bo", "--steps", 2)
+    )
     assert outcome.status == 0 and outcome.document["path"] == str(bundle_copy / "users/bo")
     bundle = Bundle.open(bundle_copy, verify=True)
     assert check_user(bundle_copy / "users/bo", bundle.manifest)["training"]["steps"] == 2
@@ -199,14 +233,21 @@ def test_onnx_runtime_agrees_with_pytorch_on_a_written_projector(written, n_fram
 def test_onnx_runtime_agrees_with_pytorch_on_a_trained_projector(personalised, bundle_path):
     bundle = Bundle.open(bundle_path)
     graph = bundle.projector("ana", user_path(personalised).parent)
-    trained, general = load_projector(bundle, graph), load_projector(bundle, bundle.graph("projector"))
+    trained, general = (
+        load_projector(bundle, graph),
+        load_projector(bundle, bundle.graph("projector")),
+    )
     assert_agree(bundle, trained.eval(), graph, 40)
     changed = any(not torch.equal(a, b) for a, b in zip(trained.parameters(), general.parameters()))
     assert changed == personalised["improved"]
 
 
 def assert_agree(bundle, projector, graph, n_frames):
-    features = np.random.default_rng(0).normal(size=(1, n_frames, projector.config.feature_size)).astype(np.float32)
+    features = (
+        np.random.default_rng(0)
+        .normal(size=(1, n_frames, projector.config.feature_size))
+        .astype(np.float32)
+    )
     with load_runner(graph, bundle.manifest.graphs["projector"], "onnxruntime", 1) as runner:
         deployed = runner({"features": features})["soft_tokens"]
     with torch.no_grad():
@@ -228,7 +269,9 @@ def test_a_killed_training_leaves_the_old_person_and_is_resumed(
     users, steps = tmp_path / "out/users", 4 * CHECK_EVERY
     folder, old = make_old_user(make_user, bundle_path, users)
     enough = ("--steps", steps, "--max-seconds", 600)  # also beside other work
-    arguments = align_arguments(bundle_path, few_recordings, tmp_path / "out", "--user", "bo", *enough)
+    arguments = align_arguments(
+        bundle_path, few_recordings, tmp_path / "out", "--user", "bo", *enough
+    )
     state = kill_when_there(arguments, users / ".bo.align/state.safetensors")
 
     assert contents(folder) == old
@@ -240,7 +283,11 @@ def test_a_killed_training_leaves_the_old_person_and_is_resumed(
     assert steps_taken[0] in range(0, steps, CHECK_EVERY) and steps_taken[-1] == steps - 1
     training = check_user(folder, Bundle.open(bundle_path).manifest)["training"]
     assert [entry["step"] for entry in training["curve"]] == list(range(0, steps + 1, CHECK_EVERY))
-    assert contents(folder) != old and not state.exists() and written_names(users) == [".bo.align", "bo"]
+    assert (
+        contents(folder) != old
+        and not state.exists()
+        and written_names(users) == [".bo.align", "bo"]
+    )
 
 
 def kill_when_there(arguments, path, patience_s=300):
@@ -248,7 +295,9 @@ def kill_when_there(arguments, path, patience_s=300):
     command = [sys.executable, "-m", "tiny_align.runtime.cli", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     until = time.monotonic() + patience_s
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment
+    ) as process:
         while not path.exists() and process.poll() is None and time.monotonic() < until:
             time.sleep(0.01)
         process.kill()
@@ -305,10 +354,21 @@ main(sys.argv[1:])
 @pytest.mark.parametrize("command", [["align", "--user", "bo"], ["align", "--general"], ["demo"]])
 @pytest.mark.parametrize("wish", [None, "ACTIVE"])
 def test_threads_that_wait_leave_their_core_to_others(few_recordings, tmp_path, command, wish):
-    line = [sys.executable, "-c", WHEN_TORCH_IS_LOADED, *command, "--bundle", tmp_path, "--data", few_recordings]
+    line = [
+        sys.executable,
+        "-c",
+        WHEN_TORCH_IS_LOADED,
+        *command,
+        "--bundle",
+        tmp_path,
+        "--data",
+        few_recordings,
+    ]
     environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
     environment |= {"OMP_WAIT_POLICY": wish} if wish else {}
-    done = subprocess.run([str(a) for a in line], capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run(
+        [str(a) for a in line], capture_output=True, text=True, env=environment, timeout=120
+    )
     assert done.stdout.split() == [wish or "PASSIVE"] and "manifest" in done.stderr
 
 
@@ -327,7 +387,9 @@ def only_one_to_train(rows):
 @pytest.mark.parametrize(
     ("change", "messages"),
     [
-        pytest.param(only_train, ["no utterances in split 'test'", "train (4)"], id="no test split"),
+        pytest.param(
+            only_train, ["no utterances in split 'test'", "train (4)"], id="no test split"
+        ),
         pytest.param(only_one_to_train, ["1 recordings", "at least 2"], id="one recording"),
     ],
 )
@@ -350,7 +412,10 @@ def spoil(folder):
     (folder / "none.flac").write_bytes(b"no flac")
     soundfile.write(folder / "silent.wav", np.zeros(16_000), 16_000)
     soundfile.write(folder / "short.wav", np.full(800, 0.1), 16_000)
-    rows = [{"file_name": name, "transcription": "hello"} for name in ("none.flac", "silent.wav", "short.wav")]
+    rows = [
+        {"file_name": name, "transcription": "hello"}
+        for name in ("none.flac", "silent.wav", "short.wav")
+    ]
     rows.append({"file_name": "train-000.flac", "transcription": "漢字"})
     return [row | {"split": split} for row in rows for split in ("train", "validation", "test")]
 
@@ -377,7 +442,10 @@ def test_too_few_that_can_be_used_are_refused_with_the_reasons(
     for name in ("train-001.flac", "train-002.flac"):
         (few_recordings / name).write_bytes(b"no flac")
     refused(
-        align("--steps", 2), "1 recordings to train on", "at least 2", "left out 2: is not audio we can read (2, e.g."
+        align("--steps", 2),
+        "1 recordings to train on",
+        "at least 2",
+        "left out 2: is not audio we can read (2, e.g.",
     )
     assert contents(folder) == old
 
@@ -385,16 +453,24 @@ def test_too_few_that_can_be_used_are_refused_with_the_reasons(
 def test_a_validation_split_judges_the_training(align, few_recordings, change_rows, monkeypatch):
     judges, trained_on = [], []
     run = Trainer.run
-    monkeypatch.setattr(Trainer, "run", lambda t, *a: (judges.append(t.held), trained_on.append(t.used), run(t, *a))[2])
+    monkeypatch.setattr(
+        Trainer,
+        "run",
+        lambda t, *a: (judges.append(t.held), trained_on.append(t.used), run(t, *a))[2],
+    )
     change_rows(few_recordings, lambda rows: rows[0].update(split="dev"))
     data = align("--steps", 2).document["data"]
     assert (data["train"], data["validation"], data["test"], data["left_out"]) == (2, 1, 1, 0)
     assert (len(judges[0]), len(trained_on[0])) == (1, 2)
 
 
-def test_an_objective_for_another_projector_exits_with_2_before_anything_is_heard(align, few_recordings, tmp_path):
+def test_an_objective_for_another_projector_exits_with_2_before_anything_is_heard(
+    align, few_recordings, tmp_path
+):
     (few_recordings / "train-000.flac").write_bytes(b"never read")
-    refused(align("--steps", 2, "--objective", "paper"), "'paper' is not for this bundle", "choose ctc")
+    refused(
+        align("--steps", 2, "--objective", "paper"), "'paper' is not for this bundle", "choose ctc"
+    )
     assert not (tmp_path / "out").exists()
 
 

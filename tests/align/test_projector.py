@@ -14,7 +14,9 @@ from tiny_align.align.projector import (
     pooling_weights,
 )
 
-CONFIG = ProjectorConfig(feature_size=10, embedding_size=6, soft_tokens=5, hidden_size=16, n_layers=2, n_heads=4)
+CONFIG = ProjectorConfig(
+    feature_size=10, embedding_size=6, soft_tokens=5, hidden_size=16, n_layers=2, n_heads=4
+)
 
 
 @pytest.fixture
@@ -43,9 +45,13 @@ def test_every_soft_token_is_a_weighted_mean_of_frames(n_frames):
 @pytest.mark.parametrize("soft_tokens", [1, 4, 24])
 @pytest.mark.parametrize("times", [1, 2, 7])
 def test_pooling_is_adaptive_average_pooling_where_spans_have_whole_borders(soft_tokens, times):
-    x = torch.randn(1, soft_tokens * times, 3, generator=torch.Generator().manual_seed(0))  # (B, N, C)
+    x = torch.randn(
+        1, soft_tokens * times, 3, generator=torch.Generator().manual_seed(0)
+    )  # (B, N, C)
     pooled = pooling_weights(torch.tensor([x.shape[1]]), x.shape[1], soft_tokens) @ x
-    library = torch.nn.functional.adaptive_avg_pool1d(x.transpose(1, 2), soft_tokens).transpose(1, 2)
+    library = torch.nn.functional.adaptive_avg_pool1d(x.transpose(1, 2), soft_tokens).transpose(
+        1, 2
+    )
     assert difference(pooled, library) < 1e-5
 
 
@@ -98,7 +104,11 @@ def test_layers_have_no_positional_encoding(projector, features):
 def test_pooling_alone_knows_the_order(projector, features, monkeypatch):
     backwards = features.flip(1)
     assert difference(projector(backwards), projector(features)) > 1e-3
-    monkeypatch.setattr(module, "pooling_weights", lambda n, longest, t: torch.full((len(n), t, longest), 1 / longest))
+    monkeypatch.setattr(
+        module,
+        "pooling_weights",
+        lambda n, longest, t: torch.full((len(n), t, longest), 1 / longest),
+    )
     assert difference(projector(backwards), projector(features)) < 1e-5
 
 
@@ -119,7 +129,9 @@ def following(kind="bridgeformer", **more):
     return projector
 
 
-@pytest.fixture(params=[(kind, near) for kind in PROJECTORS for near in (0, 6)], ids="{0[0]}-{0[1]}".format)
+@pytest.fixture(
+    params=[(kind, near) for kind in PROJECTORS for near in (0, 6)], ids="{0[0]}-{0[1]}".format
+)
 def framed(request):
     """Each kind, not pooled, without a shortcut and with one."""
     kind, near = request.param
@@ -158,7 +170,12 @@ def test_an_untrained_projector_has_an_untrained_shortcut():
 
 
 def test_a_pooled_projector_has_no_shortcut():
-    assert BridgeFormer(ProjectorConfig(feature_size=10, embedding_size=6, soft_tokens=5, near_size=6)).shortcut is None
+    assert (
+        BridgeFormer(
+            ProjectorConfig(feature_size=10, embedding_size=6, soft_tokens=5, near_size=6)
+        ).shortcut
+        is None
+    )
 
 
 def test_the_shortcut_is_a_linear_map_of_the_frames_within_reach_of_a_pair():
@@ -170,7 +187,9 @@ def test_the_shortcut_is_a_linear_map_of_the_frames_within_reach_of_a_pair():
     for pair in (10, 17):
         first = 2 * pair - (REACH // 2 - 1)
         seen = near[first : first + REACH]  # five frames, the pair, five frames
-        expected = torch.einsum("nf,cfn->c", seen, shortcut.patterns.weight) + shortcut.patterns.bias
+        expected = (
+            torch.einsum("nf,cfn->c", seen, shortcut.patterns.weight) + shortcut.patterns.bias
+        )
         assert torch.allclose(given[pair], expected)
 
 

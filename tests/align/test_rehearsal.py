@@ -11,7 +11,10 @@ from tiny_align.runtime.errors import BundleError
 
 def examples():
     rng, tokens = np.random.default_rng(0), ([3, 1, 3], [], [7])
-    return [Example(rng.standard_normal((n, 4)).astype(np.float32), t, [4] * len(t)) for n, t in zip((5, 9, 2), tokens)]
+    return [
+        Example(rng.standard_normal((n, 4)).astype(np.float32), t, [4] * len(t))
+        for n, t in zip((5, 9, 2), tokens)
+    ]
 
 
 def test_what_was_written_is_read(tmp_path):
@@ -28,14 +31,21 @@ def test_a_bundle_without_replay_has_none(tmp_path):
     assert read_rehearsal(tmp_path / "replay.npz") == []
 
 
-def test_beside_the_people_and_sounds_that_the_reference_bundle_ships_others_are_made(assistant, tmp_path):
+def test_beside_the_people_and_sounds_that_the_reference_bundle_ships_others_are_made(
+    assistant, tmp_path
+):
     company = rehearsal_examples(assistant, "ctc", tmp_path)
-    assert sum(not e.tokens for e in company) == 64 + SOUNDS and sum(bool(e.tokens) for e in company) >= 50
+    assert (
+        sum(not e.tokens for e in company) == 64 + SOUNDS
+        and sum(bool(e.tokens) for e in company) >= 50
+    )
     assert all(e.tokens for e in rehearsal_examples(assistant, "aligned", tmp_path))
 
 
 def test_without_replay_the_company_is_sounds_without_a_word(assistant, monkeypatch, tmp_path):
-    monkeypatch.setattr(type(assistant.bundle), "replay", property(lambda _: tmp_path / "replay.npz"))
+    monkeypatch.setattr(
+        type(assistant.bundle), "replay", property(lambda _: tmp_path / "replay.npz")
+    )
     assert [e.tokens for e in rehearsal_examples(assistant, "ctc", tmp_path)] == [[]] * SOUNDS
     assert rehearsal_examples(assistant, "aligned", tmp_path) == []
 

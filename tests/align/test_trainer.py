@@ -18,11 +18,25 @@ from tiny_align.align.trainer import LAST_RATE, Example, Trainer, TrainOptions, 
 from tiny_align.runtime.readout import collapse, ctc_scale
 
 CONFIG = ProjectorConfig(
-    feature_size=12, embedding_size=16, soft_tokens=8, hidden_size=32, n_layers=1, n_heads=2, near_size=12
+    feature_size=12,
+    embedding_size=16,
+    soft_tokens=8,
+    hidden_size=32,
+    n_layers=1,
+    n_heads=2,
+    near_size=12,
 )
 VOCABULARY, FRAMES_PER_TOKEN, LETTERS = 20, 4, 3
 OPTIONS = TrainOptions(
-    "paper", trainable=(), steps=60, batch=8, rate=2e-3, warmup=5, weight_decay=0.0, check_every=15, max_seconds=600
+    "paper",
+    trainable=(),
+    steps=60,
+    batch=8,
+    rate=2e-3,
+    warmup=5,
+    weight_decay=0.0,
+    check_every=15,
+    max_seconds=600,
 )
 OBJECTIVES = {  # as keywords of TrainOptions
     "ctc": {"objective": "ctc"},
@@ -57,7 +71,9 @@ def new_projector(objective="paper"):
 
 def trainer(options=OPTIONS, work=None, examples=None, table=TABLE, kind=Trainer):
     examples = sentences(40) if examples is None else examples
-    return kind(new_projector(options.objective), examples, make(options, table, SCALE), options, work)
+    return kind(
+        new_projector(options.objective), examples, make(options, table, SCALE), options, work
+    )
 
 
 class Stopped(Trainer):
@@ -95,7 +111,9 @@ def interrupted(tmp_path):
 def seconds(monkeypatch):
     """A clock that goes on by a second whenever it is read."""
     ticks = itertools.count()
-    monkeypatch.setattr(trainer_module, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    monkeypatch.setattr(
+        trainer_module, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks)))
+    )
 
 
 def steps_taken(**changes):
@@ -139,7 +157,9 @@ def test_training_learns_which_token_was_said(objective):
     options = replace(OPTIONS, steps=200, check_every=50, **objective)
     projector, unseen = new_projector(options.objective), sentences(40, seed=2)
     before = nearest_token_accuracy(projector, unseen, options.objective)
-    trained = Trainer(projector, sentences(200), make(options, TABLE, SCALE), options, None).run(quiet=True)
+    trained = Trainer(projector, sentences(200), make(options, TABLE, SCALE), options, None).run(
+        quiet=True
+    )
     projector.load_state_dict(trained.weights)
     losses = [entry["held_out"] for entry in trained.record["curve"]]
     assert trained.record["improved"] and losses[-1] < 0.6 * losses[0]
@@ -155,18 +175,24 @@ def test_training_never_sees_what_is_held_out():
     examples, silence = sentences(400), [replace(sentences(1)[0], tokens=[])]
     run = Trainer(new_projector(), examples, make(OPTIONS, TABLE), OPTIONS, None, silence)
     held = {id(e) for e in run.held}
-    assert 0.5 < len(held) / (400 * OPTIONS.held_out) < 1.5 and held.isdisjoint(id(e) for e in run.used)
+    assert 0.5 < len(held) / (400 * OPTIONS.held_out) < 1.5 and held.isdisjoint(
+        id(e) for e in run.used
+    )
     assert len(run.used) + len(held) == len(examples) and run.rehearsal == silence
 
 
 @pytest.mark.parametrize("share", [0.12, 1e-9])
 def test_what_was_trained_on_is_never_held_out_when_recordings_are_added(share):
     before, after = (held_out(sentences(n), share) for n in (25, 60))
-    was, now = ([{e.features.tobytes() for e in part} for part in split] for split in (before, after))
+    was, now = (
+        [{e.features.tobytes() for e in part} for part in split] for split in (before, after)
+    )
     assert was[0] and now[0] and was[1] <= now[1]
 
 
-@pytest.mark.parametrize(("n", "judges"), [(1, 0), (4, 0), (5, 1), (9, 1), (10, 2), (25, 4), (100, 4)])
+@pytest.mark.parametrize(
+    ("n", "judges"), [(1, 0), (4, 0), (5, 1), (9, 1), (10, 2), (25, 4), (100, 4)]
+)
 def test_of_few_recordings_one_in_five_is_held_out_up_to_four(n, judges):
     held, used = held_out(sentences(n), 1e-9)
     assert (len(held), len(used)) == (judges, n - judges)
@@ -194,7 +220,9 @@ def test_two_recordings_are_enough_to_train_on():
 def test_more_tokens_than_places_can_be_trained_on(objective):
     rng = np.random.default_rng(3)
     examples = [say(list(range(CONFIG.soft_tokens + 3)), rng), say([1], rng)]
-    record = trainer(replace(OPTIONS, steps=3, **objective), examples=examples).run(quiet=True).record
+    record = (
+        trainer(replace(OPTIONS, steps=3, **objective), examples=examples).run(quiet=True).record
+    )
     assert all(np.isfinite(entry["held_out"]) for entry in record["curve"])
 
 
@@ -211,7 +239,9 @@ def test_the_weights_are_the_mean_at_the_end():
     assert trained.record["improved"] and same(trained.weights, run.mean.state_dict())
     run.mean.load_state_dict(trained.weights)
     last = trained.record["curve"][-1]
-    assert run._held_out_figures() == pytest.approx((last["held_out"], last["held_out_loss"]), rel=1e-6)
+    assert run._held_out_figures() == pytest.approx(
+        (last["held_out"], last["held_out_loss"]), rel=1e-6
+    )
 
 
 def test_the_mean_counts_later_steps_more():
@@ -258,11 +288,14 @@ def test_the_loss_is_judged_as_at_the_end_of_a_flat_start():
 
 
 @pytest.mark.parametrize(
-    "objective, far, is_far", [("paper", 0.2, False), ("ctc", 0.2, True), ("ctc", 2.0, False), ("ctc", None, False)]
+    "objective, far, is_far",
+    [("paper", 0.2, False), ("ctc", 0.2, True), ("ctc", 2.0, False), ("ctc", None, False)],
 )
 @pytest.mark.parametrize("parts", [("enter",), ()])
 def test_the_shortcut_is_trained_for_somebody_far_only(objective, far, is_far, parts):
-    run = trainer(replace(OPTIONS, objective=objective, trainable=parts, shortcut_threshold=far, steps=5))
+    run = trainer(
+        replace(OPTIONS, objective=objective, trainable=parts, shortcut_threshold=far, steps=5)
+    )
     start = {name: value.clone() for name, value in run.projector.state_dict().items()}
     run.run(quiet=True)
     now = run.projector.state_dict()
@@ -277,7 +310,9 @@ def test_who_is_far_is_told_by_all_recordings(monkeypatch):
     """A few held-out ones may all be heard well."""
     run = trainer(replace(OPTIONS, objective="ctc", shortcut_threshold=0.2))
     share = {id(e): wrong for part, wrong in ((run.held, 0.0), (run.used, 0.3)) for e in part}
-    monkeypatch.setattr(Trainer, "_figures", lambda run, _, of: (np.mean([share[id(e)] for e in of]), 0.0))
+    monkeypatch.setattr(
+        Trainer, "_figures", lambda run, _, of: (np.mean([share[id(e)] for e in of]), 0.0)
+    )
     assert run.needs_shortcut
 
 
@@ -289,7 +324,9 @@ def test_somebody_far_stays_so_with_a_projector_of_their_own():
     for general, far in ((None, False), (new_projector("ctc"), True)):
         projector = copy.deepcopy(own)
         target = make(options, TABLE, SCALE)
-        run = Trainer(projector, sentences(40), target, replace(options, steps=5), None, general=general)
+        run = Trainer(
+            projector, sentences(40), target, replace(options, steps=5), None, general=general
+        )
         run.run(quiet=True)
         moved = not torch.equal(projector.shortcut.patterns.weight, own.shortcut.patterns.weight)
         assert run.needs_shortcut == moved == far
@@ -308,7 +345,11 @@ def test_a_shortcut_learns_little_from_small_gradients_and_other_weights_as_much
         pairs = zip(run.projector.named_parameters(), before.parameters())
         moved.append({name: (now - old).abs().max().item() for (name, now), old in pairs})
     for name, full in moved[0].items():
-        assert moved[1][name] < 0.02 * full if name.startswith("shortcut") else moved[1][name] > 0.9 * full
+        assert (
+            moved[1][name] < 0.02 * full
+            if name.startswith("shortcut")
+            else moved[1][name] > 0.9 * full
+        )
 
 
 # --- the same again ---
@@ -336,7 +377,9 @@ def test_time_runs_out(seconds):
     assert [entry["step"] for entry in record["curve"]] == [0, 15, 21]
 
 
-def test_the_rate_has_fallen_when_time_runs_out_and_is_that_of_the_steps_where_there_is_enough(seconds):
+def test_the_rate_has_fallen_when_time_runs_out_and_is_that_of_the_steps_where_there_is_enough(
+    seconds,
+):
     short, enough = (trainer(replace(OPTIONS, max_seconds=m)) for m in (20.0, 61.0))
     short.run(quiet=True)
     assert short._rate() == pytest.approx(LAST_RATE * OPTIONS.rate)
@@ -377,7 +420,9 @@ def test_a_resumed_training_ends_with_the_weights_of_an_uninterrupted_one(tmp_pa
     assert (whole.taken, again.taken) == (60, 30)
     assert same(resumed.weights, uninterrupted.weights)
     assert same(again.projector.state_dict(), whole.projector.state_dict())
-    assert without_seconds(resumed.record["curve"]) == without_seconds(uninterrupted.record["curve"])
+    assert without_seconds(resumed.record["curve"]) == without_seconds(
+        uninterrupted.record["curve"]
+    )
 
 
 def test_a_training_that_ended_is_not_done_again(tmp_path):
@@ -409,12 +454,16 @@ def test_a_state_of_other_weights_is_not_resumed(interrupted, whose):
     other = BridgeFormer(CONFIG)
     projectors = {"projector": new_projector(), "general": new_projector(), whose: other}
     target = make(OPTIONS, TABLE)
-    run = Counted(**projectors, examples=sentences(40), objective=target, options=OPTIONS, work=interrupted)
+    run = Counted(
+        **projectors, examples=sentences(40), objective=target, options=OPTIONS, work=interrupted
+    )
     run.run(quiet=True)
     assert run.taken == OPTIONS.steps
 
 
-@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[: len(b) // 2], lambda b: b"no state" * 99])
+@pytest.mark.parametrize(
+    "damage", [lambda b: b"", lambda b: b[: len(b) // 2], lambda b: b"no state" * 99]
+)
 def test_a_damaged_state_means_a_fresh_start_with_a_warning(interrupted, damage, caplog):
     state = interrupted / "state.safetensors"
     state.write_bytes(damage(state.read_bytes()))

@@ -35,7 +35,9 @@ def test_words_that_differ_are_counted_over_all_references():
 
 
 def test_one_digit_misheard_is_one_error():
-    assert error_rates(["six five six two one"], ["six five six three one"])[0] == pytest.approx(1 / 5)
+    assert error_rates(["six five six two one"], ["six five six three one"])[0] == pytest.approx(
+        1 / 5
+    )
 
 
 def test_a_sentence_in_another_script_keeps_its_words():
@@ -44,13 +46,16 @@ def test_a_sentence_in_another_script_keeps_its_words():
 
 
 @pytest.mark.parametrize(
-    ("reference", "heard", "wer"), [("what color", "", 1), ("", "", 0), ("", "two words", 2), ("um", "uh.", 0)]
+    ("reference", "heard", "wer"),
+    [("what color", "", 1), ("", "", 0), ("", "two words", 2), ("um", "uh.", 0)],
 )
 def test_empty_texts(reference, heard, wer):
     assert error_rates([reference], [heard])[0] == wer
 
 
-@pytest.mark.parametrize("text", ["1" * 5000, "million " * 900, "\ud800 a", "a\0b", "$", "and a half", "漢字", "😀"])
+@pytest.mark.parametrize(
+    "text", ["1" * 5000, "million " * 900, "\ud800 a", "a\0b", "$", "and a half", "漢字", "😀"]
+)
 def test_awkward_texts_agree_with_themselves(text):
     assert error_rates([text], [text]) == (0, 0)
 

@@ -47,11 +47,15 @@ BLOCK = 32  # weights per INT4 scale
 
 @pytest.fixture(scope="module")
 def rtx():
-    return pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is what builds engines without a GPU")
+    return pytest.importorskip(
+        "tensorrt_rtx", reason="TensorRT-RTX is what builds engines without a GPU"
+    )
 
 
 def spec(file, precision, inputs, outputs) -> GraphSpec:
-    tensors = [tuple(TensorSpec(n, "float32", s) for n, s in side.items()) for side in (inputs, outputs)]
+    tensors = [
+        tuple(TensorSpec(n, "float32", s) for n, s in side.items()) for side in (inputs, outputs)
+    ]
     return GraphSpec(file, precision, *tensors)
 
 
@@ -71,7 +75,9 @@ def save(folder: Path, graph: GraphSpec, nodes, weights, **options) -> None:
         for side in (graph.inputs, graph.outputs)
     ]
     made = onnx.helper.make_graph(nodes, "graph", *infos, weights)
-    model = onnx.helper.make_model(made, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+    model = onnx.helper.make_model(
+        made, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10
+    )
     onnx.save(model, folder / graph.file, **options)
 
 
@@ -94,14 +100,19 @@ def save_int4(folder: Path) -> None:
         onnx.numpy_helper.from_array(np.full((SIZE // BLOCK, SIZE), 0.01, np.float32), "scale"),
     ]
     nodes = [
-        onnx.helper.make_node("DequantizeLinear", ["w", "scale"], ["dequantised"], axis=0, block_size=BLOCK),
+        onnx.helper.make_node(
+            "DequantizeLinear", ["w", "scale"], ["dequantised"], axis=0, block_size=BLOCK
+        ),
         onnx.helper.make_node("MatMul", ["x", "dequantised"], ["y"]),
     ]
     save(folder, INT4, nodes, weights)
 
 
 def save_unsupported(folder: Path) -> None:
-    nodes = [onnx.helper.make_node("Unique", ["x"], ["y"], name="first"), onnx.helper.make_node("Gelu2", ["x"], ["z"])]
+    nodes = [
+        onnx.helper.make_node("Unique", ["x"], ["y"], name="first"),
+        onnx.helper.make_node("Gelu2", ["x"], ["z"]),
+    ]
     save(folder, UNSUPPORTED, nodes, [])
 
 
@@ -147,7 +158,9 @@ def test_profile_takes_static_and_dynamic_dimensions():
 
 
 def test_profile_names_a_dimension_without_values():
-    with pytest.raises(BundleError, match=r"lack 'past', a dimension of input 'cache' of cached\.onnx"):
+    with pytest.raises(
+        BundleError, match=r"lack 'past', a dimension of input 'cache' of cached\.onnx"
+    ):
         graph_profile(CACHED, {"new": (1, 4, 32)})
 
 
@@ -175,7 +188,8 @@ def fake(version: str, *capabilities: str) -> types.SimpleNamespace:
 def test_no_builder_says_how_to_get_one(monkeypatch):
     pretend(monkeypatch, None, tensorrt=None, tensorrt_rtx=None)
     with pytest.raises(
-        BackendError, match=r"(?s)JetPack.*--system-site-packages.*pip install tiny-align\[trt\] tensor"
+        BackendError,
+        match=r"(?s)JetPack.*--system-site-packages.*pip install tiny-align\[trt\] tensor",
     ):
         find_builder()
 
@@ -203,7 +217,9 @@ def test_tensorrt_without_a_gpu_is_refused(monkeypatch):
         find_builder(87)
 
 
-@pytest.mark.parametrize(("gpu", "wanted", "target"), [(None, None, 86), (89, None, 89), (89, 86, 86)])
+@pytest.mark.parametrize(
+    ("gpu", "wanted", "target"), [(None, None, 86), (89, None, 89), (89, 86, 86)]
+)
 def test_rtx_target(monkeypatch, gpu, wanted, target):
     pretend(monkeypatch, gpu, tensorrt=None, tensorrt_rtx=fake("1.7.1", "SM86", "SM89"))
     assert find_builder(wanted).key == f"tensorrt_rtx-1.7.1-sm{target}"
@@ -212,7 +228,9 @@ def test_rtx_target(monkeypatch, gpu, wanted, target):
 @pytest.mark.parametrize(("gpu", "wanted"), [(90, None), (None, 87)])
 def test_rtx_names_the_targets_it_has(monkeypatch, gpu, wanted):
     pretend(monkeypatch, gpu, tensorrt=None, tensorrt_rtx=fake("1.7.1", "SM86", "SM120"))
-    with pytest.raises(BackendError, match=f"{gpu or wanted}: give --compute-capability with one of 86, 120"):
+    with pytest.raises(
+        BackendError, match=f"{gpu or wanted}: give --compute-capability with one of 86, 120"
+    ):
         find_builder(wanted)
 
 
@@ -237,7 +255,10 @@ class FakeCuda:
         return 0
 
     def cuDeviceGetAttribute(self, value, attribute, _device):
-        value._obj.value = {machine.COMPUTE_CAPABILITY_MAJOR: 8, machine.COMPUTE_CAPABILITY_MINOR: 7}[attribute]
+        value._obj.value = {
+            machine.COMPUTE_CAPABILITY_MAJOR: 8,
+            machine.COMPUTE_CAPABILITY_MINOR: 7,
+        }[attribute]
         return 0
 
     def cuDriverGetVersion(self, version):
@@ -249,7 +270,9 @@ class FakeCuda:
         return 0
 
 
-@pytest.mark.parametrize(("there", "expected"), [(True, {"gpu": "Orin", "cuda": "12.6"}), (False, {})])
+@pytest.mark.parametrize(
+    ("there", "expected"), [(True, {"gpu": "Orin", "cuda": "12.6"}), (False, {})]
+)
 def test_gpu_and_its_cuda(monkeypatch, there, expected):
     monkeypatch.setattr(machine.ctypes, "CDLL", lambda _name: FakeCuda(there))
     assert machine.gpu() == expected
@@ -258,7 +281,9 @@ def test_gpu_and_its_cuda(monkeypatch, there, expected):
 def test_l4t_release(monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "L4T_RELEASE", tmp_path / "release")
     assert machine.l4t_release() is None
-    (tmp_path / "release").write_text("# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64\n")
+    (tmp_path / "release").write_text(
+        "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64\n"
+    )
     assert machine.l4t_release() == "36.4.3"
 
 
@@ -319,13 +344,23 @@ def test_entry_describes_graph_and_engine(built, name):
 def test_entry_has_external_data_and_profile(built):
     entry = built[1]["engines"]["cached"]
     assert set(entry["files"]) == {"cached.onnx", "cached.onnx.data"}
-    assert entry["profile"]["cache"] == {"min": [1, 0, SIZE], "opt": [1, 16, SIZE], "max": [1, 64, SIZE]}
+    assert entry["profile"]["cache"] == {
+        "min": [1, 0, SIZE],
+        "opt": [1, 16, SIZE],
+        "max": [1, 64, SIZE],
+    }
 
 
 def test_largest_graph_comes_first(built):
     bundle, result = built
-    sizes = [sum((bundle.path / f).stat().st_size for f in e["files"]) for e in result["engines"].values()]
-    assert sizes == sorted(sizes, reverse=True) and list(bundle.manifest.graphs) == ["int4", "cached"]
+    sizes = [
+        sum((bundle.path / f).stat().st_size for f in e["files"])
+        for e in result["engines"].values()
+    ]
+    assert sizes == sorted(sizes, reverse=True) and list(bundle.manifest.graphs) == [
+        "int4",
+        "cached",
+    ]
 
 
 def test_bundle_with_engines_is_unchanged(built):
@@ -345,7 +380,10 @@ def test_what_the_builder_says_is_passed_on(rtx, tmp_path):
     bundle = make_bundle(tmp_path, "int4")
     wrong = dataclasses.replace(INT4, inputs=(TensorSpec("x", "float32", (1, "new", SIZE + 1)),))
     bundle = Bundle(bundle.path, dataclasses.replace(bundle.manifest, graphs={"int4": wrong}))
-    with pytest.raises(BackendError, match=rf"Dimension mismatch for tensor x.*max={SIZE + 1} but tensor has {SIZE}"):
+    with pytest.raises(
+        BackendError,
+        match=rf"Dimension mismatch for tensor x.*max={SIZE + 1} but tensor has {SIZE}",
+    ):
         build_engines(bundle, compute_capability=86)
 
 
@@ -368,7 +406,9 @@ print(json.dumps({"seconds": 1.0, "peak_memory_bytes": 1}))
 def child(monkeypatch):
     """Replace the build process by a script."""
     pretend(monkeypatch, None, tensorrt=None, tensorrt_rtx=fake("1.7.1", "SM86", "SM89"))
-    return lambda script: monkeypatch.setattr(process_module, "COMMAND", (sys.executable, "-c", script))
+    return lambda script: monkeypatch.setattr(
+        process_module, "COMMAND", (sys.executable, "-c", script)
+    )
 
 
 def test_killed_build_says_so_and_leaves_nothing(child, tmp_path):
@@ -380,7 +420,9 @@ def test_killed_build_says_so_and_leaves_nothing(child, tmp_path):
 
 def test_crashed_build_passes_on_its_last_words(child, tmp_path):
     child("raise SystemExit('last words')")
-    with pytest.raises(BackendError, match=r"(?s)crashed on the graph 'int4'.*exit status 1.*last words"):
+    with pytest.raises(
+        BackendError, match=r"(?s)crashed on the graph 'int4'.*exit status 1.*last words"
+    ):
         build_engines(make_bundle(tmp_path, "int4"))
 
 
@@ -458,7 +500,9 @@ def test_targets_have_folders_of_their_own(child, tmp_path):
     bundle = make_bundle(tmp_path, "int4")
     for target in (86, 89):
         build_engines(bundle, compute_capability=target)
-    assert sorted(p.name for p in (tmp_path / "engines").iterdir()) == [f"tensorrt_rtx-1.7.1-sm{t}" for t in (86, 89)]
+    assert sorted(p.name for p in (tmp_path / "engines").iterdir()) == [
+        f"tensorrt_rtx-1.7.1-sm{t}" for t in (86, 89)
+    ]
 
 
 @pytest.mark.parametrize("graphs", [["int4", "decoder"], []])
@@ -494,7 +538,10 @@ def test_command_prints_for_people(child, tmp_path, capsys):
     commands.add_arguments(parser)
     commands.run(parser.parse_args(["--bundle", str(tmp_path)], argparse.Namespace(json=False)))
     printed, shown = capsys.readouterr()
-    assert "tensorrt_rtx 1.7.1 for compute capability 86" in printed and "int4: int4, 0.0 MB" in printed
+    assert (
+        "tensorrt_rtx 1.7.1 for compute capability 86" in printed
+        and "int4: int4, 0.0 MB" in printed
+    )
     assert "100%" in shown and "int4: Halfway" in shown
 
 
@@ -531,7 +578,10 @@ def test_swap_counts_where_it_helps(child, monkeypatch, tmp_path):
 
 
 def test_only_tensorrt_has_a_timing_cache_and_it_stays(child, monkeypatch, tmp_path):
-    child(FAKE_BUILD + "cache = job['timing_cache']\nif cache: open(cache, 'a').write(graph.stem + ' ')")
+    child(
+        FAKE_BUILD
+        + "cache = job['timing_cache']\nif cache: open(cache, 'a').write(graph.stem + ' ')"
+    )
     bundle = make_bundle(tmp_path, "int4", "cached")
     build_engines(bundle)
     pretend(monkeypatch, 87, tensorrt=fake("10.3.0"))
@@ -545,9 +595,17 @@ def test_the_builder_reads_and_writes_its_timing_cache(rtx, tmp_path):
     """TensorRT-RTX takes the calls, but times nothing while it builds: only the way through is seen here."""
     save_int4(tmp_path)
     shapes = [(1, n, SIZE) for n in (1, 4, 32)]
-    job = {"graph": str(tmp_path / "int4.onnx"), "package": "tensorrt_rtx", "compute_capability": 86}
+    job = {
+        "graph": str(tmp_path / "int4.onnx"),
+        "package": "tensorrt_rtx",
+        "compute_capability": 86,
+    }
     job |= {"refittable": False}
-    job |= {"profile": {"x": shapes}, "engine": str(tmp_path / "e"), "timing_cache": str(tmp_path / "cache")}
+    job |= {
+        "profile": {"x": shapes},
+        "engine": str(tmp_path / "e"),
+        "timing_cache": str(tmp_path / "cache"),
+    }
     script = (
         "import json, sys; from tiny_align.engines import build_one as b; job = json.loads(sys.argv[1]); "
         "b.build(job); first = open(job['timing_cache'], 'rb').read(); b.build(job); assert first"
@@ -557,10 +615,15 @@ def test_the_builder_reads_and_writes_its_timing_cache(rtx, tmp_path):
 
 
 @pytest.mark.parametrize(("gpu", "refittable"), [(87, [False, True]), (None, [False, False])])
-def test_a_projector_takes_other_weights_where_a_gpu_can_build_that(monkeypatch, tmp_path, gpu, refittable):
+def test_a_projector_takes_other_weights_where_a_gpu_can_build_that(
+    monkeypatch, tmp_path, gpu, refittable
+):
     monkeypatch.setattr(build_module, "gpu_compute_capability", lambda: gpu)
     builder = builder_module.Builder("tensorrt", "10.3.0", 87)
-    jobs = [build_module._job(tmp_path, name, builder, tmp_path, {"profile": {}}) for name in ("llm", "projector")]
+    jobs = [
+        build_module._job(tmp_path, name, builder, tmp_path, {"profile": {}})
+        for name in ("llm", "projector")
+    ]
     assert [job["refittable"] for job in jobs] == refittable
 
 
@@ -587,7 +650,9 @@ BUILT_AGAIN = {"first": 2, "unrecorded": 2, "recorded": 1, "unpublished": 0, "pu
 def test_a_build_killed_at_any_stage_goes_on(child, tmp_path, stage):
     child(FAKE_BUILD)
     bundle, log = make_bundle(tmp_path, "int4", "cached"), tmp_path / "built"
-    killed = subprocess.run([sys.executable, "-c", KILLED_AT, tmp_path, stage, FAKE_BUILD], check=False)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_AT, tmp_path, stage, FAKE_BUILD], check=False
+    )
     assert killed.returncode == -9
     facts = find_builder().facts
     if stage != "published":
@@ -655,7 +720,9 @@ def test_a_full_disk_says_so_and_loses_nothing(rtx, tmp_path, full_disk):
     build_engines(bundle, graphs=["int4"])
     with (
         full_disk(8000),
-        pytest.raises(BackendError, match=r"cannot be written \(File too large\): make room.*same command"),
+        pytest.raises(
+            BackendError, match=r"cannot be written \(File too large\): make room.*same command"
+        ),
     ):
         build_engines(bundle)
     builder = find_builder()
@@ -689,7 +756,9 @@ class Whole:
 
 @pytest.mark.parametrize("builder", [Stream, Whole])
 def test_the_engine_is_written_in_pieces_or_whole(tmp_path, full_disk, builder):
-    write = functools.partial(build_one._build_into, tmp_path / "engine", Stream, network=None, config=None)
+    write = functools.partial(
+        build_one._build_into, tmp_path / "engine", Stream, network=None, config=None
+    )
     write(builder=builder(b"first ", b"second"))
     assert (tmp_path / "engine").read_bytes() == b"first second"
     with pytest.raises(build_one._NotBuilt):

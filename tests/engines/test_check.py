@@ -83,12 +83,20 @@ def test_the_facts_of_this_machine_are_those_of_its_builder(built):
 
 @pytest.mark.parametrize(
     ("fact", "value"),
-    [("version", "1.8.0"), ("compute_capability", 89), ("package", "tensorrt"), ("compute_capability", None)],
+    [
+        ("version", "1.8.0"),
+        ("compute_capability", 89),
+        ("package", "tensorrt"),
+        ("compute_capability", None),
+    ],
 )
 def test_another_version_or_gpu(bundle, facts, fact, value):
     here = {**facts, fact: value}
     said = refusal(bundle, here)
-    assert f"has no engines for {here['package']}-{here['version']}-sm" in said and folder_of(bundle).name in said
+    assert (
+        f"has no engines for {here['package']}-{here['version']}-sm" in said
+        and folder_of(bundle).name in said
+    )
 
 
 @pytest.mark.parametrize(
@@ -111,13 +119,18 @@ def test_another_graph_or_other_weights(bundle, facts, file):
     with open(bundle.path / file, "r+b") as changed:
         changed.seek(-1, 2)
         changed.write(b"\1")
-    assert f"was built from another {file} than this bundle's" in refusal(exported_again(bundle), facts)
+    assert f"was built from another {file} than this bundle's" in refusal(
+        exported_again(bundle), facts
+    )
 
 
 @pytest.mark.parametrize("past", [(0, 16, 65), (0, 64, 640)])
 def test_a_profile_too_small_for_the_manifest(bundle, facts, past):
     said = refusal(exported_again(bundle, dims={**bundle.manifest.dims, "past": past}), facts)
-    assert f"takes cache from [1, 0, 64] to [1, 64, 64], this bundle needs [1, 0, 64] to [1, {past[2]}, 64]" in said
+    assert (
+        f"takes cache from [1, 0, 64] to [1, 64, 64], this bundle needs [1, 0, 64] to [1, {past[2]}, 64]"
+        in said
+    )
 
 
 def test_a_profile_that_is_larger_than_needed_will_do(bundle, facts):
@@ -126,8 +139,12 @@ def test_a_profile_that_is_larger_than_needed_will_do(bundle, facts):
 
 
 def test_an_input_that_the_engine_does_not_have(bundle, facts):
-    graph = GraphSpec(CACHED.file, "fp32", (*CACHED.inputs, TensorSpec("mask", "float32", (1,))), CACHED.outputs)
-    said = refusal(exported_again(bundle, graphs={**bundle.manifest.graphs, "cached": graph}), facts)
+    graph = GraphSpec(
+        CACHED.file, "fp32", (*CACHED.inputs, TensorSpec("mask", "float32", (1,))), CACHED.outputs
+    )
+    said = refusal(
+        exported_again(bundle, graphs={**bundle.manifest.graphs, "cached": graph}), facts
+    )
     assert "engine.json is damaged (KeyError: 'mask')" in said
 
 
@@ -137,7 +154,9 @@ def test_a_truncated_engine(bundle, facts, kept):
     size = engine.stat().st_size
     with open(engine, "r+b") as file:
         file.truncate(kept)
-    assert f"cached.engine has {kept} bytes, not the {size} that were built" in refusal(bundle, facts)
+    assert f"cached.engine has {kept} bytes, not the {size} that were built" in refusal(
+        bundle, facts
+    )
 
 
 @pytest.mark.parametrize("place", [0, -1, 5000])
@@ -163,7 +182,9 @@ def test_a_damaged_record(bundle, facts, text):
 
 @pytest.mark.parametrize("field", ["bytes", "engine_sha256", "graph_sha256", "files", "profile"])
 def test_a_record_that_lacks_something(bundle, facts, field, edit_json):
-    edit_json(folder_of(bundle) / "engine.json", lambda record: record["graphs"]["cached"].pop(field))
+    edit_json(
+        folder_of(bundle) / "engine.json", lambda record: record["graphs"]["cached"].pop(field)
+    )
     assert f"engine.json is damaged (KeyError: '{field}')" in refusal(bundle, facts)
 
 
@@ -210,4 +231,7 @@ def test_the_engine_is_of_the_plain_graph(bundle, facts):
     other = dataclasses.replace(plain, backends={"onnxruntime": fused})
     changed = exported_again(bundle, graphs={**bundle.manifest.graphs, "cached": other})
     assert check_engine(changed, "cached", facts).is_file()
-    assert build_engines(changed, graphs=["cached"])["cached"]["files"].keys() == {"cached.onnx", "cached.onnx.data"}
+    assert build_engines(changed, graphs=["cached"])["cached"]["files"].keys() == {
+        "cached.onnx",
+        "cached.onnx.data",
+    }

@@ -44,7 +44,9 @@ def recordings(voice_path):
 def bundle(bundle_path, tmp_path_factory):
     """A copy: graphs that are made of it are beside links to its weights, and onnx loads no file that has links."""
     folder = tmp_path_factory.mktemp("bundle")
-    shutil.copytree(bundle_path, folder, ignore=shutil.ignore_patterns("users", "engines"), dirs_exist_ok=True)
+    shutil.copytree(
+        bundle_path, folder, ignore=shutil.ignore_patterns("users", "engines"), dirs_exist_ok=True
+    )
     yield Bundle.open(folder)
     shutil.rmtree(folder)
 
@@ -52,8 +54,12 @@ def bundle(bundle_path, tmp_path_factory):
 def model_of(nodes, weights: dict, **shapes):
     """x -> y, both (1, n, SIZE) unless told otherwise."""
     x, y = shapes.get("x", (1, "n", SIZE)), shapes.get("y", (1, "n", SIZE))
-    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("x", x), ("y", y))]
-    tensors = [numpy_helper.from_array(np.asarray(w, np.float32), name) for name, w in weights.items()]
+    values = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("x", x), ("y", y))
+    ]
+    tensors = [
+        numpy_helper.from_array(np.asarray(w, np.float32), name) for name, w in weights.items()
+    ]
     graph = helper.make_graph(nodes, "graph", values[:1], values[1:], tensors)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
@@ -69,7 +75,10 @@ def run(model, tmp_path, x):
 
 def types_of(model) -> dict[str, int]:
     graph = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
-    values = {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.value_info, *graph.output)}
+    values = {
+        v.name: v.type.tensor_type.elem_type
+        for v in (*graph.input, *graph.value_info, *graph.output)
+    }
     return values | {t.name: t.data_type for t in graph.initializer}
 
 
@@ -104,7 +113,10 @@ def test_products_are_halves_and_norms_and_softmax_are_not(tmp_path):
 
 def test_the_twin_rounds_as_halves_do(tmp_path):
     """Against numpy's float16; ONNX Runtime does not compute the graph itself in it."""
-    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Mul", ["h", "k"], ["y"])]
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"]),
+        helper.make_node("Mul", ["h", "k"], ["y"]),
+    ]
     weight = np.eye(SIZE) * 1.2345678
     x = np.random.default_rng(0).standard_normal((1, 5, SIZE)).astype(np.float32)
     model = model_of(nodes, {"w": weight, "k": 3.1415926})
@@ -115,7 +127,10 @@ def test_the_twin_rounds_as_halves_do(tmp_path):
 
 def overflowing():
     """Exact in FP32; in FP16 it is infinite between its two products."""
-    nodes = [helper.make_node("MatMul", ["x", "up"], ["h"]), helper.make_node("MatMul", ["h", "down"], ["y"])]
+    nodes = [
+        helper.make_node("MatMul", ["x", "up"], ["h"]),
+        helper.make_node("MatMul", ["h", "down"], ["y"]),
+    ]
     return model_of(nodes, {"up": np.eye(SIZE) * 1e4, "down": np.eye(SIZE) * 1e-4})
 
 
@@ -139,13 +154,20 @@ def test_scales_are_those_of_the_recordings():
 def test_int8_is_symmetric_by_column_and_keeps_biases(tmp_path):
     weight = np.random.default_rng(0).standard_normal((SIZE, SIZE)) * np.logspace(-3, 3, SIZE)
     weight[:, 3] = 0
-    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Add", ["h", "b"], ["y"])]
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"]),
+        helper.make_node("Add", ["h", "b"], ["y"]),
+    ]
     model = model_of(nodes, {"w": weight, "b": np.ones(SIZE)})
     x = np.random.default_rng(1).standard_normal((1, 50, SIZE)).astype(np.float32)
     made = calibrate.int8(model, calibrate.scales([{"x": x}]), numpy_helper.to_array)
     tensors = {t.name: numpy_helper.to_array(t) for t in made.graph.initializer}
     assert tensors["w.codes"].dtype == tensors["x.zero"].dtype == np.int8 and "w" not in tensors
-    assert tensors["x.zero"] == 0 and tensors["w.scales"].shape == (SIZE,) and (tensors["w.scales"] > 0).all()
+    assert (
+        tensors["x.zero"] == 0
+        and tensors["w.scales"].shape == (SIZE,)
+        and (tensors["w.scales"] > 0).all()
+    )
     np.testing.assert_array_equal(tensors["b"], np.ones(SIZE, np.float32))
     zero_points = {n.op_type: list(n.input[2:]) for n in made.graph.node if "Linear" in n.op_type}
     assert not any(tensors[name].any() for names in zero_points.values() for name in names)
@@ -159,7 +181,10 @@ def test_the_encoder_on_real_audio_is_within_its_bound(bundle, recordings, tmp_p
     assert choice.precision == precision
     (found,) = choice.accuracy.values()
     assert found["bound"] <= found["cosine"] < 1 and found["bound"] == RUNGS["encoder"][precision]
-    assert choice.graph.stat().st_size < 0.6 * bundle.graph("encoder").with_name("encoder.onnx.data").stat().st_size
+    assert (
+        choice.graph.stat().st_size
+        < 0.6 * bundle.graph("encoder").with_name("encoder.onnx.data").stat().st_size
+    )
     assert not list(tmp_path.glob("*twin*")) and not list(tmp_path.glob("watched*"))
 
 
@@ -178,8 +203,15 @@ def test_the_next_rung_is_taken_where_one_breaks_its_bound(bundle, recordings, t
 def test_a_graph_that_goes_wrong_in_halves_stays_as_it_is(bundle, recordings, tmp_path):
     """The encoder's first convolution beyond FP16's range, and its second one back."""
     (tmp_path / "wild").mkdir()
-    graph, first = select_precision.Graph(bundle, "encoder", tmp_path / "wild"), "encoder.subsampling.layers.0"
-    factors = {f"{first}.weight": 1e6, f"{first}.bias": 1e6, "encoder.subsampling.layers.2.weight": 1e-6}
+    graph, first = (
+        select_precision.Graph(bundle, "encoder", tmp_path / "wild"),
+        "encoder.subsampling.layers.0",
+    )
+    factors = {
+        f"{first}.weight": 1e6,
+        f"{first}.bias": 1e6,
+        "encoder.subsampling.layers.2.weight": 1e-6,
+    }
     for tensor in graph.model.graph.initializer:
         if tensor.name in factors:
             values = graph.values(tensor) * np.float32(factors[tensor.name])
@@ -189,8 +221,13 @@ def test_a_graph_that_goes_wrong_in_halves_stays_as_it_is(bundle, recordings, tm
     (tmp_path / "work").mkdir()
     choice = select_precision.climb(wild, "encoder", Ladder(recordings, AUTO), tmp_path / "work")
     assert (choice.precision, choice.graph) == ("fp32", tmp_path / "wild/encoder.onnx")
-    assert max(found["cosine"] for found in choice.accuracy.values()) < 0.1  # infinities, or what is left of them
-    with pytest.raises(BackendError, match=r"'encoder' in fp16 has a cosine of 0\.0.*0\.999.*--precision auto or fp32"):
+    assert (
+        max(found["cosine"] for found in choice.accuracy.values()) < 0.1
+    )  # infinities, or what is left of them
+    with pytest.raises(
+        BackendError,
+        match=r"'encoder' in fp16 has a cosine of 0\.0.*0\.999.*--precision auto or fp32",
+    ):
         select_precision.climb(wild, "encoder", Ladder(recordings, "fp16"), tmp_path / "work")
     assert not list((tmp_path / "work").glob("*.onnx"))
 
@@ -200,7 +237,9 @@ def test_the_llm_keeps_its_weights_and_computes_in_halves(bundle, recordings, tm
     assert choice.precision == "int4/fp16" and choice.accuracy["fp16"]["cosine"] >= 0.999
     model = onnx.load(choice.graph, load_external_data=False)
     kinds = types_of(model)
-    assert {kinds[n.input[0]] for n in model.graph.node if n.op_type == "MatMul"} == {TensorProto.FLOAT16}
+    assert {kinds[n.input[0]] for n in model.graph.node if n.op_type == "MatMul"} == {
+        TensorProto.FLOAT16
+    }
     assert kinds["inputs_embeds"] == kinds["logits"] == kinds["present.0.key"] == TensorProto.FLOAT
 
 
@@ -216,7 +255,9 @@ def test_the_plain_graph_answers_as_the_deployed_one(assistant):
 
 def test_nothing_is_chosen_where_nothing_was_asked(bundle, tmp_path):
     for name, graph in bundle.manifest.graphs.items():
-        assert choose(bundle, name, Ladder(), tmp_path) == Choice(bundle.graph(name), graph.precision, None)
+        assert choose(bundle, name, Ladder(), tmp_path) == Choice(
+            bundle.graph(name), graph.precision, None
+        )
     assert Ladder(("a.wav",), AUTO).rungs("projector", "fp32") == {}
     assert list(Ladder(("a.wav",), AUTO).rungs("encoder", "int8")) == ["fp16"]
 
@@ -224,13 +265,19 @@ def test_nothing_is_chosen_where_nothing_was_asked(bundle, tmp_path):
 @pytest.mark.parametrize(
     ("data", "precision", "said"),
     [
-        (None, "int8", "--precision int8 is measured on recordings: give a folder of them with --data"),
+        (
+            None,
+            "int8",
+            "--precision int8 is measured on recordings: give a folder of them with --data",
+        ),
         (None, "fp8", "--precision is fp8: choose one of auto, fp32, int8, fp16"),
         ("one", None, "holds 1 recordings"),
         ("gone", AUTO, "holds 0 recordings"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(run_cli, bundle_path, voice_path, tmp_path, data, precision, said):
+def test_what_cannot_be_measured_is_refused(
+    run_cli, bundle_path, voice_path, tmp_path, data, precision, said
+):
     pytest.importorskip("tensorrt_rtx")
     (tmp_path / "one").mkdir()
     shutil.copyfile(voice_path / "test-100.flac", tmp_path / "one/a.flac")
@@ -244,7 +291,9 @@ def test_what_cannot_be_measured_is_refused(run_cli, bundle_path, voice_path, tm
 def test_a_recording_that_cannot_be_used_is_named(bundle, recordings, tmp_path):
     (tmp_path / "noise.wav").write_bytes(b"RIFF no audio")
     with pytest.raises(AudioError, match=r"noise\.wav"):
-        select_precision.climb(bundle, "encoder", Ladder((*recordings[:1], tmp_path / "noise.wav"), AUTO), tmp_path)
+        select_precision.climb(
+            bundle, "encoder", Ladder((*recordings[:1], tmp_path / "noise.wav"), AUTO), tmp_path
+        )
 
 
 def test_no_graph_is_left_half_written(bundle, recordings, tmp_path, full_disk):
@@ -266,7 +315,9 @@ def killed(*_):
 
 def test_a_measurement_that_was_killed_is_one_sentence(bundle, recordings, tmp_path, monkeypatch):
     monkeypatch.setattr(ladder_module, "_climb", killed)
-    with pytest.raises(BackendError, match=r"measuring the graph 'encoder' was killed.*memory.*--precision fp32"):
+    with pytest.raises(
+        BackendError, match=r"measuring the graph 'encoder' was killed.*memory.*--precision fp32"
+    ):
         choose(bundle, "encoder", Ladder(recordings, AUTO), tmp_path)
 
 
@@ -277,7 +328,9 @@ def test_a_measurement_that_was_killed_is_one_sentence(bundle, recordings, tmp_p
 def rtx():
     if importlib.util.find_spec("tensorrt") is not None:
         pytest.skip("TensorRT is installed: it builds on the GPU it builds for")
-    return pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is what builds engines without a GPU")
+    return pytest.importorskip(
+        "tensorrt_rtx", reason="TensorRT-RTX is what builds engines without a GPU"
+    )
 
 
 def test_every_rung_builds_and_is_accepted(rtx, bundle_copy, recordings, capfd):
@@ -286,15 +339,30 @@ def test_every_rung_builds_and_is_accepted(rtx, bundle_copy, recordings, capfd):
     made = {}
     for precision in ("int8", "fp16"):
         graphs = [name for name, rungs in RUNGS.items() if precision in rungs]
-        asked = {"compute_capability": 86, "graphs": graphs, "ladder": Ladder(recordings, precision)}
+        asked = {
+            "compute_capability": 86,
+            "graphs": graphs,
+            "ladder": Ladder(recordings, precision),
+        }
         made[precision] = build_engines(bundle, **asked)
         for name in graphs:
-            assert check_engine(bundle, name, facts).stat().st_size == made[precision][name]["bytes"]
-    assert made["int8"]["encoder"]["precision"] == "int8" and made["fp16"]["llm"]["precision"] == "int4/fp16"
-    assert len({entry["built_sha256"] for entry in (made["int8"]["encoder"], made["fp16"]["encoder"])}) == 2
+            assert (
+                check_engine(bundle, name, facts).stat().st_size == made[precision][name]["bytes"]
+            )
+    assert (
+        made["int8"]["encoder"]["precision"] == "int8"
+        and made["fp16"]["llm"]["precision"] == "int4/fp16"
+    )
+    assert (
+        len({entry["built_sha256"] for entry in (made["int8"]["encoder"], made["fp16"]["encoder"])})
+        == 2
+    )
     with capfd.disabled():
         for name, entry in itertools.chain(made["int8"].items(), made["fp16"].items()):
-            print(f"\n{name} {entry['precision']}: {entry['bytes'] / 1e6:.1f} MB in {entry['seconds']:.1f} s", end="")
+            print(
+                f"\n{name} {entry['precision']}: {entry['bytes'] / 1e6:.1f} MB in {entry['seconds']:.1f} s",
+                end="",
+            )
 
 
 FAKE = """
@@ -322,7 +390,9 @@ def fake_build(monkeypatch):
             return choose(bundle, name, ladder, folder)
         climbed.append(name)
         (folder / f"{name}.rung.onnx").write_bytes(b"rung")
-        return Choice(folder / f"{name}.rung.onnx", "fp16", {"fp16": {"cosine": 0.9999, "bound": 0.999}})
+        return Choice(
+            folder / f"{name}.rung.onnx", "fp16", {"fp16": {"cosine": 0.9999, "bound": 0.999}}
+        )
 
     monkeypatch.setattr("tiny_align.engines.build.choose", chosen)
     return climbed
@@ -333,7 +403,9 @@ def test_the_choice_is_stored_and_not_made_twice(fake_build, bundle_copy, record
     first = build_engines(bundle, ladder=Ladder(recordings, AUTO))
     folder = next((bundle_copy / "engines").iterdir())
     stored = json.loads((folder / "engine.json").read_text())["graphs"]["encoder"]
-    assert stored == first["encoder"] and stored["accuracy"] == {"fp16": {"cosine": 0.9999, "bound": 0.999}}
+    assert stored == first["encoder"] and stored["accuracy"] == {
+        "fp16": {"cosine": 0.9999, "bound": 0.999}
+    }
     assert stored["built_sha256"] == sha256(folder / "encoder.engine") != stored["graph_sha256"]
     assert sorted(p.name for p in folder.iterdir()) == [
         "encoder.engine",
@@ -343,7 +415,9 @@ def test_the_choice_is_stored_and_not_made_twice(fake_build, bundle_copy, record
     ]
     assert fake_build == ["encoder", "llm"]
     assert build_engines(bundle, ladder=Ladder(recordings, AUTO)) == build_engines(bundle) == first
-    assert fake_build == ["encoder", "llm"], "the same question and none at all leave the engines as they are"
+    assert fake_build == ["encoder", "llm"], (
+        "the same question and none at all leave the engines as they are"
+    )
     build_engines(bundle, ladder=Ladder(recordings[:4], AUTO))
     assert fake_build == ["encoder", "llm"] * 2, "other recordings are another question"
     assert build_engines(bundle, ladder=Ladder())["encoder"]["precision"] == "fp32"

@@ -13,10 +13,21 @@ import pytest
 onnx = pytest.importorskip("onnx")
 from tiny_align.engines import calibrate, fp16  # noqa: E402
 
-TABLE = json.loads((Path(__file__).parents[1] / "data/tensorrt-10.1-operators.json").read_text())["operators"]
+TABLE = json.loads((Path(__file__).parents[1] / "data/tensorrt-10.1-operators.json").read_text())[
+    "operators"
+]
 GRAPHS = ("encoder", "projector", "llm", "encoder in fp16", "encoder in int8", "llm in fp16")
-NAMES = {"FLOAT": "FP32", "FLOAT16": "FP16", "BFLOAT16": "BF16"}  # ONNX's -> the table's; the others are the same
-SIZE_FROM_DATA = {"NonZero", "NonMaxSuppression", "Unique", "Compress"}  # outputs that need an output allocator
+NAMES = {
+    "FLOAT": "FP32",
+    "FLOAT16": "FP16",
+    "BFLOAT16": "BF16",
+}  # ONNX's -> the table's; the others are the same
+SIZE_FROM_DATA = {
+    "NonZero",
+    "NonMaxSuppression",
+    "Unique",
+    "Compress",
+}  # outputs that need an output allocator
 FIRST_OUTPUT_ONLY = {"LayerNormalization", "Dropout"}
 
 
@@ -41,7 +52,9 @@ def graph(request, bundle_path):
 def type_of_tensors(graph) -> dict[str, str]:
     """Tensor -> its type, as the table names it."""
     values = [*graph.input, *graph.output, *graph.value_info]
-    types = {v.name: v.type.tensor_type.elem_type for v in values} | {t.name: t.data_type for t in graph.initializer}
+    types = {v.name: v.type.tensor_type.elem_type for v in values} | {
+        t.name: t.data_type for t in graph.initializer
+    }
     named = {name: onnx.TensorProto.DataType.Name(t) for name, t in types.items()}
     return {name: NAMES.get(t, t) for name, t in named.items()}
 
@@ -49,8 +62,12 @@ def type_of_tensors(graph) -> dict[str, str]:
 def refused(graph) -> list[str]:
     """What the table does not take: operators, or the type of their data."""
     types = type_of_tensors(graph)
-    given = ((node.op_type, types[(list(node.input) or list(node.output))[0]]) for node in graph.node)
-    return sorted({f"{operator} of {t}" for operator, t in given if t not in TABLE.get(operator, ())})
+    given = (
+        (node.op_type, types[(list(node.input) or list(node.output))[0]]) for node in graph.node
+    )
+    return sorted(
+        {f"{operator} of {t}" for operator, t in given if t not in TABLE.get(operator, ())}
+    )
 
 
 def test_jetpacks_tensorrt_takes_every_operator_with_its_type(graph):

@@ -22,14 +22,19 @@ def rtx():
     pytest.importorskip("polygraphy")
     if importlib.util.find_spec("tensorrt") is not None:
         pytest.skip("TensorRT is installed: it builds on the GPU it builds for")
-    return pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is what builds engines without a GPU")
+    return pytest.importorskip(
+        "tensorrt_rtx", reason="TensorRT-RTX is what builds engines without a GPU"
+    )
 
 
 def test_every_graph_of_the_reference_bundle_builds(rtx, run_cli, bundle_copy):
     done = run_cli("build-engines", "--bundle", bundle_copy, "--compute-capability", 86, "--json")
     assert done.status == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1
-    manifest, engines = Bundle.open(bundle_copy).manifest, done.document["engines"]  # the bundle is still whole
+    manifest, engines = (
+        Bundle.open(bundle_copy).manifest,
+        done.document["engines"],
+    )  # the bundle is still whole
     assert set(engines) == set(GRAPHS)
     folder = bundle_copy / "engines" / done.document["key"]
     assert done.document["key"].endswith("-sm86") and str(folder) == done.document["path"]
@@ -37,17 +42,26 @@ def test_every_graph_of_the_reference_bundle_builds(rtx, run_cli, bundle_copy):
         assert engine["precision"] == manifest.graphs[name].precision
         assert engine["bytes"] == (folder / f"{name}.engine").stat().st_size > 10_000
         assert engine["seconds"] > 0
-        assert ("REFIT" in engine["flags"]) == (name == "projector" and gpu_compute_capability() is not None)
+        assert ("REFIT" in engine["flags"]) == (
+            name == "projector" and gpu_compute_capability() is not None
+        )
     assert json.loads((folder / "engine.json").read_text())["graphs"] == engines
 
 
 def test_a_persons_engine_is_theirs_alone(rtx, run_cli, bundle_copy, make_user):
     bundle = Bundle.open(bundle_copy)
-    ana, ben = (make_user(bundle, bundle_copy / "users" / name, shift) for name, shift in (("ana", 0.3), ("ben", 0.1)))
+    ana, ben = (
+        make_user(bundle, bundle_copy / "users" / name, shift)
+        for name, shift in (("ana", 0.3), ("ben", 0.1))
+    )
     done = run_cli("build-engines", "--bundle", bundle_copy, "--user", "ana", "--json")
     assert done.status == 0, done.stderr
     facts = find_builder().facts
-    assert check_engine(bundle.for_user(ana), "projector", facts).parent == Path(done.document["path"])
+    assert check_engine(bundle.for_user(ana), "projector", facts).parent == Path(
+        done.document["path"]
+    )
     shutil.copytree(ana / "engines", ben / "engines")
-    with pytest.raises(BackendError, match=r"from another projector\.onnx\.data.*--bundle \S+ --user ben`"):
+    with pytest.raises(
+        BackendError, match=r"from another projector\.onnx\.data.*--bundle \S+ --user ben`"
+    ):
         check_engine(bundle.for_user(ben), "projector", facts)

@@ -37,11 +37,18 @@ def tiny_llm(tmp_path_factory) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder, tokenizer = tmp_path_factory.mktemp("models") / "llm", make_tokenizer()
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.2}
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), **sizes, **ids, pad_token_id=tokenizer.eos_token_id)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), **sizes, **ids, pad_token_id=tokenizer.eos_token_id
+    )
     LlamaForCausalLM(config).half().float().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -59,7 +66,17 @@ def export():
     """Call the command: export({"encoder": folder, "llm": folder}, out, *options) -> Exported."""
 
     def call(models: dict[str, Path], out: Path, *options) -> Exported:
-        line = ["export", "--encoder", models["encoder"], "--llm", models["llm"], "--out", out, "--json", *options]
+        line = [
+            "export",
+            "--encoder",
+            models["encoder"],
+            "--llm",
+            models["llm"],
+            "--out",
+            out,
+            "--json",
+            *options,
+        ]
         with contextlib.redirect_stdout(io.StringIO()) as stdout:
             status = main([str(argument) for argument in line])
         assert status == 0
@@ -74,7 +91,9 @@ def refused(run_cli):
 
     def call(models: dict[str, Path], out: Path, *options, **other) -> str:
         given = {**models, **other}
-        done = run_cli("export", "--encoder", given["encoder"], "--llm", given["llm"], "--out", out, *options)
+        done = run_cli(
+            "export", "--encoder", given["encoder"], "--llm", given["llm"], "--out", out, *options
+        )
         assert done.status == 2 and done.stdout == "" and "Traceback" not in done.stderr
         return next(line for line in done.stderr.splitlines() if line.startswith("tiny-align: "))
 

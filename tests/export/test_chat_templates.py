@@ -50,7 +50,9 @@ DATED = {  # template -> what stands in the prompt of DAY
 
 
 def tokenizer_of(template):
-    tokenizer = fast([*IM, "<|eot_id|>", "<think>", "</think>"], bos_token="<s>", eos_token="<|im_end|>")
+    tokenizer = fast(
+        [*IM, "<|eot_id|>", "<think>", "</think>"], bos_token="<s>", eos_token="<|im_end|>"
+    )
     tokenizer.chat_template = template
     return tokenizer
 
@@ -77,7 +79,9 @@ def clock(monkeypatch, day: datetime) -> None:
 def test_the_date_is_the_day_of_the_conversation(template, text):
     spec = spec_of(template)
     assert text in spec.on(DAY).before and spec.on(DAY).dates == {}
-    assert datetime.now().strftime("%Y") not in json.dumps([spec.before, spec.between, spec.after, spec.next])
+    assert datetime.now().strftime("%Y") not in json.dumps(
+        [spec.before, spec.between, spec.after, spec.next]
+    )
 
 
 @pytest.mark.parametrize("template", [t for t, _ in DATED.values()], ids=DATED)
@@ -100,12 +104,21 @@ def test_a_date_in_every_turn_is_in_the_next_one_too():
 
 @pytest.mark.parametrize(
     ("default", "text"),
-    [("26 Jul 2024", "09 May 2031"), ("2024-07-26", "2031-05-09"), ("July 26, 2024", "May 09, 2031")],
+    [
+        ("26 Jul 2024", "09 May 2031"),
+        ("2024-07-26", "2031-05-09"),
+        ("July 26, 2024", "May 09, 2031"),
+    ],
 )
 def test_a_date_that_a_template_takes_as_a_variable_is_todays(default, text):
     """As Llama 3.1's first template has it; the default's format is kept."""
-    defined = "{%- if not date_string is defined %}{%- set date_string = '" + default + "' %}{%- endif %}"
-    assert f"Today Date: {text}\n" in spec_of(defined + TODAY_IN_SYSTEM.replace("TODAY", "date_string")).on(DAY).before
+    defined = (
+        "{%- if not date_string is defined %}{%- set date_string = '" + default + "' %}{%- endif %}"
+    )
+    assert (
+        f"Today Date: {text}\n"
+        in spec_of(defined + TODAY_IN_SYSTEM.replace("TODAY", "date_string")).on(DAY).before
+    )
     piped = TODAY_IN_SYSTEM.replace("TODAY", f"today_date | default('{default}')")
     assert f"Today Date: {text}\n" in spec_of(piped).on(DAY).before
 
@@ -141,9 +154,14 @@ def test_a_date_that_joins_the_words_on_some_days_only_is_refused():
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: n for n, token in enumerate([*alphabet, "rw"])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("r", "w")]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    tokenizer.chat_template = "{{ messages[0]['content'] }}\n{{ strftime_now('%B') }}{{ messages[-1]['content'] }}\n"
+    tokenizer.chat_template = (
+        "{{ messages[0]['content'] }}\n{{ strftime_now('%B') }}{{ messages[-1]['content'] }}\n"
+    )
     with pytest.raises(TinyAlignError, match="joins words and chat template into one token"):
         prompt_spec(tokenizer, INSTRUCTION, "Repeat.")
 
@@ -224,7 +242,10 @@ def test_the_default_or_the_only_fitting_template_is_taken(templates, chosen):
 )
 def test_of_several_templates_one_must_be_chosen(templates, names):
     tokenizer = tokenizer_of(templates)
-    with pytest.raises(TinyAlignError, match=f"has the chat templates {names} and none named default: choose one with"):
+    with pytest.raises(
+        TinyAlignError,
+        match=f"has the chat templates {names} and none named default: choose one with",
+    ):
         choose_template(tokenizer)
     for name, template in templates.items():
         assert choose_template(tokenizer, name) == template
@@ -253,12 +274,18 @@ def save(folder, how: str, templates: dict[str, str]) -> None:
     (folder / "chat_template.jinja").unlink()
     if how == "a list":
         value = json.loads((folder / "tokenizer_config.json").read_text())
-        value["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
+        value["chat_template"] = [
+            {"name": name, "template": text} for name, text in templates.items()
+        ]
         (folder / "tokenizer_config.json").write_text(json.dumps(value))
         return
     (folder / "additional_chat_templates").mkdir()
     for name, text in templates.items():
-        inner = "chat_template.jinja" if name == "default" else f"additional_chat_templates/{name}.jinja"
+        inner = (
+            "chat_template.jinja"
+            if name == "default"
+            else f"additional_chat_templates/{name}.jinja"
+        )
         (folder / inner).write_text(text)
 
 
@@ -272,7 +299,9 @@ def test_named_templates_are_found_wherever_they_are_kept(tmp_path, how):
         load_tokenizer(tmp_path / "none")
 
 
-def test_the_command_writes_the_chosen_template_and_the_dates_format(tiny_llm, tmp_path, export, refused):
+def test_the_command_writes_the_chosen_template_and_the_dates_format(
+    tiny_llm, tmp_path, export, refused
+):
     from test_export import make_encoder
 
     make_encoder(tmp_path / "encoder")
@@ -281,9 +310,20 @@ def test_the_command_writes_the_chosen_template_and_the_dates_format(tiny_llm, t
         "<bos>{{ strftime_now('%d %b %Y') }}\n{{ messages[0]['content'] }}"
         "<user>{{ messages[-1]['content'] }}<assistant>"
     )
-    models, mine = {"encoder": tmp_path / "encoder", "llm": tmp_path / "llm"}, tmp_path / "mine.jinja"
-    prompt = export(models, tmp_path / "out", "--chat-template", mine, "--precision", "fp32").bundle.manifest.prompt
-    assert (prompt.before, prompt.dates) == ("<bos>DATE-0-goes-HERE\n", {"DATE-0-goes-HERE": "%d %b %Y"})
+    models, mine = (
+        {"encoder": tmp_path / "encoder", "llm": tmp_path / "llm"},
+        tmp_path / "mine.jinja",
+    )
+    prompt = export(
+        models, tmp_path / "out", "--chat-template", mine, "--precision", "fp32"
+    ).bundle.manifest.prompt
+    assert (prompt.before, prompt.dates) == (
+        "<bos>DATE-0-goes-HERE\n",
+        {"DATE-0-goes-HERE": "%d %b %Y"},
+    )
     sentence = refused(models, tmp_path / "no", "--chat-template", "rag")
-    assert "--chat-template is rag, expected a name or a text file: its chat templates are default" in sentence
+    assert (
+        "--chat-template is rag, expected a name or a text file: its chat templates are default"
+        in sentence
+    )
     assert not (tmp_path / "no").exists()

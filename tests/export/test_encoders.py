@@ -42,7 +42,9 @@ from tiny_align.export.graphs import OPSET  # noqa: E402
 from tiny_align.export.parity import TOLERANCE  # noqa: E402
 
 RATE = 16_000  # Hz
-FEATURES_TOLERANCE = 1e-4  # largest absolute difference, of features of size about 3: front end and graph together
+FEATURES_TOLERANCE = (
+    1e-4  # largest absolute difference, of features of size about 3: front end and graph together
+)
 PREPROCESSOR = "preprocessor_config.json"
 FRAME_S = {"moonshine": 0.024, "parakeet": 0.08}  # all others: 20 ms
 
@@ -104,7 +106,9 @@ def test_features_are_transformers_own(case, recordings):
             assert difference.max() <= FEATURES_TOLERANCE, (
                 f"{case.family}, {len(audio)} samples: max {difference.max():.2g}, mean {difference.mean():.2g}"
             )
-            assert theirs.std() > 0.05 and np.abs(theirs[1:] - theirs[:-1]).max() > 0.05  # they tell frames apart
+            assert (
+                theirs.std() > 0.05 and np.abs(theirs[1:] - theirs[:-1]).max() > 0.05
+            )  # they tell frames apart
 
 
 def test_speech_goes_all_the_way(case, speech):
@@ -121,7 +125,9 @@ def test_the_manifest_has_the_encoders_sizes(case):
     assert manifest.encoder.feature_size == LAYERS * SIZE == graph.outputs[0].shape[2]
     assert manifest.encoder.frame_s == pytest.approx(FRAME_S.get(case.family, 0.02))
     rows = graph.inputs[0].shape[1]
-    assert rows == {"whisper": 3000, "wav2vec2-bert": "frames", "parakeet": "frames"}.get(case.family, "samples")
+    assert rows == {"whisper": 3000, "wav2vec2-bert": "frames", "parakeet": "frames"}.get(
+        case.family, "samples"
+    )
     greatest = manifest.dims[rows][2] if isinstance(rows, str) else rows
     assert greatest * manifest.front_end.row_samples == 30 * RATE
 
@@ -131,20 +137,32 @@ def test_every_length_makes_as_many_features_as_the_convolutions_say(checkpoint)
         encoder = load_encoder(str(checkpoint(family)))
         least, usual, greatest = encoder.row_range
         assert encoder.n_features(least) == MIN_FEATURES or least == greatest
-        for n_rows in {least, usual, usual + 1, greatest} - ({usual + 1} if least == greatest else set()):
+        for n_rows in {least, usual, usual + 1, greatest} - (
+            {usual + 1} if least == greatest else set()
+        ):
             with torch.no_grad():
-                assert encoder(encoder.example(n_rows)).shape == (1, encoder.n_features(n_rows), SIZE), (family, n_rows)
+                assert encoder(encoder.example(n_rows)).shape == (
+                    1,
+                    encoder.n_features(n_rows),
+                    SIZE,
+                ), (family, n_rows)
 
 
 def test_the_shortest_and_the_longest_recording(case):
-    swell = 1 + np.sin(8 * np.pi * np.arange(30 * RATE + 1) / RATE)  # noise that stays as loud is no speech
-    noise = (0.1 * np.random.default_rng(0).standard_normal(30 * RATE + 1) * swell).astype(np.float32)
+    swell = 1 + np.sin(
+        8 * np.pi * np.arange(30 * RATE + 1) / RATE
+    )  # noise that stays as loud is no speech
+    noise = (0.1 * np.random.default_rng(0).standard_normal(30 * RATE + 1) * swell).astype(
+        np.float32
+    )
     greatest = case.bundle.manifest.dims["features"][2]
     with Assistant.load(case.bundle, threads=1) as assistant:
         whole = assistant.encode_window(noise[:-1])
         assert 0 <= greatest - len(whole) <= 1  # a filter bank's last row is not full
         if assistant.windows:
-            assert assistant.max_speech_s == np.inf and len(assistant.features(noise)) > len(whole)  # they overlap
+            assert assistant.max_speech_s == np.inf and len(assistant.features(noise)) > len(
+                whole
+            )  # they overlap
         else:  # an encoder of one length
             assert case.family == "whisper" and assistant.max_speech_s == 30
             with pytest.raises(AudioError, match="at most 30 s"):
@@ -155,7 +173,10 @@ def test_the_shortest_and_the_longest_recording(case):
 
 
 def test_the_graph_is_plain_onnx_held_to_pytorch(case):
-    model, spec = onnx.load(str(case.bundle.graph("encoder"))), case.bundle.manifest.graphs["encoder"]
+    model, spec = (
+        onnx.load(str(case.bundle.graph("encoder"))),
+        case.bundle.manifest.graphs["encoder"],
+    )
     assert {(o.domain, o.version) for o in model.opset_import} == {("", OPSET)}
     assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"} and not model.functions
     figures = spec.parity["max_abs_diff_to_pytorch"]
@@ -170,7 +191,10 @@ def test_weights_that_are_computed_are_computed_once(checkpoint):
     for family in ("wav2vec2", "hubert", "wavlm"):
         encoder = load_encoder(str(checkpoint(family)))
         names = {name for name, _ in encoder.named_parameters() if "pos_conv_embed" in name}
-        assert not [n for n in names if "parametrizations" in n or n.endswith(("_g", "_v"))] and len(names) == 2
+        assert (
+            not [n for n in names if "parametrizations" in n or n.endswith(("_g", "_v"))]
+            and len(names) == 2
+        )
 
 
 @pytest.mark.parametrize("make", [wav2vec2, wav2vec2_bert])
@@ -187,7 +211,9 @@ def test_whispers_window_is_the_checkpoints(checkpoint, edit_json, tmp_path):
     edit_json(folder / "preprocessor_config.json", lambda v: v.update(chunk_length=5))
     whole, short = load_encoder(str(checkpoint("whisper"))), load_encoder(str(folder))
     assert short.front_end.padded_samples == 5 * RATE and short.input.shape == (1, 500, 80)
-    assert torch.equal(short.encoder.embed_positions.weight, whole.encoder.embed_positions.weight[:250])
+    assert torch.equal(
+        short.encoder.embed_positions.weight, whole.encoder.embed_positions.weight[:250]
+    )
     with torch.no_grad():
         assert short(short.example(500)).shape == (1, 250, SIZE)
 
@@ -211,7 +237,10 @@ def test_older_checkpoints_are_read(checkpoint, tmp_path):
     from safetensors.torch import load_file
 
     folder = shutil.copytree(checkpoint("hubert"), tmp_path / "old")
-    names = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
+    names = {
+        "parametrizations.weight.original0": "weight_g",
+        "parametrizations.weight.original1": "weight_v",
+    }
     weights = load_file(folder / "model.safetensors")
     for new, old in names.items():
         weights = {key.replace(new, old): value for key, value in weights.items()}
@@ -226,7 +255,10 @@ def test_older_checkpoints_are_read(checkpoint, tmp_path):
 
 
 def test_every_family_has_a_case(checkpoint):
-    covered = {json.loads((checkpoint(family) / "config.json").read_text())["model_type"] for family in MAKERS}
+    covered = {
+        json.loads((checkpoint(family) / "config.json").read_text())["model_type"]
+        for family in MAKERS
+    }
     assert covered == set(FAMILIES) - {"parakeet_encoder"}  # a part of parakeet_ctc
 
 
@@ -238,20 +270,28 @@ def another_models_weights(folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     weights = load_file(folder / "model.safetensors")
-    save_file({f"student.{k}": v for k, v in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {f"student.{k}": v for k, v in weights.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
 
 
 def a_layer_less(folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    weights = {k: v for k, v in load_file(folder / "model.safetensors").items() if "layers.1." not in k}
+    weights = {
+        k: v for k, v in load_file(folder / "model.safetensors").items() if "layers.1." not in k
+    }
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
 def change(file: str, **values):
     def do(folder: Path) -> None:
         value = json.loads((folder / file).read_text())
-        (folder / file).write_text(json.dumps({k: v for k, v in (value | values).items() if v is not None}))
+        (folder / file).write_text(
+            json.dumps({k: v for k, v in (value | values).items() if v is not None})
+        )
 
     return do
 
@@ -260,11 +300,31 @@ DAMAGES = {
     "cut off": ("wav2vec2", lambda f: cut(f / "model.safetensors"), "cannot be loaded"),
     "without weights": ("hubert", lambda f: (f / "model.safetensors").unlink(), "cannot be loaded"),
     "another model's weights": ("wavlm", another_models_weights, "lacks the weights of"),
-    "a part of the weights": ("data2vec-audio", a_layer_less, "lacks the weights of encoder.layers.1."),
-    "a part of the encoder's weights": ("whisper", a_layer_less, "lacks the weights of encoder.layers.1."),
-    "other sizes": ("moonshine", change("config.json", hidden_size=64), "belong to different models"),
-    "no front end": ("whisper", lambda f: (f / PREPROCESSOR).unlink(), "has no readable preprocessor_config.json"),
-    "damaged front end": ("hubert", lambda f: cut(f / PREPROCESSOR) or (f / PREPROCESSOR).write_text("{"), "readable"),
+    "a part of the weights": (
+        "data2vec-audio",
+        a_layer_less,
+        "lacks the weights of encoder.layers.1.",
+    ),
+    "a part of the encoder's weights": (
+        "whisper",
+        a_layer_less,
+        "lacks the weights of encoder.layers.1.",
+    ),
+    "other sizes": (
+        "moonshine",
+        change("config.json", hidden_size=64),
+        "belong to different models",
+    ),
+    "no front end": (
+        "whisper",
+        lambda f: (f / PREPROCESSOR).unlink(),
+        "has no readable preprocessor_config.json",
+    ),
+    "damaged front end": (
+        "hubert",
+        lambda f: cut(f / PREPROCESSOR) or (f / PREPROCESSOR).write_text("{"),
+        "readable",
+    ),
     "another family's front end": (
         "whisper",
         lambda f: wave().save_pretrained(f),
@@ -276,15 +336,29 @@ DAMAGES = {
         "its preprocessor_config.json lacks 'feature_size' 1",
     ),
     "a value less": ("wav2vec2-bert", change(PREPROCESSOR, stride=None), "lacks 'stride'"),
-    "a text for a number": ("whisper", change(PREPROCESSOR, chunk_length="30"), "lacks 'chunk_length'"),
-    "other mel bins": ("whisper", change(PREPROCESSOR, feature_size=128), "makes 128 values per frame"),
-    "other rows": ("wav2vec2-bert", change(PREPROCESSOR, num_mel_bins=40), "makes 80 values per frame"),
+    "a text for a number": (
+        "whisper",
+        change(PREPROCESSOR, chunk_length="30"),
+        "lacks 'chunk_length'",
+    ),
+    "other mel bins": (
+        "whisper",
+        change(PREPROCESSOR, feature_size=128),
+        "makes 128 values per frame",
+    ),
+    "other rows": (
+        "wav2vec2-bert",
+        change(PREPROCESSOR, num_mel_bins=40),
+        "makes 80 values per frame",
+    ),
     "too long a window": ("whisper", change(PREPROCESSOR, chunk_length=60), "needs 3000 positions"),
 }
 
 
 @pytest.mark.parametrize(("family", "damage", "sentence"), DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_checkpoint_is_refused(refused, checkpoint, tiny_llm, tmp_path, family, damage, sentence):
+def test_a_damaged_checkpoint_is_refused(
+    refused, checkpoint, tiny_llm, tmp_path, family, damage, sentence
+):
     folder = shutil.copytree(checkpoint(family), tmp_path / "checkpoint")
     damage(folder)
     assert sentence in refused({"encoder": folder, "llm": tiny_llm}, tmp_path / "out")
@@ -307,7 +381,12 @@ def test_a_window_s_features_are_counted_and_split_again(case, speech):
         parts = spec.split(assistant.features(audio))
         cuts = [window for window, _ in windows_of(audio, spec, RATE)]
         [(without_pauses, _)] = windows_of(audio, None, RATE)
-        assert [len(part) for part in parts] == [len(assistant.encode_window(window)) for window in cuts]
-        kept = [assistant.project(part)[which] for part, which in zip(parts, spec.keep_slices(len(parts)))]
+        assert [len(part) for part in parts] == [
+            len(assistant.encode_window(window)) for window in cuts
+        ]
+        kept = [
+            assistant.project(part)[which]
+            for part, which in zip(parts, spec.keep_slices(len(parts)))
+        ]
         wanted = len(without_pauses) / spec.vector_samples
         assert wanted - 2 <= sum(map(len, kept)) <= wanted + 1

@@ -41,8 +41,18 @@ LINEARS = 4  # per layer: queries, keys and values in one, gate and up in one
 
 def make_encoder(folder: Path) -> None:
     """ParakeetForCTC, 2 layers x 48, with its preprocessor_config.json."""
-    sizes = {"hidden_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "intermediate_size": 64}
-    sizes |= {"conv_kernel_size": 5, "subsampling_conv_channels": 8, "num_mel_bins": 80, "scale_input": False}
+    sizes = {
+        "hidden_size": 48,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
+    sizes |= {
+        "conv_kernel_size": 5,
+        "subsampling_conv_channels": 8,
+        "num_mel_bins": 80,
+        "scale_input": False,
+    }
     config = transformers.ParakeetCTCConfig(vocab_size=29, pad_token_id=28, encoder_config=sizes)
     transformers.ParakeetForCTC(config).save_pretrained(folder)
     front_end = transformers.ParakeetFeatureExtractor(feature_size=80).to_dict()
@@ -65,7 +75,9 @@ def int4(models, export, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def fp32(models, export, tmp_path_factory):
-    return export(models, tmp_path_factory.mktemp("out") / "fp32", "--precision", "fp32", "--name", "exact")
+    return export(
+        models, tmp_path_factory.mktemp("out") / "fp32", "--precision", "fp32", "--name", "exact"
+    )
 
 
 @pytest.fixture(scope="module", params=["int4", "fp32"])
@@ -95,18 +107,26 @@ def test_the_report_is_the_only_line(exported):
     files = [exported.bundle.path / name for name in exported.bundle.manifest.files]
     assert report["bytes"] == sum(file.stat().st_size for file in files) > 0
     graphs = exported.bundle.manifest.graphs
-    assert report["graphs"] == {n: {"precision": g.precision, "parity": g.parity} for n, g in graphs.items()}
+    assert report["graphs"] == {
+        n: {"precision": g.precision, "parity": g.parity} for n, g in graphs.items()
+    }
 
 
 def test_names_and_precisions_are_as_asked(int4, fp32):
     assert (int4.bundle.manifest.name, fp32.bundle.manifest.name) == ("int4", "exact")
-    precisions = [{n: g.precision for n, g in e.bundle.manifest.graphs.items()} for e in (int4, fp32)]
+    precisions = [
+        {n: g.precision for n, g in e.bundle.manifest.graphs.items()} for e in (int4, fp32)
+    ]
     assert precisions == [dict(zip(GRAPHS, ("fp32", "fp32", llm))) for llm in ("int4", "fp32")]
 
 
 def test_nothing_but_the_bundle_is_left(exported):
     assert [p.name for p in exported.bundle.path.parent.iterdir()] == [exported.bundle.path.name]
-    files = {p.relative_to(exported.bundle.path).as_posix() for p in exported.bundle.path.rglob("*") if p.is_file()}
+    files = {
+        p.relative_to(exported.bundle.path).as_posix()
+        for p in exported.bundle.path.rglob("*")
+        if p.is_file()
+    }
     assert files == {"manifest.json", *exported.bundle.manifest.files}
     assert all((exported.bundle.path / name).stat().st_mode & 0o044 == 0o044 for name in files)
 
@@ -114,7 +134,10 @@ def test_nothing_but_the_bundle_is_left(exported):
 def test_every_graph_is_held_to_pytorch(exported):
     for name in GRAPHS:
         figures = exported.bundle.manifest.graphs[name].parity["max_abs_diff_to_pytorch"]
-        assert len(figures) >= 4 and all(0 <= figure < TOLERANCE for figure in figures.values()), (name, figures)
+        assert len(figures) >= 4 and all(0 <= figure < TOLERANCE for figure in figures.values()), (
+            name,
+            figures,
+        )
 
 
 def test_the_cost_of_int4_is_stated(int4, fp32):
@@ -125,12 +148,21 @@ def test_the_cost_of_int4_is_stated(int4, fp32):
 
 
 def test_the_manifest_describes_the_models(exported, models):
-    manifest, encoder, llm = exported.bundle.manifest, *(models[n] / "config.json" for n in ("encoder", "llm"))
+    manifest, encoder, llm = (
+        exported.bundle.manifest,
+        *(models[n] / "config.json" for n in ("encoder", "llm")),
+    )
     encoder, llm = json.loads(encoder.read_text())["encoder_config"], json.loads(llm.read_text())
     assert manifest.encoder.feature_size == encoder["hidden_size"]
     assert manifest.encoder.frame_s == pytest.approx(encoder["subsampling_factor"] * 0.01)
-    assert manifest.llm.hidden_size == llm["hidden_size"] and manifest.llm.n_layers == llm["num_hidden_layers"]
-    assert manifest.llm.n_kv_heads == llm["num_key_value_heads"] and manifest.llm.vocabulary == llm["vocab_size"]
+    assert (
+        manifest.llm.hidden_size == llm["hidden_size"]
+        and manifest.llm.n_layers == llm["num_hidden_layers"]
+    )
+    assert (
+        manifest.llm.n_kv_heads == llm["num_key_value_heads"]
+        and manifest.llm.vocabulary == llm["vocab_size"]
+    )
     assert manifest.llm.end_tokens == (llm["eos_token_id"],)
     assert manifest.front_end.floor_db is None  # not in a plain preprocessor_config.json
 
@@ -139,7 +171,10 @@ def test_no_dimension_goes_beyond_the_llms_context(exported):
     """The LLM has fewer positions than --max-context asks for."""
     manifest = exported.bundle.manifest
     assert manifest.llm.max_context == CONTEXT
-    assert {name: manifest.dims[name][2] for name in ("tokens", "past")} == {"tokens": CONTEXT, "past": CONTEXT}
+    assert {name: manifest.dims[name][2] for name in ("tokens", "past")} == {
+        "tokens": CONTEXT,
+        "past": CONTEXT,
+    }
     assert all(0 <= least <= usual <= greatest for least, usual, greatest in manifest.dims.values())
 
 
@@ -172,7 +207,9 @@ def test_graphs_are_plain_onnx_of_a_known_opset(exported, name):
 def test_large_weights_lie_beside_the_graph(exported, name):
     large = [t for t in read(exported.bundle, name).graph.initializer if np.prod(t.dims) >= 1_024]
     assert large and all(t.data_location == onnx.TensorProto.EXTERNAL for t in large)
-    assert {e.value for t in large for e in t.external_data if e.key == "location"} == {f"{name}.onnx.data"}
+    assert {e.value for t in large for e in t.external_data if e.key == "location"} == {
+        f"{name}.onnx.data"
+    }
 
 
 def test_the_llm_gives_the_last_positions_logits_only(exported):
@@ -190,10 +227,14 @@ def test_the_llm_is_int4_and_its_output_layer_int8(int4):
     model = read(int4.bundle, "llm")
     kinds = {t.name: t.data_type for t in model.graph.initializer}
     made = {output: node for node in model.graph.node for output in node.output}
-    stored = {n.output[0]: kinds[n.input[0]] for n in model.graph.node if n.op_type == "DequantizeLinear"}
+    stored = {
+        n.output[0]: kinds[n.input[0]] for n in model.graph.node if n.op_type == "DequantizeLinear"
+    }
     assert stored.pop(made["logits"].input[1]) == onnx.TensorProto.INT8
     assert list(stored.values()) == [onnx.TensorProto.INT4] * LINEARS * LAYERS
-    assert int4.bundle.graph("llm").with_name("llm.onnx.data").stat().st_size < 0.25 * 4 * weights_of(model)
+    assert int4.bundle.graph("llm").with_name(
+        "llm.onnx.data"
+    ).stat().st_size < 0.25 * 4 * weights_of(model)
 
 
 def weights_of(model) -> int:
@@ -201,8 +242,17 @@ def weights_of(model) -> int:
 
 
 def test_all_else_is_fp32(int4, fp32):
-    wanted = {onnx.TensorProto.FLOAT, onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.BOOL}
-    for bundle, name in ((int4.bundle, "encoder"), (int4.bundle, "projector"), (fp32.bundle, "llm")):
+    wanted = {
+        onnx.TensorProto.FLOAT,
+        onnx.TensorProto.INT64,
+        onnx.TensorProto.INT32,
+        onnx.TensorProto.BOOL,
+    }
+    for bundle, name in (
+        (int4.bundle, "encoder"),
+        (int4.bundle, "projector"),
+        (fp32.bundle, "llm"),
+    ):
         graph = read(bundle, name).graph
         assert {t.data_type for t in graph.initializer} <= wanted
         assert not {n.op_type for n in graph.node} & {"DequantizeLinear", "QuantizeLinear"}
@@ -217,8 +267,12 @@ def test_greedy_generation_is_transformers_own(fp32, models):
         for text in ("what is the time", "call my mother", "two three four"):
             messages = [{"role": "system", "content": fp32.bundle.manifest.prompt.instruction}]
             messages += [{"role": "user", "content": text}]
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
-            said = llm.generate(ids, do_sample=False, max_new_tokens=24, attention_mask=torch.ones_like(ids))[0]
+            ids = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt"
+            )["input_ids"]
+            said = llm.generate(
+                ids, do_sample=False, max_new_tokens=24, attention_mask=torch.ones_like(ids)
+            )[0]
             wanted = [i for i in said[ids.shape[1] :].tolist() if i != tokenizer.eos_token_id]
             got = assistant.answer_text(text, decoding=Decoding(max_tokens=24))
             assert list(got.tokens) == wanted
@@ -239,9 +293,12 @@ def assert_graph_is(path: Path, bundle: Bundle, projector) -> None:
     spec, rng = bundle.manifest.graphs["projector"], np.random.default_rng(0)
     with load_runner(path, spec, "onnxruntime", 1) as runner, torch.no_grad():
         for n_frames in (2, 7, 24, 200):
-            features = rng.standard_normal((1, n_frames, spec.inputs[0].shape[2])).astype(np.float32)
+            features = rng.standard_normal((1, n_frames, spec.inputs[0].shape[2])).astype(
+                np.float32
+            )
             difference = np.abs(
-                runner({"features": features})["soft_tokens"] - projector(torch.from_numpy(features)).numpy()
+                runner({"features": features})["soft_tokens"]
+                - projector(torch.from_numpy(features)).numpy()
             )
             assert difference.max() < 1e-4, (
                 f"{n_frames} frames: max {difference.max():.2g}, mean {difference.mean():.2g}"
@@ -251,7 +308,9 @@ def assert_graph_is(path: Path, bundle: Bundle, projector) -> None:
 def test_the_general_projector_is_the_seeds(fp32, models, general):
     options = ExportOptions(str(models["encoder"]), str(models["llm"]))
     made = make_projector(load_encoder(options.encoder), load_llm(options.llm)[0], options)
-    assert all(torch.equal(value, general.state_dict()[name]) for name, value in made.state_dict().items())
+    assert all(
+        torch.equal(value, general.state_dict()[name]) for name, value in made.state_dict().items()
+    )
     assert_graph_is(fp32.bundle.graph("projector"), fp32.bundle, general)
 
 
@@ -263,7 +322,13 @@ def test_a_persons_weights_reach_the_graph(fp32, general, tmp_path):
     person, before = build_projector(fp32.bundle.manifest.projector).eval(), data_of(fp32.bundle)
     for value in person.parameters():
         value.data += 0.1 * torch.randn_like(value)
-    write_user(fp32.bundle, tmp_path / "ana", person.state_dict(), {"steps": 1}, fp32.bundle.speech_tokens())
+    write_user(
+        fp32.bundle,
+        tmp_path / "ana",
+        person.state_dict(),
+        {"steps": 1},
+        fp32.bundle.speech_tokens(),
+    )
     path = fp32.bundle.projector("ana", tmp_path)
     assert_graph_is(path, fp32.bundle, person)
     again = load_projector(fp32.bundle, path).state_dict()
@@ -281,11 +346,15 @@ def test_a_trained_projector_is_taken(models, general, tmp_path):
 
     save_file({k: v + 1 for k, v in general.state_dict().items()}, tmp_path / "trained.safetensors")
     options = ExportOptions("", "", projector=str(tmp_path / "trained.safetensors"))
-    made = make_projector(load_encoder(str(models["encoder"])), load_llm(str(models["llm"]))[0], options)
+    made = make_projector(
+        load_encoder(str(models["encoder"])), load_llm(str(models["llm"]))[0], options
+    )
     assert all(torch.equal(v, general.state_dict()[k] + 1) for k, v in made.state_dict().items())
 
 
-def test_align_trains_a_general_projector_for_the_new_pair(int4, voice_path, make_user, run_cli, tmp_path):
+def test_align_trains_a_general_projector_for_the_new_pair(
+    int4, voice_path, make_user, run_cli, tmp_path
+):
     """The bundle just exported, with a person in it, and sixty recordings."""
     shutil.copytree(int4.bundle.path, tmp_path / "bundle")
     make_user(int4.bundle, tmp_path / "bundle/users/ana")
@@ -295,7 +364,11 @@ def test_align_trains_a_general_projector_for_the_new_pair(int4, voice_path, mak
     assert done.status == 0, done.stderr
     assert done.document["utterances"] == 60 and done.document["wer_after"] >= 0
     bundle = Bundle.open(tmp_path / "bundle")
-    assert bundle.manifest.projector_trained and bundle.replay.is_file() and bundle.projector("ana").is_file()
+    assert (
+        bundle.manifest.projector_trained
+        and bundle.replay.is_file()
+        and bundle.projector("ana").is_file()
+    )
     weights = [data_of(b)[1] for b in (bundle, int4.bundle)]
     assert weights[0] != weights[1]
 
@@ -310,8 +383,12 @@ def test_of_a_large_vocabulary_speech_is_what_was_trained_on(
             shutil.copyfile(path, folder / path.name)
         return fp32.bundle.manifest.graphs[name]
 
-    monkeypatch.setattr("tiny_align.export.bundle._write_graph", lambda folder, name, *_: written(folder, name))
-    monkeypatch.setattr("tiny_align.export.bundle._write_llm", lambda folder, *_: written(folder, "llm"))
+    monkeypatch.setattr(
+        "tiny_align.export.bundle._write_graph", lambda folder, name, *_: written(folder, name)
+    )
+    monkeypatch.setattr(
+        "tiny_align.export.bundle._write_llm", lambda folder, *_: written(folder, "llm")
+    )
     monkeypatch.setattr("tiny_align.export.bundle.LARGE_VOCABULARY", 100)
     (tmp_path / "trained").touch()
     assert "give its training texts with --sentences" in refused(
@@ -326,7 +403,9 @@ def test_of_a_large_vocabulary_speech_is_what_was_trained_on(
     tokenizer = load_llm(str(models["llm"]))[1]
     listed = _tokens_of(str(tmp_path / "sentences.txt"), tokenizer, bundle.manifest.prompt)
     assert listed.dtype == np.int32
-    assert listed.tolist() == sorted(set(tokenizer.encode("turn on the light", add_special_tokens=False)))
+    assert listed.tolist() == sorted(
+        set(tokenizer.encode("turn on the light", add_special_tokens=False))
+    )
 
 
 # --- what is refused, before anything is exported ---
@@ -335,7 +414,9 @@ def test_of_a_large_vocabulary_speech_is_what_was_trained_on(
 @pytest.fixture
 def bert(tmp_path) -> Path:
     (tmp_path / "bert").mkdir()
-    (tmp_path / "bert/config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
+    (tmp_path / "bert/config.json").write_text(
+        '{"model_type": "bert", "architectures": ["BertModel"]}'
+    )
     return tmp_path / "bert"
 
 
@@ -358,18 +439,37 @@ def test_a_path_that_is_not_there_is_refused(refused, models, tmp_path, kind):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("option", "value"), [("precision", "int5"), ("head-precision", "best"), ("block-size", 48)])
+@pytest.mark.parametrize(
+    ("option", "value"), [("precision", "int5"), ("head-precision", "best"), ("block-size", 48)]
+)
 def test_a_precision_that_there_is_not_is_refused(refused, models, tmp_path, option, value):
-    assert f"--{option} is {value}: choose one of " in refused(models, tmp_path / "out", f"--{option}", value)
+    assert f"--{option} is {value}: choose one of " in refused(
+        models, tmp_path / "out", f"--{option}", value
+    )
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("--max-context", 0), ("--max-context", -5), ("--soft-tokens", 0), ("--window-s", "nan"), ("--window-s", "-1.0")],
+    [
+        ("--max-context", 0),
+        ("--max-context", -5),
+        ("--soft-tokens", 0),
+        ("--window-s", "nan"),
+        ("--window-s", "-1.0"),
+    ],
 )
 def test_sizes_that_make_no_sense_are_refused(run_cli, models, tmp_path, option, value):
-    arguments = ("--encoder", models["encoder"], "--llm", models["llm"], "--out", tmp_path / "out", option, value)
+    arguments = (
+        "--encoder",
+        models["encoder"],
+        "--llm",
+        models["llm"],
+        "--out",
+        tmp_path / "out",
+        option,
+        value,
+    )
     done = run_cli("export", *arguments)
     assert done.status == 2 and f"{option} is {value}: expected " in done.stderr
     assert not list(tmp_path.iterdir())
@@ -400,17 +500,31 @@ def in_parts(folder: Path) -> Path:
 
 
 DAMAGES = {
-    "encoder weights cut off": ("encoder", lambda f: cut(f / "model.safetensors"), "cannot be loaded"),
-    "encoder without weights": ("encoder", lambda f: (f / "model.safetensors").unlink(), "cannot be loaded"),
+    "encoder weights cut off": (
+        "encoder",
+        lambda f: cut(f / "model.safetensors"),
+        "cannot be loaded",
+    ),
+    "encoder without weights": (
+        "encoder",
+        lambda f: (f / "model.safetensors").unlink(),
+        "cannot be loaded",
+    ),
     "encoder weights of which a part is missing": (
         "encoder",
         lambda f: next(in_parts(f).parent.glob("model-00002-*")).unlink(),
         "cannot be loaded",
     ),
-    "encoder weights with half an index": ("encoder", lambda f: cut(in_parts(f)), "cannot be loaded"),
+    "encoder weights with half an index": (
+        "encoder",
+        lambda f: cut(in_parts(f)),
+        "cannot be loaded",
+    ),
     "a pointer in place of encoder weights": (
         "encoder",
-        lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        lambda f: (f / "model.safetensors").write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+        ),
         "cannot be loaded",
     ),
     "no front end": (
@@ -434,7 +548,11 @@ DAMAGES = {
         lambda f: edit(f / "generation_config.json", eos_token_id=[900, 901]),
         "ends an answer with token 900, its tokenizer goes up to token 299: they belong to different models",
     ),
-    "no chat template": ("llm", lambda f: (f / "chat_template.jinja").unlink(), "has no chat template"),
+    "no chat template": (
+        "llm",
+        lambda f: (f / "chat_template.jinja").unlink(),
+        "has no chat template",
+    ),
 }
 
 
@@ -450,7 +568,9 @@ def test_a_file_that_is_no_projector_is_refused(refused, models, tmp_path, conte
     if content is not None:
         (tmp_path / "p.safetensors").write_bytes(content)
     sentence = refused(models, tmp_path / "out", "--projector", tmp_path / "p.safetensors")
-    assert "is no projector for this encoder and LLM" in sentence and not (tmp_path / "out").exists()
+    assert (
+        "is no projector for this encoder and LLM" in sentence and not (tmp_path / "out").exists()
+    )
 
 
 def wider(name: str):
@@ -465,9 +585,15 @@ def wider(name: str):
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        (wider("enter.0.weight"), "its enter.0.weight is [49], needed is [48]"),  # another encoder's
+        (
+            wider("enter.0.weight"),
+            "its enter.0.weight is [49], needed is [48]",
+        ),  # another encoder's
         (wider("leave.3.bias"), "its leave.3.bias is [66], needed is [65]"),  # another LLM's
-        (lambda w: {k: v for k, v in w.items() if "stack" not in k}, "its stack.bias is absent, needed is [256]"),
+        (
+            lambda w: {k: v for k, v in w.items() if "stack" not in k},
+            "its stack.bias is absent, needed is [256]",
+        ),
         (lambda w: w | {"more": torch.zeros(3)}, "its more is [3], needed is absent"),
     ],
 )
@@ -476,7 +602,10 @@ def test_a_projector_of_other_sizes_is_refused(refused, models, general, tmp_pat
 
     save_file(change(dict(general.state_dict())), tmp_path / "p.safetensors")
     sentence = refused(models, tmp_path / "home/out", "--projector", tmp_path / "p.safetensors")
-    assert f"is no projector for this encoder and LLM: {what}" in sentence and "tiny-align align --general" in sentence
+    assert (
+        f"is no projector for this encoder and LLM: {what}" in sentence
+        and "tiny-align align --general" in sentence
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["p.safetensors"]
 
 
@@ -499,7 +628,11 @@ def test_a_projector_of_another_llm_of_the_same_sizes_is_refused(fp32, models, g
     _check_binding(str(path), ours)  # it does not say
     for table in (ours, "0" * 64):
         save_file(general.state_dict(), path, {"embeddings_sha256": table})
-        refusal = pytest.raises(TinyAlignError, match="was trained for another LLM") if table != ours else None
+        refusal = (
+            pytest.raises(TinyAlignError, match="was trained for another LLM")
+            if table != ours
+            else None
+        )
         with refusal or contextlib.nullcontext():
             _check_binding(str(path), ours)
 
@@ -536,7 +669,9 @@ def test_a_graph_that_is_not_pytorchs_is_refused():
 def test_models_kept_in_half_precision_are_exported_in_fp32(models, tmp_path):
     encoder = transformers.ParakeetForCTC.from_pretrained(models["encoder"]).bfloat16()
     encoder.save_pretrained(tmp_path / "half")
-    shutil.copyfile(models["encoder"] / "preprocessor_config.json", tmp_path / "half/preprocessor_config.json")
+    shutil.copyfile(
+        models["encoder"] / "preprocessor_config.json", tmp_path / "half/preprocessor_config.json"
+    )
     loaded = load_encoder(str(tmp_path / "half"))
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
 

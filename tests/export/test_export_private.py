@@ -14,8 +14,18 @@ CALL = "import sys; from tiny_align.runtime.cli import main; sys.exit(main(sys.a
 
 def make_encoder(folder: Path) -> Path:
     """Parakeet, 1 layer x 48, with its front end."""
-    sizes = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    sizes |= {"conv_kernel_size": 5, "subsampling_conv_channels": 8, "num_mel_bins": 80, "scale_input": False}
+    sizes = {
+        "hidden_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
+    sizes |= {
+        "conv_kernel_size": 5,
+        "subsampling_conv_channels": 8,
+        "num_mel_bins": 80,
+        "scale_input": False,
+    }
     config = transformers.ParakeetCTCConfig(vocab_size=29, pad_token_id=28, encoder_config=sizes)
     transformers.ParakeetForCTC(config).save_pretrained(folder)
     front_end = transformers.ParakeetFeatureExtractor(feature_size=80).to_dict()

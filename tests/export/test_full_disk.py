@@ -63,7 +63,9 @@ def full_while(monkeypatch, full_disk):
 
 
 @pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)
-def test_a_disk_that_fills_up_is_one_sentence_and_nothing_is_left(refused, models, full_while, tmp_path, writer):
+def test_a_disk_that_fills_up_is_one_sentence_and_nothing_is_left(
+    refused, models, full_while, tmp_path, writer
+):
     full_while(*writer)
     sentence = refused(models, tmp_path / "home/out")
     assert f"{tmp_path / 'home/out'} cannot be written (" in sentence and "make room" in sentence

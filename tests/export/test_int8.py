@@ -37,7 +37,10 @@ def case(request, tiny_llm, export, tmp_path_factory) -> tuple[str, Path, Bundle
 def graphs(case) -> dict:
     """The plain graph and ONNX Runtime's, their weights not read."""
     _, _, bundle = case
-    return {b: onnx.load(str(bundle.graph("encoder", b)), load_external_data=False) for b in (None, "onnxruntime")}
+    return {
+        b: onnx.load(str(bundle.graph("encoder", b)), load_external_data=False)
+        for b in (None, "onnxruntime")
+    }
 
 
 def operators(model) -> list[str]:
@@ -57,7 +60,11 @@ def test_features_stay_near_transformers_own(case, voice_path):
 def test_the_manifest_says_what_it_costs(case):
     plain = case[2].manifest.graphs["encoder"]
     ort = plain.on("onnxruntime")
-    assert (plain.file, ort.file, plain.on("tensorrt")) == ("encoder.onnx", "encoder.ort.onnx", plain)
+    assert (plain.file, ort.file, plain.on("tensorrt")) == (
+        "encoder.onnx",
+        "encoder.ort.onnx",
+        plain,
+    )
     for spec in (plain, ort):
         assert spec.precision == "int8" and spec.file in case[2].manifest.files
         exact, cost = spec.parity["max_abs_diff_to_pytorch"], spec.parity["int8_cosine_to_pytorch"]
@@ -71,7 +78,9 @@ def test_weights_are_stored_once_in_int8(case, graphs):
         stored = {t.name: t for t in model.graph.initializer}
         products = [n for n in model.graph.node if n.op_type in ("MatMul", "MatMulInteger")]
         assert not [
-            n for n in products if n.input[1] in stored and stored[n.input[1]].data_type != onnx.TensorProto.INT8
+            n
+            for n in products
+            if n.input[1] in stored and stored[n.input[1]].data_type != onnx.TensorProto.INT8
         ]
         places = {e.value for t in stored.values() for e in t.external_data if e.key == "location"}
         assert places == {"encoder.onnx.data"}
@@ -80,10 +89,16 @@ def test_weights_are_stored_once_in_int8(case, graphs):
 
 def test_no_sum_of_two_products_overflows_16_bits(case):
     model = onnx.load(str(case[2].graph("encoder", "onnxruntime")))
-    codes = [onnx.numpy_helper.to_array(t) for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT8]
+    codes = [
+        onnx.numpy_helper.to_array(t)
+        for t in model.graph.initializer
+        if t.data_type == onnx.TensorProto.INT8
+    ]
     weights = [c.astype(int) for c in codes if c.ndim == 2]
     assert weights and all(2 * 255 * np.abs(w).max() < 2**15 for w in weights)
-    assert np.abs(np.concatenate([w.ravel() for w in weights])).max() == 63  # and no bit is given away
+    assert (
+        np.abs(np.concatenate([w.ravel() for w in weights])).max() == 63
+    )  # and no bit is given away
 
 
 def test_onnx_runtime_multiplies_integers_and_the_plain_graph_floats(graphs):
@@ -91,11 +106,15 @@ def test_onnx_runtime_multiplies_integers_and_the_plain_graph_floats(graphs):
     n_weights = plain.count("DequantizeLinear")
     assert n_weights == ort.count("MatMulInteger") > 10 and "DequantizeLinear" not in ort
     assert "MatMulInteger" not in plain and "DynamicQuantizeLinear" not in plain
-    assert 0 < ort.count("DynamicQuantizeLinear") < n_weights  # queries, keys and values: what comes in is the same
+    assert (
+        0 < ort.count("DynamicQuantizeLinear") < n_weights
+    )  # queries, keys and values: what comes in is the same
 
 
 def test_nothing_is_masked_and_no_norm_is_taken_apart(case, graphs):
-    if case[0] == "wav2vec2":  # Parakeet's attention has a bias by distance, which looks like a mask
+    if (
+        case[0] == "wav2vec2"
+    ):  # Parakeet's attention has a bias by distance, which looks like a mask
         found = set(operators(graphs[None]))
         assert "InstanceNormalization" in found and not found & {"Where", "GroupNormalization"}
 
@@ -111,7 +130,11 @@ def test_codes_are_within_half_a_step():
     weight = np.random.default_rng(0).standard_normal((40, 7)).astype(np.float32)
     weight[:, 3], weight[:, 4] = 0, 1e-6
     codes, scales = quantise_blocks(weight, 8)
-    assert codes.dtype == np.int8 and scales.dtype == np.float32 and np.abs(codes.astype(int)).max() == 127
+    assert (
+        codes.dtype == np.int8
+        and scales.dtype == np.float32
+        and np.abs(codes.astype(int)).max() == 127
+    )
     assert (np.abs(codes * scales - weight) <= scales * 0.501).all() and not codes[:, 3].any()
 
 

@@ -96,7 +96,10 @@ def test_generation_from_embeddings_is_transformers_own(endless, n_prompt):
 @pytest.mark.parametrize("text", TEXTS)
 def test_typed_text_through_the_chat_template_is_transformers_own(endless, text):
     got = endless.assistant.answer_text(text, INSTRUCTION, DECODING).tokens
-    assert list(got) == endless.generate(input_ids=endless.template(text.strip())) and len(got) == N_TOKENS
+    assert (
+        list(got) == endless.generate(input_ids=endless.template(text.strip()))
+        and len(got) == N_TOKENS
+    )
 
 
 def test_a_second_turn_is_what_transformers_makes_of_the_whole_conversation(endless):
@@ -104,7 +107,9 @@ def test_a_second_turn_is_what_transformers_makes_of_the_whole_conversation(endl
     session = endless.assistant.listen(INSTRUCTION, few)
     said = [event.token for event in session.say("Call my mother")]
     again = [event.token for event in session.say("two three four")]
-    first, second = (endless.template(text)[0].tolist() for text in ("Call my mother", "two three four"))
+    first, second = (
+        endless.template(text)[0].tolist() for text in ("Call my mother", "two three four")
+    )
     words = llm.encode_words("two three four")
     after = second[-len(llm.around(INSTRUCTION)[1]) :]
     whole = [*first, *said, *llm.encode(llm.prompt.next), *words, *after]
@@ -113,12 +118,16 @@ def test_a_second_turn_is_what_transformers_makes_of_the_whole_conversation(endl
 
 def test_turns_are_joined_as_in_the_chat_template(exported):
     if exported.name in ("qwen3", "smollm3"):
-        pytest.skip("its template takes the mark of an answer without thinking out of turns that are over")
+        pytest.skip(
+            "its template takes the mark of an answer without thinking out of turns that are over"
+        )
     messages = [*typed(exported.name, INSTRUCTION, "one"), {"role": "assistant", "content": "two"}]
     messages += [{"role": "user", "content": "three"}]
     prompt = exported.assistant.llm.prompt
     joined = f"{prompt.before}{INSTRUCTION}{prompt.between}one{prompt.after}two{prompt.next}three{prompt.after}"
-    assert joined == exported.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert joined == exported.tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=False
+    )
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -144,7 +153,9 @@ def test_the_window_is_seen_in_the_tokens(endless, monkeypatch):
     monkeypatch.setattr(endless.model.config, "sliding_window", CONTEXT)
     for n_prompt, window_matters in ((3, False), (3 * WINDOW, True)):
         prompt = endless.prompt(n_prompt)
-        decoding = dataclasses.replace(DECODING, max_tokens=N_TOKENS if window_matters else WINDOW - n_prompt)
+        decoding = dataclasses.replace(
+            DECODING, max_tokens=N_TOKENS if window_matters else WINDOW - n_prompt
+        )
         got = list(endless.assistant.llm.generate(prompt, decoding))
         other = endless.generate(inputs_embeds=torch.from_numpy(prompt)[None])[: len(got)]
         assert (got != other) == window_matters
@@ -163,7 +174,9 @@ def test_text_is_streamed_whole(exported):
 
 def test_every_length_is_held_to_pytorch(exported):
     figures = exported.bundle.manifest.graphs["llm"].parity["max_abs_diff_to_pytorch"]
-    assert len(figures) >= 4 and all(0 <= figure < TOLERANCE for figure in figures.values()), figures
+    assert len(figures) >= 4 and all(0 <= figure < TOLERANCE for figure in figures.values()), (
+        figures
+    )
 
 
 def test_the_manifest_says_what_the_model_is(exported):
@@ -171,7 +184,9 @@ def test_the_manifest_says_what_the_model_is(exported):
     scale = math.sqrt(config.hidden_size) if exported.name.startswith("gemma") else 1
     assert spec.embedding_scale == pytest.approx(scale)
     assert spec.head_size == FAMILIES[exported.name].sizes.get("head_dim", config.hidden_size // 4)
-    assert spec.vocabulary == config.vocab_size > len(exported.tokenizer)  # padding rows are none of the tokenizer's
+    assert (
+        spec.vocabulary == config.vocab_size > len(exported.tokenizer)
+    )  # padding rows are none of the tokenizer's
     family, listed = FAMILIES[exported.name], exported.model.generation_config.eos_token_id
     assert set(spec.end_tokens) == {*listed, *exported.ids((*family.ends, *family.also_ends))}
     assert spec.max_context == (LONGROPE_CONTEXT if exported.name == "phi3" else CONTEXT)
@@ -180,7 +195,9 @@ def test_the_manifest_says_what_the_model_is(exported):
 def test_the_graph_is_plain_and_static_but_for_lengths(exported):
     graph = onnx.load(str(exported.bundle.graph("llm")), load_external_data=False).graph
     assert {node.domain for node in graph.node} <= {"", "ai.onnx"}
-    dims = {d.dim_param for v in (*graph.input, *graph.output) for d in v.type.tensor_type.shape.dim} - {""}
+    dims = {
+        d.dim_param for v in (*graph.input, *graph.output) for d in v.type.tensor_type.shape.dim
+    } - {""}
     assert dims == {"tokens", "past", "total"}
 
 
@@ -197,7 +214,9 @@ def test_every_weight_is_quantised_and_the_output_layer_is_found(exported, tmp_p
     kinds = {t.name: (t.data_type, tuple(t.dims)) for t in graph.initializer}
     codes = [kinds[n.input[0]] for n in graph.node if n.op_type == "DequantizeLinear"]
     large = [
-        n for n, (kind, dims) in kinds.items() if kind == onnx.TensorProto.FLOAT and len(dims) > 1 and max(dims) > 8
+        n
+        for n, (kind, dims) in kinds.items()
+        if kind == onnx.TensorProto.FLOAT and len(dims) > 1 and max(dims) > 8
     ]
     assert [name for name in large if not name.endswith(".scales")] == []
     heads = [kind for kind, (_, n) in codes if n == exported.bundle.manifest.llm.vocabulary]
@@ -206,7 +225,10 @@ def test_every_weight_is_quantised_and_the_output_layer_is_found(exported, tmp_p
     )
     with load_decoder(tmp_path / "llm.onnx", spec, "onnxruntime", 1) as decoder:
         llm = LanguageModel(exported.bundle, decoder)
-        assert len(list(llm.generate(exported.prompt(9), dataclasses.replace(DECODING, max_tokens=3)))) <= 3
+        assert (
+            len(list(llm.generate(exported.prompt(9), dataclasses.replace(DECODING, max_tokens=3))))
+            <= 3
+        )
 
 
 # --- prompts ---
@@ -215,7 +237,9 @@ def test_every_weight_is_quantised_and_the_output_layer_is_found(exported, tmp_p
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """folders(name) -> the folder of a family's model, made once; read only."""
-    return functools.cache(lambda name: make_model(name, folder := tmp_path_factory.mktemp(name)) or folder)
+    return functools.cache(
+        lambda name: make_model(name, folder := tmp_path_factory.mktemp(name)) or folder
+    )
 
 
 def tokenizer_of(folders, name):
@@ -231,7 +255,11 @@ def pieces_of(tokenizer):
 def test_a_template_without_a_system_message_has_the_instruction_in_the_users_turn(folders):
     after = "<end_of_turn>\n<start_of_turn>model\n"
     for name in ("gemma2", "gemma3"):
-        assert pieces_of(tokenizer_of(folders, name)) == ("<bos><start_of_turn>user\n", "\n\n", after)
+        assert pieces_of(tokenizer_of(folders, name)) == (
+            "<bos><start_of_turn>user\n",
+            "\n\n",
+            after,
+        )
 
 
 def test_a_template_that_drops_the_system_message_has_the_instruction_in_the_users_turn(folders):
@@ -264,7 +292,10 @@ def test_a_tokenizer_kept_with_truncation_and_padding_goes_without(folders, tmp_
     kept.save(str(tmp_path / "llm/tokenizer.json"))
     _, tokenizer = load_llm(str(tmp_path / "llm"))
     assert pieces_of(tokenizer) == pieces_of(tokenizer_of(folders, "smollm2"))
-    assert tokenizer.backend_tokenizer.truncation is None and tokenizer.backend_tokenizer.padding is None
+    assert (
+        tokenizer.backend_tokenizer.truncation is None
+        and tokenizer.backend_tokenizer.padding is None
+    )
 
 
 def test_special_tokens_may_be_beyond_the_table_and_no_others(folders, tmp_path):
@@ -272,26 +303,37 @@ def test_special_tokens_may_be_beyond_the_table_and_no_others(folders, tmp_path)
     shutil.copytree(folders("gemma3"), tmp_path / "llm")
     tokenizer = tokenizer_of(folders, "gemma3")
     rows = len(load_llm(str(folders("gemma3")))[0].get_input_embeddings().weight)
-    tokenizer.add_tokens([f"<soft {n}>" for n in range(rows - len(tokenizer) + 1)], special_tokens=True)
+    tokenizer.add_tokens(
+        [f"<soft {n}>" for n in range(rows - len(tokenizer) + 1)], special_tokens=True
+    )
     tokenizer.save_pretrained(tmp_path / "llm")
     _, loaded = load_llm(str(tmp_path / "llm"))
     assert max(loaded.get_vocab().values()) == rows
     tokenizer.add_tokens(["word"])
     tokenizer.save_pretrained(tmp_path / "llm")
-    with pytest.raises(TinyAlignError, match=f"goes up to token {rows + 1}, its embedding table has {rows} rows"):
+    with pytest.raises(
+        TinyAlignError, match=f"goes up to token {rows + 1}, its embedding table has {rows} rows"
+    ):
         load_llm(str(tmp_path / "llm"))
 
 
 def test_a_tokenizer_that_joins_words_and_template_is_refused(folders):
     tokenizer = tokenizer_of(folders, "smollm2")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}"
+    )
     with pytest.raises(TinyAlignError, match="joins words and chat template into one token around"):
         prompt_spec(tokenizer, "Answer.", "Repeat.")
 
 
 def test_a_template_without_places_is_refused(folders):
     tokenizer = tokenizer_of(folders, "smollm2")
-    for template in ("hello", "{{ raise_exception('no') }}", "{% if %}", "{{ messages[0]['content'] | upper }}"):
+    for template in (
+        "hello",
+        "{{ raise_exception('no') }}",
+        "{% if %}",
+        "{{ messages[0]['content'] | upper }}",
+    ):
         tokenizer.chat_template = template
         with pytest.raises(TinyAlignError, match="it cannot be cut"):
             prompt_spec(tokenizer, "Answer.", "Repeat.")
@@ -303,7 +345,9 @@ def test_a_template_without_places_is_refused(folders):
 def test_without_any_end_token_an_llm_is_refused(folders):
     model, tokenizer = load_llm(str(folders("smollm2")))
     model.generation_config.eos_token_id = tokenizer.eos_token = None
-    assert end_tokens(model, tokenizer) == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)  # the template's
+    assert end_tokens(model, tokenizer) == (
+        tokenizer.convert_tokens_to_ids("<|im_end|>"),
+    )  # the template's
     tokenizer.chat_template = "{{ messages[-1]['content'] }}"
     with pytest.raises(TinyAlignError, match="no end token: name one in its generation_config"):
         end_tokens(model, tokenizer)
@@ -330,7 +374,9 @@ def test_a_table_beyond_float16_is_refused(folders):
 
 def in_parts(folder: Path) -> Path:
     """The weights as several files with an index, as a large model has them; returns one of the files."""
-    transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="200KB")
+    transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(
+        folder, max_shard_size="200KB"
+    )
     (folder / "model.safetensors").unlink(missing_ok=True)
     return sorted(folder.glob("model-*.safetensors"))[1]
 
@@ -386,7 +432,9 @@ def test_what_cannot_be_used_is_one_sentence_and_nothing_is_written(
 ):
     shutil.copytree(folders("smollm2"), tmp_path / "llm")
     damage(tmp_path / "llm")
-    done = run_cli("export", "--encoder", encoder, "--llm", tmp_path / "llm", "--out", tmp_path / "out")
+    done = run_cli(
+        "export", "--encoder", encoder, "--llm", tmp_path / "llm", "--out", tmp_path / "out"
+    )
     said = [line for line in done.stderr.splitlines() if line.startswith("tiny-align: ")]
     assert (done.status, done.stdout) == (2, "") and "Traceback" not in done.stderr
     assert len(said) == 1 and sentence in said[0]

@@ -31,7 +31,13 @@ def make_graph(weights: dict[str, np.ndarray], shared_input: bool = True) -> onn
 
 
 def save(model: onnx.ModelProto, path) -> None:
-    onnx.save(model, str(path), save_as_external_data=True, location=f"{path.name}.data", size_threshold=16)
+    onnx.save(
+        model,
+        str(path),
+        save_as_external_data=True,
+        location=f"{path.name}.data",
+        size_threshold=16,
+    )
 
 
 def run(path, **feed) -> np.ndarray:
@@ -41,7 +47,10 @@ def run(path, **feed) -> np.ndarray:
 @pytest.fixture
 def weights():
     rng = np.random.default_rng(0)
-    return {f"w{i}": rng.standard_normal((8, width)).astype(np.float32) for i, width in enumerate((3, 5, 1))}
+    return {
+        f"w{i}": rng.standard_normal((8, width)).astype(np.float32)
+        for i, width in enumerate((3, 5, 1))
+    }
 
 
 @pytest.fixture
@@ -59,7 +68,9 @@ def test_products_of_one_value_become_one(weights, x, tmp_path):
 
 
 def test_products_of_different_values_stay(weights):
-    program = ir.serde.deserialize_model(make_graph(dict(list(weights.items())[:2]), shared_input=False))
+    program = ir.serde.deserialize_model(
+        make_graph(dict(list(weights.items())[:2]), shared_input=False)
+    )
     pack_products(program)
     assert [node.op_type for node in program.graph] == ["MatMul", "MatMul", "Concat"]
 
@@ -94,25 +105,39 @@ def test_a_bundle_stores_the_llms_weights_once(tiny_llm, tmp_path, precision):
     from tiny_align.export.bundle import ExportOptions, _write_llm
 
     llm, _ = load_llm(str(tiny_llm))
-    spec = _write_llm(tmp_path, llm, ExportOptions(encoder="", llm=str(tiny_llm), precision=precision), 64)
+    spec = _write_llm(
+        tmp_path, llm, ExportOptions(encoder="", llm=str(tiny_llm), precision=precision), 64
+    )
     other = spec.on("onnxruntime")
     assert (spec.file, other.file, spec.on("tensorrt")) == ("llm.onnx", "llm.ort.onnx", spec)
     own = tmp_path / f"{other.file}.data"
-    assert (own.stat().st_size if own.exists() else 0) < 0.01 * (tmp_path / "llm.onnx.data").stat().st_size
-    kinds = [node.op_type for node in onnx.load(str(tmp_path / other.file), load_external_data=False).graph.node]
+    assert (own.stat().st_size if own.exists() else 0) < 0.01 * (
+        tmp_path / "llm.onnx.data"
+    ).stat().st_size
+    kinds = [
+        node.op_type
+        for node in onnx.load(str(tmp_path / other.file), load_external_data=False).graph.node
+    ]
     assert kinds.count("GroupQueryAttention") == llm.config.num_hidden_layers
 
 
 def test_conversations_do_not_disturb_each_other(tiny_llm, tmp_path):
     llm, _ = load_llm(str(tiny_llm))
     spec = llm_ort_graph(llm).save(tmp_path / "llm.onnx")
-    rows = np.random.default_rng(0).standard_normal((2, 9, llm.config.hidden_size)).astype(np.float32)
+    rows = (
+        np.random.default_rng(0).standard_normal((2, 9, llm.config.hidden_size)).astype(np.float32)
+    )
     with load_decoder(tmp_path / "llm.onnx", spec, "onnxruntime", 1) as decoder, torch.no_grad():
         caches = [decoder.open_cache(16) for _ in rows]
         for position in range(9):
-            read = [decoder.read(row[position : position + 1], c, position) for row, c in zip(rows, caches)]
+            read = [
+                decoder.read(row[position : position + 1], c, position)
+                for row, c in zip(rows, caches)
+            ]
         got = [scores.logits for scores in read]
-        want = [llm(inputs_embeds=torch.from_numpy(row)[None]).logits[0, -1].numpy() for row in rows]
+        want = [
+            llm(inputs_embeds=torch.from_numpy(row)[None]).logits[0, -1].numpy() for row in rows
+        ]
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 

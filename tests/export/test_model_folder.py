@@ -20,9 +20,16 @@ from tiny_align.export.llms import LLMS, load_llm  # noqa: E402
 from tiny_align.export.model_folder import model_folder  # noqa: E402
 from tiny_align.runtime.errors import TinyAlignError  # noqa: E402
 
-WEIGHTS, POINTER = "model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+WEIGHTS, POINTER = (
+    "model.safetensors",
+    "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+)
 EVIL = "import pathlib\n\npathlib.Path(__file__).with_name('RAN').write_text('yes')\n"
-CODE = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoTokenizer": ["evil.T", None]}
+CODE = {
+    "AutoConfig": "evil.Config",
+    "AutoModelForCausalLM": "evil.Model",
+    "AutoTokenizer": ["evil.T", None],
+}
 
 
 @pytest.fixture
@@ -53,14 +60,38 @@ def test_a_whole_model_is_taken(folder):
 @pytest.mark.parametrize(
     ("file", "content", "field"),
     [
-        ("config.json", {"auto_map": CODE, "model_type": "my_llama"}, "auto_map in its config.json"),
-        ("config.json", {"text_config": {"auto_map": CODE}}, "text_config.auto_map in its config.json"),
+        (
+            "config.json",
+            {"auto_map": CODE, "model_type": "my_llama"},
+            "auto_map in its config.json",
+        ),
+        (
+            "config.json",
+            {"text_config": {"auto_map": CODE}},
+            "text_config.auto_map in its config.json",
+        ),
         ("tokenizer_config.json", {"auto_map": CODE}, "auto_map in its tokenizer_config.json"),
-        ("tokenizer_config.json", {"auto_map": ["evil.T", None]}, "auto_map in its tokenizer_config.json"),
-        ("preprocessor_config.json", {"auto_map": CODE}, "auto_map in its preprocessor_config.json"),
-        ("processor_config.json", {"feature_extractor": {"auto_map": CODE}}, "feature_extractor.auto_map in its proc"),
+        (
+            "tokenizer_config.json",
+            {"auto_map": ["evil.T", None]},
+            "auto_map in its tokenizer_config.json",
+        ),
+        (
+            "preprocessor_config.json",
+            {"auto_map": CODE},
+            "auto_map in its preprocessor_config.json",
+        ),
+        (
+            "processor_config.json",
+            {"feature_extractor": {"auto_map": CODE}},
+            "feature_extractor.auto_map in its proc",
+        ),
         ("generation_config.json", {"auto_map": CODE}, "auto_map in its generation_config.json"),
-        ("any.json", {"parts": [{"auto_map": "someone/repo--evil.Config"}]}, "parts.0.auto_map in its any.json"),
+        (
+            "any.json",
+            {"parts": [{"auto_map": "someone/repo--evil.Config"}]},
+            "parts.0.auto_map in its any.json",
+        ),
     ],
 )
 def test_a_folder_that_names_code_is_refused(folder, file, content, field):
@@ -73,7 +104,9 @@ def test_a_folder_that_names_code_is_refused(folder, file, content, field):
 
 def test_code_is_found_however_its_name_is_written(folder):
     text = (folder / "config.json").read_text()
-    (folder / "config.json").write_text(text.replace("{", '{"auto\\u005fmap": {"AutoConfig": "evil.Config"},', 1))
+    (folder / "config.json").write_text(
+        text.replace("{", '{"auto\\u005fmap": {"AutoConfig": "evil.Config"},', 1)
+    )
     with pytest.raises(TinyAlignError, match="has code of its own"):
         check(folder)
 
@@ -81,7 +114,9 @@ def test_code_is_found_however_its_name_is_written(folder):
 def test_a_custom_generate_folder_is_refused(folder):
     (folder / "custom_generate").mkdir()
     (folder / "custom_generate/generate.py").write_text(EVIL)
-    with pytest.raises(TinyAlignError, match=r"has code of its own \(custom_generate/generate\.py\)"):
+    with pytest.raises(
+        TinyAlignError, match=r"has code of its own \(custom_generate/generate\.py\)"
+    ):
         check(folder)
 
 
@@ -91,14 +126,24 @@ def test_the_command_asks_nothing_and_runs_nothing(folder, tmp_path):
     (folder / "evil.py").write_text(EVIL)
     line = ["export", "--encoder", folder, "--llm", folder, "--out", tmp_path / "out"]
     command = [sys.executable, "-m", "tiny_align.runtime.cli", *map(str, line)]
-    done = subprocess.run(command, input="y\n" * 99, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "auto_map in its config.json" in done.stderr
+    done = subprocess.run(
+        command, input="y\n" * 99, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (
+        done.returncode == 2
+        and done.stderr.count("\n") == 1
+        and "auto_map in its config.json" in done.stderr
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["llm"] and not list(tmp_path.rglob("RAN"))
 
 
 def test_attention_that_a_configuration_names_is_not_fetched(folder):
     """transformers would take it from the hub, where the package `kernels` is installed."""
-    edit(folder / "config.json", attn_implementation="someone/attention", _attn_implementation="someone/attention")
+    edit(
+        folder / "config.json",
+        attn_implementation="someone/attention",
+        _attn_implementation="someone/attention",
+    )
     assert load_llm(str(folder))[0].config._attn_implementation == "sdpa"
 
 
@@ -121,7 +166,9 @@ def test_a_pickle_of_code_is_never_run(folder, tmp_path, zipped):
         folder / "pytorch_model.bin",
         _use_new_zipfile_serialization=zipped,
     )
-    with pytest.raises(TinyAlignError, match="pickle of more than tensors, whose code is never run") as refusal:
+    with pytest.raises(
+        TinyAlignError, match="pickle of more than tensors, whose code is never run"
+    ) as refusal:
         load_llm(str(folder))
     assert not (tmp_path / "RAN").exists() and "weights_only" not in str(refusal.value)
 
@@ -157,7 +204,9 @@ def test_a_local_folder_is_loaded_without_the_network(folder, tmp_path, monkeypa
     monkeypatch.setattr(socket.socket, "connect", lambda _, address: asked.append(address))
     weights = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
-    torch.save(weights, folder / "pytorch_model.bin")  # what transformers would ask the hub to convert
+    torch.save(
+        weights, folder / "pytorch_model.bin"
+    )  # what transformers would ask the hub to convert
     edit(folder / "config.json", transformers_version="4.40.0", _name_or_path="someone/model")
     load_llm(str(folder))
     load_encoder(str(make_encoder("whisper", tmp_path / "encoder")))
@@ -328,7 +377,9 @@ def test_what_is_no_whole_model_is_named(folder, change, sentence):
 
 def test_a_file_in_place_of_a_folder_is_named(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(TinyAlignError, match=r"is a file \(GGUF, llama\.cpp's format\): give the folder of a"):
+    with pytest.raises(
+        TinyAlignError, match=r"is a file \(GGUF, llama\.cpp's format\): give the folder of a"
+    ):
         check(tmp_path / "model.gguf")
 
 
@@ -371,10 +422,15 @@ def test_a_weight_of_an_encoder_counts_where_it_is_used(tmp_path):
 
 def test_tensors_that_the_model_has_no_place_for_are_named(folder):
     weights = load_file(folder / WEIGHTS)
-    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8), "v_head.weight": torch.ones(1, 64)}
+    more = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+        "v_head.weight": torch.ones(1, 64),
+    }
     save_file({**weights, **more}, folder / WEIGHTS, {"format": "pt"})
     load_llm(str(folder))  # what older checkpoints keep, and a head beside the model
     bias = {"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}
     save_file({**weights, **bias}, folder / WEIGHTS, {"format": "pt"})
-    with pytest.raises(TinyAlignError, match=r"its model\.layers\.0\.self_attn\.q_proj\.bias has no place in the"):
+    with pytest.raises(
+        TinyAlignError, match=r"its model\.layers\.0\.self_attn\.q_proj\.bias has no place in the"
+    ):
         load_llm(str(folder))

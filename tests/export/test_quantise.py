@@ -15,7 +15,11 @@ ort = pytest.importorskip("onnxruntime")
 
 from tiny_align.export.quantise import Form, forms, quantise, quantise_blocks  # noqa: E402
 
-COSTS = {"fp16": (0, 1e-3, 0.51), "int8": (0.005, 0.1, 0.3), "int4": (0.1, 0.8, 0.2)}  # least and most error, share
+COSTS = {
+    "fp16": (0, 1e-3, 0.51),
+    "int8": (0.005, 0.1, 0.3),
+    "int4": (0.1, 0.8, 0.2),
+}  # least and most error, share
 PRODUCTS = 2 * 4 + 1  # of the LLM in conftest.py
 
 
@@ -32,33 +36,58 @@ def exact(tmp_path_factory, tiny_llm):
 def weight_graph(path, weight: np.ndarray):
     """x (n, K) times a weight that lies beside the graph."""
     rows, columns = weight.shape
-    x, y = (onnx.helper.make_tensor_value_info(n, 1, ["n", size]) for n, size in (("x", rows), ("logits", columns)))
+    x, y = (
+        onnx.helper.make_tensor_value_info(n, 1, ["n", size])
+        for n, size in (("x", rows), ("logits", columns))
+    )
     node = onnx.helper.make_node("MatMul", ["x", "w"], ["logits"])
-    graph = onnx.helper.make_graph([node], "g", [x], [y], [onnx.numpy_helper.from_array(weight, "w")])
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
-    onnx.save(model, str(path), save_as_external_data=True, location=f"{path.name}.data", size_threshold=0)
+    graph = onnx.helper.make_graph(
+        [node], "g", [x], [y], [onnx.numpy_helper.from_array(weight, "w")]
+    )
+    model = onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10
+    )
+    onnx.save(
+        model, str(path), save_as_external_data=True, location=f"{path.name}.data", size_threshold=0
+    )
 
 
 def product(path, x: np.ndarray) -> np.ndarray:
-    return ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+    return ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"x": x})[
+        0
+    ]
 
 
 def test_int4_is_onnxruntimes_own():
     from onnxruntime.quantization import QuantFormat
-    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
+    from onnxruntime.quantization.matmul_nbits_quantizer import (
+        DefaultWeightOnlyQuantConfig,
+        DefaultWeightOnlyQuantizer,
+    )
 
     rows = np.random.default_rng(0).standard_normal((32, 500)).astype(np.float32)
     rows[:, 7] = 0
-    config = DefaultWeightOnlyQuantConfig(block_size=32, is_symmetric=True, quant_format=QuantFormat.QDQ)
+    config = DefaultWeightOnlyQuantConfig(
+        block_size=32, is_symmetric=True, quant_format=QuantFormat.QDQ
+    )
     packed, scales, _ = DefaultWeightOnlyQuantizer(config).qbits_block_quant(rows)
-    theirs = np.stack([packed.ravel() & 15, packed.ravel() >> 4], axis=1).ravel().reshape(rows.shape).astype(np.int8)
+    theirs = (
+        np.stack([packed.ravel() & 15, packed.ravel() >> 4], axis=1)
+        .ravel()
+        .reshape(rows.shape)
+        .astype(np.int8)
+    )
     codes, ours = quantise_blocks(rows, 4)
     np.testing.assert_allclose(np.delete(ours, 7), np.delete(scales.ravel(), 7), rtol=1e-6)
-    assert np.mean(codes == np.where(theirs > 7, theirs - 16, theirs)) > 0.999  # a tie may be rounded otherwise
+    assert (
+        np.mean(codes == np.where(theirs > 7, theirs - 16, theirs)) > 0.999
+    )  # a tie may be rounded otherwise
 
 
 @pytest.mark.parametrize("form", [Form(4), Form(8), Form(4, 128), Form(8, 64)])
-@pytest.mark.parametrize("shape", [(64, 48), (200, 33), (7, 5), (130, 4099)])  # blocks cut short, odd sizes, two tiles
+@pytest.mark.parametrize(
+    "shape", [(64, 48), (200, 33), (7, 5), (130, 4099)]
+)  # blocks cut short, odd sizes, two tiles
 def test_no_weight_is_further_off_than_its_scale(form, shape, tmp_path):
     weight = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     weight_graph(tmp_path / "exact.onnx", weight)
@@ -74,7 +103,9 @@ def test_no_weight_is_further_off_than_its_scale(form, shape, tmp_path):
 
 def test_a_weight_beyond_float16_is_refused(tmp_path):
     weight_graph(tmp_path / "exact.onnx", np.full((64, 64), 1e5, np.float32))
-    with pytest.raises(TinyAlignError, match="the LLM's weight w goes beyond float16: choose another --precision"):
+    with pytest.raises(
+        TinyAlignError, match="the LLM's weight w goes beyond float16: choose another --precision"
+    ):
         quantise(tmp_path / "exact.onnx", tmp_path / "w.onnx", *forms("fp16"))
 
 
@@ -84,10 +115,15 @@ def test_each_precision_costs_what_it_may(precision, exact, tmp_path):
     (path, spec), target, (least, most, share) = exact, tmp_path / "llm.onnx", COSTS[precision]
     quantise(path, target, *forms(precision))
     rng = np.random.default_rng(0)
-    feed = {t.name: np.zeros([d if isinstance(d, int) else 0 for d in t.shape], np.float32) for t in spec.inputs}
+    feed = {
+        t.name: np.zeros([d if isinstance(d, int) else 0 for d in t.shape], np.float32)
+        for t in spec.inputs
+    }
     feed["inputs_embeds"] = 0.2 * rng.standard_normal((1, 9, 64)).astype(np.float32)
     want, got = (load_runner(p, spec, "onnxruntime", 1)(feed)["logits"] for p in (path, target))
-    assert least <= np.sqrt(np.mean((got - want) ** 2)) / want.std() < most  # the weights fit float16
+    assert (
+        least <= np.sqrt(np.mean((got - want) ** 2)) / want.std() < most
+    )  # the weights fit float16
     assert data_bytes(target) < share * data_bytes(path)
 
 
@@ -113,8 +149,22 @@ def test_tensorrt_builds_every_precision(precision, exact, bundle_copy, run_cli)
         pytest.skip("TensorRT is installed: it builds on the GPU it builds for")
     path, spec = exact
     quantise(path, bundle_copy / "llm.onnx", *forms(precision))
-    manifest, llm = Bundle.open(bundle_copy, verify=False).manifest, dataclasses.replace(spec, precision=precision)
-    write_manifest(bundle_copy, dataclasses.replace(manifest, graphs={**manifest.graphs, "llm": llm}))
-    done = run_cli("build-engines", "--bundle", bundle_copy, "--graph", "llm", "--compute-capability", 86, "--json")
+    manifest, llm = (
+        Bundle.open(bundle_copy, verify=False).manifest,
+        dataclasses.replace(spec, precision=precision),
+    )
+    write_manifest(
+        bundle_copy, dataclasses.replace(manifest, graphs={**manifest.graphs, "llm": llm})
+    )
+    done = run_cli(
+        "build-engines",
+        "--bundle",
+        bundle_copy,
+        "--graph",
+        "llm",
+        "--compute-capability",
+        86,
+        "--json",
+    )
     assert done.status == 0, done.stderr
     assert done.document["engines"]["llm"]["precision"] == precision

@@ -17,7 +17,9 @@ def write_graph(tmp_path):
     def write(size: int):
         shape, path = (1, 1, size), tmp_path / "llm.onnx"
         specs = [TensorSpec(name, "float32", shape) for name in ("x", "logits", "present.0.key")]
-        x, *made = (helper.make_tensor_value_info(t.name, TensorProto.FLOAT, t.shape) for t in specs)
+        x, *made = (
+            helper.make_tensor_value_info(t.name, TensorProto.FLOAT, t.shape) for t in specs
+        )
         nodes = [helper.make_node("Identity", ["x"], [value.name]) for value in made]
         graph = helper.make_graph(nodes, "llm", [x], made)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
@@ -30,7 +32,12 @@ def write_graph(tmp_path):
 def test_the_best_come_first_and_the_other_outputs_stay(write_graph):
     path, spec = write_graph(1000)
     picked = add_topk(path, spec)
-    assert [t.name for t in picked.outputs] == ["logits", "best_logits", "best_tokens", "present.0.key"]
+    assert [t.name for t in picked.outputs] == [
+        "logits",
+        "best_logits",
+        "best_tokens",
+        "present.0.key",
+    ]
     x = np.random.default_rng(0).standard_normal((1, 1, 1000)).astype(np.float32)
     with load_runner(path, picked, "onnxruntime", 1) as runner:
         out = runner({"x": x})
@@ -53,4 +60,8 @@ def test_the_shipped_llm_picks_them(bundle_path):
     model = onnx.load(str(bundle_path / "llm.onnx"), load_external_data=False)
     (node,) = (node for node in model.graph.node if node.op_type == "TopK")
     assert list(node.output) == ["best_logits", "best_tokens"] and node.input[0] == "logits"
-    assert {a.name: a.i for a in node.attribute} == {"axis": -1, "largest": 1, "sorted": 1}  # as TensorRT 10.1 wants it
+    assert {a.name: a.i for a in node.attribute} == {
+        "axis": -1,
+        "largest": 1,
+        "sorted": 1,
+    }  # as TensorRT 10.1 wants it

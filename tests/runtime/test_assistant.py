@@ -49,7 +49,9 @@ def test_events_carry_the_time_since_the_speech_ended(assistant, speech):
 
 def test_an_answer_carries_its_times(assistant, speech):
     answer = assistant.answer(speech, decoding=DECODING)
-    assert 0 < answer.ttft_s <= answer.seconds and answer.audio_s == pytest.approx(len(speech) / RATE)
+    assert 0 < answer.ttft_s <= answer.seconds and answer.audio_s == pytest.approx(
+        len(speech) / RATE
+    )
     assert answer.rtf == pytest.approx(answer.seconds / answer.audio_s)
     assert Answer("", (), 0.1, 0.1, 0.0).rtf == 0.0
 
@@ -63,7 +65,10 @@ def test_the_stages_have_the_shapes_of_the_manifest(assistant, speech):
     manifest = assistant.bundle.manifest
     features = assistant.features(speech)
     assert features.ndim == 2 and features.shape[1] == manifest.encoder.feature_size
-    assert features.shape[0] * manifest.encoder.frame_s < len(speech) / RATE + 2 * manifest.encoder.frame_s
+    assert (
+        features.shape[0] * manifest.encoder.frame_s
+        < len(speech) / RATE + 2 * manifest.encoder.frame_s
+    )
     n_tokens, size = assistant.soft_tokens(features).shape
     assert 1 <= n_tokens <= len(features) and size == manifest.llm.hidden_size
 
@@ -104,7 +109,9 @@ def test_a_stream_may_be_left_early(assistant, speech):
 def deaf(assistant, monkeypatch):
     """An assistant that finds no word in anything."""
     size = assistant.bundle.manifest.llm.hidden_size
-    monkeypatch.setattr(assistant, "reader", lambda: CtcReader(np.zeros((0, size), np.float32), 1.0))
+    monkeypatch.setattr(
+        assistant, "reader", lambda: CtcReader(np.zeros((0, size), np.float32), 1.0)
+    )
     return assistant
 
 
@@ -168,8 +175,12 @@ def test_sessions_do_not_hear_each_other(assistant, speech):
     one.push(speech)
     two.push(speech[:16_000])
     both = list(zip(one.finish(), two.finish()))  # token by token in turn
-    assert [a.token for a, _ in both] == tokens(assistant.stream(speech, decoding=DECODING))[: len(both)]
-    assert [b.token for _, b in both] == tokens(assistant.stream(speech[:16_000], decoding=DECODING))[: len(both)]
+    assert [a.token for a, _ in both] == tokens(assistant.stream(speech, decoding=DECODING))[
+        : len(both)
+    ]
+    assert [b.token for _, b in both] == tokens(
+        assistant.stream(speech[:16_000], decoding=DECODING)
+    )[: len(both)]
 
 
 @pytest.mark.parametrize(
@@ -185,9 +196,13 @@ def test_sessions_do_not_hear_each_other(assistant, speech):
 def test_a_chunk_of_another_kind_is_refused(assistant, speech, chunk, given):
     session = assistant.listen(decoding=DECODING)
     session.push(speech)
-    with pytest.raises(AudioError, match=rf"must be a float32 array of shape \(S,\), given was {given}: convert it"):
+    with pytest.raises(
+        AudioError, match=rf"must be a float32 array of shape \(S,\), given was {given}: convert it"
+    ):
         session.push(chunk)
-    assert tokens(session.finish()) == tokens(assistant.stream(speech, decoding=DECODING))  # nothing was spoiled
+    assert tokens(session.finish()) == tokens(
+        assistant.stream(speech, decoding=DECODING)
+    )  # nothing was spoiled
 
 
 def test_a_session_without_speech_is_refused(assistant):
@@ -210,7 +225,9 @@ def test_another_projector_is_another_answer_and_sessions_go_on(bundle_path, ana
         assistant.swap_projector(assistant.bundle.projector("ana", ana))
         session.push(speech[9_000:])
         assert not np.array_equal(assistant.soft_tokens(features), general)
-        np.testing.assert_allclose(assistant.soft_tokens(features), anas.soft_tokens(features), atol=1e-5)
+        np.testing.assert_allclose(
+            assistant.soft_tokens(features), anas.soft_tokens(features), atol=1e-5
+        )
         assert tokens(session.finish()) == tokens(anas.stream(speech, decoding=DECODING))
         assistant.swap_projector(assistant.bundle.projector())
         np.testing.assert_array_equal(assistant.soft_tokens(features), general)
@@ -219,7 +236,9 @@ def test_another_projector_is_another_answer_and_sessions_go_on(bundle_path, ana
 def test_another_projector_keeps_to_the_threads_given(bundle_path, monkeypatch):
     with Assistant.load(bundle_path, threads=1) as assistant:
         load, threads = assistant_module.load_runner, []
-        monkeypatch.setattr(assistant_module, "load_runner", lambda *a: threads.append(a[3]) or load(*a))
+        monkeypatch.setattr(
+            assistant_module, "load_runner", lambda *a: threads.append(a[3]) or load(*a)
+        )
         assistant.swap_projector(assistant.bundle.projector())
     assert threads == [1]
 
@@ -283,7 +302,9 @@ def test_bad_audio_is_refused(assistant, speech, make, why):
 def test_the_longest_recording_is_answered(assistant, speech):
     _, _, greatest = assistant.bundle.manifest.dims["frames"]
     longest = np.resize(speech, greatest * assistant.bundle.manifest.front_end.hop_samples)
-    assert assistant.answer(longest, decoding=Decoding(max_tokens=1)).audio_s == pytest.approx(len(longest) / RATE)
+    assert assistant.answer(longest, decoding=Decoding(max_tokens=1)).audio_s == pytest.approx(
+        len(longest) / RATE
+    )
 
 
 def test_bad_text_is_refused(assistant):

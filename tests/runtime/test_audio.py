@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 import soundfile
 
-from tiny_align.runtime.audio import MIN_SECONDS, check_audio, read_audio, read_recording, read_segment
+from tiny_align.runtime.audio import (
+    MIN_SECONDS,
+    check_audio,
+    read_audio,
+    read_recording,
+    read_segment,
+)
 from tiny_align.runtime.errors import AudioError
 
 RATE = 16_000  # Hz
@@ -19,7 +25,9 @@ RATE = 16_000  # Hz
 
 def tone(seconds=0.5, rate=RATE, hz=440.0, level=0.3):
     """(S,) float32."""
-    return (level * np.sin(2 * np.pi * hz * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
+    return (level * np.sin(2 * np.pi * hz * np.arange(round(seconds * rate)) / rate)).astype(
+        np.float32
+    )
 
 
 def written(path, audio=None, rate=RATE, **options):
@@ -76,7 +84,9 @@ def test_formats(tmp_path, name, options):
 
 def test_unchanged_at_the_same_rate(tmp_path):
     audio = tone()
-    np.testing.assert_array_equal(read_audio(written(tmp_path / "a.wav", audio, subtype="FLOAT"), RATE), audio)
+    np.testing.assert_array_equal(
+        read_audio(written(tmp_path / "a.wav", audio, subtype="FLOAT"), RATE), audio
+    )
 
 
 def test_channels_are_averaged(tmp_path):
@@ -100,7 +110,9 @@ def test_the_suffix_does_not_matter(tmp_path):
 def test_a_segment_is_that_part(tmp_path):
     audio = np.concatenate([tone(0.5, hz=300), tone(0.5, hz=600), tone(0.5, hz=900)])
     path = written(tmp_path / "a.flac", audio)
-    np.testing.assert_array_equal(read_segment(path, RATE, 0.5, 1.0), read_audio(path, RATE)[8000:16000])
+    np.testing.assert_array_equal(
+        read_segment(path, RATE, 0.5, 1.0), read_audio(path, RATE)[8000:16000]
+    )
     assert dominant_hz(read_segment(path, RATE, 1.0, None)) == pytest.approx(900, abs=3)
     assert len(read_segment(path, RATE, 0.0, None)) == len(audio)
 
@@ -193,7 +205,9 @@ def test_no_standard_input(monkeypatch):
 # --- bad files ---
 
 
-@pytest.mark.parametrize("read", [read_audio, lambda path, rate: read_segment(path, rate, 0.0, 0.2)])
+@pytest.mark.parametrize(
+    "read", [read_audio, lambda path, rate: read_segment(path, rate, 0.0, 0.2)]
+)
 def test_paths_that_are_no_recording(tmp_path, read):
     with pytest.raises(AudioError, match="no such file"):
         read(tmp_path / "absent.wav", RATE)
@@ -254,7 +268,9 @@ def test_a_truncated_wav_with_other_chunks_before_its_data(tmp_path):
     path = written(tmp_path / "a.wav")
     content = path.read_bytes()
     at = content.index(b"data")
-    path.write_bytes(content[:at] + b"LIST" + struct.pack("<I", 5) + b"data\0\0" + content[at:-1])  # odd size: padded
+    path.write_bytes(
+        content[:at] + b"LIST" + struct.pack("<I", 5) + b"data\0\0" + content[at:-1]
+    )  # odd size: padded
     with pytest.raises(AudioError, match="promises 16000 bytes of samples and 15999 are there"):
         read_audio(path, RATE)
 
@@ -290,7 +306,9 @@ def test_a_streamed_wav_is_read_to_its_end(tmp_path, size):
 
 def test_a_streamed_wav_that_begins_with_silence(tmp_path):
     audio = np.concatenate([np.zeros(RATE, np.float32), tone()])
-    assert len(read_audio(with_data_size(written(tmp_path / "a.wav", audio), 0), RATE)) == len(audio)
+    assert len(read_audio(with_data_size(written(tmp_path / "a.wav", audio), 0), RATE)) == len(
+        audio
+    )
 
 
 def test_a_wav_without_samples(tmp_path):
@@ -311,9 +329,14 @@ def test_bad_sounds_in_files(tmp_path):
     with pytest.raises(AudioError, match="nothing was heard"):
         read_audio(written(tmp_path / "silent.wav", np.zeros(RATE, np.float32)), RATE)
     with pytest.raises(AudioError, match="NaN"):
-        read_audio(written(tmp_path / "nan.wav", np.full(RATE, np.nan, np.float32), subtype="FLOAT"), RATE)
+        read_audio(
+            written(tmp_path / "nan.wav", np.full(RATE, np.nan, np.float32), subtype="FLOAT"), RATE
+        )
     with pytest.raises(AudioError, match="NaN or infinite"):
-        read_audio(written(tmp_path / "inf.wav", np.full((RATE, 2), np.inf, np.float32), subtype="FLOAT"), RATE)
+        read_audio(
+            written(tmp_path / "inf.wav", np.full((RATE, 2), np.inf, np.float32), subtype="FLOAT"),
+            RATE,
+        )
     with pytest.raises(AudioError, match=r"1\.00 s, expected at most 0\.5 s"):
         read_audio(written(tmp_path / "long.wav", tone(1.0)), RATE, max_s=0.5)
 
@@ -349,7 +372,10 @@ def test_good_arrays_pass():
         (tone(1.01), "lasts 1.01 s, expected at most 1 s"),
         (np.zeros(RATE, np.float32), "nothing was heard.*-inf dBFS"),
         (tone(level=0.001), "nothing was heard.*-63 dBFS.*-60"),
-        (tone(level=0.0001) + np.float32(0.1), "nothing was heard"),  # a constant offset is not sound
+        (
+            tone(level=0.0001) + np.float32(0.1),
+            "nothing was heard",
+        ),  # a constant offset is not sound
         (tone() * 32768, r"samples reach 9830, expected \[-1, 1\]; divide"),
     ],
 )

@@ -43,7 +43,13 @@ def test_the_weights_are_those_of_the_backends_graphs(bundle):
 
 def test_it_is_enough(bundle, voice_path):
     """The peak of a process that loads the bundle and answers lies below, and above half of it."""
-    line = [sys.executable, "-c", LOADED, str(bundle.path), str(sorted(voice_path.glob("test-*.flac"))[0])]
+    line = [
+        sys.executable,
+        "-c",
+        LOADED,
+        str(bundle.path),
+        str(sorted(voice_path.glob("test-*.flac"))[0]),
+    ]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     peak = int(subprocess.run(line, capture_output=True, text=True, check=True, env=env).stdout)
     assert budget(bundle, "onnxruntime", bundle.manifest.llm.max_context).total / 2 < peak
@@ -62,7 +68,9 @@ def test_a_conversation_without_memory_is_refused_and_others_go_on(assistant, sp
 
 def test_too_little_memory_is_refused_before_anything_is_loaded(bundle, monkeypatch):
     monkeypatch.setattr(budget_module, "memory", lambda: {"MemAvailable": BASE_BYTES})
-    with pytest.raises(TinyAlignError, match=r"takes about \d+ MiB \(encoder .*114 MiB are available: ask"):
+    with pytest.raises(
+        TinyAlignError, match=r"takes about \d+ MiB \(encoder .*114 MiB are available: ask"
+    ):
         Assistant.load(bundle)
 
 
@@ -79,7 +87,11 @@ def recorded(root, files: dict[str, str]):
 
 def group_2(path: str, limit: str, used: int, stat: str = "") -> dict[str, str]:
     folder = f"sys/fs/cgroup{path}"
-    return {f"{folder}/memory.max": limit, f"{folder}/memory.current": str(used), f"{folder}/memory.stat": stat}
+    return {
+        f"{folder}/memory.max": limit,
+        f"{folder}/memory.current": str(used),
+        f"{folder}/memory.stat": stat,
+    }
 
 
 def group_1(path: str, limit: int, used: int, stat: str = "") -> dict[str, str]:
@@ -100,19 +112,31 @@ GROUPS = {  # the process's line, the groups -> bytes left in the tightest, what
     ),
     "v2 in a container": ("0::/\n", group_2("", "1000", 400), 600, "/ (memory.max)"),
     "v2, used up": ("0::/a\n", group_2("/a", "1000", 1200), 0, "/a (memory.max)"),
-    "v1": ("4:cpu:/x\n3:memory:/a\n", group_1("/a", 1000, 600, CACHES_1), 750, "/a (memory.limit_in_bytes)"),
+    "v1": (
+        "4:cpu:/x\n3:memory:/a\n",
+        group_1("/a", 1000, 600, CACHES_1),
+        750,
+        "/a (memory.limit_in_bytes)",
+    ),
     "v1 beside v2": (
         "3:memory:/a\n0::/\n",
         group_1("/a", 1000, 600) | group_1("", 2**63 - 4096, 10),
         400,
         "/a (memory.limit_in_bytes)",
     ),
-    "v1 in a container": ("3:memory:/docker/1\n", group_1("", 1000, 600), 400, "/ (memory.limit_in_bytes)"),
+    "v1 in a container": (
+        "3:memory:/docker/1\n",
+        group_1("", 1000, 600),
+        400,
+        "/ (memory.limit_in_bytes)",
+    ),
 }
 
 
 @pytest.mark.parametrize(("line", "files", "free", "name"), GROUPS.values(), ids=GROUPS)
-def test_a_control_group_leaves_its_limit_less_what_cannot_be_taken_back(tmp_path, line, files, free, name):
+def test_a_control_group_leaves_its_limit_less_what_cannot_be_taken_back(
+    tmp_path, line, files, free, name
+):
     rooms = machine.memory_limits(recorded(tmp_path, {"proc/self/cgroup": line, **files}))
     tightest = min(rooms, key=lambda room: room.free)
     assert (tightest.free, tightest.limit) == (free, f"in the control group {name}")
@@ -120,24 +144,38 @@ def test_a_control_group_leaves_its_limit_less_what_cannot_be_taken_back(tmp_pat
 
 @pytest.mark.parametrize("line", ["", "0::/a\n", "no line at all", "3:memory:/a\n"])
 def test_without_a_limit_there_is_none(tmp_path, line):
-    assert machine.memory_limits(recorded(tmp_path, {"proc/self/cgroup": line, **group_2("/a", "max", 5)})) == []
+    assert (
+        machine.memory_limits(
+            recorded(tmp_path, {"proc/self/cgroup": line, **group_2("/a", "max", 5)})
+        )
+        == []
+    )
 
 
 def test_the_tightest_limit_is_named(bundle, monkeypatch):
-    rooms = [machine.Room(50 << 20, "in the control group /app (memory.max)"), machine.Room(90 << 20, "elsewhere")]
+    rooms = [
+        machine.Room(50 << 20, "in the control group /app (memory.max)"),
+        machine.Room(90 << 20, "elsewhere"),
+    ]
     monkeypatch.setattr(budget_module, "memory_limits", lambda: rooms)
-    sentence = r"takes about .* and in the control group /app \(memory\.max\) 50 MiB are available: ask"
+    sentence = (
+        r"takes about .* and in the control group /app \(memory\.max\) 50 MiB are available: ask"
+    )
     with pytest.raises(TinyAlignError, match=sentence):
         Assistant.load(bundle)
 
 
 def test_what_threads_reserve_counts_where_a_limit_counts_it(bundle, monkeypatch):
     need, per_thread = budget(bundle, "onnxruntime", 64, threads=4), 64 << 20
-    monkeypatch.setattr(budget_module, "memory_limits", lambda: [machine.Room(2 * need.total, "here")])
+    monkeypatch.setattr(
+        budget_module, "memory_limits", lambda: [machine.Room(2 * need.total, "here")]
+    )
     need.require()
     rooms = [machine.Room(2 * need.total, "under ulimit -v", per_thread)]
     monkeypatch.setattr(budget_module, "memory_limits", lambda: rooms)
-    with pytest.raises(TinyAlignError, match=r"with what 11 threads reserve, and under ulimit -v .*fewer --threads"):
+    with pytest.raises(
+        TinyAlignError, match=r"with what 11 threads reserve, and under ulimit -v .*fewer --threads"
+    ):
         need.require()
 
 

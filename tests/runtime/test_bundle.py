@@ -43,10 +43,14 @@ def test_the_manifest_survives_its_own_json(bundle_path):
     assert type(manifest).from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
 
 
-@pytest.mark.parametrize("name", ["encoder.onnx.data", "llm.onnx", "tokenizer.json", "token_embeddings.npy"])
+@pytest.mark.parametrize(
+    "name", ["encoder.onnx.data", "llm.onnx", "tokenizer.json", "token_embeddings.npy"]
+)
 def test_a_changed_byte_is_noticed(bundle_copy, name):
     flip_a_byte(bundle_copy / name)
-    with pytest.raises(BundleError, match=rf"{name} has changed: its SHA-256 is not the manifest's"):
+    with pytest.raises(
+        BundleError, match=rf"{name} has changed: its SHA-256 is not the manifest's"
+    ):
         Bundle.open(bundle_copy)
     Bundle.open(bundle_copy, verify=False)  # the switch that turns the check off
 
@@ -65,7 +69,9 @@ def test_a_graph_the_manifest_does_not_have_is_named(bundle_copy, edit_json):
         Bundle.open(bundle_copy).graph("llm")
 
 
-@pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir(), lambda p: p.write_text("a file")])
+@pytest.mark.parametrize(
+    "make", [lambda p: None, lambda p: p.mkdir(), lambda p: p.write_text("a file")]
+)
 def test_what_is_no_bundle_is_refused(tmp_path, make):
     make(tmp_path / "thing")
     with pytest.raises(BundleError, match=r"thing is not a bundle: it has no manifest\.json"):
@@ -74,14 +80,20 @@ def test_what_is_no_bundle_is_refused(tmp_path, make):
 
 def test_another_schema_is_refused(bundle_copy, edit_json):
     edit_json(bundle_copy / MANIFEST, lambda m: m.update(schema=99))
-    with pytest.raises(BundleError, match=r"has schema 99, this version reads schema 1: export the bundle again"):
+    with pytest.raises(
+        BundleError, match=r"has schema 99, this version reads schema 1: export the bundle again"
+    ):
         Bundle.open(bundle_copy)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"7", b"null", b"{}", b'{"schema": 1', b"\xff\xfe\x00"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"7", b"null", b"{}", b'{"schema": 1', b"\xff\xfe\x00"]
+)
 def test_a_damaged_manifest_is_refused(bundle_copy, content):
     (bundle_copy / MANIFEST).write_bytes(content)
-    with pytest.raises(BundleError, match=r"manifest\.json is not a manifest \(.*export the bundle again"):
+    with pytest.raises(
+        BundleError, match=r"manifest\.json is not a manifest \(.*export the bundle again"
+    ):
         Bundle.open(bundle_copy)
 
 
@@ -123,8 +135,12 @@ SIZES = {
     "a shape of texts": lambda m: m["projector_weights"][0].update(shape=["a"]),
     "dims of two": lambda m: m["dims"].update({next(iter(m["dims"])): [1, 2]}),
     "a negative dimension": lambda m: m["graphs"]["llm"]["inputs"][0].update(shape=[1, -1, 192]),
-    "a dimension without values": lambda m: m["graphs"]["encoder"]["inputs"][0].update(shape=[1, "steps", 80]),
-    "a type that there is not": lambda m: m["graphs"]["encoder"]["inputs"][0].update(dtype="float33"),
+    "a dimension without values": lambda m: m["graphs"]["encoder"]["inputs"][0].update(
+        shape=[1, "steps", 80]
+    ),
+    "a type that there is not": lambda m: m["graphs"]["encoder"]["inputs"][0].update(
+        dtype="float33"
+    ),
     "no inputs": lambda m: m["graphs"]["encoder"].update(inputs=[]),
     "windows of nothing": lambda m: m["windows"].update(vector_samples=0),
     "margins beyond a window": lambda m: m["windows"].update(margin=10**6),
@@ -137,10 +153,13 @@ SIZES = {
 
 
 @pytest.mark.parametrize("change", SIZES.values(), ids=SIZES)
-def test_sizes_that_cannot_be_are_refused_before_anything_is_laid_out(bundle_copy, edit_json, change):
+def test_sizes_that_cannot_be_are_refused_before_anything_is_laid_out(
+    bundle_copy, edit_json, change
+):
     edit_json(bundle_copy / MANIFEST, change)
     with pytest.raises(
-        BundleError, match=r"manifest\.json(: .* expected | lacks or misnames ).*export the bundle again"
+        BundleError,
+        match=r"manifest\.json(: .* expected | lacks or misnames ).*export the bundle again",
     ):
         Bundle.open(bundle_copy)
 
@@ -157,7 +176,11 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(bundle_copy, name, con
     """Its hash fits, as where it was damaged before the manifest was written."""
     (bundle_copy / name).write_bytes(content)
     bundle = Bundle(bundle_copy, Bundle.open(bundle_copy, verify=False).manifest)
-    load = {"token": bundle.load_embeddings, "speech": bundle.speech_tokens, "tokenizer": bundle.load_tokenizer}
+    load = {
+        "token": bundle.load_embeddings,
+        "speech": bundle.speech_tokens,
+        "tokenizer": bundle.load_tokenizer,
+    }
     with pytest.raises(BundleError, match=rf"{name} (is damaged|cannot be read) \("):
         load[name.partition("_")[0].partition(".")[0]]()
 
@@ -165,17 +188,33 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(bundle_copy, name, con
 @pytest.mark.parametrize("tokens", [[[1, 2]], [-1, 3], [5, 10**6], [0.5]])
 def test_tokens_that_the_llm_does_not_have_are_refused(bundle_copy, tokens):
     np.save(bundle_copy / "speech_tokens.npy", np.array(tokens))
-    with pytest.raises(BundleError, match="is no list of tokens of this LLM, whole numbers from 0 to 799"):
+    with pytest.raises(
+        BundleError, match="is no list of tokens of this LLM, whole numbers from 0 to 799"
+    ):
         Bundle.open(bundle_copy, verify=False).speech_tokens()
 
 
 def test_an_embedding_table_of_another_width_is_refused(bundle_copy):
     np.save(bundle_copy / "token_embeddings.npy", np.zeros((800, 64), np.float16))
-    with pytest.raises(BundleError, match=r"is float16 \[800, 64\], expected floats of 192 columns"):
+    with pytest.raises(
+        BundleError, match=r"is float16 \[800, 64\], expected floats of 192 columns"
+    ):
         Bundle.open(bundle_copy, verify=False).load_embeddings()
 
 
-OUTSIDE = ["../secret", "/etc/passwd", "a/../../secret", "..", "..\\secret", "C:\\secret", "C:secret", "", ".", None, 7]
+OUTSIDE = [
+    "../secret",
+    "/etc/passwd",
+    "a/../../secret",
+    "..",
+    "..\\secret",
+    "C:\\secret",
+    "C:secret",
+    "",
+    ".",
+    None,
+    7,
+]
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
@@ -226,7 +265,10 @@ def test_persons_are_not_part_of_the_bundle(bundle_copy, user):
 
 
 def test_an_unknown_person_is_told_who_is_known(bundle_copy, user):
-    with pytest.raises(UserError, match=r"no user 'ben' in .*users \(known: ana\): train one with `tiny-align align"):
+    with pytest.raises(
+        UserError,
+        match=r"no user 'ben' in .*users \(known: ana\): train one with `tiny-align align",
+    ):
         Bundle.open(bundle_copy).projector("ben")
     assert not (bundle_copy / "users/ben").exists()
 
@@ -237,7 +279,8 @@ def test_nobody_is_known_without_a_users_folder(bundle_copy):
 
 
 @pytest.mark.parametrize(
-    "name", ["../x", "..", ".", "", "a/b", "a\\b", "/etc", "-f", ".hidden", "a b", "a\n", "é", "x" * 65]
+    "name",
+    ["../x", "..", ".", "", "a/b", "a\\b", "/etc", "-f", ".hidden", "a b", "a\n", "é", "x" * 65],
 )
 def test_a_bad_name_is_refused(bundle_path, name):
     with pytest.raises(UserError, match="is no user name: use letters, digits"):
@@ -249,18 +292,26 @@ def test_nobody_may_be_called_general(bundle_path):
         Bundle.open(bundle_path, verify=False).user_folder(GENERAL)
 
 
-@pytest.mark.parametrize(("field", "part"), [("embeddings_sha256", "LLM"), ("encoder_key", "encoder")])
+@pytest.mark.parametrize(
+    ("field", "part"), [("embeddings_sha256", "LLM"), ("encoder_key", "encoder")]
+)
 def test_a_projector_for_another_bundle_is_refused(bundle_copy, user, edit_json, field, part):
     edit_json(user / USER_RECORD, lambda r: r.update({field: "0" * 64}))
-    with pytest.raises(UserError, match=rf"'ana' was trained for another {part} \({field} 0{{12}}, this"):
+    with pytest.raises(
+        UserError, match=rf"'ana' was trained for another {part} \({field} 0{{12}}, this"
+    ):
         Bundle.open(bundle_copy).projector("ana")
 
 
-@pytest.mark.parametrize("damage", [cut_in_half, flip_a_byte, lambda p: p.unlink()], ids=["cut", "changed", "gone"])
+@pytest.mark.parametrize(
+    "damage", [cut_in_half, flip_a_byte, lambda p: p.unlink()], ids=["cut", "changed", "gone"]
+)
 @pytest.mark.parametrize("name", ["projector.onnx", "projector.onnx.data"])
 def test_a_damaged_projector_is_refused(bundle_copy, user, name, damage):
     damage(user / name)
-    with pytest.raises(UserError, match=rf"ana/{name} is missing or has changed: train 'ana' again"):
+    with pytest.raises(
+        UserError, match=rf"ana/{name} is missing or has changed: train 'ana' again"
+    ):
         Bundle.open(bundle_copy).projector("ana")
 
 
@@ -291,14 +342,19 @@ def test_a_record_that_vouches_for_nothing_is_refused(bundle_copy, user, edit_js
 
 def test_a_bundle_without_dates_has_the_same_prompt_on_every_day(bundle_path):
     """The shipped manifest is of before there were dates."""
-    assert "dates" not in json.loads((bundle_path / "manifest.json").read_text(encoding="utf-8"))["prompt"]
+    assert (
+        "dates"
+        not in json.loads((bundle_path / "manifest.json").read_text(encoding="utf-8"))["prompt"]
+    )
     prompt = Bundle.open(bundle_path).manifest.prompt
     assert prompt.dates == {} and prompt.on(datetime(2031, 5, 9)) is prompt
 
 
 def test_the_day_takes_the_place_of_its_marks_wherever_they_stand():
     dates = {"DATE-0-goes-HERE": "%d %b %Y", "DATE-1-goes-HERE": "%A"}
-    prompt = PromptSpec("It is DATE-0-goes-HERE.", "|", "DATE-1-goes-HERE", "DATE-0-goes-HERE", "", "DATE-1", dates)
+    prompt = PromptSpec(
+        "It is DATE-0-goes-HERE.", "|", "DATE-1-goes-HERE", "DATE-0-goes-HERE", "", "DATE-1", dates
+    )
     today = prompt.on(datetime(2031, 5, 9))
     assert (today.before, today.between, today.after) == ("It is 09 May 2031.", "|", "Friday")
     assert (today.instruction, today.next, today.dates) == ("DATE-0-goes-HERE", "DATE-1", {})

@@ -24,7 +24,9 @@ def mixed(*channels):
 
 def assert_heard_as(audio, expected):
     """The same but for its level, and for which side is up: nobody hears that."""
-    similarity = np.dot(audio, expected) / np.sqrt(np.dot(audio, audio) * np.dot(expected, expected))
+    similarity = np.dot(audio, expected) / np.sqrt(
+        np.dot(audio, audio) * np.dot(expected, expected)
+    )
     assert abs(similarity) > 0.9999
 
 
@@ -38,7 +40,10 @@ SECOND = {  # what the other channel carries -> it, and what is said of it
     "inverted": (lambda a: -a, "inverted"),
     "inverted at another level, with an offset": (lambda a: 0.1 - 0.5 * a, "inverted"),
     "inverted and late": (lambda a: -late(a, 0.02), "inverted and 20.0 ms late"),
-    **{f"{ms} ms late": (lambda a, ms=ms: late(a, ms / 1000), f"{ms:.1f} ms late") for ms in (1, 5, 40, 200, 500)},
+    **{
+        f"{ms} ms late": (lambda a, ms=ms: late(a, ms / 1000), f"{ms:.1f} ms late")
+        for ms in (1, 5, 40, 200, 500)
+    },
     "0.1 ms late": (lambda a: late(a, 1e-4), "0.1 ms late"),
     "late, in hiss": (lambda a: late(a, 0.01) + hiss(a, 0.01), "10.0 ms late"),
 }

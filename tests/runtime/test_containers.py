@@ -57,7 +57,8 @@ def kept(path, content, n_bytes):
 
 
 @pytest.mark.parametrize(
-    ("format_", "subtype", "n_channels"), [*((*kind, 1) for kind in KINDS), *((*kind, 2) for kind in STEREO)]
+    ("format_", "subtype", "n_channels"),
+    [*((*kind, 1) for kind in KINDS), *((*kind, 2) for kind in STEREO)],
 )
 def test_a_file_cut_anywhere_is_refused_or_lacks_no_sample(tmp_path, format_, subtype, n_channels):
     content = encoded(format_, subtype, np.stack([NOISE] * n_channels, axis=1))
@@ -72,7 +73,9 @@ def test_a_file_cut_anywhere_is_refused_or_lacks_no_sample(tmp_path, format_, su
             assert str(error).startswith(f"{path}: ")
             continue
         if has_length:
-            np.testing.assert_array_equal(recording.samples, whole.samples, f"cut to {n_bytes} bytes")
+            np.testing.assert_array_equal(
+                recording.samples, whole.samples, f"cut to {n_bytes} bytes"
+            )
         assert recording.notes == whole.notes
 
 
@@ -85,7 +88,9 @@ def test_a_segment_is_that_part_of_the_whole(tmp_path, format_, subtype):
     np.testing.assert_allclose(segment, read_audio(path, rate)[100:4_700], atol=tolerance)
 
 
-@pytest.mark.parametrize(("format_", "subtype"), [("FLAC", None), ("OGG", None), ("WAV", "GSM610"), ("AIFF", None)])
+@pytest.mark.parametrize(
+    ("format_", "subtype"), [("FLAC", None), ("OGG", None), ("WAV", "GSM610"), ("AIFF", None)]
+)
 def test_a_segment_of_a_file_that_is_cut_off_behind_it_is_refused(tmp_path, format_, subtype):
     content = encoded(format_, subtype, np.tile(NOISE, 5))
     with pytest.raises(AudioError, match="cut off"):
@@ -131,7 +136,9 @@ def test_a_length_that_was_left_open_is_the_end(tmp_path, format_, mark, after, 
     endian = "BIG" if format_ == "AU" else "FILE"
     content = encoded(format_, "PCM_16", endian=endian)
     whole = read_audio(kept(tmp_path / "a", content, None), RATE)
-    recording = read_recording(kept(tmp_path / "a", with_size(content, mark, after, size * width), None), RATE)
+    recording = read_recording(
+        kept(tmp_path / "a", with_size(content, mark, after, size * width), None), RATE
+    )
     np.testing.assert_array_equal(recording.samples, whole)
     assert NOTE in recording.notes[0]
 
@@ -147,18 +154,26 @@ def id3(n_bytes):
 def test_tags_in_front_change_nothing(tmp_path, format_):
     content = encoded(format_, soundfile.default_subtype(format_))
     whole = read_audio(kept(tmp_path / "a", content, None), RATE)
-    np.testing.assert_array_equal(read_audio(kept(tmp_path / "a", id3(300) + content, None), RATE), whole)
-    np.testing.assert_array_equal(read_audio(kept(tmp_path / "a", id3(9) + bytes(99) + content, None), RATE), whole)
+    np.testing.assert_array_equal(
+        read_audio(kept(tmp_path / "a", id3(300) + content, None), RATE), whole
+    )
+    np.testing.assert_array_equal(
+        read_audio(kept(tmp_path / "a", id3(9) + bytes(99) + content, None), RATE), whole
+    )
     with pytest.raises(AudioError):
         read_audio(kept(tmp_path / "a", id3(300) + content, -20), RATE)
 
 
-@pytest.mark.parametrize("junk", [bytes(1_001), b"TAG" + bytes(125), b"LIST\xff\xff\0\0INFO", b"some words"])
+@pytest.mark.parametrize(
+    "junk", [bytes(1_001), b"TAG" + bytes(125), b"LIST\xff\xff\0\0INFO", b"some words"]
+)
 @pytest.mark.parametrize("format_", ["WAV", "AIFF", "MP3", "OGG", "CAF"])
 def test_what_follows_the_audio_changes_nothing(tmp_path, format_, junk):
     content = encoded(format_, soundfile.default_subtype(format_))
     whole = read_audio(kept(tmp_path / "a", content, None), RATE)
-    np.testing.assert_array_equal(read_audio(kept(tmp_path / "a", content + junk, None), RATE), whole)
+    np.testing.assert_array_equal(
+        read_audio(kept(tmp_path / "a", content + junk, None), RATE), whole
+    )
 
 
 def test_an_odd_chunk_without_padding(tmp_path):
@@ -186,7 +201,9 @@ def pages(content):
 @pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
 def test_a_chain_is_read_to_its_end(tmp_path, subtype):
     one, two = encoded("OGG", subtype), encoded("OGG", subtype, NOISE[::-1])
-    first, second = (read_audio(kept(tmp_path / "a", content, None), RATE) for content in (one, two))
+    first, second = (
+        read_audio(kept(tmp_path / "a", content, None), RATE) for content in (one, two)
+    )
     both = np.concatenate([first, second])
     path = kept(tmp_path / "a", one + two, None)
     np.testing.assert_array_equal(read_audio(path, RATE), both)
@@ -234,7 +251,9 @@ def without_count(content):
 def test_an_mp3_that_does_not_say_how_long_it_is_is_read_to_its_end(tmp_path, mp3):
     whole = read_audio(kept(tmp_path / "a", mp3, None), RATE)
     recording = read_recording(kept(tmp_path / "a", without_count(mp3), None), RATE)
-    assert 0 <= len(recording.samples) - len(whole) < 3_000  # a codec's delay at both ends, which only the count tells
+    assert (
+        0 <= len(recording.samples) - len(whole) < 3_000
+    )  # a codec's delay at both ends, which only the count tells
     assert np.abs(recording.samples[-3_000:]).max() > 0.01 and NOTE in recording.notes[0]
     with pytest.raises(AudioError, match="its last frame is incomplete"):
         read_audio(kept(tmp_path / "a", without_count(mp3), -1), RATE)
@@ -267,7 +286,9 @@ def test_something_else_between_the_frames_of_an_mp3_is_named(tmp_path, mp3):
     ],
 )
 def test_a_foreign_file_is_named_with_what_converts_it(tmp_path, content, kind):
-    with pytest.raises(AudioError, match=rf"is not audio we can read \(.*{kind}.*\); expected WAV.*ffmpeg -i"):
+    with pytest.raises(
+        AudioError, match=rf"is not audio we can read \(.*{kind}.*\); expected WAV.*ffmpeg -i"
+    ):
         read_audio(kept(tmp_path / "a.mp3", content, None), RATE)
 
 
@@ -282,7 +303,9 @@ def test_damaged_bytes_are_refused_or_read_and_print_no_traceback(tmp_path, monk
     unraisable = []  # what a callback of libsndfile raised
     monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
     rng = np.random.default_rng(seed)
-    format_ = rng.choice(["WAV", "AIFF", "AU", "CAF", "W64", "RF64", "FLAC", "OGG", "VOC", "NIST", "MAT5", "AVR"])
+    format_ = rng.choice(
+        ["WAV", "AIFF", "AU", "CAF", "W64", "RF64", "FLAC", "OGG", "VOC", "NIST", "MAT5", "AVR"]
+    )
     content = bytearray(encoded(str(format_), soundfile.default_subtype(str(format_))))
     for at in rng.integers(0, 120, 3):
         content[at] = rng.integers(256)

@@ -100,8 +100,18 @@ FAULTS = {  # path -> what is written there, what is then wrong, words of the re
         "JetPack",
         "flash JetPack 6.2 or 7.2",
     ),
-    "a limited mode": ("/var/lib/nvpmodel/status", "pmode:0000", "power mode", "sudo nvpmodel -m 2"),
-    "a weak power supply": ("/sys/class/hwmon/hwmon3/oc1_event_cnt", "7", "power supply", "stronger power supply"),
+    "a limited mode": (
+        "/var/lib/nvpmodel/status",
+        "pmode:0000",
+        "power mode",
+        "sudo nvpmodel -m 2",
+    ),
+    "a weak power supply": (
+        "/sys/class/hwmon/hwmon3/oc1_event_cnt",
+        "7",
+        "power supply",
+        "stronger power supply",
+    ),
     "heat": (TJ + "temp", "97500", "temperature", "fan"),
     "little memory": (
         "/proc/meminfo",
@@ -115,7 +125,12 @@ FAULTS = {  # path -> what is written there, what is then wrong, words of the re
         "contiguous memory",
         "extlinux.conf",
     ),
-    "swap in memory only": ("/proc/swaps", "Filename\n/dev/zram0 partition 8000000 0 5", "swap", "NVMe"),
+    "swap in memory only": (
+        "/proc/swaps",
+        "Filename\n/dev/zram0 partition 8000000 0 5",
+        "swap",
+        "NVMe",
+    ),
     "two ONNX Runtimes": (
         "/venv/onnxruntime_gpu-1.24.0.dist-info/METADATA",
         "Metadata-Version: 2.1\nName: onnxruntime-gpu\nVersion: 1.24.0",
@@ -167,7 +182,10 @@ def test_tensorrt_is_seen_where_the_venv_shares_the_systems_packages(recorded):
 
 
 def test_a_gpu_that_the_driver_does_not_find_is_a_fault_of_a_jetson_only(recorded, tmp_path):
-    assert "--runtime nvidia" in wrong(replace(recorded("jetpack-7.2"), compute_capability=None))["GPU"].remedy
+    assert (
+        "--runtime nvidia"
+        in wrong(replace(recorded("jetpack-7.2"), compute_capability=None))["GPU"].remedy
+    )
     assert found(Subject(None, tmp_path / "elsewhere"))["GPU"].ok is None
 
 

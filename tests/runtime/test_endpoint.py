@@ -20,7 +20,12 @@ from tiny_align.runtime.endpoint import (
 )
 from tiny_align.runtime.errors import AudioError
 
-LIMITS = Endpointing(min_speech_s=4 * FRAME_S, pre_roll_s=3 * FRAME_S, post_roll_s=2 * FRAME_S, hangover_s=10 * FRAME_S)
+LIMITS = Endpointing(
+    min_speech_s=4 * FRAME_S,
+    pre_roll_s=3 * FRAME_S,
+    post_roll_s=2 * FRAME_S,
+    hangover_s=10 * FRAME_S,
+)
 LOUD, SOFT = 0.1, 1e-2  # a detector that hears the one only; the gate lets both pass
 
 
@@ -42,7 +47,9 @@ def frames(*plan):
     """(level, n_frames) pairs -> noise of these levels; every sample differs, so that equal audio is the same audio."""
     rng = np.random.default_rng(0)
     levels = np.concatenate([np.full(n * FRAME_SAMPLES, level) for level, n in plan])
-    return (levels * rng.choice([-1, 1], len(levels)) * rng.uniform(0.9, 1, len(levels))).astype(np.float32)
+    return (levels * rng.choice([-1, 1], len(levels)) * rng.uniform(0.9, 1, len(levels))).astype(
+        np.float32
+    )
 
 
 @pytest.fixture
@@ -57,7 +64,9 @@ def silero():
 
 def heard(endpointer, audio, cuts=()):
     endpointer.reset()
-    events = [e for chunk in np.split(audio, cuts) for e in endpointer.push(chunk)] + endpointer.flush()
+    events = [
+        e for chunk in np.split(audio, cuts) for e in endpointer.push(chunk)
+    ] + endpointer.flush()
     return turns(events)
 
 
@@ -114,7 +123,9 @@ def test_a_short_sound_is_no_speech(endpointer, loud):
 
 
 def test_a_beginning_may_have_a_gap(endpointer):
-    [(first, _, _)] = heard(endpointer, frames((SOFT, 20), (LOUD, 3), (SOFT, 1), (LOUD, 12), (SOFT, 20)))
+    [(first, _, _)] = heard(
+        endpointer, frames((SOFT, 20), (LOUD, 3), (SOFT, 1), (LOUD, 12), (SOFT, 20))
+    )
     assert at(first) == 20 - 3
 
 
@@ -147,7 +158,9 @@ def test_below_the_gate_the_detector_is_not_asked(endpointer):
     audio = frames((LOUD, 60)) * 10 ** (-60 / 20)  # -80 dBFS
     assert not heard(endpointer, audio) and endpointer._detector.asked == 0
     assert endpointer.level_db == pytest.approx(-80, abs=1)
-    assert not heard(endpointer, np.full(60 * FRAME_SAMPLES, 0.5, np.float32))  # an offset is no sound
+    assert not heard(
+        endpointer, np.full(60 * FRAME_SAMPLES, 0.5, np.float32)
+    )  # an offset is no sound
 
 
 def test_nothing_grows_while_nobody_speaks(endpointer):
@@ -165,7 +178,9 @@ def test_another_rate_is_refused():
         Endpointer(8_000, detector=LoudOnly())
 
 
-@pytest.mark.parametrize("chunk", [[0.0], np.zeros(9), np.zeros((9, 1), np.float32), np.array([0, np.nan], np.float32)])
+@pytest.mark.parametrize(
+    "chunk", [[0.0], np.zeros(9), np.zeros((9, 1), np.float32), np.array([0, np.nan], np.float32)]
+)
 def test_what_is_no_audio_is_refused(endpointer, chunk):
     with pytest.raises(AudioError):
         endpointer.push(chunk)
@@ -187,13 +202,17 @@ def room(seconds, rng):
 
 def test_each_recording_is_one_turn_and_hardly_any_silence_is_passed_on(silero, recordings):
     rng = np.random.default_rng(0)
-    parts = [part for recording in recordings for part in (room(rng.uniform(1.2, 3), rng), recording)]
+    parts = [
+        part for recording in recordings for part in (room(rng.uniform(1.2, 3), rng), recording)
+    ]
     audio = np.concatenate([*parts, room(2, rng)])
     starts = np.cumsum([0, *map(len, parts)])[1::2]
     found = heard(silero, audio)
     assert len(found) == len(recordings)
     for (first, speech, ended), start, recording in zip(found, starts, recordings):
-        assert start - 0.5 * SAMPLE_RATE < first < start + 0.5 * SAMPLE_RATE  # a recording begins with silence too
+        assert (
+            start - 0.5 * SAMPLE_RATE < first < start + 0.5 * SAMPLE_RATE
+        )  # a recording begins with silence too
         assert abs(ended.at_sample - (start + len(recording))) < 0.5 * SAMPLE_RATE
         assert ended.hangover_s == pytest.approx(Endpointing().hangover_s, abs=FRAME_S)
         assert np.array_equal(speech, audio[first : first + len(speech)])
@@ -202,12 +221,16 @@ def test_each_recording_is_one_turn_and_hardly_any_silence_is_passed_on(silero, 
 @pytest.mark.parametrize("gain_db", [-42, -30, -15, 0])  # to an RMS of -57 dBFS
 def test_a_quiet_microphone_is_heard_as_a_loud_one(silero, recordings, gain_db):
     rng = np.random.default_rng(0)
-    audio = np.concatenate([part for recording in recordings for part in (recording, 0.1 * room(2, rng))])
+    audio = np.concatenate(
+        [part for recording in recordings for part in (recording, 0.1 * room(2, rng))]
+    )
     loud = [(first, len(speech)) for first, speech, _ in heard(silero, audio)]
     quiet = heard(silero, audio * np.float32(10 ** (gain_db / 20)))
     assert len(loud) == len(recordings)
     for (first, length), (start, speech, _) in zip(loud, quiet, strict=True):
-        assert abs(first - start) < 0.3 * SAMPLE_RATE and abs(length - len(speech)) < 0.5 * SAMPLE_RATE
+        assert (
+            abs(first - start) < 0.3 * SAMPLE_RATE and abs(length - len(speech)) < 0.5 * SAMPLE_RATE
+        )
 
 
 def test_speech_after_a_bang_is_heard(silero, recordings):

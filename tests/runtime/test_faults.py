@@ -18,11 +18,17 @@ if os.name != "posix":
     pytest.skip("the faults are Unix's", allow_module_level=True)
 
 COMMAND = [sys.executable, "-m", "tiny_align.runtime.cli"]
-NO_RIGHTS = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"]  # root may read everything
+NO_RIGHTS = [
+    "setpriv",
+    "--bounding-set=-dac_override,-dac_read_search",
+    "--inh-caps=-all",
+]  # root may read everything
 QUICK = ("--threads", "1", "--max-tokens", "6")
 
 
-def call(*arguments, shell: str = '"$@"', prefix=(), stdin: bytes = b"", **environment) -> subprocess.CompletedProcess:
+def call(
+    *arguments, shell: str = '"$@"', prefix=(), stdin: bytes = b"", **environment
+) -> subprocess.CompletedProcess:
     """Run the command within a line of bash, in which "$@" is its call."""
     line = ["bash", "-c", shell, "bash", *prefix, *COMMAND, *arguments]
     env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
@@ -50,13 +56,23 @@ def test_who_stops_reading_ends_the_command_in_silence(bundle_path, voice_path, 
     wav = voice_path / "train-000.flac"
     arguments = {"run": (wav,), "chat": (), "listen": ("--fast", "--wav", wav)}[command]
     shell = '"$@" | head -c 0; exit ${PIPESTATUS[0]}'
-    done = call(command, *arguments, "--bundle", bundle_path, *QUICK, shell=shell, stdin=b"call my mother\n" * 3)
+    done = call(
+        command,
+        *arguments,
+        "--bundle",
+        bundle_path,
+        *QUICK,
+        shell=shell,
+        stdin=b"call my mother\n" * 3,
+    )
     assert done.returncode == 141 and b"error" not in done.stderr.lower()
 
 
 def test_who_stops_reading_in_the_middle_ends_it_too(bundle_path):
     shell = '"$@" | head -n 1; exit ${PIPESTATUS[0]}'
-    done = call("chat", "--bundle", bundle_path, *QUICK, shell=shell, stdin=b"call my mother\n" * 2_000)
+    done = call(
+        "chat", "--bundle", bundle_path, *QUICK, shell=shell, stdin=b"call my mother\n" * 2_000
+    )
     assert done.returncode == 141 and done.stdout.count(b"\n") == 1
 
 
@@ -70,7 +86,11 @@ def test_a_full_stdout_is_one_sentence(answer):
 
 def test_without_stderr_stdout_holds_what_it_always_does(answer):
     done = call(*answer, "--json", shell='"$@" 2>&-')
-    assert done.returncode == 0 and len(done.stdout.splitlines()) == 1 and json.loads(done.stdout)["text"]
+    assert (
+        done.returncode == 0
+        and len(done.stdout.splitlines()) == 1
+        and json.loads(done.stdout)["text"]
+    )
     assert call("run", "none.wav", "--bundle", "none", shell='"$@" 2>&-').stdout == b""
 
 
@@ -95,7 +115,11 @@ ODD_LINES = {
     "10 MB": (b"a" * 10_000_000, "line 2 is too long: expected at most 100000 characters"),
     "as long as a line may be": (b"a " * 50_000, "positions"),
 }
-LOCALES = {"UTF-8": {"PYTHONUTF8": "1"}, "ASCII": {"PYTHONIOENCODING": "ascii"}, "C": {"LC_ALL": "C"}}
+LOCALES = {
+    "UTF-8": {"PYTHONUTF8": "1"},
+    "ASCII": {"PYTHONIOENCODING": "ascii"},
+    "C": {"LC_ALL": "C"},
+}
 
 
 @pytest.mark.parametrize(("line", "sentence"), ODD_LINES.values(), ids=ODD_LINES)
@@ -104,18 +128,31 @@ def test_a_line_that_is_no_text_is_named_and_the_next_is_answered(bundle_path, l
     done = call("chat", "--bundle", bundle_path, *QUICK, "--json", stdin=lines)
     first, odd, last = json.loads(done.stdout)["turns"]
     assert done.returncode == 0 and first["text"] == last["text"] != ""
-    assert sentence in odd["error"] and odd["error"] in done.stderr.decode() and len(odd["asked"]) <= 200
+    assert (
+        sentence in odd["error"]
+        and odd["error"] in done.stderr.decode()
+        and len(odd["asked"]) <= 200
+    )
 
 
 @pytest.mark.parametrize("environment", LOCALES.values(), ids=LOCALES)
 def test_what_is_typed_is_utf8_whatever_the_locale(bundle_path, environment):
-    done = call("chat", "--bundle", bundle_path, *QUICK, stdin="\ufeffcall my mother\n∆\n".encode(), **environment)
+    done = call(
+        "chat",
+        "--bundle",
+        bundle_path,
+        *QUICK,
+        stdin="\ufeffcall my mother\n∆\n".encode(),
+        **environment,
+    )
     answered, odd = json.loads(done.stdout.splitlines()[-1])["turns"]
     assert done.returncode == 0 and answered["asked"] == "call my mother" and "'∆'" in odd["error"]
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
-def test_an_answer_is_printed_where_a_terminal_lacks_its_letters(monkeypatch, bundle_path, encoding):
+def test_an_answer_is_printed_where_a_terminal_lacks_its_letters(
+    monkeypatch, bundle_path, encoding
+):
     """And the document is JSON still."""
     text = "Zürich ∆ \udcff"
     stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
@@ -134,7 +171,9 @@ def test_a_bundle_whose_path_is_not_utf8_is_refused(voice_path, bundle_copy):
     path = os.fsencode(bundle_copy) + b"\xff"
     os.rename(bundle_copy, path)
     try:
-        assert_refused(call("run", voice_path / "train-000.flac", "--bundle", path), "is not UTF-8", "rename")
+        assert_refused(
+            call("run", voice_path / "train-000.flac", "--bundle", path), "is not UTF-8", "rename"
+        )
     finally:
         os.rename(path, bundle_copy)
 
@@ -147,7 +186,10 @@ def unprivileged():
     """What begins a command that may read and write only what its files' modes allow."""
     if os.geteuid():
         return []
-    if shutil.which("setpriv") is None or subprocess.run([*NO_RIGHTS, "true"], check=False).returncode:
+    if (
+        shutil.which("setpriv") is None
+        or subprocess.run([*NO_RIGHTS, "true"], check=False).returncode
+    ):
         pytest.skip("as root every file can be read, and there is no setpriv")
     return NO_RIGHTS
 
@@ -168,12 +210,16 @@ FILES = [MANIFEST, "llm.onnx", "encoder.onnx.data", "tokenizer.json", "token_emb
 @pytest.mark.parametrize("name", FILES)
 def test_a_bundle_that_may_not_be_read_is_one_sentence(unprivileged, bundle_copy, voice_path, name):
     with mode(bundle_copy / name, 0):
-        done = call("run", voice_path / "train-000.flac", "--bundle", bundle_copy, prefix=unprivileged)
+        done = call(
+            "run", voice_path / "train-000.flac", "--bundle", bundle_copy, prefix=unprivileged
+        )
     assert_refused(done, "" if name == "." else name, "cannot be read (Permission denied)")
 
 
 @pytest.mark.parametrize("name", [".", "ana", "ana/user.json", "ana/projector.onnx.data"])
-def test_a_person_who_may_not_be_read_is_one_sentence(unprivileged, bundle_path, make_user, answer, tmp_path, name):
+def test_a_person_who_may_not_be_read_is_one_sentence(
+    unprivileged, bundle_path, make_user, answer, tmp_path, name
+):
     from tiny_align.runtime.bundle import Bundle
 
     make_user(Bundle.open(bundle_path), tmp_path / "users/ana")
@@ -190,9 +236,22 @@ def test_a_person_who_cannot_be_written_is_one_sentence_before_the_training(
     out = tmp_path / "out"
     out.write_text("") if place == "a file" else out.mkdir()
     with mode(out, 0o500):
-        call_ = ("align", "--bundle", bundle_path, "--data", voice_path, "--user", "ana", "--out", out, "--json")
+        call_ = (
+            "align",
+            "--bundle",
+            bundle_path,
+            "--data",
+            voice_path,
+            "--user",
+            "ana",
+            "--out",
+            out,
+            "--json",
+        )
         done = call(*call_, prefix=unprivileged)
-    assert_refused(done, f"{out}/users/.ana.align cannot be written (", "make room, or give a folder")
+    assert_refused(
+        done, f"{out}/users/.ana.align cannot be written (", "make room, or give a folder"
+    )
     assert list(tmp_path.iterdir()) == [out] and (out.is_file() or not list(out.iterdir()))
 
 
@@ -220,11 +279,20 @@ def raising(error):
 REFUSED = {
     "no memory": (MemoryError(), "memory ran out"),
     "no memory in C++": (RuntimeError("std::bad_alloc"), "memory ran out"),
-    "no memory in PyTorch": (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "memory ran out"),
+    "no memory in PyTorch": (
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+        "memory ran out",
+    ),
     "no threads": (RuntimeError("can't start new thread"), "starts no more threads"),
-    "a file": (PermissionError(13, "Permission denied", "/data/x"), "/data/x cannot be used (Permission denied)"),
+    "a file": (
+        PermissionError(13, "Permission denied", "/data/x"),
+        "/data/x cannot be used (Permission denied)",
+    ),
     "a library's": (OSError("PortAudio library not found"), "PortAudio library not found"),
-    "a path": (UnicodeEncodeError("utf-8", "a\udcff", 1, 2, "surrogates"), "'a\\udcff' cannot be written in utf-8"),
+    "a path": (
+        UnicodeEncodeError("utf-8", "a\udcff", 1, 2, "surrogates"),
+        "'a\\udcff' cannot be written in utf-8",
+    ),
 }
 
 
@@ -232,28 +300,39 @@ REFUSED = {
 def test_what_the_machine_refuses_is_one_sentence(run_cli, monkeypatch, error, sentence):
     monkeypatch.setattr(run_module, "run", raising(error))
     done = run_cli("run", "a.wav", "--bundle", "b")
-    assert (done.status, done.stdout) == (2, "") and sentence in done.stderr and done.stderr.count("\n") == 1
+    assert (
+        (done.status, done.stdout) == (2, "")
+        and sentence in done.stderr
+        and done.stderr.count("\n") == 1
+    )
 
 
 class Panic(BaseException):
     """As libraries written in Rust raise."""
 
 
-@pytest.mark.parametrize("error", [KeyError("surprise"), ZeroDivisionError("surprise"), Panic("sur\nprise")])
+@pytest.mark.parametrize(
+    "error", [KeyError("surprise"), ZeroDivisionError("surprise"), Panic("sur\nprise")]
+)
 def test_a_fault_of_our_own_is_one_sentence_and_a_traceback_with_debug(run_cli, monkeypatch, error):
     monkeypatch.setattr(run_module, "run", raising(error))
     done = run_cli("run", "a.wav", "--bundle", "b")
     assert (done.status, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert done.stderr.startswith(f"tiny-align: internal error: {type(error).__name__}: ")
     assert done.stderr.endswith("; run it again with --debug and report it\n")
-    for debugged in (("--debug", "run", "a.wav", "--bundle", "b"), ("run", "a.wav", "--bundle", "b", "--debug")):
+    for debugged in (
+        ("--debug", "run", "a.wav", "--bundle", "b"),
+        ("run", "a.wav", "--bundle", "b", "--debug"),
+    ):
         done = run_cli(*debugged)
         assert done.status == 1 and "Traceback" in done.stderr and "internal error" in done.stderr
 
 
 def test_debug_shows_where_something_was_refused_too(run_cli):
     done = run_cli("--debug", "run", "a.wav", "--bundle", "nowhere")
-    assert done.status == 2 and "Traceback" in done.stderr and "nowhere is not a bundle" in done.stderr
+    assert (
+        done.status == 2 and "Traceback" in done.stderr and "nowhere is not a bundle" in done.stderr
+    )
 
 
 def test_an_interruption_keeps_its_status(run_cli, monkeypatch):

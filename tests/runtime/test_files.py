@@ -61,7 +61,9 @@ def test_a_folder_that_fails_leaves_the_old_one_and_nothing_else(tmp_path):
 
 def test_a_file_that_does_not_fit_leaves_the_old_one_and_nothing_else(tmp_path, full_disk):
     (tmp_path / "f").write_text("old")
-    refused = pytest.raises(TinyAlignError, match=r"cannot be written \(File too large\): make room")
+    refused = pytest.raises(
+        TinyAlignError, match=r"cannot be written \(File too large\): make room"
+    )
     with full_disk(100), refused, written_file(tmp_path / "f") as temporary:
         temporary.write_bytes(b"x" * 200)
     assert (tmp_path / "f").read_text() == "old" and names(tmp_path) == ["f"]

@@ -18,8 +18,20 @@ from tiny_align.runtime.wav2vec2 import Waveform
 from tiny_align.runtime.whisper import WhisperMel
 
 RATE = 16_000  # Hz
-LENGTHS = (1_600, 3_999, 16_000, 16_001, 16_239, 16_240, 48_080)  # samples: around the edges of frames and rows
-TOLERANCE = {"waveform": 0.0, "whisper": 1e-4, "filter_bank": 1e-4}  # the references compute partly in float32
+LENGTHS = (
+    1_600,
+    3_999,
+    16_000,
+    16_001,
+    16_239,
+    16_240,
+    48_080,
+)  # samples: around the edges of frames and rows
+TOLERANCE = {
+    "waveform": 0.0,
+    "whisper": 1e-4,
+    "filter_bank": 1e-4,
+}  # the references compute partly in float32
 
 
 def reference(front, audio: np.ndarray) -> np.ndarray:
@@ -27,16 +39,26 @@ def reference(front, audio: np.ndarray) -> np.ndarray:
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     if isinstance(front, Waveform):
-        extract = transformers.Wav2Vec2FeatureExtractor(sampling_rate=front.sample_rate, do_normalize=front.normalise)
-        return extract(audio, sampling_rate=front.sample_rate, return_tensors="np")["input_values"][0]
+        extract = transformers.Wav2Vec2FeatureExtractor(
+            sampling_rate=front.sample_rate, do_normalize=front.normalise
+        )
+        return extract(audio, sampling_rate=front.sample_rate, return_tensors="np")["input_values"][
+            0
+        ]
     if isinstance(front, WhisperMel):
         window_s = front.padded_samples // front.sample_rate
         extract = transformers.WhisperFeatureExtractor(
             front.n_mels, front.sample_rate, front.hop_samples, window_s, front.n_fft
         )
-        return extract(audio, sampling_rate=front.sample_rate, return_tensors="np")["input_features"][0].T
+        return extract(audio, sampling_rate=front.sample_rate, return_tensors="np")[
+            "input_features"
+        ][0].T
     extract = transformers.SeamlessM4TFeatureExtractor(
-        front.n_mels, front.sample_rate, num_mel_bins=front.n_mels, padding_value=1.0, stride=front.stride
+        front.n_mels,
+        front.sample_rate,
+        num_mel_bins=front.n_mels,
+        padding_value=1.0,
+        stride=front.stride,
     )
     made = extract(audio, sampling_rate=front.sample_rate, return_tensors="np")
     return made["input_features"][0][made["attention_mask"][0] == 1]
@@ -46,7 +68,9 @@ def assert_same(front, audio: np.ndarray) -> None:
     ours, theirs = front(audio), reference(front, audio)
     assert ours.shape == theirs.shape and ours.dtype == theirs.dtype == np.float32
     difference = np.abs(ours - theirs)
-    assert difference.max() <= TOLERANCE[front.kind], f"max {difference.max():.2g}, mean {difference.mean():.2g}"
+    assert difference.max() <= TOLERANCE[front.kind], (
+        f"max {difference.max():.2g}, mean {difference.mean():.2g}"
+    )
 
 
 FRONTS = {
@@ -113,11 +137,15 @@ def test_one_without_a_kind_is_nemos(bundle_path):
     assert type(made) is FrontEnd and made.n_mels == value["n_mels"]
 
 
-@pytest.mark.parametrize("value", [{"kind": "cochlea"}, {"kind": "waveform", "n_mels": 80}, {"kind": None}])
+@pytest.mark.parametrize(
+    "value", [{"kind": "cochlea"}, {"kind": "waveform", "n_mels": 80}, {"kind": None}]
+)
 def test_an_unknown_kind_or_parameter_is_refused(value):
     with pytest.raises((KeyError, TypeError)):
         front_end_from(value)
 
 
 def test_every_kind_has_a_name_of_its_own():
-    assert {name: kind().kind for name, kind in KINDS.items()} == {name: name for name in KINDS} and len(KINDS) == 4
+    assert {name: kind().kind for name, kind in KINDS.items()} == {
+        name: name for name in KINDS
+    } and len(KINDS) == 4

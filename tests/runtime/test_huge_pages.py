@@ -46,7 +46,9 @@ def test_what_is_allocated_in_the_block_comes_to_lie_on_huge_pages():
 
 def test_memory_that_was_there_is_not_asked_for():
     assert huge_pages._without([(0, 10), (20, 40)], [(0, 10), (25, 30)]) == [(20, 25), (30, 40)]
-    assert huge_pages._without([(5, 9)], [(0, 100)]) == [] and huge_pages._without([(5, 9)], []) == [(5, 9)]
+    assert huge_pages._without([(5, 9)], [(0, 100)]) == [] and huge_pages._without(
+        [(5, 9)], []
+    ) == [(5, 9)]
 
 
 def test_small_memory_is_left_alone(monkeypatch):

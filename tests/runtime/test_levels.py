@@ -24,7 +24,9 @@ def test_a_clipped_recording_is_named_also_after_a_change_of_gain(speech, db, ga
     loud = clipped(speech, db)
     [note] = notes(gain * loud, RATE)
     share = float((np.abs(loud) == 1).mean())
-    assert note.startswith("clipped: ") and float(note.split()[1].rstrip("%")) / 100 == pytest.approx(share, rel=0.3)
+    assert note.startswith("clipped: ") and float(
+        note.split()[1].rstrip("%")
+    ) / 100 == pytest.approx(share, rel=0.3)
     assert ("at full scale" in note) == (gain == 1.0) and ("cut flat at" in note) == (gain != 1.0)
 
 
@@ -41,7 +43,9 @@ def test_a_clipped_recording_at_another_rate_or_from_a_lossy_codec_is_noted(tmp_
         assert "clipped" in read_recording(tmp_path / name, 8_000).notes[0]
 
 
-@pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "ULAW", "ALAW", "IMA_ADPCM", "MS_ADPCM", "GSM610", "FLOAT"])
+@pytest.mark.parametrize(
+    "subtype", ["PCM_U8", "PCM_16", "ULAW", "ALAW", "IMA_ADPCM", "MS_ADPCM", "GSM610", "FLOAT"]
+)
 @pytest.mark.parametrize("peak", [0.99, 0.3, 0.1])
 def test_a_codec_is_not_taken_for_clipping(speech, subtype, peak):
     file = io.BytesIO()

@@ -21,7 +21,17 @@ from tiny_align.runtime.microphone import Notice
 
 RATE = 16_000
 QUICK = ("--threads", 1)
-RESULT = {"turns", "ttft_ms", "dropped_s", "notices", "positions", "capacity", "backend", "user", "notes"}
+RESULT = {
+    "turns",
+    "ttft_ms",
+    "dropped_s",
+    "notices",
+    "positions",
+    "capacity",
+    "backend",
+    "user",
+    "notes",
+}
 TURN = {"text", "heard", "cancelled", "tokens", "speech_s", "hangover_s", "ttft_ms", "seconds"}
 
 
@@ -38,7 +48,9 @@ def test_recordings_are_answered_one_after_another(run_cli, bundle_path, three):
     assert done.status == 0, done.stderr
     result = done.document
     assert set(result) == RESULT and all(set(turn) == TURN for turn in result["turns"])
-    assert len(result["turns"]) == 3 and all(turn["heard"] and not turn["cancelled"] for turn in result["turns"])
+    assert len(result["turns"]) == 3 and all(
+        turn["heard"] and not turn["cancelled"] for turn in result["turns"]
+    )
     assert done.stdout.splitlines()[:-1] == [turn["text"] for turn in result["turns"]]
     assert all(turn["hangover_s"] == pytest.approx(0.8, abs=0.02) for turn in result["turns"])
     assert result["ttft_ms"] == sorted(turn["ttft_ms"] for turn in result["turns"])[1] > 0
@@ -60,7 +72,9 @@ def test_noise_is_not_answered(run_cli, bundle_path, tmp_path):
         soundfile.write(clip, non_speech(np.random.default_rng(seed), RATE), RATE)
     done = run_cli("listen", "--bundle", bundle_path, *QUICK, "--fast", "--wav", *clips)
     assert done.status == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 1 and not any(turn["heard"] for turn in done.document["turns"])
+    assert len(done.stdout.splitlines()) == 1 and not any(
+        turn["heard"] for turn in done.document["turns"]
+    )
     assert done.stderr.count("nothing was heard: no word in it") == len(done.document["turns"])
 
 
@@ -71,7 +85,9 @@ def test_speech_before_an_answer_leaves_the_conversation_sound(assistant, three)
 
     def answers(*audio):
         endpointer, source = Endpointer(RATE), Hurried(audio)
-        return [e for e in listen(assistant.listen(), source, endpointer) if isinstance(e, TurnEnded)]
+        return [
+            e for e in listen(assistant.listen(), source, endpointer) if isinstance(e, TurnEnded)
+        ]
 
     [alone] = answers(second, silence)
     one, two = answers(first, silence, silence[:4_800], second, silence)
@@ -113,7 +129,9 @@ class Mouthful:
         pass
 
 
-def test_a_microphone_that_fails_is_said_and_what_was_heard_is_answered(run_cli, bundle_path, speech, monkeypatch):
+def test_a_microphone_that_fails_is_said_and_what_was_heard_is_answered(
+    run_cli, bundle_path, speech, monkeypatch
+):
     monkeypatch.setattr(Mouthful, "speech", speech, raising=False)
     monkeypatch.setattr(microphone_module, "Microphone", Mouthful)
     done = run_cli("listen", "--bundle", bundle_path, *QUICK, "--json")
@@ -129,7 +147,16 @@ def test_a_microphone_that_fails_is_said_and_what_was_heard_is_answered(run_cli,
 
 
 def test_ctrl_c_ends_it_with_the_document(bundle_path, three):
-    command = [sys.executable, "-m", "tiny_align.runtime.cli", "listen", "--bundle", bundle_path, "--threads", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "tiny_align.runtime.cli",
+        "listen",
+        "--bundle",
+        bundle_path,
+        "--threads",
+        "1",
+    ]
     with subprocess.Popen(
         [*map(str, command), "--wav", *map(str, three * 9)],
         stdout=subprocess.PIPE,
@@ -180,7 +207,10 @@ def test_a_terminal_shows_the_level_and_others_do_not(monkeypatch):
         screen(turn)
         shown = sys.stderr.getvalue()
         assert ("speaking 1.2 s" in shown) == ("█" in shown) == ("\r" in shown) == terminal
-        assert "1.5 s of speech; first word 0.90 s after it" in shown and "cancelled, the person spoke again" in shown
+        assert (
+            "1.5 s of speech; first word 0.90 s after it" in shown
+            and "cancelled, the person spoke again" in shown
+        )
 
 
 # --- chat ---
@@ -194,7 +224,9 @@ def typed(monkeypatch):
 def test_piped_lines_are_answered_in_turn(run_cli, bundle_path, typed, assistant):
     typed("call my mother\n\n  \nwhat is the time")
     done = run_cli("chat", "--bundle", bundle_path, *QUICK)
-    assert done.status == 0 and done.stderr.startswith("tiny-align: about ") and "MiB" in done.stderr
+    assert (
+        done.status == 0 and done.stderr.startswith("tiny-align: about ") and "MiB" in done.stderr
+    )
     assert len(done.stderr.splitlines()) == 1
     turns = done.document["turns"]
     assert [turn["asked"] for turn in turns] == ["call my mother", "what is the time"]
@@ -226,6 +258,9 @@ def test_a_terminal_is_asked(run_cli, bundle_path, typed, monkeypatch):
 def test_the_context_is_that_which_is_asked_for(run_cli, bundle_path, typed):
     typed("call my mother\n" * 9)
     result = run_cli("chat", "--bundle", bundle_path, *QUICK, "--context", 96).document
-    assert result["capacity"] == 96 >= result["positions"] and len({turn["text"] for turn in result["turns"]}) == 1
+    assert (
+        result["capacity"] == 96 >= result["positions"]
+        and len({turn["text"] for turn in result["turns"]}) == 1
+    )
     done = run_cli("chat", "--bundle", bundle_path, *QUICK, "--context", 10**6)
     assert done.status == 2 and "--context is 1000000: expected 1 to 256" in done.stderr

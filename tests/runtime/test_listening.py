@@ -125,19 +125,29 @@ def test_each_turn_is_answered_in_its_order(endpointer):
     assert [e.turn for e in events] == [1] * 5 + [2] * 5 + [3] * 2
     one, two, three = (e for e in events if isinstance(e, TurnEnded))
     lengths = [len(audio) for audio in session.turns]
-    assert one.text == f"{lengths[0]} more more" and (one.heard, one.tokens, one.cancelled) == (True, 3, False)
+    assert one.text == f"{lengths[0]} more more" and (one.heard, one.tokens, one.cancelled) == (
+        True,
+        3,
+        False,
+    )
     assert (three.heard, three.text, three.tokens) == (False, "", 0)
-    assert [t.speech_s for t in (one, two, three)] == pytest.approx([n / SAMPLE_RATE for n in lengths])
+    assert [t.speech_s for t in (one, two, three)] == pytest.approx(
+        [n / SAMPLE_RATE for n in lengths]
+    )
     assert 0 <= one.ttft_s <= one.seconds and one.hangover_s == pytest.approx(0.8, abs=0.02)
     pre_roll = Endpointing().pre_roll_s  # nothing is before the first
-    assert lengths[1] - lengths[0] == pytest.approx((1 + pre_roll) * SAMPLE_RATE, abs=2 * FRAME_SAMPLES)
+    assert lengths[1] - lengths[0] == pytest.approx(
+        (1 + pre_roll) * SAMPLE_RATE, abs=2 * FRAME_SAMPLES
+    )
 
 
 def test_silence_never_reaches_the_session(endpointer):
     session = Echo()
     [notice] = heard(listen(session, Source([silence(1)] * 30), endpointer))
     assert not session.spoken and not session.turns
-    assert notice.text.startswith("nothing louder than -120 dBFS in 10 s, expected speech at -40 or more: check that")
+    assert notice.text.startswith(
+        "nothing louder than -120 dBFS in 10 s, expected speech at -40 or more: check that"
+    )
 
 
 def test_a_source_that_was_loud_once_is_not_called_silent(endpointer):
@@ -154,7 +164,9 @@ def test_a_quiet_turn_is_named_with_its_level(endpointer, level, quiet):
 
 
 def test_how_the_audio_is_cut_changes_nothing(endpointer):
-    audio = np.concatenate([silence(0.5), sound(1), silence(1.2), sound(1.5), silence(0.3), sound(0.4)])
+    audio = np.concatenate(
+        [silence(0.5), sound(1), silence(1.2), sound(1.5), silence(0.3), sound(0.4)]
+    )
     rng = np.random.default_rng(1)
     answers = []
     for n_cuts in (0, 10, 3000):
@@ -181,7 +193,11 @@ def test_recordings_are_played_as_time_passes(endpointer):
 
 def test_speech_during_an_answer_ends_it_within_a_token(endpointer):
     session = Echo(n_tokens=10**6, token_s=0.01)
-    again = [lambda: session.answering.wait(ALIVE_S), sound(0.5), lambda: setattr(session, "n_tokens", 2)]
+    again = [
+        lambda: session.answering.wait(ALIVE_S),
+        sound(0.5),
+        lambda: setattr(session, "n_tokens", 2),
+    ]
     source = Source([sound(1), silence(1), *again, silence(1)], live=True)
     events = heard(listen(session, source, endpointer))
     one, two = (e for e in events if isinstance(e, TurnEnded))
@@ -220,7 +236,9 @@ def test_a_reader_that_stops_makes_the_source_wait_and_nothing_grow(endpointer):
     assert waiting * 3 <= WAITING + 20  # three frames a chunk
     assert settled(source) == waiting
     last = [e for e in heard(events) if isinstance(e, TurnEnded)][-1]
-    assert source.taken == 2000 and last.speech_s == pytest.approx(2000 * 3 * FRAME_SAMPLES / SAMPLE_RATE, abs=0.5)
+    assert source.taken == 2000 and last.speech_s == pytest.approx(
+        2000 * 3 * FRAME_SAMPLES / SAMPLE_RATE, abs=0.5
+    )
 
 
 def settled(source) -> int:

@@ -34,7 +34,9 @@ def prompt(llm):
 def assert_close(got, want):
     difference, spread = np.abs(got.logits - want.logits), want.logits.std()
     share = difference.max() / spread
-    assert share < TOLERANCE, f"max {difference.max():.2g}, mean {difference.mean():.2g}, spread {spread:.2g}"
+    assert share < TOLERANCE, (
+        f"max {difference.max():.2g}, mean {difference.mean():.2g}, spread {spread:.2g}"
+    )
 
 
 class Scripted(Decoder):
@@ -60,7 +62,9 @@ class Scripted(Decoder):
 @pytest.fixture
 def scripted(assistant):
     """scripted(tokens) -> a language model that says them."""
-    return lambda tokens: LanguageModel(assistant.bundle, Scripted(assistant.llm.spec.vocabulary, tokens))
+    return lambda tokens: LanguageModel(
+        assistant.bundle, Scripted(assistant.llm.spec.vocabulary, tokens)
+    )
 
 
 # --- the cache ---
@@ -83,7 +87,9 @@ def test_a_prompt_in_parts_is_as_the_whole(llm, prompt, cuts):
 
 def test_a_full_context_in_parts_is_as_the_whole(llm):
     rng, spread = np.random.default_rng(0), llm.embed(range(100)).std()
-    context = (rng.standard_normal((llm.spec.max_context, llm.spec.hidden_size)) * spread).astype(np.float32)
+    context = (rng.standard_normal((llm.spec.max_context, llm.spec.hidden_size)) * spread).astype(
+        np.float32
+    )
     cache = Cache()
     for part in np.split(context, [100, 101, 199]):
         logits = llm.prefill(part, cache)
@@ -107,8 +113,14 @@ def test_greedy_decoding_takes_the_best_token_of_an_uncached_reading(llm, prompt
 
 
 def test_greedy_decoding_is_always_the_same(llm, prompt):
-    first, second = (list(llm.generate(prompt, Decoding(max_tokens=16, seed=seed))) for seed in (0, 1))
-    assert first == second == list(llm.generate(prompt, Decoding(max_tokens=16, temperature=1.0, top_k=1)))
+    first, second = (
+        list(llm.generate(prompt, Decoding(max_tokens=16, seed=seed))) for seed in (0, 1)
+    )
+    assert (
+        first
+        == second
+        == list(llm.generate(prompt, Decoding(max_tokens=16, temperature=1.0, top_k=1)))
+    )
 
 
 def test_sampling_repeats_with_its_seed_only(llm, prompt):
@@ -160,7 +172,10 @@ def test_chunks_read_as_the_whole(llm, prompt, monkeypatch):
 @pytest.mark.parametrize(("phrase", "longest"), [([7], 24), ([7, 8, 9], 24), ([7] * 7 + [8], 24)])
 def test_an_answer_that_goes_round_in_a_circle_ends(scripted, prompt, phrase, longest):
     assert len(list(scripted(phrase * 20).generate(prompt, Decoding(max_tokens=80)))) == longest
-    assert len(list(scripted(phrase * 20).generate(prompt, Decoding(max_tokens=80, loop_tokens=0)))) == 80
+    assert (
+        len(list(scripted(phrase * 20).generate(prompt, Decoding(max_tokens=80, loop_tokens=0))))
+        == 80
+    )
 
 
 def test_what_is_repeated_a_few_times_is_no_loop():
@@ -177,7 +192,9 @@ def test_an_answer_ends_where_the_context_does(scripted, llm):
 def test_a_prompt_longer_than_the_context_is_refused(llm):
     long, cache = np.zeros((llm.spec.max_context + 1, llm.spec.hidden_size), np.float32), Cache()
     most = llm.spec.max_context
-    with pytest.raises(TinyAlignError, match=rf"needs {most + 1} positions, the bundle's LLM has {most}: shorten"):
+    with pytest.raises(
+        TinyAlignError, match=rf"needs {most + 1} positions, the bundle's LLM has {most}: shorten"
+    ):
         llm.prefill(long, cache)
     assert cache.length == 0 and cache.memory is None
     with pytest.raises(TinyAlignError, match="shorten the instruction or the recording"):
@@ -185,7 +202,10 @@ def test_a_prompt_longer_than_the_context_is_refused(llm):
 
 
 def test_a_cache_counts_towards_the_context(llm):
-    half, cache = np.zeros((llm.spec.max_context // 2 + 1, llm.spec.hidden_size), np.float32), Cache()
+    half, cache = (
+        np.zeros((llm.spec.max_context // 2 + 1, llm.spec.hidden_size), np.float32),
+        Cache(),
+    )
     llm.prefill(half, cache)
     with pytest.raises(TinyAlignError, match=f"needs {2 * len(half)} positions"):
         llm.prefill(half, cache)
@@ -212,7 +232,10 @@ def test_pieces_of_any_tokens_join(llm):
 def test_a_character_of_several_tokens_is_held_back_until_it_is_whole():
     alphabet = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(alphabet, []))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     stream = TextStream(tokenizer)
     text = "né 日 😀!"
     pieces = [stream.push(i) for i in tokenizer.encode(text).ids]
@@ -227,14 +250,20 @@ def test_no_words_are_refused(llm, text):
 
 @pytest.mark.parametrize("strange", ["ж", "日", "€"])
 def test_characters_outside_the_tokenizer_are_named(llm, strange):
-    with pytest.raises(DataError, match=rf"the text holds characters outside the LLM's tokenizer: '{strange}'\. Write"):
+    with pytest.raises(
+        DataError,
+        match=rf"the text holds characters outside the LLM's tokenizer: '{strange}'\. Write",
+    ):
         llm.encode_words(f"what is {strange}")
 
 
 def test_a_special_token_without_an_embedding_is_refused_in_an_instruction(scripted, llm):
     model = scripted([1])
     model.tokenizer.add_special_tokens(["<image>"])
-    with pytest.raises(DataError, match="holds <image>, for which the LLM has no embedding: write the instruction in"):
+    with pytest.raises(
+        DataError,
+        match="holds <image>, for which the LLM has no embedding: write the instruction in",
+    ):
         model.assemble(llm.embed([1, 2]), "Describe <image> to me.")
 
 
@@ -252,10 +281,14 @@ def test_the_prompt_is_the_chat_template(llm, instruction):
     transformers = pytest.importorskip("transformers")
     from tiny_align.reference.llm import CHAT_TEMPLATE
 
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=llm.tokenizer, chat_template=CHAT_TEMPLATE)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=llm.tokenizer, chat_template=CHAT_TEMPLATE
+    )
     system, user = instruction or llm.prompt.instruction, TEXT
     messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
+        "input_ids"
+    ]
     assembled = llm.assemble(llm.embed(llm.encode_words(user)), instruction)
     np.testing.assert_array_equal(assembled, llm.embed(ids))
     pieces = llm.prompt
@@ -265,5 +298,7 @@ def test_the_prompt_is_the_chat_template(llm, instruction):
 def test_embeddings_are_rows_of_the_table(llm, bundle_path):
     table = np.load(bundle_path / "token_embeddings.npy")
     assert table.shape == (llm.spec.vocabulary, llm.spec.hidden_size)
-    np.testing.assert_array_equal(llm.embed([5, 0, 5]), table[[5, 0, 5]].astype(np.float32) * llm.spec.embedding_scale)
+    np.testing.assert_array_equal(
+        llm.embed([5, 0, 5]), table[[5, 0, 5]].astype(np.float32) * llm.spec.embedding_scale
+    )
     assert llm.embed([]).shape == (0, llm.spec.hidden_size)

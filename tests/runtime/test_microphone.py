@@ -68,7 +68,9 @@ def portaudio(monkeypatch):
         return device | {"default_samplerate": float(streams.own)} if kind else [device]
 
     streams = type("Stream", (Stream,), {})
-    fake = types.SimpleNamespace(PortAudioError=PortAudioError, InputStream=streams, query_devices=query_devices)
+    fake = types.SimpleNamespace(
+        PortAudioError=PortAudioError, InputStream=streams, query_devices=query_devices
+    )
     monkeypatch.setitem(sys.modules, "sounddevice", fake)
     return streams
 
@@ -123,7 +125,10 @@ def test_what_nobody_takes_is_dropped_and_said(portaudio):
         microphone._take(np.float32(block(2))[:, None], 512, None, None)
         items, _ = taken(microphone)
     [notice] = [item for item in items if isinstance(item, Notice)]
-    assert notice.dropped_s == pytest.approx(300 * 512 / RATE) and "9.6 s of audio dropped" in notice.text
+    assert (
+        notice.dropped_s == pytest.approx(300 * 512 / RATE)
+        and "9.6 s of audio dropped" in notice.text
+    )
     assert items[-2] is notice  # where it was lost
 
 

@@ -49,7 +49,9 @@ def test_every_bin_is_normalised(speech):
 def test_the_floor_lies_below_the_loudest():
     log_mel = np.array([[0.0, -2.0], [-30.0, -10.0]], np.float32)
     raised = FrontEnd(floor_db=60.0).raise_to_floor(log_mel)
-    np.testing.assert_allclose(raised, np.maximum(log_mel, -6 * np.log(10)), rtol=1e-6)  # 60 dB in nepers of power
+    np.testing.assert_allclose(
+        raised, np.maximum(log_mel, -6 * np.log(10)), rtol=1e-6
+    )  # 60 dB in nepers of power
     np.testing.assert_array_equal(FrontEnd(floor_db=None).raise_to_floor(log_mel), log_mel)
 
 
@@ -59,7 +61,9 @@ def test_speech_is_the_same_whatever_silence_stands_around_it(speech):
     alone, amid = front(speech), front(np.concatenate([pause, speech, pause, pause]))
     within = amid[RATE // front.hop_samples :][:frames]
     plain = FrontEnd(floor_db=60.0)
-    shifted = plain(np.concatenate([pause, speech, pause, pause]))[RATE // front.hop_samples :][:frames]
+    shifted = plain(np.concatenate([pause, speech, pause, pause]))[RATE // front.hop_samples :][
+        :frames
+    ]
     assert np.abs(within - alone).mean() < 0.1 < np.abs(shifted - plain(speech)).mean()
 
 
@@ -72,6 +76,8 @@ def test_training_normalises_a_padded_batch_as_the_runtime_does(n_frames):
     log_mel = rng.normal(-5, 2, (n_frames, 80)).astype(np.float32)
     log_mel[: n_frames // 3] -= 8
     padded = torch.nn.functional.pad(torch.from_numpy(log_mel), (0, 0, 0, 50))
-    batch = normalise(torch.stack([padded, padded.flip(1)]), torch.tensor([n_frames, n_frames]), front)
+    batch = normalise(
+        torch.stack([padded, padded.flip(1)]), torch.tensor([n_frames, n_frames]), front
+    )
     np.testing.assert_allclose(batch[0, :n_frames].numpy(), front.finish(log_mel), atol=1e-4)
     assert not batch[:, n_frames:].any()

@@ -51,7 +51,9 @@ def test_an_offset_decides_nothing():
 
 
 def test_digital_silence_is_left_out():
-    audio = np.concatenate([np.zeros(3 * RATE, np.float32), voice(1.5), np.zeros(3 * RATE, np.float32)])
+    audio = np.concatenate(
+        [np.zeros(3 * RATE, np.float32), voice(1.5), np.zeros(3 * RATE, np.float32)]
+    )
     assert seconds(kept(audio)) < 1.5 + 2 * KEPT_S + 0.1
 
 
@@ -87,9 +89,14 @@ def test_minutes_of_noise_are_not_kept_waiting():
 @pytest.mark.parametrize("seed", range(8))
 def test_pieces_of_any_size_give_the_same_windows(seed):
     rng = np.random.default_rng(seed)
-    parts = [part(rng.uniform(0.2, 5), seed=i) for i, part in enumerate(rng.choice([room, voice], 6))]
+    parts = [
+        part(rng.uniform(0.2, 5), seed=i) for i, part in enumerate(rng.choice([room, voice], 6))
+    ]
     audio = np.concatenate(parts)
-    cutter, pieces = Cutter(WINDOWS, RATE), np.split(audio, np.sort(rng.integers(0, len(audio), 40)))
+    cutter, pieces = (
+        Cutter(WINDOWS, RATE),
+        np.split(audio, np.sort(rng.integers(0, len(audio), 40))),
+    )
     got = [*(window for piece in pieces for window in cutter.push(piece)), *cutter.finish()]
     for (ours, which), (whole, wanted) in zip(got, cut(audio, WINDOWS, RATE), strict=True):
         assert which == wanted and np.array_equal(ours, whole)

@@ -9,7 +9,9 @@ from tiny_align.runtime import proof
 
 CALL = "import sys; from tiny_align.runtime.cli import main; sys.exit(main(sys.argv[1:]))"
 PROVE = ("doctor", "--prove-private", "--json")
-OPENED = "import json; from tiny_align.runtime import proof; print(json.dumps(proof.try_ways_out()))"
+OPENED = (
+    "import json; from tiny_align.runtime import proof; print(json.dumps(proof.try_ways_out()))"
+)
 NOSY = """
 import os, socket
 if "PYTHONDONTWRITEBYTECODE" in os.environ:  # the process that is watched

@@ -15,7 +15,10 @@ BLANK = None
 
 def frames_of(path, sure=3.0):
     """(N, D + 1) frames that say `path`, tokens and blanks."""
-    rows = [np.append(np.zeros(32) if t is BLANK else sure * TABLE[t], 9.0 if t is BLANK else 0.0) for t in path]
+    rows = [
+        np.append(np.zeros(32) if t is BLANK else sure * TABLE[t], 9.0 if t is BLANK else 0.0)
+        for t in path
+    ]
     return np.array(rows, np.float32)
 
 
@@ -26,7 +29,9 @@ def nearest(soft_tokens):
 @pytest.mark.parametrize("seed", range(20))
 def test_runs_become_one_soft_token_each_and_blanks_none(seed):
     rng = np.random.default_rng(seed)
-    path = [BLANK if t == 6 else int(t) for t in rng.integers(0, 7, size=30).repeat(rng.integers(1, 4))]
+    path = [
+        BLANK if t == 6 else int(t) for t in rng.integers(0, 7, size=30).repeat(rng.integers(1, 4))
+    ]
     said = [t for t, _ in itertools.groupby(path) if t is not BLANK]
     assert nearest(collapse(frames_of(path), TABLE, SCALE)) == said
 
@@ -36,7 +41,9 @@ def test_a_blank_between_keeps_two_of_the_same():
 
 
 def test_a_sure_frame_gives_the_token_s_own_embedding():
-    np.testing.assert_allclose(collapse(frames_of([4, 4], sure=20), TABLE, SCALE)[0], TABLE[4], atol=1e-3)
+    np.testing.assert_allclose(
+        collapse(frames_of([4, 4], sure=20), TABLE, SCALE)[0], TABLE[4], atol=1e-3
+    )
 
 
 def test_a_doubtful_frame_gives_a_mixture():
@@ -46,13 +53,17 @@ def test_a_doubtful_frame_gives_a_mixture():
     assert min(np.abs(soft_token - TABLE[1]).max(), np.abs(soft_token - TABLE[3]).max()) > 0.1
 
 
-@pytest.mark.parametrize(("path", "kept"), [([1], 0), ([1, BLANK, 4], 0), ([1, BLANK, 4, BLANK, 2], 3)])
+@pytest.mark.parametrize(
+    ("path", "kept"), [([1], 0), ([1, BLANK, 4], 0), ([1, BLANK, 4, BLANK, 2], 3)]
+)
 def test_a_doubtful_word_alone_is_a_noise(path, kept):
     """Of three doubtful words each may be wrong, but something was said."""
     frames = frames_of(path)
     for frame, token in zip(frames, path):
         if token is not BLANK:
-            frame[-1] = np.log(np.exp(frame[:-1] @ TABLE.T * SCALE).sum()) - 0.1  # the blank is as likely
+            frame[-1] = (
+                np.log(np.exp(frame[:-1] @ TABLE.T * SCALE).sum()) - 0.1
+            )  # the blank is as likely
             assert SCALE * (frame[:-1] @ TABLE[token]) > frame[-1]
     assert len(collapse(frames, TABLE, SCALE)) == kept
 

@@ -83,7 +83,9 @@ def finish():
 before = threading.Thread(target=attempt_all, name="before")
 """
 BEFORE_SEAL = TRIES + "before.start(); seal = sealing.Seal([users]); print(seal.close()); finish()"
-WHILE_LOADING = TRIES + "seal = sealing.Seal([users]); before.start(); print(seal.close()); finish()"
+WHILE_LOADING = (
+    TRIES + "seal = sealing.Seal([users]); before.start(); print(seal.close()); finish()"
+)
 UNSEALED = TRIES + "before.start(); finish()"
 IMPORT = "from tiny_align.runtime import sealing\n"
 COMMAND = """
@@ -153,7 +155,9 @@ def test_without_landlock_nothing_is_written_anywhere(tried):
     assert "'writing': 'seccomp', 'writable': []" in done.stdout
 
 
-def test_a_sealed_command_stays_sealed_and_answers_the_same(tried, bundle_path, voice_path, run_cli):
+def test_a_sealed_command_stays_sealed_and_answers_the_same(
+    tried, bundle_path, voice_path, run_cli
+):
     call = ("run", voice_path / "train-000.flac", "--bundle", bundle_path, *QUICK)
     plain = run_cli(*call).document
     done = tried(TRIES + COMMAND, *call, "--sealed")
@@ -212,7 +216,9 @@ def test_an_open_socket_is_refused(run_python, bundle_path, voice_path):
 
 
 @pytest.mark.parametrize("library", [None, 1])
-def test_a_system_that_cannot_seal_is_refused_before_loading(monkeypatch, run_cli, bundle_path, voice_path, library):
+def test_a_system_that_cannot_seal_is_refused_before_loading(
+    monkeypatch, run_cli, bundle_path, voice_path, library
+):
     """No libseccomp, or a kernel that cannot bind all threads."""
 
     class Old:

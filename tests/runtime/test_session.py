@@ -46,7 +46,9 @@ def until(condition, seconds=20):
 @pytest.fixture
 def talkative(assistant, monkeypatch):
     """The reference LLM as if it knew more turns: what it answers is nonsense then, but it must be the same."""
-    monkeypatch.setattr(assistant.llm, "prompt", dataclasses.replace(assistant.llm.prompt, next="<eos><user>"))
+    monkeypatch.setattr(
+        assistant.llm, "prompt", dataclasses.replace(assistant.llm.prompt, next="<eos><user>")
+    )
     return assistant
 
 
@@ -85,9 +87,13 @@ def test_speech_is_read_while_it_is_spoken(assistant, long_speech):
 
 def test_the_last_window_is_all_that_is_left(assistant, long_speech, monkeypatch):
     session, heard, hear = assistant.listen(), [], assistant.project_window
-    monkeypatch.setattr(assistant, "project_window", lambda audio: heard.append(len(audio)) or hear(audio))
+    monkeypatch.setattr(
+        assistant, "project_window", lambda audio: heard.append(len(audio)) or hear(audio)
+    )
     session.push(long_speech)
-    windows = [len(window) for window, _ in cut(long_speech, assistant.windows, assistant.sample_rate)]
+    windows = [
+        len(window) for window, _ in cut(long_speech, assistant.windows, assistant.sample_rate)
+    ]
     session.settle()
     assert heard == windows[:-1]
     next(session.finish())
@@ -95,13 +101,20 @@ def test_the_last_window_is_all_that_is_left(assistant, long_speech, monkeypatch
 
 
 def test_an_end_that_was_foreseen_leaves_nothing_to_do(assistant, long_speech, monkeypatch):
-    expected, hear = tokens(assistant.stream(long_speech, decoding=DECODING)), assistant.project_window
+    expected, hear = (
+        tokens(assistant.stream(long_speech, decoding=DECODING)),
+        assistant.project_window,
+    )
     session, heard, read = pushed(assistant.listen(decoding=DECODING), long_speech, 8_000), [], []
     session.anticipate()
     session.settle()
-    monkeypatch.setattr(assistant, "project_window", lambda audio: heard.append(audio) or hear(audio))
+    monkeypatch.setattr(
+        assistant, "project_window", lambda audio: heard.append(audio) or hear(audio)
+    )
     prefill = assistant.llm.prefill
-    monkeypatch.setattr(assistant.llm, "prefill", lambda rows, cache: read.append(len(rows)) or prefill(rows, cache))
+    monkeypatch.setattr(
+        assistant.llm, "prefill", lambda rows, cache: read.append(len(rows)) or prefill(rows, cache)
+    )
     assert tokens(session.finish()) == expected
     assert heard == [] and set(read) == {1}  # the answer's own tokens
 
@@ -129,7 +142,9 @@ def test_silence_is_foreseen_as_nothing(assistant, speech):
     session.push(np.zeros(30_000, np.float32))
     session.anticipate()
     assert tokens(session.finish()) == [None]
-    assert tokens(pushed(session, speech, 5_000).finish()) == tokens(assistant.stream(speech, decoding=DECODING))
+    assert tokens(pushed(session, speech, 5_000).finish()) == tokens(
+        assistant.stream(speech, decoding=DECODING)
+    )
 
 
 def test_too_little_is_foreseen_and_refused_where_it_is_the_end(assistant, speech):
@@ -179,7 +194,9 @@ def test_typed_and_spoken_turns_in_turn(assistant, speech):
         assistant.answer_text("turn on the kitchen light").tokens
     )
     assert tokens(pushed(session, speech, 1_000).finish()) == tokens(assistant.stream(speech))
-    assert tokens(session.say("count from one to four")) == list(assistant.answer_text("count from one to four").tokens)
+    assert tokens(session.say("count from one to four")) == list(
+        assistant.answer_text("count from one to four").tokens
+    )
 
 
 def test_turns_are_remembered(talkative, speech, long_speech):
@@ -187,17 +204,24 @@ def test_turns_are_remembered(talkative, speech, long_speech):
     typed = llm.embed(llm.encode_words("turn on the kitchen light"))
     spoken = [talkative.soft_tokens(talkative.features(audio)) for audio in (speech, long_speech)]
     assert tokens(session.say("turn on the kitchen light")) == remembered(talkative, typed)
-    assert tokens(pushed(session, speech, 3_000).finish()) == remembered(talkative, typed, spoken[0])
+    assert tokens(pushed(session, speech, 3_000).finish()) == remembered(
+        talkative, typed, spoken[0]
+    )
     session.push(np.zeros(40_000, np.float32))
     assert tokens(session.finish()) == [None]  # nothing heard, and nothing remembered of it
     session.push(speech)
     session.reset()
-    assert tokens(pushed(session, long_speech, 7_000).finish()) == remembered(talkative, typed, *spoken)
+    assert tokens(pushed(session, long_speech, 7_000).finish()) == remembered(
+        talkative, typed, *spoken
+    )
 
 
 def test_the_oldest_turns_are_forgotten_when_the_context_is_full(talkative):
     text = "turn on the kitchen light"
-    session, words = talkative.listen(decoding=DECODING), talkative.llm.embed(talkative.llm.encode_words(text))
+    session, words = (
+        talkative.listen(decoding=DECODING),
+        talkative.llm.embed(talkative.llm.encode_words(text)),
+    )
     for _ in range(40):
         last = tokens(session.say(text))
         assert session.positions <= session.capacity
@@ -216,7 +240,9 @@ def test_a_context_of_fewer_positions_is_kept_to(bundle_path, speech):
 
 def test_a_turn_that_fails_is_dropped_and_the_next_is_answered(assistant, speech, monkeypatch):
     session = assistant.listen()
-    monkeypatch.setattr(LanguageModel, "prefill", lambda *_: (_ for _ in ()).throw(TinyAlignError("no room")))
+    monkeypatch.setattr(
+        LanguageModel, "prefill", lambda *_: (_ for _ in ()).throw(TinyAlignError("no room"))
+    )
     session.push(speech)
     with pytest.raises(TinyAlignError, match="no room"):
         list(session.finish())
@@ -235,7 +261,9 @@ def test_a_flood_waits_instead_of_growing(assistant, long_speech, monkeypatch):
 
     monkeypatch.setattr(assistant, "project_window", slow)
     session.push(np.tile(long_speech, 5))
-    assert len(behind) > session_module.MAX_WINDOWS and max(behind) <= session_module.MAX_WINDOWS + 1
+    assert (
+        len(behind) > session_module.MAX_WINDOWS and max(behind) <= session_module.MAX_WINDOWS + 1
+    )
     session.reset()
 
 
@@ -269,12 +297,16 @@ def test_many_conversations_at_once(assistant, speech):
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert [answers[i] for i in range(len(audios))] == [tokens(assistant.stream(a, decoding=DECODING)) for a in audios]
+    assert [answers[i] for i in range(len(audios))] == [
+        tokens(assistant.stream(a, decoding=DECODING)) for a in audios
+    ]
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="not glibc")
 def test_memory_that_is_free_goes_back_to_the_system():
-    blocks = [np.ones(12_000) for _ in range(400)]  # 96 KB each: too small to be given back one by one
+    blocks = [
+        np.ones(12_000) for _ in range(400)
+    ]  # 96 KB each: too small to be given back one by one
     kept, full = blocks[-1], resident_bytes()  # the last one, above the others, holds them
     del blocks
     session_module._give_back_memory()
@@ -283,7 +315,9 @@ def test_memory_that_is_free_goes_back_to_the_system():
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("n_samples", [1, 100, 160, 399, 400, 1_599])
-def test_a_few_samples_are_too_little_for_every_front_end(assistant, speech, monkeypatch, kind, n_samples):
+def test_a_few_samples_are_too_little_for_every_front_end(
+    assistant, speech, monkeypatch, kind, n_samples
+):
     monkeypatch.setattr(assistant, "_front_end", kind())
     session = assistant.listen()
     session.push(speech[5_000 : 5_000 + n_samples])
@@ -325,4 +359,6 @@ def test_a_conversation_keeps_the_day_on_which_it_began(talkative, monkeypatch):
     fresh = talkative.listen(decoding=DECODING)
     list(fresh.say("what is the time"))
     n_said = len(remembered(talkative, turns[0]))
-    assert fresh.positions in (len(february) + len(turns[0]) + len(llm.around()[1]) + n for n in (n_said - 1, n_said))
+    assert fresh.positions in (
+        len(february) + len(turns[0]) + len(llm.around()[1]) + n for n in (n_said - 1, n_said)
+    )

@@ -51,7 +51,9 @@ def test_onnx_runtime_imported_before_with_telemetry_on_is_said(imported_before,
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize(("version", "switch"), [("1.32.1", "1"), ("1.29.0", "True"), ("1.28.0", "")])
+@pytest.mark.parametrize(
+    ("version", "switch"), [("1.32.1", "1"), ("1.29.0", "True"), ("1.28.0", "")]
+)
 def test_nothing_is_said_where_there_is_no_uploader(imported_before, version, switch):
     calls = imported_before(version, switch)
     telemetry.turn_off()

@@ -121,14 +121,18 @@ def test_twenty_utterances_in_conversations_with_hot_swaps_are_answered_token_fo
             if turn in swaps:
                 assistant.swap_projector(swaps[turn])
             prompt = assistant.llm.assemble(assistant.soft_tokens(assistant.features(audio)))
-            said.append(list(assistant.llm.generate(prompt, Decoding(max_tokens=16), caches[turn % 4])))
+            said.append(
+                list(assistant.llm.generate(prompt, Decoding(max_tokens=16), caches[turn % 4]))
+            )
         assert said[0] == said[1], f"turn {turn}"
     for got, want in zip(*conversations.values()):
         assert got.length == want.length > 80
 
 
 @pytest.mark.parametrize("person", ["ana", "ben"])
-def test_a_swap_in_the_middle_of_an_answer_changes_nothing_of_it(tensorrt, recordings, person, request):
+def test_a_swap_in_the_middle_of_an_answer_changes_nothing_of_it(
+    tensorrt, recordings, person, request
+):
     want = tensorrt.answer(recordings[0]).tokens
     answer = tensorrt.stream(recordings[0])
     begun = [next(answer).token for _ in range(3)]
@@ -155,7 +159,10 @@ def test_a_drawn_token_is_the_one_drawn_from_all_logits(tensorrt, plain):
 
 def test_more_tokens_than_the_graph_picks_are_not_to_be_had(tensorrt):
     hot = Decoding(temperature=1.0, top_k=100)
-    with pytest.raises(BackendError, match=r"the 100 best .*, the LLM's graph gives 64: ask for a top_k of at most 64"):
+    with pytest.raises(
+        BackendError,
+        match=r"the 100 best .*, the LLM's graph gives 64: ask for a top_k of at most 64",
+    ):
         tensorrt.answer_text("what time is it", decoding=hot)
 
 
@@ -165,9 +172,13 @@ def test_a_graph_that_picks_none_gives_every_logit(bundle_path, tmp_path, machin
     shutil.copytree(bundle_path, target, ignore=shutil.ignore_patterns("users", "engines"))
     bundle = without_best(target)
     build_engines(bundle, graphs=["llm"])
-    with load_decoder(bundle.graph("llm"), bundle.manifest.graphs["llm"], "tensorrt", bundle=bundle) as decoder:
+    with load_decoder(
+        bundle.graph("llm"), bundle.manifest.graphs["llm"], "tensorrt", bundle=bundle
+    ) as decoder:
         np.testing.assert_array_equal(read_in_steps(decoder), read_in_steps(plain_decoder(bundle)))
-        assert decoder.read(np.zeros((1, SIZE), np.float32), decoder.open_cache(8), 0).logits.shape == (800,)
+        assert decoder.read(
+            np.zeros((1, SIZE), np.float32), decoder.open_cache(8), 0
+        ).logits.shape == (800,)
     shutil.rmtree(target)
 
 
@@ -175,11 +186,15 @@ def without_best(folder: Path) -> Bundle:
     onnx, bundle = pytest.importorskip("onnx"), Bundle.open(folder)
     spec = bundle.manifest.graphs["llm"]
     model = onnx.load(str(bundle.graph("llm")), load_external_data=False)
-    model.graph.node.remove(next(node for node in model.graph.node if node.output[0] == TOPK_LOGITS))
+    model.graph.node.remove(
+        next(node for node in model.graph.node if node.output[0] == TOPK_LOGITS)
+    )
     for value in [v for v in model.graph.output if v.name.startswith("best_")]:
         model.graph.output.remove(value)
     onnx.save(model, str(bundle.graph("llm")))
-    left = dataclasses.replace(spec, outputs=tuple(t for t in spec.outputs if not t.name.startswith("best_")))
+    left = dataclasses.replace(
+        spec, outputs=tuple(t for t in spec.outputs if not t.name.startswith("best_"))
+    )
     manifest = dataclasses.replace(bundle.manifest, graphs={**bundle.manifest.graphs, "llm": left})
     return Bundle(folder, write_manifest(folder, manifest))
 
@@ -188,12 +203,17 @@ def without_best(folder: Path) -> Bundle:
 def runners(bundle):
     """Encoder and projector on TensorRT."""
     specs = bundle.manifest.graphs
-    load = [load_runner(bundle.graph(n), specs[n], "tensorrt", bundle=bundle) for n in ("encoder", "projector")]
+    load = [
+        load_runner(bundle.graph(n), specs[n], "tensorrt", bundle=bundle)
+        for n in ("encoder", "projector")
+    ]
     with load[0] as encoder, load[1] as projector:
         yield encoder, projector
 
 
-FRAMES = {"input_features": np.random.default_rng(1).standard_normal((1, 217, 80)).astype(np.float32)}
+FRAMES = {
+    "input_features": np.random.default_rng(1).standard_normal((1, 217, 80)).astype(np.float32)
+}
 
 
 @pytest.mark.parametrize("rows", [None, 20, 10_000])
@@ -205,8 +225,13 @@ def test_in_a_chain_the_features_never_leave_the_device(runners, machine, rows):
     got = Chain(encoder, projector)(FRAMES, rows)
     np.testing.assert_array_equal(got["soft_tokens"], want)
     copied = {way: sizes[before[way] :] for way, sizes in machine.copied.items()}
-    assert copied == {cuda_memory.TO_DEVICE: [FRAMES["input_features"].nbytes], cuda_memory.TO_HOST: [want.nbytes]}
-    np.testing.assert_array_equal(projector({"features": features})["soft_tokens"], want)  # by itself again
+    assert copied == {
+        cuda_memory.TO_DEVICE: [FRAMES["input_features"].nbytes],
+        cuda_memory.TO_HOST: [want.nbytes],
+    }
+    np.testing.assert_array_equal(
+        projector({"features": features})["soft_tokens"], want
+    )  # by itself again
 
 
 def test_a_chain_whose_second_graph_does_not_wait_is_noticed(runners, monkeypatch):
@@ -218,9 +243,15 @@ def test_a_chain_whose_second_graph_does_not_wait_is_noticed(runners, monkeypatc
 
 def test_what_a_chain_cannot_take_is_refused(runners):
     encoder, projector = runners
-    with pytest.raises(BackendError, match=r"encoder\.onnx takes input_features float32, projector\.onnx gives soft"):
+    with pytest.raises(
+        BackendError,
+        match=r"encoder\.onnx takes input_features float32, projector\.onnx gives soft",
+    ):
         Chain(projector, encoder)
-    with pytest.raises(BackendError, match=r"encoder\.onnx takes the inputs \['input_features'\], given were \['x'\]"):
+    with pytest.raises(
+        BackendError,
+        match=r"encoder\.onnx takes the inputs \['input_features'\], given were \['x'\]",
+    ):
         Chain(encoder, projector)({"x": FRAMES["input_features"]})
     projector.close()
     with pytest.raises(BackendError, match=r"projector\.onnx is closed"):
@@ -229,13 +260,25 @@ def test_what_a_chain_cannot_take_is_refused(runners):
 
 def test_a_chain_of_another_backend_is_one_after_the_other(bundle):
     specs = bundle.manifest.graphs
-    encoder, projector = (load_runner(bundle.graph(n), specs[n], "onnxruntime", 1) for n in ("encoder", "projector"))
+    encoder, projector = (
+        load_runner(bundle.graph(n), specs[n], "onnxruntime", 1) for n in ("encoder", "projector")
+    )
     want = projector({"features": encoder(FRAMES)["features"][:, :20]})
-    np.testing.assert_array_equal(Chain(encoder, projector)(FRAMES, 20)["soft_tokens"], want["soft_tokens"])
+    np.testing.assert_array_equal(
+        Chain(encoder, projector)(FRAMES, 20)["soft_tokens"], want["soft_tokens"]
+    )
 
 
 def test_a_command_answers_with_tensorrt(bundle, voice_path, run_cli, plain):
-    done = run_cli("run", voice_path / "test-100.flac", "--bundle", bundle.path, "--backend", "tensorrt", "--json")
+    done = run_cli(
+        "run",
+        voice_path / "test-100.flac",
+        "--bundle",
+        bundle.path,
+        "--backend",
+        "tensorrt",
+        "--json",
+    )
     assert done.status == 0, done.stderr
     assert done.document["backend"] == "tensorrt"
     assert done.document["text"] == plain.answer_file(voice_path / "test-100.flac").text
@@ -266,7 +309,9 @@ def decoder(bundle, request, monkeypatch):
 
 
 def never_turned(patch):
-    patch.setattr(trt_module._TrtCache, "turn", lambda self, length: setattr(self, "length", length))
+    patch.setattr(
+        trt_module._TrtCache, "turn", lambda self, length: setattr(self, "length", length)
+    )
 
 
 def layers_exchanged(patch):
@@ -292,7 +337,11 @@ def spaced_as_the_capacity(patch):
     """As if TensorRT took a tensor with gaps: the shape of the whole buffer."""
     patch.setattr(trt_module._TrtCache, "checked_total", lambda self, past, new: past + new)
     sized = trt_module._sized
-    patch.setattr(trt_module, "_sized", lambda tensor, n: sized(tensor, max(n - 1, 0) if "past" in tensor.name else n))
+    patch.setattr(
+        trt_module,
+        "_sized",
+        lambda tensor, n: sized(tensor, max(n - 1, 0) if "past" in tensor.name else n),
+    )
 
 
 def not_synchronised(patch):
@@ -304,12 +353,18 @@ def run_before_the_upload(patch):
     upload, run = trt_module.cuda_memory.Stream.upload, trt_module._Engine.run
     late = []
     patch.setattr(trt_module.cuda_memory.Stream, "upload", lambda *given: late.append(given))
-    patch.setattr(trt_module._Engine, "run", lambda self, stream: (run(self, stream), upload(*late.pop())))
+    patch.setattr(
+        trt_module._Engine, "run", lambda self, stream: (run(self, stream), upload(*late.pop()))
+    )
 
 
 def buffers_too_small(patch):
     buffer = trt_module._buffer
-    patch.setattr(trt_module, "_buffer", lambda t, shape: buffer(t, (3, 8, 32) if "present" in t.name else shape))
+    patch.setattr(
+        trt_module,
+        "_buffer",
+        lambda t, shape: buffer(t, (3, 8, 32) if "present" in t.name else shape),
+    )
 
 
 def address_inside_a_buffer(patch):
@@ -323,7 +378,10 @@ def address_inside_a_buffer(patch):
 def the_hosts_address(patch):
     patch.setenv(cuda_memory.ZERO_COPY, "1")
     patch.setattr(
-        cuda_memory.Mapped, "address", property(lambda self: self.array.ctypes.data, lambda self, _: None), False
+        cuda_memory.Mapped,
+        "address",
+        property(lambda self: self.array.ctypes.data, lambda self, _: None),
+        False,
     )
 
 
@@ -438,7 +496,9 @@ def test_a_conversation_takes_two_sets_for_the_whole_context(decoder, machine, b
 
 def test_no_memory_is_one_sentence_and_leaves_none_behind(bundle, monkeypatch):
     small = trt_emulation.install(monkeypatch, capacity=1_000_000)
-    with pytest.raises(BackendError, match=r"CUDA refuses cudaMalloc of .* MB: out of memory \(error 2\)"):
+    with pytest.raises(
+        BackendError, match=r"CUDA refuses cudaMalloc of .* MB: out of memory \(error 2\)"
+    ):
         Assistant.load(bundle, backend="tensorrt")
     gc.collect()
     assert small.n_bytes == 0
@@ -451,7 +511,9 @@ def test_memory_that_was_freed_is_not_there(machine):
     gc.collect()
     assert machine.memory(address, 1) is None
     stray = types.SimpleNamespace(address=address, n_bytes=64)
-    with pytest.raises(BackendError, match=r"CUDA refuses cudaMemcpyAsync: invalid argument \(error 1\)"):
+    with pytest.raises(
+        BackendError, match=r"CUDA refuses cudaMemcpyAsync: invalid argument \(error 1\)"
+    ):
         stream.upload(np.zeros(4, np.float32), stray)
 
 
@@ -467,7 +529,10 @@ def test_a_shape_outside_the_profile_is_named_with_the_profile(bundle):
     spec = bundle.manifest.graphs["encoder"]
     with (
         load_runner(bundle.graph("encoder"), spec, "tensorrt", bundle=bundle) as runner,
-        pytest.raises(BackendError, match=r"takes input_features from \[1, 13, 80\] to \[1, 3000, 80\], given was \["),
+        pytest.raises(
+            BackendError,
+            match=r"takes input_features from \[1, 13, 80\] to \[1, 3000, 80\], given was \[",
+        ),
     ):
         runner({"input_features": np.zeros((1, 3001, 80), np.float32)})
 
@@ -477,7 +542,8 @@ def test_a_cache_is_read_on_from_its_end_and_within_its_memory(decoder):
     decoder.read(three, cache, 0)
     for past, n in ((2, 1), (4, 1), (3, 6)):
         with pytest.raises(
-            BackendError, match=rf"a cache of 8 positions, 3 of them read, cannot take {n} after {past}"
+            BackendError,
+            match=rf"a cache of 8 positions, 3 of them read, cannot take {n} after {past}",
         ):
             decoder.read(np.zeros((n, SIZE), np.float32), cache, past)
     decoder.read(three, cache, 3)
@@ -487,22 +553,32 @@ def test_a_cache_is_read_on_from_its_end_and_within_its_memory(decoder):
 def test_what_is_closed_says_so(bundle, decoder):
     cache = decoder.open_cache(8)
     decoder.close()
-    for use in (lambda: decoder.open_cache(8), lambda: decoder.read(np.zeros((1, SIZE), np.float32), cache, 0)):
+    for use in (
+        lambda: decoder.open_cache(8),
+        lambda: decoder.read(np.zeros((1, SIZE), np.float32), cache, 0),
+    ):
         with pytest.raises(BackendError, match=r"llm\.onnx is closed"):
             use()
 
 
 def test_without_tensorrt_nothing_takes_its_place(bundle, monkeypatch):
     monkeypatch.setattr(trt_module, "PACKAGES", ("tensorrt_that_is_not_there",))
-    with pytest.raises(BackendError, match=r"needs TensorRT, which is not installed.*JetPack.*--backend onnxruntime"):
+    with pytest.raises(
+        BackendError,
+        match=r"needs TensorRT, which is not installed.*JetPack.*--backend onnxruntime",
+    ):
         Assistant.load(bundle, backend="tensorrt")
 
 
 def test_a_broken_tensorrt_is_named(bundle, monkeypatch, tmp_path):
-    (tmp_path / "broken_tensorrt.py").write_text("raise ImportError('libnvinfer.so.10: no such file')")
+    (tmp_path / "broken_tensorrt.py").write_text(
+        "raise ImportError('libnvinfer.so.10: no such file')"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(trt_module, "PACKAGES", ("broken_tensorrt",))
-    with pytest.raises(BackendError, match=r"cannot be imported \(libnvinfer\.so\.10: no such file\): repair"):
+    with pytest.raises(
+        BackendError, match=r"cannot be imported \(libnvinfer\.so\.10: no such file\): repair"
+    ):
         Assistant.load(bundle, backend="tensorrt")
 
 
@@ -512,7 +588,10 @@ def test_without_cuda_it_says_where_it_comes_from(monkeypatch, run_python):
         "try: cuda_memory.Buffer(8)\n"
         "except cuda_memory.BackendError as error: print(error)"
     )
-    assert "none of libcudart_nowhere.so can be loaded. On a Jetson it comes with JetPack" in run_python(script).stdout
+    assert (
+        "none of libcudart_nowhere.so can be loaded. On a Jetson it comes with JetPack"
+        in run_python(script).stdout
+    )
 
 
 def test_an_engine_that_is_not_there_is_not_built(bundle_path):
@@ -531,7 +610,9 @@ def test_an_engine_that_is_not_there_is_not_built(bundle_path):
     ],
     ids=["damaged", "empty"],
 )
-def test_what_tensorrt_says_against_an_engine_is_passed_on(bundle, monkeypatch, tmp_path, content, why):
+def test_what_tensorrt_says_against_an_engine_is_passed_on(
+    bundle, monkeypatch, tmp_path, content, why
+):
     (tmp_path / "llm.engine").write_bytes(content)
     monkeypatch.setattr(trt_module, "check_engine", lambda *_: tmp_path / "llm.engine")
     with pytest.raises(BackendError, match=why):
@@ -540,27 +621,44 @@ def test_what_tensorrt_says_against_an_engine_is_passed_on(bundle, monkeypatch, 
 
 def test_no_runtime_is_one_sentence(bundle, monkeypatch):
     def refuse(self, logger):
-        logger.log(trt_emulation.ILogger.Severity.ERROR, "CUDA initialization failure with error: 35")
+        logger.log(
+            trt_emulation.ILogger.Severity.ERROR, "CUDA initialization failure with error: 35"
+        )
         raise TypeError("pybind11::init(): factory function returned nullptr")
 
     monkeypatch.setattr(trt_emulation.Runtime, "__init__", refuse)
-    with pytest.raises(BackendError, match=r"cannot make a Runtime for .*llm\.engine: CUDA initialization failure"):
+    with pytest.raises(
+        BackendError, match=r"cannot make a Runtime for .*llm\.engine: CUDA initialization failure"
+    ):
         Assistant.load(bundle, backend="tensorrt")
 
 
 def test_an_engine_with_other_tensors_than_the_manifest_is_refused(bundle):
     spec = bundle.manifest.graphs["encoder"]
-    other = dataclasses.replace(spec, outputs=(dataclasses.replace(spec.outputs[0], dtype="float16"),))
+    other = dataclasses.replace(
+        spec, outputs=(dataclasses.replace(spec.outputs[0], dtype="float16"),)
+    )
     graphs = {**bundle.manifest.graphs, "encoder": other}
-    changed = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, graphs=graphs))
-    with pytest.raises(BackendError, match="differ in features float16, features float32: build the engines again"):
+    changed = dataclasses.replace(
+        bundle, manifest=dataclasses.replace(bundle.manifest, graphs=graphs)
+    )
+    with pytest.raises(
+        BackendError, match="differ in features float16, features float32: build the engines again"
+    ):
         load_runner(bundle.graph("encoder"), other, "tensorrt", bundle=changed)
 
 
 def test_a_size_that_only_the_data_tells_is_refused(bundle, monkeypatch):
-    monkeypatch.setattr(trt_emulation.IExecutionContext, "get_tensor_shape", lambda self, name: (1, -1, 352))
-    with pytest.raises(BackendError, match=r"gives features a size that is known only when it has run: \[1, -1, 352\]"):
-        load_runner(bundle.graph("encoder"), bundle.manifest.graphs["encoder"], "tensorrt", bundle=bundle)
+    monkeypatch.setattr(
+        trt_emulation.IExecutionContext, "get_tensor_shape", lambda self, name: (1, -1, 352)
+    )
+    with pytest.raises(
+        BackendError,
+        match=r"gives features a size that is known only when it has run: \[1, -1, 352\]",
+    ):
+        load_runner(
+            bundle.graph("encoder"), bundle.manifest.graphs["encoder"], "tensorrt", bundle=bundle
+        )
 
 
 # --- a person's projector ---
@@ -583,20 +681,28 @@ def test_a_person_is_loaded_from_an_engine_of_their_own(bundle, ben, plain, spee
         np.testing.assert_array_equal(assistant.soft_tokens(features), plain.soft_tokens(features))
 
 
-def test_an_engine_that_cannot_be_refitted_says_what_to_build(bundle, ana, monkeypatch, tensorrt, speech):
+def test_an_engine_that_cannot_be_refitted_says_what_to_build(
+    bundle, ana, monkeypatch, tensorrt, speech
+):
     before = tensorrt.answer(speech).tokens
     monkeypatch.setattr(trt_emulation.ICudaEngine, "refittable", False)
     with pytest.raises(
-        BackendError, match=r"built without REFIT .*other weights: .*build-engines --bundle \S+ --user ana`"
+        BackendError,
+        match=r"built without REFIT .*other weights: .*build-engines --bundle \S+ --user ana`",
     ):
         tensorrt.swap_projector(ana)
     assert tensorrt.answer(speech).tokens == before
 
 
-def test_weights_of_another_graph_are_refused_and_the_old_ones_stay(bundle, tensorrt, speech, tmp_path):
+def test_weights_of_another_graph_are_refused_and_the_old_ones_stay(
+    bundle, tensorrt, speech, tmp_path
+):
     before = tensorrt.answer(speech).tokens
     (tmp_path / "projector.onnx").write_text("not a graph")
-    with pytest.raises(BackendError, match=r"cannot take the weights of .*projector\.onnx .*structure is not the eng"):
+    with pytest.raises(
+        BackendError,
+        match=r"cannot take the weights of .*projector\.onnx .*structure is not the eng",
+    ):
         tensorrt.swap_projector(tmp_path / "projector.onnx")
     assert tensorrt.answer(speech).tokens == before
 
@@ -627,7 +733,9 @@ def assert_as_documented(name: str, member, known: dict) -> None:
     elif isinstance(member, property):
         assert known["names"][name] is None, name
     else:
-        required = [[p for p in overload if not p.endswith("=")] for overload in known["names"][name]]
+        required = [
+            [p for p in overload if not p.endswith("=")] for overload in known["names"][name]
+        ]
         assert parameters(member) in required, name
 
 
@@ -644,10 +752,14 @@ def test_tensorrt_rtx_itself_has_the_api():
         if overloads is None:
             assert isinstance(real, property), name
             continue
-        lines = [re.sub("<.*?>", "", line.split(" -> ")[0]) for line in (real.__doc__ or "").splitlines()]
+        lines = [
+            re.sub("<.*?>", "", line.split(" -> ")[0]) for line in (real.__doc__ or "").splitlines()
+        ]
         told = [[p for p in re.findall(r"(\w+): ", line) if p != "self"] for line in lines]
         for overload in overloads if owner else ():
-            assert [p.rstrip("=") for p in overload] in told, f"{name}{overload}, it tells {real.__doc__}"
+            assert [p.rstrip("=") for p in overload] in told, (
+                f"{name}{overload}, it tells {real.__doc__}"
+            )
 
 
 def test_another_version_is_told_by_its_number(bundle, monkeypatch):

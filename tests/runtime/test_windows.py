@@ -18,7 +18,10 @@ def vectors_of(windows):
 def test_every_vector_of_an_utterance_is_kept_once(n):
     windows = cut(np.arange(n, dtype=np.float32), SPEC)
     assert vectors_of(windows) == list(range(0, n, SPEC.vector_samples))
-    assert all(len(window) == SPEC.samples for window, _ in windows[:-1]) and len(windows[-1][0]) <= SPEC.samples
+    assert (
+        all(len(window) == SPEC.samples for window, _ in windows[:-1])
+        and len(windows[-1][0]) <= SPEC.samples
+    )
 
 
 def test_a_cut_is_seen_from_both_sides():

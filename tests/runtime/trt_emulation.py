@@ -22,9 +22,15 @@ from tiny_align.runtime import cuda_memory
 from tiny_align.runtime.ort import _session
 
 OK, INVALID_VALUE, OUT_OF_MEMORY, ILLEGAL_ADDRESS = 0, 1, 2, 700  # cudaError_t
-WORDS = {INVALID_VALUE: b"invalid argument", OUT_OF_MEMORY: b"out of memory", ILLEGAL_ADDRESS: b"illegal memory access"}
+WORDS = {
+    INVALID_VALUE: b"invalid argument",
+    OUT_OF_MEMORY: b"out of memory",
+    ILLEGAL_ADDRESS: b"illegal memory access",
+}
 ALIGNMENT = 256  # bytes
-MAPPED_AT = 1 << 52  # bytes between the host's address of shared memory and the device's: nothing of ours is there
+MAPPED_AT = (
+    1 << 52
+)  # bytes between the host's address of shared memory and the device's: nothing of ours is there
 NAN = 0xFF  # a byte; four of them are a float32 that is none
 BUILD_ONE = (  # stands in for engines.build_one: the job on stdin, the cost on stdout
     "import json, sys; job = json.load(sys.stdin); "
@@ -55,7 +61,11 @@ class Cudart:
         return INVALID_VALUE if address >= MAPPED_AT else self._free(address)
 
     def cudaHostAlloc(self, address, size: int, flags: int) -> int:
-        return self._allocate(address, size, MAPPED_AT) if flags == cuda_memory.MAPPED else INVALID_VALUE
+        return (
+            self._allocate(address, size, MAPPED_AT)
+            if flags == cuda_memory.MAPPED
+            else INVALID_VALUE
+        )
 
     def cudaHostGetDevicePointer(self, address, host: int, flags: int) -> int:
         address._obj.value = host + MAPPED_AT
@@ -107,17 +117,26 @@ class Cudart:
         self.copied[kind].append(size)
         if kind == cuda_memory.TO_DEVICE:  # pageable memory is read at once
             sent = ctypes.string_at(host, size)
-            self.enqueue(stream, lambda: device.__setitem__(slice(None), np.frombuffer(sent, np.uint8)))
+            self.enqueue(
+                stream, lambda: device.__setitem__(slice(None), np.frombuffer(sent, np.uint8))
+            )
         else:
             self.enqueue(stream, lambda: ctypes.memmove(host, device.ctypes.data, size))
         return OK
 
     def cudaMemcpy2DAsync(self, to, to_pitch, origin, pitch, width, height, kind, stream) -> int:
         source, target = self.memory(origin, pitch * height), self.memory(to, to_pitch * height)
-        if source is None or target is None or width > min(pitch, to_pitch) or kind != cuda_memory.ON_DEVICE:
+        if (
+            source is None
+            or target is None
+            or width > min(pitch, to_pitch)
+            or kind != cuda_memory.ON_DEVICE
+        ):
             return INVALID_VALUE
         rows, places = source.reshape(height, pitch), target.reshape(height, to_pitch)
-        self.enqueue(stream, lambda: places.__setitem__((slice(None), slice(width)), rows[:, :width].copy()))
+        self.enqueue(
+            stream, lambda: places.__setitem__((slice(None), slice(width)), rows[:, :width].copy())
+        )
         return OK
 
     def cudaStreamSynchronize(self, stream: int) -> int:
@@ -161,8 +180,17 @@ class TensorLocation(enum.Enum):
     DEVICE, HOST = range(2)
 
 
-NUMPY = {DataType.FLOAT: "float32", DataType.HALF: "float16", DataType.INT32: "int32", DataType.INT64: "int64"}
-ORT = {"tensor(float)": DataType.FLOAT, "tensor(float16)": DataType.HALF, "tensor(int64)": DataType.INT64}
+NUMPY = {
+    DataType.FLOAT: "float32",
+    DataType.HALF: "float16",
+    DataType.INT32: "int32",
+    DataType.INT64: "int64",
+}
+ORT = {
+    "tensor(float)": DataType.FLOAT,
+    "tensor(float16)": DataType.HALF,
+    "tensor(int64)": DataType.INT64,
+}
 
 
 def nptype(trt_type):
@@ -205,18 +233,28 @@ def _loaded(graph: str, changed: int):
 @functools.lru_cache(maxsize=4096)
 def _output_shapes(session, shapes: tuple) -> dict[str, tuple[int, ...]]:
     """Output shapes for input shapes: by running, since an ONNX graph does not tell."""
-    zeros = {i.name: np.zeros(s, NUMPY[ORT[i.type]]) for i, s in zip(session.get_inputs(), shapes, strict=True)}
+    zeros = {
+        i.name: np.zeros(s, NUMPY[ORT[i.type]])
+        for i, s in zip(session.get_inputs(), shapes, strict=True)
+    }
     names = [o.name for o in session.get_outputs()]
     return {name: value.shape for name, value in zip(names, session.run(names, zeros))}
 
 
 class ICudaEngine:
     def __init__(self, content: dict, logger):
-        self._logger, self._profile, self._refittable = logger, content["profile"], content["refittable"]
+        self._logger, self._profile, self._refittable = (
+            logger,
+            content["profile"],
+            content["refittable"],
+        )
         self._load(content["graph"])
 
     def _load(self, graph: str) -> None:
-        self._graph, self._session = graph, _loaded(graph, sum(p.stat().st_mtime_ns for p in _files(Path(graph))))
+        self._graph, self._session = (
+            graph,
+            _loaded(graph, sum(p.stat().st_mtime_ns for p in _files(Path(graph)))),
+        )
         self._inputs = {i.name: i for i in self._session.get_inputs()}
         self._outputs = {o.name: o for o in self._session.get_outputs()}
 
@@ -259,14 +297,23 @@ class IExecutionContext:
 
     def set_input_shape(self, name, shape):
         least, _, greatest = self._engine._profile[name]
-        if len(shape) != len(least) or not all(a <= n <= b for a, n, b in zip(least, shape, greatest)):
-            _say(self._engine._logger, f"Supplied shape {list(shape)} for {name} is outside the profile")
+        if len(shape) != len(least) or not all(
+            a <= n <= b for a, n, b in zip(least, shape, greatest)
+        ):
+            _say(
+                self._engine._logger,
+                f"Supplied shape {list(shape)} for {name} is outside the profile",
+            )
             return False
         self._shapes[name] = tuple(shape)
         return True
 
     def set_tensor_address(self, name, memory):
-        if memory == 0 or memory % ALIGNMENT or name not in {**self._engine._inputs, **self._engine._outputs}:
+        if (
+            memory == 0
+            or memory % ALIGNMENT
+            or name not in {**self._engine._inputs, **self._engine._outputs}
+        ):
             return False
         self._addresses[name] = memory
         return True
@@ -279,14 +326,20 @@ class IExecutionContext:
     def execute_async_v3(self, stream_handle):
         missing = {*self._engine._inputs, *self._engine._outputs} - set(self._addresses)
         if missing or set(self._shapes) != set(self._engine._inputs):
-            _say(self._engine._logger, f"Neither address nor shape may be missing: {sorted(missing)}")
+            _say(
+                self._engine._logger, f"Neither address nor shape may be missing: {sorted(missing)}"
+            )
             return False
-        work = functools.partial(self._compute, dict(self._shapes), dict(self._addresses), self._given())
+        work = functools.partial(
+            self._compute, dict(self._shapes), dict(self._addresses), self._given()
+        )
         cuda_memory.library().enqueue(stream_handle, work)
         return True
 
     def _given(self) -> dict[str, tuple[int, ...]]:
-        return _output_shapes(self._session, tuple(self._shapes[name] for name in self._engine._inputs))
+        return _output_shapes(
+            self._session, tuple(self._shapes[name] for name in self._engine._inputs)
+        )
 
     def _compute(self, shapes: dict, addresses: dict, given: dict) -> None:
         outputs = {name: self._array(addresses[name], name, shape) for name, shape in given.items()}
