@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 # Python executes it when it starts: ONNX Runtime's telemetry is off also where it is imported before us
-# (runtime/telemetry.py). Who sets the variable otherwise is obeyed until `tiny_align` is imported.
+# (runtime/privacy/telemetry.py). Who sets the variable otherwise is obeyed until `tiny_align` is imported.
 AT_START = "import os; os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')\n"
 
 STAGES = ("runtime", "align", "export", "engines", "reference", "benchmarks")
@@ -57,6 +57,12 @@ DEV = [
 ]
 
 
+def packages_of(stage: str) -> list[str]:
+    """The stage and every package in its folder, but for what is run from a checkout only."""
+    inner = find_packages(stage, exclude=["studies", "studies.*"])
+    return [f"tiny_align.{stage}", *(f"tiny_align.{stage}.{name}" for name in inner)]
+
+
 class BuildWithStart(build_py):
     """Puts AT_START beside the packages, in an editable install too."""
 
@@ -80,7 +86,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=[*(f"tiny_align.{stage}" for stage in STAGES), "tiny_align.align.objectives"],
+    packages=[name for stage in STAGES for name in packages_of(stage)],
     package_dir={f"tiny_align.{stage}": stage for stage in STAGES},
     package_data={"tiny_align.reference": ["bundle/**", "voice/**"]},
     install_requires=RUNTIME,
@@ -95,5 +101,5 @@ setup(
         "peers": PEERS,
         "dev": DEV,
     },
-    entry_points={"console_scripts": ["tiny-align=tiny_align.runtime.cli:main"]},
+    entry_points={"console_scripts": ["tiny-align=tiny_align.runtime.commands.cli:main"]},
 )

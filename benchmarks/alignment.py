@@ -24,27 +24,33 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from tiny_align.align.datasets import load_dataset, split_of
-from tiny_align.align.demo import shipped
-from tiny_align.align.evaluate import EncodedUtterance, Quality, encode_utterances, rouge, score
-from tiny_align.align.feature_cache import cached_features, non_speech_files
-from tiny_align.align.non_speech import hiss
-from tiny_align.align.objectives import FRAMED, POOLED
-from tiny_align.align.personalise import (
+from tiny_align.align.commands.align import (
     AUGMENTATIONS,
     embedding_table,
     make_examples,
     rehearsal_examples,
 )
+from tiny_align.align.commands.demo import shipped
+from tiny_align.align.commands.evaluate import (
+    EncodedUtterance,
+    Quality,
+    encode_utterances,
+    rouge,
+    score,
+)
+from tiny_align.align.data.datasets import load_dataset, split_of
+from tiny_align.align.data.feature_cache import cached_features, non_speech_files
+from tiny_align.align.data.non_speech import hiss
+from tiny_align.align.model.objectives import FRAMED, POOLED
+from tiny_align.align.model.projector import PROJECTORS, build_projector
+from tiny_align.align.model.users import load_projector
+from tiny_align.align.model.windows import project
 from tiny_align.align.pictures import new_figure
-from tiny_align.align.projector import PROJECTORS, build_projector
-from tiny_align.align.trainer import JUDGEMENT, Trainer, TrainOptions
-from tiny_align.align.users import load_projector
-from tiny_align.align.windows import project
+from tiny_align.align.training.trainer import JUDGEMENT, Trainer, TrainOptions
 from tiny_align.export.pretrained import load_pretrained
 from tiny_align.reference import corpus, recordings, speech
 from tiny_align.runtime.assistant import Assistant
-from tiny_align.runtime.bundle import Bundle
+from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.files import write_json
 from tiny_align.runtime.machine import describe
 from tiny_align.runtime.readout import collapse, ctc_scale, merge_similar
@@ -202,7 +208,7 @@ def frozen_llm(assistant: Assistant, weights: Path = WEIGHTS / "llm"):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from tiny_align.align.objectives.end_to_end import FrozenLlm
+    from tiny_align.align.model.objectives.end_to_end import FrozenLlm
 
     llm, prompt = assistant.llm, assistant.bundle.manifest.prompt
     asked = (prompt.instruction, prompt.repeat_instruction)
@@ -270,7 +276,7 @@ class Cell:
     def _train(
         self, projector, examples: list, rate: float, steps: int, seed: int, personal: bool = False
     ):
-        from tiny_align.align.objectives import make
+        from tiny_align.align.model.objectives import make
 
         options = TrainOptions(
             objective=self.objective, flat_start=steps // 8, steps=steps, rate=rate, shortcut_rate=rate, seed=seed,
@@ -442,7 +448,7 @@ class Shipped:
         return out
 
     def _personalised(self, n: int, seed: int):
-        from tiny_align.align.objectives import make
+        from tiny_align.align.model.objectives import make
 
         options = TrainOptions(seed=seed)
         projector = load_projector(self.assistant.bundle, self.assistant.bundle.graph("projector"))

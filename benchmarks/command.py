@@ -101,7 +101,7 @@ def _measure(args, names: list[str]) -> dict:
 
 
 def _setting(args):
-    from tiny_align.align.demo import shipped
+    from tiny_align.align.commands.demo import shipped
     from tiny_align.benchmarks.standard import Setting
 
     paths = (str(args.bundle or shipped("bundle")), str(args.data or shipped("voice")))
@@ -122,7 +122,8 @@ def _slowed(text: str) -> tuple[str, float]:
 def _stamp(args, names: list[str], setting) -> dict:
     """Where, when and what: everything but what is measured, without paths of this machine."""
     from tiny_align.benchmarks import harness, results
-    from tiny_align.runtime.bundle import MANIFEST, Bundle
+    from tiny_align.runtime.bundle.bundle import Bundle
+    from tiny_align.runtime.bundle.manifest import MANIFEST
     from tiny_align.runtime.files import sha256
     from tiny_align.runtime.machine import describe
 

@@ -22,9 +22,9 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from tiny_align.align.datasets import load_dataset
-from tiny_align.align.demo import shipped
-from tiny_align.align.evaluate import evaluate
+from tiny_align.align.commands.demo import shipped
+from tiny_align.align.commands.evaluate import evaluate
+from tiny_align.align.data.datasets import load_dataset
 from tiny_align.benchmarks import finish
 from tiny_align.benchmarks.alignment import WEIGHTS
 from tiny_align.benchmarks.harness import Patience, alternate, spread, timed
@@ -33,8 +33,9 @@ from tiny_align.export.encoders import load_encoder
 from tiny_align.export.pretrained import load_pretrained
 from tiny_align.reference.build import ENCODER_LAYERS
 from tiny_align.runtime.assistant import Assistant
-from tiny_align.runtime.backend import load_runner
-from tiny_align.runtime.bundle import Bundle, GraphSpec, write_manifest
+from tiny_align.runtime.backends.base import load_runner
+from tiny_align.runtime.bundle.bundle import Bundle
+from tiny_align.runtime.bundle.manifest import GraphSpec, write_manifest
 from tiny_align.runtime.files import write_json
 from tiny_align.runtime.machine import describe
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from tiny_align.align.demo import shipped
+from tiny_align.align.commands.demo import shipped
 from tiny_align.benchmarks import finish
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.llm import Decoding
@@ -121,7 +121,7 @@ def _agreement(pairs: list[tuple[list[int], list[int]]]) -> dict:
 def measure(encoders: list[str], llms: list[str]) -> dict:
     import torch
 
-    from tiny_align.align.datasets import load_dataset
+    from tiny_align.align.data.datasets import load_dataset
     from tiny_align.benchmarks.tiny_encoders import make_encoder
     from tiny_align.benchmarks.tiny_llms import CONTEXT, make_model
 

@@ -104,7 +104,7 @@ def export(work: Path, head: str) -> dict:
     ]
     line += ["--head-precision", head, "--max-context", CONTEXT, "--out", work / "bundle", "--json"]
     began = time.perf_counter()
-    command = [sys.executable, "-m", "tiny_align.runtime.cli", *map(str, line)]
+    command = [sys.executable, "-m", "tiny_align.runtime.commands.cli", *map(str, line)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     report = json.loads(done.stdout)
     return {

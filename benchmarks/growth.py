@@ -13,7 +13,8 @@ import numpy as np
 
 from tiny_align.benchmarks.harness import KERNEL, Patience, alternate, spread, timed
 from tiny_align.runtime.assistant import Assistant
-from tiny_align.runtime.bundle import Bundle, write_user_record
+from tiny_align.runtime.bundle.bundle import Bundle
+from tiny_align.runtime.bundle.users import write_user_record
 from tiny_align.runtime.files import link_file
 from tiny_align.runtime.llm import Cache
 

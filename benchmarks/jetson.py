@@ -22,13 +22,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from tiny_align.align.datasets import load_dataset, split_of
-from tiny_align.align.evaluate import evaluate
+from tiny_align.align.commands.evaluate import evaluate
+from tiny_align.align.data.datasets import load_dataset, split_of
 from tiny_align.engines.build_one import peak_memory_bytes
 from tiny_align.engines.builder import find_builder
 from tiny_align.runtime.assistant import Answer, Assistant
-from tiny_align.runtime.backend import BACKENDS
-from tiny_align.runtime.bundle import Bundle
+from tiny_align.runtime.backends.base import BACKENDS
+from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.errors import TinyAlignError
 from tiny_align.runtime.machine import describe, gpu_compute_capability, memory
 

@@ -74,7 +74,7 @@ step_if() { # what it takes, then as for step
 }
 
 # shellcheck disable=SC2329 # step calls them
-tiny_align() { "$PYTHON" -m tiny_align.runtime.cli "$@" --json; }
+tiny_align() { "$PYTHON" -m tiny_align.runtime.commands.cli "$@" --json; }
 jetson() { "$PYTHON" -m benchmarks.jetson "$@"; }
 measured=(--bundle "$bundle" --data "$data" --out "$out" "${measure_options[@]}")
 

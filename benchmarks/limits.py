@@ -13,7 +13,7 @@ import numpy as np
 
 from tiny_align.benchmarks.counting import Cost, count
 from tiny_align.benchmarks.processes import numpy_threads
-from tiny_align.runtime.bundle import Bundle
+from tiny_align.runtime.bundle.bundle import Bundle
 
 ORIN_NANO_GB_S = {
     "68 GB/s": 68.0,

@@ -14,7 +14,7 @@ import numpy as np
 
 from tiny_align.benchmarks.training_cost import Shape
 from tiny_align.export.pretrained import load_pretrained
-from tiny_align.runtime.ort import INT8_PRODUCTS
+from tiny_align.runtime.backends.onnxruntime import INT8_PRODUCTS
 
 CONTEXT = 512  # positions
 
@@ -36,8 +36,8 @@ class TinyAlign(Peer):
     """The bundle's LLM through the runtime."""
 
     def __init__(self, work: Path, shape: Shape, threads: int):
-        from tiny_align.runtime.backend import load_decoder
-        from tiny_align.runtime.bundle import Bundle
+        from tiny_align.runtime.backends.base import load_decoder
+        from tiny_align.runtime.bundle.bundle import Bundle
         from tiny_align.runtime.llm import Cache, LanguageModel
 
         bundle, self._new = Bundle.open(work / "bundle", verify=False), Cache

@@ -17,8 +17,9 @@ from tiny_align.benchmarks.stages import ANSWER, FIRST, PER_TOKEN
 from tiny_align.engines.plain_decoder import PlainDecoder
 from tiny_align.export.pretrained import load_pretrained
 from tiny_align.runtime.assistant import Assistant
-from tiny_align.runtime.backend import Decoder, Runner, Scores, load_runner
-from tiny_align.runtime.bundle import Bundle, GraphSpec
+from tiny_align.runtime.backends.base import Decoder, Runner, Scores, load_runner
+from tiny_align.runtime.bundle.bundle import Bundle
+from tiny_align.runtime.bundle.manifest import GraphSpec
 from tiny_align.runtime.errors import TinyAlignError
 from tiny_align.runtime.llm import Decoding, LanguageModel
 
@@ -167,7 +168,7 @@ def torch_pipeline(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from tiny_align.align.users import load_projector
+    from tiny_align.align.model.users import load_projector
     from tiny_align.export.encoders import load_encoder
     from tiny_align.reference.build import ENCODER_LAYERS
 

@@ -21,9 +21,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tiny_align.align.datasets import load_dataset, split_of
-from tiny_align.align.demo import shipped
-from tiny_align.align.evaluate import EncodedUtterance, encode_utterances, score
+from tiny_align.align.commands.demo import shipped
+from tiny_align.align.commands.evaluate import EncodedUtterance, encode_utterances, score
+from tiny_align.align.data.datasets import load_dataset, split_of
 from tiny_align.benchmarks import finish
 from tiny_align.benchmarks.encoder import distance
 from tiny_align.benchmarks.full_size import CONTEXT, make_models
@@ -36,11 +36,12 @@ from tiny_align.engines.ladder import OWN, RUNGS, Ladder
 from tiny_align.engines.plain_decoder import PlainDecoder
 from tiny_align.engines.select_precision import JUDGES, Graph
 from tiny_align.runtime.assistant import Assistant
-from tiny_align.runtime.bundle import Bundle, write_manifest
+from tiny_align.runtime.backends.onnxruntime import OrtRunner
+from tiny_align.runtime.bundle.bundle import Bundle
+from tiny_align.runtime.bundle.manifest import write_manifest
 from tiny_align.runtime.files import link_tree
 from tiny_align.runtime.llm import LanguageModel
 from tiny_align.runtime.machine import describe
-from tiny_align.runtime.ort import OrtRunner
 
 RESULTS = Path(__file__).parent / "results" / "precision.json"
 COMMAND = "python -m benchmarks.precision"
@@ -162,7 +163,7 @@ def make_slice(work: Path, layers: int) -> dict[str, Path]:
             command = [
                 sys.executable,
                 "-m",
-                "tiny_align.runtime.cli",
+                "tiny_align.runtime.commands.cli",
                 *line,
                 "--precision",
                 precision,

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import soundfile
 
-from tiny_align.align.datasets import Utterance, load_dataset
-from tiny_align.align.demo import shipped
-from tiny_align.align.evaluate import evaluate
-from tiny_align.align.personalise import TrainingLimits, personalise
+from tiny_align.align.commands.align import TrainingLimits, personalise
+from tiny_align.align.commands.demo import shipped
+from tiny_align.align.commands.evaluate import evaluate
+from tiny_align.align.data.datasets import Utterance, load_dataset
 from tiny_align.benchmarks import finish
 from tiny_align.reference import corpus, recordings, speech
 from tiny_align.runtime.assistant import Assistant

@@ -22,16 +22,16 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from tiny_align.align.datasets import load_dataset, split_of
-from tiny_align.align.demo import shipped
-from tiny_align.align.evaluate import rouge
+from tiny_align.align.commands.demo import shipped
+from tiny_align.align.commands.evaluate import rouge
+from tiny_align.align.data.datasets import load_dataset, split_of
 from tiny_align.benchmarks import finish
 from tiny_align.engines.plain_decoder import PlainDecoder
 from tiny_align.export.quantise import Form, forms, output_layer, quantise
 from tiny_align.reference import corpus
 from tiny_align.runtime.assistant import Assistant
-from tiny_align.runtime.backend import load_runner
-from tiny_align.runtime.bundle import GraphSpec, TensorSpec
+from tiny_align.runtime.backends.base import load_runner
+from tiny_align.runtime.bundle.manifest import GraphSpec, TensorSpec
 from tiny_align.runtime.llm import Cache, Decoding, LanguageModel
 from tiny_align.runtime.machine import describe
 

@@ -18,14 +18,14 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from tiny_align.align.datasets import load_dataset, split_of
-from tiny_align.align.demo import shipped
-from tiny_align.align.personalise import TrainingLimits, personalise
+from tiny_align.align.commands.align import TrainingLimits, personalise
+from tiny_align.align.commands.demo import shipped
+from tiny_align.align.data.datasets import load_dataset, split_of
 from tiny_align.align.word_errors import error_rates
 from tiny_align.runtime import Assistant, Decoding
-from tiny_align.runtime.audio import read_audio
-from tiny_align.runtime.endpoint import Endpointer
-from tiny_align.runtime.listening import Recordings, TurnEnded, listen
+from tiny_align.runtime.audio.samples import read_audio
+from tiny_align.runtime.listening.endpoint import Endpointer
+from tiny_align.runtime.listening.loop import Recordings, TurnEnded, listen
 
 RATE = 16_000
 ROOM_DB = -60.0  # dBFS, of the noise beside the speech
@@ -159,7 +159,7 @@ def main(argv=None) -> int:
     )
     parser.add_argument("--users", type=Path)
     args = parser.parse_args(argv)
-    logging.getLogger("tiny_align.runtime.audio").setLevel(
+    logging.getLogger("tiny_align.runtime.audio.samples").setLevel(
         logging.ERROR
     )  # it names what is wrong with every take
     utterances = load_dataset(args.data)

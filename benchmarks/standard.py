@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tiny_align.align.evaluate import rouge
+from tiny_align.align.commands.evaluate import rouge
 from tiny_align.benchmarks import growth as growing
 from tiny_align.benchmarks import limits as limiting
 from tiny_align.benchmarks.harness import Patience, Samples, alternate, spread, summary, timed
@@ -22,7 +22,7 @@ from tiny_align.benchmarks.pipelines import LEFT_OUT, OURS, PIPELINES, Pipeline
 from tiny_align.benchmarks.processes import Served, apart, peak_memory_bytes
 from tiny_align.benchmarks.stages import ANSWER, answering, unexplained
 from tiny_align.runtime.assistant import Assistant
-from tiny_align.runtime.bundle import Bundle
+from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.errors import AudioError
 
 STAGES_THREADS = 1  # of an answer's stages
@@ -56,7 +56,7 @@ class Setting:
 
 
 def recordings(setting: Setting, split: str = "test") -> list:
-    from tiny_align.align.datasets import load_dataset, split_of
+    from tiny_align.align.data.datasets import load_dataset, split_of
 
     return split_of(load_dataset(Path(setting.data)), split)[: setting.n_test]
 
@@ -123,8 +123,8 @@ def training(setting: Setting) -> dict:
 
 def person(setting: Setting) -> dict:
     """A projector trained as `tiny-align align` does it, measured before and after."""
-    from tiny_align.align.datasets import load_dataset
-    from tiny_align.align.personalise import TrainingLimits, personalise
+    from tiny_align.align.commands.align import TrainingLimits, personalise
+    from tiny_align.align.data.datasets import load_dataset
 
     with tempfile.TemporaryDirectory() as users:
         limits = TrainingLimits(threads=1, steps=setting.steps)
@@ -137,8 +137,8 @@ def person(setting: Setting) -> dict:
 
 def quality(setting: Setting) -> dict:
     """The general projector on a voice it never heard, between chance and the typed answers (1); silence."""
-    from tiny_align.align.evaluate import evaluate
-    from tiny_align.align.non_speech import non_speech
+    from tiny_align.align.commands.evaluate import evaluate
+    from tiny_align.align.data.non_speech import non_speech
     from tiny_align.reference import corpus
 
     with Assistant.load(setting.bundle, threads=setting.threads) as assistant:

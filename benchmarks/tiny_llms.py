@@ -25,7 +25,7 @@ from tokenizers import (
 
 from tiny_align.export.pretrained import load_pretrained
 from tiny_align.runtime.assistant import Assistant
-from tiny_align.runtime.bundle import Bundle
+from tiny_align.runtime.bundle.bundle import Bundle
 
 INSTRUCTION, ENDED_TEXT = "Repeat what the user says.", "what is the time"
 WINDOW, CONTEXT, LONGROPE_CONTEXT = 16, 160, 120  # positions

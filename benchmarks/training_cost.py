@@ -99,8 +99,8 @@ def build_llm(shape: Shape, dtype):
 def make_objective(options, shape: Shape, dtype, n_tokens: int):
     import torch
 
-    from tiny_align.align.objectives import make
-    from tiny_align.align.objectives.end_to_end import FrozenLlm
+    from tiny_align.align.model.objectives import make
+    from tiny_align.align.model.objectives.end_to_end import FrozenLlm
     from tiny_align.runtime.readout import ctc_scale
 
     if options.objective == "end-to-end":
@@ -112,7 +112,8 @@ def make_objective(options, shape: Shape, dtype, n_tokens: int):
 
 def utterances(shape: Shape, n_tokens: int) -> list:
     """A batch of them: noise for features, random words of the speech vocabulary."""
-    from tiny_align.align.trainer import MIN_JUDGES, Example
+    from tiny_align.align.data.examples import Example
+    from tiny_align.align.training.trainer import MIN_JUDGES
 
     rng = np.random.default_rng(0)
 
@@ -146,8 +147,8 @@ def _train(shape_name: str, form: str, n_steps: int | None) -> tuple[int, dict]:
     """`n_steps` or as many as suit the form -> how many, and the training's record."""
     import torch
 
-    from tiny_align.align.projector import build_projector
-    from tiny_align.align.trainer import Trainer, TrainOptions
+    from tiny_align.align.model.projector import build_projector
+    from tiny_align.align.training.trainer import Trainer, TrainOptions
 
     torch.manual_seed(0)
     shape, (objective, precision, steps, spoken) = SHAPES[shape_name], FORMS[form]

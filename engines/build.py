@@ -2,7 +2,7 @@
 
 Each graph is built in a fresh process (process.py), the largest first, while memory is least broken up. Engines gather
 in the hidden folder engines/.<key>.partial, from which a killed build goes on; it takes its name when the last one is
-done. Nothing is loaded here: runtime does, and checks engine.json first (runtime/engines.py):
+done. Nothing is loaded here: runtime does, and checks engine.json first (runtime/bundle/engines.py):
 
     package, version, compute_capability    of the builder, see builder.py; together they are the key
     jetpack                                 the L4T release it ran on, null off a Jetson
@@ -37,12 +37,12 @@ from tiny_align.engines.builder import Builder, find_builder
 from tiny_align.engines.ladder import Ladder, choose
 from tiny_align.engines.preflight import require_memory
 from tiny_align.engines.process import run_build
-from tiny_align.runtime.bundle import Bundle
-from tiny_align.runtime.engines import RECORD, engines_path
+from tiny_align.runtime.bundle.bundle import Bundle
+from tiny_align.runtime.bundle.engines import RECORD, engines_path
+from tiny_align.runtime.bundle.profile import graph_profile
 from tiny_align.runtime.errors import BackendError, BundleError
 from tiny_align.runtime.files import link_file, replace_folder, sha256, write_json
 from tiny_align.runtime.machine import describe, gpu, gpu_compute_capability
-from tiny_align.runtime.profile import graph_profile
 
 TIMING_CACHE = "timing.cache"
 REFITTED = ("projector",)  # graphs whose engine takes other weights later: a person's

@@ -7,7 +7,7 @@ any RTX generation, with or without a GPU, but what it builds runs on RTX GPUs o
 import importlib.util
 from dataclasses import asdict, dataclass
 
-from tiny_align.runtime.engines import PACKAGES, engines_key, import_tensorrt
+from tiny_align.runtime.bundle.engines import PACKAGES, engines_key, import_tensorrt
 from tiny_align.runtime.errors import BackendError
 from tiny_align.runtime.machine import gpu_compute_capability, l4t_release
 

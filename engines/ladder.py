@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tiny_align.engines.build_one import die_with_parent
-from tiny_align.runtime.bundle import Bundle
+from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.errors import BackendError
 from tiny_align.runtime.files import sha256
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tiny_align.runtime.backend import Decoder, Scores
-from tiny_align.runtime.bundle import GraphSpec
-from tiny_align.runtime.ort import OrtRunner
+from tiny_align.runtime.backends.base import Decoder, Scores
+from tiny_align.runtime.backends.onnxruntime import OrtRunner
+from tiny_align.runtime.bundle.manifest import GraphSpec
 
 
 class PlainDecoder(Decoder):

@@ -12,12 +12,12 @@ from tiny_align.engines import calibrate, fp16
 from tiny_align.engines.ladder import AUTO, OWN, Choice, Ladder
 from tiny_align.engines.plain_decoder import PlainDecoder
 from tiny_align.runtime.assistant import Assistant
-from tiny_align.runtime.audio import read_audio
-from tiny_align.runtime.bundle import Bundle
+from tiny_align.runtime.audio.samples import read_audio
+from tiny_align.runtime.backends.onnxruntime import OrtRunner
+from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.errors import BackendError
 from tiny_align.runtime.files import link_file, written_file
 from tiny_align.runtime.llm import Cache, Decoding, LanguageModel
-from tiny_align.runtime.ort import OrtRunner
 
 MAX_ANSWERS, MAX_TOKENS = 8, 16  # of an LLM: recordings, and tokens of each answer
 

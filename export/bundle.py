@@ -36,17 +36,17 @@ from tiny_align.export.quantise import BLOCKS, forms, quantise
 from tiny_align.export.topk import add_topk
 from tiny_align.export.windows import MARGIN_S, window_spec
 from tiny_align.runtime import checks
-from tiny_align.runtime.backend import load_decoder, load_runner
-from tiny_align.runtime.bundle import (
+from tiny_align.runtime.backends.base import load_decoder, load_runner
+from tiny_align.runtime.bundle.bundle import SPEECH_TOKENS
+from tiny_align.runtime.bundle.manifest import (
     MANIFEST,
-    SPEECH_TOKENS,
-    USER_RECORD,
     EncoderSpec,
     GraphSpec,
     Manifest,
     WeightSpec,
     write_manifest,
-)  # fmt: skip
+)
+from tiny_align.runtime.bundle.users import USER_RECORD  # fmt: skip
 from tiny_align.runtime.errors import TinyAlignError
 from tiny_align.runtime.files import sha256, write_errors, written_folder
 from tiny_align.runtime.llm import encode_in_place
@@ -353,7 +353,7 @@ def make_projector(encoder, llm, options: ExportOptions):
     """A projector between the two, with the weights of `options.projector` or random ones."""
     import torch
 
-    from tiny_align.align.projector import build_projector
+    from tiny_align.align.model.projector import build_projector
 
     torch.manual_seed(options.seed)
     sizes = {"feature_size": encoder.feature_size, "embedding_size": llm.config.hidden_size}

@@ -14,13 +14,13 @@ import torch
 from tiny_align.export.graphs import Graph, export_program
 from tiny_align.export.model_folder import model_folder
 from tiny_align.export.pretrained import load_config, load_whole
-from tiny_align.runtime.bundle import TensorSpec
+from tiny_align.runtime.bundle.manifest import TensorSpec
 from tiny_align.runtime.errors import TinyAlignError
-from tiny_align.runtime.front_end import AnyFrontEnd
-from tiny_align.runtime.nemo import FrontEnd
-from tiny_align.runtime.seamless import FilterBank
-from tiny_align.runtime.wav2vec2 import Waveform
-from tiny_align.runtime.whisper import WhisperMel
+from tiny_align.runtime.front_ends.base import AnyFrontEnd
+from tiny_align.runtime.front_ends.nemo import FrontEnd
+from tiny_align.runtime.front_ends.seamless import FilterBank
+from tiny_align.runtime.front_ends.wav2vec2 import Waveform
+from tiny_align.runtime.front_ends.whisper import WhisperMel
 
 MAX_SPEECH_S, USUAL_SPEECH_S = 30.0, 3.0
 MIN_FEATURES = 4  # the shortest input makes as many: what comes after wants more than one

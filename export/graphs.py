@@ -11,7 +11,7 @@ import onnx
 import onnx_ir
 import torch
 
-from tiny_align.runtime.bundle import GraphSpec, TensorSpec
+from tiny_align.runtime.bundle.manifest import GraphSpec, TensorSpec
 
 OPSET = 21
 INLINE_BYTES = 128  # shapes and scalars stay in the graph: shape inference reads them

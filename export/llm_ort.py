@@ -17,7 +17,7 @@ from tiny_align.export.llms import (
     kv_specs,
 )
 from tiny_align.export.packing import pack_products, split_scaled_products
-from tiny_align.runtime.bundle import TensorSpec
+from tiny_align.runtime.bundle.manifest import TensorSpec
 from tiny_align.runtime.errors import TinyAlignError
 
 ATTENTION = "tiny_align_group_query"

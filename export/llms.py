@@ -14,7 +14,7 @@ from tiny_align.export.model_folder import model_folder
 from tiny_align.export.packing import pack_products
 from tiny_align.export.pretrained import load_pretrained, load_whole
 from tiny_align.export.prompts import choose_template, turn_end
-from tiny_align.runtime.bundle import LlmSpec, TensorSpec
+from tiny_align.runtime.bundle.manifest import LlmSpec, TensorSpec
 from tiny_align.runtime.errors import TinyAlignError
 
 LLMS = (

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from tiny_align.runtime.bundle import PromptSpec
+from tiny_align.runtime.bundle.manifest import PromptSpec
 from tiny_align.runtime.errors import TinyAlignError
 from tiny_align.runtime.llm import encode_around, encode_in_place
 

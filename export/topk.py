@@ -9,8 +9,8 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto, helper
 
-from tiny_align.runtime.backend import TOPK_LOGITS, TOPK_TOKENS
-from tiny_align.runtime.bundle import GraphSpec, TensorSpec
+from tiny_align.runtime.backends.base import TOPK_LOGITS, TOPK_TOKENS
+from tiny_align.runtime.bundle.manifest import GraphSpec, TensorSpec
 
 TOPK = 64  # the most that a token may be drawn from; TensorRT 10.1 picks up to 3,840
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tiny_align.align.projector import STACK
+from tiny_align.align.model.projector import STACK
 from tiny_align.runtime.windows import WindowSpec
 
 MARGIN_S = 0.64  # at each cut

@@ -10,7 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from tiny_align.runtime.nemo import MIN_LOUD, QUIET_SHARE, STD_GUARD, FrontEnd
+from tiny_align.runtime.front_ends.nemo import MIN_LOUD, QUIET_SHARE, STD_GUARD, FrontEnd
 
 DB = math.log(10) / 10  # natural-log power per decibel
 PAD = -16.6  # log of the front end's guard: digital silence

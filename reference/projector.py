@@ -24,8 +24,8 @@ CHUNK = 32  # recordings augmented together
 
 def spoken_examples(assistant: Assistant, work: Path, n: int, seed: int) -> list:
     """`n` recordings of the encoder's training, augmented anew, as examples; encoded once, resumably."""
-    from tiny_align.align.feature_cache import Stored, kept
-    from tiny_align.align.personalise import make_examples
+    from tiny_align.align.commands.align import make_examples
+    from tiny_align.align.data.feature_cache import Stored, kept
 
     speak(work, n + n // 10).get()  # some are left out for what they say
     items = [item for path in shards_of(work, n + n // 10) for item in read_shard(path)]
@@ -76,8 +76,8 @@ def train(args) -> dict:
     """As `args` (main) says -> the record."""
     from safetensors.torch import save_file
 
-    from tiny_align.align.general import train_general
-    from tiny_align.align.personalise import TrainingLimits
+    from tiny_align.align.commands.align import TrainingLimits
+    from tiny_align.align.commands.general import train_general
 
     limits = TrainingLimits(steps=args.steps, seed=args.seed, objective=args.objective)
     with Assistant.load(args.bundle, threads=args.threads) as assistant:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from tiny_align.reference import corpus
-from tiny_align.runtime.nemo import FrontEnd
+from tiny_align.runtime.front_ends.nemo import FrontEnd
 
 FRONT_END = FrontEnd(floor_db=60.0, speech_share=0.2)
 SHARD = 500  # recordings

@@ -2,7 +2,7 @@
 
 import os
 
-from tiny_align.runtime.telemetry import turn_off
+from tiny_align.runtime.privacy.telemetry import turn_off
 
 turn_off()  # before any other library is loaded
 
@@ -13,10 +13,10 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 _EXPORTS = {
     "Answer": "assistant",
     "Assistant": "assistant",
-    "Bundle": "bundle",
+    "Bundle": "bundle.bundle",
     "Decoding": "llm",
     "Event": "assistant",
-    "Seal": "sealing",
+    "Seal": "privacy.sealing",
     "TinyAlignError": "errors",
 }
 __all__ = list(_EXPORTS)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from tiny_align.runtime.audio import MIN_SECONDS, check_audio, read_audio
-from tiny_align.runtime.backend import BACKENDS, Chain, load_decoder, load_runner
-from tiny_align.runtime.budget import budget
-from tiny_align.runtime.bundle import Bundle
+from tiny_align.runtime.audio.conditioning import condition
+from tiny_align.runtime.audio.samples import MIN_SECONDS, check_audio, read_audio
+from tiny_align.runtime.backends.base import BACKENDS, Chain, load_decoder, load_runner
+from tiny_align.runtime.bundle.budget import budget
+from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.checks import Range, check
-from tiny_align.runtime.conditioning import condition
 from tiny_align.runtime.errors import AudioError
 from tiny_align.runtime.llm import Decoding, LanguageModel, TextStream
 from tiny_align.runtime.readout import CtcReader, PooledReader, reader

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from tiny_align.runtime.backend import Decoder, Scores
-from tiny_align.runtime.budget import require_cache
-from tiny_align.runtime.bundle import Bundle, PromptSpec
+from tiny_align.runtime.backends.base import Decoder, Scores
+from tiny_align.runtime.bundle.budget import require_cache
+from tiny_align.runtime.bundle.bundle import Bundle
+from tiny_align.runtime.bundle.manifest import PromptSpec
 from tiny_align.runtime.checks import Range, check_fields
 from tiny_align.runtime.errors import DataError, TinyAlignError
 

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tiny_align.runtime.audio import check_chunk
-from tiny_align.runtime.backend import Scores
+from tiny_align.runtime.audio.samples import check_chunk
+from tiny_align.runtime.backends.base import Scores
 from tiny_align.runtime.errors import AudioError, TinyAlignError
 from tiny_align.runtime.llm import Cache, Decoding, TextStream
 from tiny_align.runtime.windows import Cutter

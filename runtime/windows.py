@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tiny_align.runtime.pauses import Pauses
+from tiny_align.runtime.audio.pauses import Pauses
 
 
 @dataclass(frozen=True)

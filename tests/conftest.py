@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from tiny_align.runtime.bundle import Bundle, write_user_record
+from tiny_align.runtime.bundle.bundle import Bundle
+from tiny_align.runtime.bundle.users import write_user_record
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 
@@ -67,7 +68,7 @@ def offline():
 @pytest.fixture
 def watch(offline, tmp_path):
     """Run a program without a network and with an empty HOME: watch(*command, stdin="") -> Watched."""
-    from tiny_align.runtime import proof, telemetry
+    from tiny_align.runtime.privacy import proof, telemetry
 
     home, trace = tmp_path / "home", tmp_path / "trace"
     set_by_us = ("ORT_", "HF_", "XDG_", "MPL", *telemetry.OFF)
@@ -121,7 +122,7 @@ def assistant(bundle_path):
 @pytest.fixture(scope="session")
 def speech(voice_path) -> np.ndarray:
     """(S,) float32 at 16 kHz: a recording of about two seconds."""
-    from tiny_align.runtime.audio import read_audio
+    from tiny_align.runtime.audio.samples import read_audio
 
     return read_audio(voice_path / "train-000.flac", 16_000)
 
@@ -131,7 +132,7 @@ def run_cli(capsys):
     """Call the command in this process: run_cli("run", path, ...) -> Outcome."""
 
     def run(*arguments) -> Outcome:
-        from tiny_align.runtime.cli import main
+        from tiny_align.runtime.commands.cli import main
 
         capsys.readouterr()
         try:

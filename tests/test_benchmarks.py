@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tiny_align.align.users import load_projector
+from tiny_align.align.model.users import load_projector
 from tiny_align.benchmarks import (
     alignment,
     encoder,
@@ -17,7 +17,7 @@ from tiny_align.benchmarks import (
     swap,
     training_cost,
 )
-from tiny_align.runtime.bundle import Bundle
+from tiny_align.runtime.bundle.bundle import Bundle
 
 
 @pytest.fixture(scope="module")

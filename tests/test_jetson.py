@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tiny_align.benchmarks import jetson
-from tiny_align.runtime.cli import COMMANDS
+from tiny_align.runtime.commands.cli import COMMANDS
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "jetson.sh"
 WITH_ONE_ENGINE = """#!/bin/sh
@@ -25,7 +25,7 @@ case "$*" in
     *"can build"*) echo "no builder"; exit 3 ;;
     *"can tensorrt"*) exit 0 ;;
     *"measure --backend"*) cat {recorded}/$5.json; cp {recorded}/$5.npz {out} ;;
-    *"runtime.cli doctor"*) {doctor} ;;
+    *"runtime.commands.cli doctor"*) {doctor} ;;
     *"benchmarks.swap"*) echo '{{"build_s": 0.5}}' ;;
     *) exec {python} "$@" ;;
 esac

@@ -10,9 +10,9 @@ import sys
 
 import pytest
 
-from tiny_align.runtime.cli import COMMANDS
+from tiny_align.runtime.commands.cli import COMMANDS
 
-CALL = "import sys; from tiny_align.runtime.cli import main; sys.exit(main(sys.argv[1:]))"
+CALL = "import sys; from tiny_align.runtime.commands.cli import main; sys.exit(main(sys.argv[1:]))"
 ONE_CORE = ("--threads", 1)
 N_TRAIN, N_TEST = 6, 2
 UPLOADS_AFTER_S = (

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tiny_align.align.datasets import load_dataset, split_of
-from tiny_align.align.non_speech import non_speech
+from tiny_align.align.data.datasets import load_dataset, split_of
+from tiny_align.align.data.non_speech import non_speech
 from tiny_align.benchmarks import robustness
 from tiny_align.reference import corpus
 from tiny_align.runtime import Assistant
@@ -53,7 +53,7 @@ def demo(tmp_path_factory) -> dict:
     command = [
         sys.executable,
         "-m",
-        "tiny_align.runtime.cli",
+        "tiny_align.runtime.commands.cli",
         "demo",
         "--json",
         "--threads",

@@ -9,8 +9,8 @@ import json
 import re
 from pathlib import Path
 
-from tiny_align.align.datasets import load_dataset
-from tiny_align.align.demo import shipped
+from tiny_align.align.commands.demo import shipped
+from tiny_align.align.data.datasets import load_dataset
 from tiny_align.runtime import Assistant
 
 RECORDED = Path(__file__).parent / "data" / "answers.json"

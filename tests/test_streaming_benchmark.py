@@ -6,7 +6,7 @@ import pytest
 pytest.importorskip("torch", reason="the benchmark measures quality too")
 
 from tiny_align.benchmarks import streaming
-from tiny_align.runtime.bundle import Bundle
+from tiny_align.runtime.bundle.bundle import Bundle
 
 
 def rows(threads, ttft, whole):

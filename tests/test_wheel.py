@@ -41,8 +41,8 @@ def wheel(tmp_path_factory) -> Path:
 def test_the_wheel_holds_stages_and_reference(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     stages = (
-        "runtime/cli.py",
-        "align/trainer.py",
+        "runtime/commands/cli.py",
+        "align/training/trainer.py",
         "export/graphs.py",
         "engines/build.py",
         "reference/corpus.py",
@@ -68,7 +68,7 @@ def test_the_demo_runs_from_the_wheel(wheel, tmp_path):
         "import sys; sys.path[:] = [p for p in sys.path if not p.startswith('__editable__')]; "
         "sys.meta_path[:] = [f for f in sys.meta_path if 'ditable' not in repr(f)]; "
         f"sys.path.insert(0, {str(site)!r}); "
-        "from tiny_align.runtime import cli; assert cli.__file__.startswith(sys.path[0]); "
+        "from tiny_align.runtime.commands import cli; assert cli.__file__.startswith(sys.path[0]); "
         "sys.exit(cli.main(['demo', '--steps', '2', '--utterances', '4', '--json', '--out', 'out']))"
     )
     done = subprocess.run(

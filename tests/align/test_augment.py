@@ -3,8 +3,16 @@
 import numpy as np
 import pytest
 
-from tiny_align.align.augment import PAUSE_S, TELEPHONE_HZ, augment, echo, noise, pause, telephone
-from tiny_align.runtime.audio import check_audio
+from tiny_align.align.data.augment import (
+    PAUSE_S,
+    TELEPHONE_HZ,
+    augment,
+    echo,
+    noise,
+    pause,
+    telephone,
+)
+from tiny_align.runtime.audio.samples import check_audio
 
 RATE = 16_000
 TIME = np.arange(2 * RATE) / RATE

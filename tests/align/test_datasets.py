@@ -1,4 +1,4 @@
-"""align/datasets.py on small data sets written here, in every form, whole and broken."""
+"""align/data/datasets.py on small data sets written here, in every form, whole and broken."""
 
 import json
 import logging
@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from tiny_align.align.data_report import DataReport
-from tiny_align.align.datasets import (
+from tiny_align.align.data.data_report import DataReport
+from tiny_align.align.data.datasets import (
     Utterance,
     clean_chat,
     leave_out_unknown_splits,
@@ -802,5 +802,5 @@ def test_split_of(tmp_path):
 
 
 def test_no_torch():
-    code = "import sys, tiny_align.align.datasets; sys.exit('torch' in sys.modules or 'pandas' in sys.modules)"
+    code = "import sys, tiny_align.align.data.datasets; sys.exit('torch' in sys.modules or 'pandas' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

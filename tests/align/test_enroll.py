@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import soundfile
 
-from tiny_align.align.enroll import _keep, drawn
-from tiny_align.align.recording import check_recording
-from tiny_align.align.sentences import choose, coverage, units
-from tiny_align.runtime import microphone as microphone_module
-from tiny_align.runtime.audio import read_audio
+from tiny_align.align.commands.enroll import _keep, drawn
+from tiny_align.align.data.recording import check_recording
+from tiny_align.align.data.sentences import choose, coverage, units
+from tiny_align.runtime.audio.samples import read_audio
 from tiny_align.runtime.errors import TinyAlignError
+from tiny_align.runtime.listening import microphone as microphone_module
 
 RATE = 16_000
 TEXTS = [
@@ -221,7 +221,7 @@ def test_a_microphone_is_asked_until_each_recording_is_good(
     run_cli, bundle_path, mic, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(
-        "tiny_align.align.enroll.sentences", lambda bundle, texts, n: (mic.texts[:n], 1.0)
+        "tiny_align.align.commands.enroll.sentences", lambda bundle, texts, n: (mic.texts[:n], 1.0)
     )
     out = tmp_path / "out"
     done = run_cli(

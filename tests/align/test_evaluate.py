@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from tiny_align.align.datasets import load_dataset
-from tiny_align.align.evaluate import evaluate
+from tiny_align.align.commands.evaluate import evaluate
+from tiny_align.align.data.datasets import load_dataset
 
 REPEAT = "Repeat it."
 DATA_KEYS = {

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from tiny_align.align.datasets import Utterance
-from tiny_align.align.feature_cache import cached_features, non_speech_files, utterance_key
-from tiny_align.runtime.bundle import Bundle
+from tiny_align.align.data.datasets import Utterance
+from tiny_align.align.data.feature_cache import cached_features, non_speech_files, utterance_key
+from tiny_align.runtime.bundle.bundle import Bundle
 
 RATE = 16_000  # Hz
 

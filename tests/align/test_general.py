@@ -20,16 +20,19 @@ import pytest
 import soundfile
 import torch
 
-from tiny_align.align import general
-from tiny_align.align.feature_cache import Stored, array_of
-from tiny_align.align.objectives import make
-from tiny_align.align.personalise import TrainingLimits
-from tiny_align.align.projector import ProjectorConfig, build_projector
-from tiny_align.align.rehearsal import read_rehearsal
-from tiny_align.align.trainer import JUDGED, Example, Trainer, TrainOptions
-from tiny_align.align.users import data_file, write_weights
+from tiny_align.align.commands import general
+from tiny_align.align.commands.align import TrainingLimits
+from tiny_align.align.data.examples import Example
+from tiny_align.align.data.feature_cache import Stored, array_of
+from tiny_align.align.data.rehearsal import read_rehearsal
+from tiny_align.align.model.objectives import make
+from tiny_align.align.model.projector import ProjectorConfig, build_projector
+from tiny_align.align.model.users import data_file, write_weights
+from tiny_align.align.training.trainer import JUDGED, Trainer, TrainOptions
 from tiny_align.runtime.assistant import Assistant
-from tiny_align.runtime.bundle import Bundle, check_user, write_manifest
+from tiny_align.runtime.bundle.bundle import Bundle
+from tiny_align.runtime.bundle.manifest import write_manifest
+from tiny_align.runtime.bundle.users import check_user
 from tiny_align.runtime.files import sha256
 
 N, STEPS = general.LEAST + 6, 4
@@ -198,7 +201,7 @@ def test_a_trained_projector_goes_on_from_where_it_is():
 
 def kill_when(command, ready, patience_s=120):
     """Run the command in a process of its own and end it without notice as soon as `ready()`."""
-    command = [sys.executable, "-m", "tiny_align.runtime.cli", *command]
+    command = [sys.executable, "-m", "tiny_align.runtime.commands.cli", *command]
     environment, until = {**os.environ, "OMP_NUM_THREADS": "1"}, time.monotonic() + patience_s
     with subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment

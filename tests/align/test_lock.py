@@ -12,10 +12,11 @@ import pytest
 
 pytest.importorskip("torch", reason="projectors are written from torch")
 
+from tiny_align.align.data.rehearsal import read_rehearsal
 from tiny_align.align.lock import LOCK, alone, work_folder
-from tiny_align.align.rehearsal import read_rehearsal
-from tiny_align.align.users import load_projector, write_general
-from tiny_align.runtime.bundle import Bundle, check_user
+from tiny_align.align.model.users import load_projector, write_general
+from tiny_align.runtime.bundle.bundle import Bundle
+from tiny_align.runtime.bundle.users import check_user
 from tiny_align.runtime.errors import TinyAlignError
 
 HOLDER = """
@@ -132,7 +133,7 @@ def started(*arguments) -> subprocess.Popen:
     command = [
         sys.executable,
         "-m",
-        "tiny_align.runtime.cli",
+        "tiny_align.runtime.commands.cli",
         *map(str, arguments),
         "--threads",
         "1",

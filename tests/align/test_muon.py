@@ -1,4 +1,4 @@
-"""align/muon.py: steps in matrices whose singular values are about 1."""
+"""align/training/muon.py: steps in matrices whose singular values are about 1."""
 
 import copy
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tiny_align.align.muon import LIKE_ADAM, Muon, orthogonal
+from tiny_align.align.training.muon import LIKE_ADAM, Muon, orthogonal
 
 
 @pytest.mark.parametrize("shape", [(5, 5), (3, 40), (40, 3), (1, 7)])

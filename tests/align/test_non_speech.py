@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from tiny_align.align.non_speech import KINDS, MAX_S, MIN_S, non_speech
-from tiny_align.runtime.audio import check_audio
+from tiny_align.align.data.non_speech import KINDS, MAX_S, MIN_S, non_speech
+from tiny_align.runtime.audio.samples import check_audio
 
 RATE = 16_000
 

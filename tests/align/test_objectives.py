@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from tiny_align.align import objectives
-from tiny_align.align.objectives.aligned import aligned_places, pair_costs
-from tiny_align.align.objectives.ctc import EXACT, Ctc, log_normaliser, sampled_log_normaliser
-from tiny_align.align.objectives.end_to_end import EndToEnd, FrozenLlm
-from tiny_align.align.objectives.paper import Paper, cast_places, embedlink_loss
-from tiny_align.align.trainer import Example, TrainOptions
+from tiny_align.align.data.examples import Example
+from tiny_align.align.model import objectives
+from tiny_align.align.model.objectives.aligned import aligned_places, pair_costs
+from tiny_align.align.model.objectives.ctc import EXACT, Ctc, log_normaliser, sampled_log_normaliser
+from tiny_align.align.model.objectives.end_to_end import EndToEnd, FrozenLlm
+from tiny_align.align.model.objectives.paper import Paper, cast_places, embedlink_loss
+from tiny_align.align.training.trainer import TrainOptions
 from tiny_align.runtime.errors import TinyAlignError
 
 T = 24

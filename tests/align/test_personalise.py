@@ -18,13 +18,14 @@ import pytest
 import soundfile
 import torch
 
-from tiny_align.align.projector import build_projector
-from tiny_align.align.trainer import JUDGEMENT, Trainer
-from tiny_align.align.users import load_projector, write_user
+from tiny_align.align.model.projector import build_projector
+from tiny_align.align.model.users import load_projector, write_user
+from tiny_align.align.training.trainer import JUDGEMENT, Trainer
 from tiny_align.runtime.assistant import Assistant
-from tiny_align.runtime.backend import load_runner
-from tiny_align.runtime.bundle import Bundle, check_user
-from tiny_align.runtime.cli import main
+from tiny_align.runtime.backends.base import load_runner
+from tiny_align.runtime.bundle.bundle import Bundle
+from tiny_align.runtime.bundle.users import check_user
+from tiny_align.runtime.commands.cli import main
 from tiny_align.runtime.files import sha256
 
 STEPS, CHECK_EVERY = 60, 50
@@ -292,7 +293,7 @@ def test_a_killed_training_leaves_the_old_person_and_is_resumed(
 
 def kill_when_there(arguments, path, patience_s=300):
     """Run the command in a process of its own and end it without notice as soon as `path` exists."""
-    command = [sys.executable, "-m", "tiny_align.runtime.cli", *arguments]
+    command = [sys.executable, "-m", "tiny_align.runtime.commands.cli", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     until = time.monotonic() + patience_s
     with subprocess.Popen(
@@ -346,7 +347,7 @@ class Spy(importlib.abc.MetaPathFinder):
         if name == "torch":
             print(os.environ.get("OMP_WAIT_POLICY"))
 sys.meta_path.insert(0, Spy())
-from tiny_align.runtime.cli import main
+from tiny_align.runtime.commands.cli import main
 main(sys.argv[1:])
 """
 

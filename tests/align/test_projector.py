@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tiny_align.align import projector as module
-from tiny_align.align.projector import (
+from tiny_align.align.model import projector as module
+from tiny_align.align.model.projector import (
     PROJECTORS,
     REACH,
     BridgeFormer,

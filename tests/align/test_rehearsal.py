@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from tiny_align.align.personalise import SOUNDS, rehearsal_examples
-from tiny_align.align.rehearsal import read_rehearsal, write_rehearsal
-from tiny_align.align.trainer import Example
+from tiny_align.align.commands.align import SOUNDS, rehearsal_examples
+from tiny_align.align.data.examples import Example
+from tiny_align.align.data.rehearsal import read_rehearsal, write_rehearsal
 from tiny_align.runtime.errors import BundleError
 
 

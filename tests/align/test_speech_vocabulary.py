@@ -9,18 +9,19 @@ import json
 import numpy as np
 import pytest
 
-from tiny_align.align import general
-from tiny_align.align.personalise import (
+from tiny_align.align.commands import general
+from tiny_align.align.commands.align import (
     TrainingLimits,
     embedding_table,
     extend_speech,
     make_examples,
     personalise,
 )
-from tiny_align.align.rehearsal import read_rehearsal, write_rehearsal
-from tiny_align.align.trainer import Trainer
+from tiny_align.align.data.rehearsal import read_rehearsal, write_rehearsal
+from tiny_align.align.training.trainer import Trainer
 from tiny_align.runtime.assistant import Assistant
-from tiny_align.runtime.bundle import SPEECH_TOKENS, Bundle, write_manifest
+from tiny_align.runtime.bundle.bundle import SPEECH_TOKENS, Bundle
+from tiny_align.runtime.bundle.manifest import write_manifest
 from tiny_align.runtime.errors import UserError
 from tiny_align.runtime.llm import LanguageModel
 
@@ -72,7 +73,7 @@ def large(bundle_copy, assistant):
 @pytest.fixture(scope="module")
 def recordings(voice_path):
     """Some to train on and two to test, WORD in most of them."""
-    from tiny_align.align.datasets import load_dataset, split_of
+    from tiny_align.align.data.datasets import load_dataset, split_of
 
     every = load_dataset(voice_path)
     train, test = (

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from tiny_align.align import trainer as trainer_module
-from tiny_align.align.objectives import make
-from tiny_align.align.objectives.paper import cast_places
-from tiny_align.align.projector import BridgeFormer, ProjectorConfig
-from tiny_align.align.trainer import LAST_RATE, Example, Trainer, TrainOptions, held_out
+from tiny_align.align.data.examples import Example
+from tiny_align.align.model.objectives import make
+from tiny_align.align.model.objectives.paper import cast_places
+from tiny_align.align.model.projector import BridgeFormer, ProjectorConfig
+from tiny_align.align.training import trainer as trainer_module
+from tiny_align.align.training.trainer import LAST_RATE, Trainer, TrainOptions, held_out
 from tiny_align.runtime.readout import collapse, ctc_scale
 
 CONFIG = ProjectorConfig(

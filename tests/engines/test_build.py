@@ -14,15 +14,17 @@ import numpy as np
 import pytest
 
 from tiny_align.engines import build as build_module
-from tiny_align.engines import build_one, commands, preflight
+from tiny_align.engines import build_one, preflight
 from tiny_align.engines import builder as builder_module
+from tiny_align.engines import command as commands
 from tiny_align.engines import process as process_module
 from tiny_align.engines.build import build_engines, graph_files
 from tiny_align.engines.builder import find_builder
 from tiny_align.engines.progress import Phases, make_monitor
 from tiny_align.runtime import machine
-from tiny_align.runtime.bundle import (
-    Bundle,
+from tiny_align.runtime.bundle.bundle import Bundle
+from tiny_align.runtime.bundle.engines import check_engine
+from tiny_align.runtime.bundle.manifest import (
     EncoderSpec,
     GraphSpec,
     LlmSpec,
@@ -31,11 +33,10 @@ from tiny_align.runtime.bundle import (
     TensorSpec,
     write_manifest,
 )
-from tiny_align.runtime.engines import check_engine
+from tiny_align.runtime.bundle.profile import graph_profile
 from tiny_align.runtime.errors import BackendError, BundleError
 from tiny_align.runtime.files import sha256
-from tiny_align.runtime.nemo import FrontEnd
-from tiny_align.runtime.profile import graph_profile
+from tiny_align.runtime.front_ends.nemo import FrontEnd
 from tiny_align.runtime.readout import Readout
 
 onnx = pytest.importorskip("onnx", reason="the graphs to build are made with onnx")
@@ -630,7 +631,7 @@ def test_a_projector_takes_other_weights_where_a_gpu_can_build_that(
 KILLED_AT = """
 import os, signal, sys
 from tiny_align.engines import build, builder, process
-from tiny_align.runtime.bundle import Bundle
+from tiny_align.runtime.bundle.bundle import Bundle
 path, stage, child = sys.argv[1:]
 build.find_builder = lambda _target: builder.Builder("tensorrt_rtx", "1.7.1", 86)
 process.COMMAND = (sys.executable, "-c", child)
@@ -802,7 +803,7 @@ def test_help_needs_nothing_heavy():
     """The modules the dispatcher imports for --help load no builder."""
     heavy = ("torch", "transformers", "tensorrt", "tensorrt_rtx", "polygraphy", "onnx", "tqdm")
     script = (
-        "import sys, argparse; from tiny_align.engines import commands; "
+        "import sys, argparse; from tiny_align.engines import command; "
         f"commands.add_arguments(argparse.ArgumentParser()); print([name for name in {heavy} if name in sys.modules])"
     )
     assert subprocess.check_output([sys.executable, "-c", script], text=True).strip() == "[]"

@@ -11,11 +11,12 @@ import shutil
 import pytest
 from test_build import CACHED, make_bundle
 
-from tiny_align.engines import commands
+from tiny_align.engines import command as commands
 from tiny_align.engines.build import build_engines
 from tiny_align.engines.builder import find_builder
-from tiny_align.runtime.bundle import Bundle, GraphSpec, TensorSpec, write_manifest
-from tiny_align.runtime.engines import check_engine, machine_facts
+from tiny_align.runtime.bundle.bundle import Bundle
+from tiny_align.runtime.bundle.engines import check_engine, machine_facts
+from tiny_align.runtime.bundle.manifest import GraphSpec, TensorSpec, write_manifest
 from tiny_align.runtime.errors import BackendError, BundleError
 
 

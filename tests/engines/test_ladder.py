@@ -19,12 +19,13 @@ from tiny_align.engines.build import build_engines
 from tiny_align.engines.builder import find_builder
 from tiny_align.engines.ladder import AUTO, OWN, RUNGS, Choice, Ladder, choose
 from tiny_align.engines.plain_decoder import PlainDecoder
-from tiny_align.runtime.bundle import Bundle, GraphSpec, TensorSpec, write_manifest
-from tiny_align.runtime.engines import check_engine
+from tiny_align.runtime.backends.onnxruntime import OrtRunner
+from tiny_align.runtime.bundle.bundle import Bundle
+from tiny_align.runtime.bundle.engines import check_engine
+from tiny_align.runtime.bundle.manifest import GraphSpec, TensorSpec, write_manifest
 from tiny_align.runtime.errors import AudioError, BackendError, TinyAlignError
 from tiny_align.runtime.files import sha256
 from tiny_align.runtime.llm import Decoding, LanguageModel
-from tiny_align.runtime.ort import OrtRunner
 
 onnx = pytest.importorskip("onnx")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402

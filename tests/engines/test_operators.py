@@ -81,6 +81,6 @@ def test_an_operator_or_a_type_that_it_does_not_take_is_noticed(graph):
 
 
 def test_sizes_depend_on_sizes_and_norms_give_one_output(graph):
-    """What runtime/trt.py relies on, and what the table adds in words."""
+    """What runtime/backends/tensorrt.py relies on, and what the table adds in words."""
     assert not SIZE_FROM_DATA & {node.op_type for node in graph.node}
     assert all(len(node.output) == 1 for node in graph.node if node.op_type in FIRST_OUTPUT_ONLY)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tiny_align.engines.builder import find_builder
-from tiny_align.runtime.bundle import Bundle
-from tiny_align.runtime.engines import check_engine
+from tiny_align.runtime.bundle.bundle import Bundle
+from tiny_align.runtime.bundle.engines import check_engine
 from tiny_align.runtime.errors import BackendError
 from tiny_align.runtime.machine import gpu_compute_capability
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import pytest
 
-from tiny_align.runtime.bundle import Bundle
-from tiny_align.runtime.cli import main
+from tiny_align.runtime.bundle.bundle import Bundle
+from tiny_align.runtime.commands.cli import main
 
 
 def make_tokenizer():

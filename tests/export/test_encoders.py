@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from tiny_align.runtime import Assistant
-from tiny_align.runtime.audio import read_audio
-from tiny_align.runtime.bundle import Bundle
+from tiny_align.runtime.audio.samples import read_audio
+from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.errors import AudioError
 from tiny_align.runtime.windows import cut as windows_of
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from tiny_align.runtime import Assistant, Decoding
-from tiny_align.runtime.backend import TOPK_TOKENS, load_runner
-from tiny_align.runtime.bundle import Bundle
+from tiny_align.runtime.backends.base import TOPK_TOKENS, load_runner
+from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.errors import TinyAlignError
 
 torch = pytest.importorskip("torch", reason="models are exported from torch")
@@ -88,7 +88,7 @@ def exported(request):
 @pytest.fixture(scope="module")
 def general(fp32):
     """The general projector in PyTorch, as align reads it from the bundle."""
-    from tiny_align.align.users import load_projector
+    from tiny_align.align.model.users import load_projector
 
     return load_projector(fp32.bundle, fp32.bundle.graph("projector")).eval()
 
@@ -315,8 +315,8 @@ def test_the_general_projector_is_the_seeds(fp32, models, general):
 
 
 def test_a_persons_weights_reach_the_graph(fp32, general, tmp_path):
-    from tiny_align.align.projector import build_projector
-    from tiny_align.align.users import load_projector, write_user
+    from tiny_align.align.model.projector import build_projector
+    from tiny_align.align.model.users import load_projector, write_user
 
     torch.manual_seed(5)
     person, before = build_projector(fp32.bundle.manifest.projector).eval(), data_of(fp32.bundle)

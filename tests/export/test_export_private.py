@@ -9,7 +9,7 @@ import pytest
 transformers = pytest.importorskip("transformers", reason="models are exported from transformers")
 pytest.importorskip("onnx", reason="graphs are written with onnx")
 
-CALL = "import sys; from tiny_align.runtime.cli import main; sys.exit(main(sys.argv[1:]))"
+CALL = "import sys; from tiny_align.runtime.commands.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
 def make_encoder(folder: Path) -> Path:

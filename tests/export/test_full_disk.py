@@ -14,7 +14,7 @@ from test_export import make_encoder  # noqa: E402 - needs the packages above
 from tiny_align.benchmarks.families import traced_once  # noqa: E402
 from tiny_align.export import bundle as exporter  # noqa: E402
 from tiny_align.export.graphs import Graph  # noqa: E402
-from tiny_align.runtime.bundle import Bundle  # noqa: E402
+from tiny_align.runtime.bundle.bundle import Bundle  # noqa: E402
 
 ROOM = 1_000  # bytes that still fit into a file
 

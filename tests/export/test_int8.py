@@ -7,8 +7,8 @@ import pytest
 
 from tiny_align.engines.build import build_engines
 from tiny_align.runtime import Assistant
-from tiny_align.runtime.audio import read_audio
-from tiny_align.runtime.bundle import Bundle
+from tiny_align.runtime.audio.samples import read_audio
+from tiny_align.runtime.bundle.bundle import Bundle
 
 onnx = pytest.importorskip("onnx", reason="exported graphs are read with onnx")
 pytest.importorskip("transformers", reason="models are exported from transformers")

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tiny_align.export.llm_ort import llm_ort_graph
 from tiny_align.export.llms import load_llm
 from tiny_align.export.packing import pack_products, share_weights
-from tiny_align.runtime.backend import load_decoder
+from tiny_align.runtime.backends.base import load_decoder
 from tiny_align.runtime.errors import TinyAlignError
 
 

@@ -125,7 +125,7 @@ def test_the_command_asks_nothing_and_runs_nothing(folder, tmp_path):
     edit(folder / "config.json", auto_map=CODE, model_type="my_llama")
     (folder / "evil.py").write_text(EVIL)
     line = ["export", "--encoder", folder, "--llm", folder, "--out", tmp_path / "out"]
-    command = [sys.executable, "-m", "tiny_align.runtime.cli", *map(str, line)]
+    command = [sys.executable, "-m", "tiny_align.runtime.commands.cli", *map(str, line)]
     done = subprocess.run(
         command, input="y\n" * 99, capture_output=True, text=True, timeout=60, check=False
     )

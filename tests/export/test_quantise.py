@@ -6,8 +6,9 @@ import importlib.util
 import numpy as np
 import pytest
 
-from tiny_align.runtime.backend import load_runner
-from tiny_align.runtime.bundle import Bundle, write_manifest
+from tiny_align.runtime.backends.base import load_runner
+from tiny_align.runtime.bundle.bundle import Bundle
+from tiny_align.runtime.bundle.manifest import write_manifest
 from tiny_align.runtime.errors import TinyAlignError
 
 onnx = pytest.importorskip("onnx", reason="exported graphs are read with onnx")

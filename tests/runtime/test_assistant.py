@@ -8,7 +8,7 @@ import pytest
 
 from tiny_align.runtime import Answer, Assistant, Decoding
 from tiny_align.runtime import assistant as assistant_module
-from tiny_align.runtime.bundle import Bundle
+from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.errors import AudioError, BackendError, DataError, TinyAlignError, UserError
 from tiny_align.runtime.readout import CtcReader
 

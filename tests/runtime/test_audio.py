@@ -1,4 +1,4 @@
-"""runtime/audio.py on real files: every rate, channel count and format in, one clear sentence for every bad input."""
+"""runtime/audio/samples.py on real files: every rate, channel count and format in, one clear sentence for every bad input."""
 
 import os
 import struct
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from tiny_align.runtime.audio import (
+from tiny_align.runtime.audio.samples import (
     MIN_SECONDS,
     check_audio,
     read_audio,
@@ -399,5 +399,5 @@ def test_checking_changes_nothing():
 
 
 def test_no_torch():
-    code = "import sys, tiny_align.runtime.audio; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, tiny_align.runtime.audio.samples; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

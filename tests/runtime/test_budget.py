@@ -7,15 +7,16 @@ import sys
 import pytest
 
 from tiny_align.runtime import Assistant, machine
-from tiny_align.runtime import budget as budget_module
-from tiny_align.runtime.budget import BASE_BYTES, budget, cache_bytes
-from tiny_align.runtime.bundle import MANIFEST, Bundle
+from tiny_align.runtime.bundle import budget as budget_module
+from tiny_align.runtime.bundle.budget import BASE_BYTES, budget, cache_bytes
+from tiny_align.runtime.bundle.bundle import Bundle
+from tiny_align.runtime.bundle.manifest import MANIFEST
 from tiny_align.runtime.errors import BundleError, TinyAlignError
 
 LOADED = r"""
 import re, sys
 from tiny_align.runtime import Assistant
-from tiny_align.runtime.audio import read_audio
+from tiny_align.runtime.audio.samples import read_audio
 with Assistant.load(sys.argv[1], threads=1) as assistant:
     assistant.answer_file(sys.argv[2])
 print(int(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1]) * 1024)

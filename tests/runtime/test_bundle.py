@@ -1,4 +1,4 @@
-"""runtime/bundle.py: what is whole opens; what is missing, changed, damaged or meant for another LLM is refused."""
+"""runtime/bundle/bundle.py: what is whole opens; what is missing, changed, damaged or meant for another LLM is refused."""
 
 import dataclasses
 import json
@@ -7,7 +7,9 @@ from datetime import datetime
 import numpy as np
 import pytest
 
-from tiny_align.runtime.bundle import GENERAL, MANIFEST, USER_RECORD, Bundle, PromptSpec, check_user
+from tiny_align.runtime.bundle.bundle import Bundle
+from tiny_align.runtime.bundle.manifest import MANIFEST, PromptSpec
+from tiny_align.runtime.bundle.users import GENERAL, USER_RECORD, check_user
 from tiny_align.runtime.errors import BundleError, UserError
 
 GRAPHS = ("encoder", "projector", "llm")

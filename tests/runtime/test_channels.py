@@ -1,10 +1,10 @@
-"""runtime/channels.py: whatever a second channel carries, whoever speaks on the first is heard as without it."""
+"""runtime/audio/channels.py: whatever a second channel carries, whoever speaks on the first is heard as without it."""
 
 import numpy as np
 import pytest
 
-from tiny_align.runtime.audio import read_recording
-from tiny_align.runtime.channels import mix
+from tiny_align.runtime.audio.channels import mix
+from tiny_align.runtime.audio.samples import read_recording
 
 RATE = 16_000
 

@@ -8,8 +8,10 @@ import pytest
 import soundfile
 import soxr
 
-from tiny_align.runtime.bundle import MANIFEST, USER_RECORD, Bundle
-from tiny_align.runtime.cli import COMMANDS
+from tiny_align.runtime.bundle.bundle import Bundle
+from tiny_align.runtime.bundle.manifest import MANIFEST
+from tiny_align.runtime.bundle.users import USER_RECORD
+from tiny_align.runtime.commands.cli import COMMANDS
 
 RATE = 16_000  # Hz, the bundle's
 RESULT = {"text", "heard", "tokens", "ttft_ms", "rtf", "audio_s", "backend", "user", "notes"}
@@ -18,7 +20,7 @@ QUICK = ("--max-tokens", 6, "--threads", 1)
 HEAVY = ("torch", "transformers", "onnx", "tensorrt", "tensorrt_rtx", "polygraphy")
 LIGHT = """
 import sys
-from tiny_align.runtime.cli import main
+from tiny_align.runtime.commands.cli import main
 for arguments in {calls!r}:
     try:
         status = main(arguments)
@@ -35,7 +37,7 @@ class Without:
         if name.partition(".")[0] in {names!r}:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Without())
-from tiny_align.runtime.cli import main
+from tiny_align.runtime.commands.cli import main
 raise SystemExit(main({call!r}))
 """
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import soxr
 
-from tiny_align.align.non_speech import non_speech
-from tiny_align.runtime.audio import read_audio
-from tiny_align.runtime.conditioning import LOUDEST_DB, condition
-from tiny_align.runtime.declip import clipping, declip
+from tiny_align.align.data.non_speech import non_speech
+from tiny_align.runtime.audio.conditioning import LOUDEST_DB, condition
+from tiny_align.runtime.audio.declip import clipping, declip
+from tiny_align.runtime.audio.samples import read_audio
 
 RATE = 16_000
 

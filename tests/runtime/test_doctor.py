@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from tiny_align.runtime import machine
-from tiny_align.runtime.doctor import Finding, Subject, examine
+from tiny_align.runtime.commands.doctor import Finding, Subject, examine
 
 MACHINES = Path(__file__).parent / "machines"
 PYTHONS = {"jetpack-6.2": "3.10.12", "jetpack-7.2": "3.12.3"}

@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from tiny_align.align.non_speech import non_speech
-from tiny_align.runtime.audio import read_audio
-from tiny_align.runtime.endpoint import (
+from tiny_align.align.data.non_speech import non_speech
+from tiny_align.runtime.audio.samples import read_audio
+from tiny_align.runtime.errors import AudioError
+from tiny_align.runtime.listening.endpoint import (
     FRAME_S,
     FRAME_SAMPLES,
     SAMPLE_RATE,
@@ -18,7 +19,6 @@ from tiny_align.runtime.endpoint import (
     SpeechEnded,
     SpeechPaused,
 )
-from tiny_align.runtime.errors import AudioError
 
 LIMITS = Endpointing(
     min_speech_s=4 * FRAME_S,

@@ -10,14 +10,14 @@ import sys
 
 import pytest
 
-from tiny_align.runtime import cli
-from tiny_align.runtime import run as run_module
-from tiny_align.runtime.bundle import MANIFEST
+from tiny_align.runtime.bundle.manifest import MANIFEST
+from tiny_align.runtime.commands import cli
+from tiny_align.runtime.commands import run as run_module
 
 if os.name != "posix":
     pytest.skip("the faults are Unix's", allow_module_level=True)
 
-COMMAND = [sys.executable, "-m", "tiny_align.runtime.cli"]
+COMMAND = [sys.executable, "-m", "tiny_align.runtime.commands.cli"]
 NO_RIGHTS = [
     "setpriv",
     "--bounding-set=-dac_override,-dac_read_search",
@@ -220,7 +220,7 @@ def test_a_bundle_that_may_not_be_read_is_one_sentence(unprivileged, bundle_copy
 def test_a_person_who_may_not_be_read_is_one_sentence(
     unprivileged, bundle_path, make_user, answer, tmp_path, name
 ):
-    from tiny_align.runtime.bundle import Bundle
+    from tiny_align.runtime.bundle.bundle import Bundle
 
     make_user(Bundle.open(bundle_path), tmp_path / "users/ana")
     with mode(tmp_path / "users" / name, 0):

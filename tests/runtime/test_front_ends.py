@@ -10,12 +10,12 @@ import json
 import numpy as np
 import pytest
 
-from tiny_align.runtime.audio import read_audio
-from tiny_align.runtime.front_end import KINDS, front_end_from
-from tiny_align.runtime.nemo import FrontEnd
-from tiny_align.runtime.seamless import FilterBank
-from tiny_align.runtime.wav2vec2 import Waveform
-from tiny_align.runtime.whisper import WhisperMel
+from tiny_align.runtime.audio.samples import read_audio
+from tiny_align.runtime.front_ends.base import KINDS, front_end_from
+from tiny_align.runtime.front_ends.nemo import FrontEnd
+from tiny_align.runtime.front_ends.seamless import FilterBank
+from tiny_align.runtime.front_ends.wav2vec2 import Waveform
+from tiny_align.runtime.front_ends.whisper import WhisperMel
 
 RATE = 16_000  # Hz
 LENGTHS = (

@@ -1,4 +1,4 @@
-"""runtime/huge_pages.py on this process's own memory."""
+"""runtime/backends/huge_pages.py on this process's own memory."""
 
 import ctypes
 import mmap
@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tiny_align.runtime import huge_pages
-from tiny_align.runtime.huge_pages import COLLAPSE, LEAST, PAGE, on_huge_pages
+from tiny_align.runtime.backends import huge_pages
+from tiny_align.runtime.backends.huge_pages import COLLAPSE, LEAST, PAGE, on_huge_pages
 
 
 def kernel_collapses() -> bool:

@@ -1,4 +1,4 @@
-"""runtime/levels.py: clipped and quiet recordings are named with their figures, others are not."""
+"""runtime/audio/levels.py: clipped and quiet recordings are named with their figures, others are not."""
 
 import io
 import json
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from tiny_align.runtime.audio import read_recording
-from tiny_align.runtime.levels import clipped_share, measure, notes
+from tiny_align.runtime.audio.levels import clipped_share, measure, notes
+from tiny_align.runtime.audio.samples import read_recording
 
 RATE = 16_000
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import soundfile
 
-from tiny_align.align.non_speech import non_speech
-from tiny_align.runtime import microphone as microphone_module
-from tiny_align.runtime.audio import read_audio
-from tiny_align.runtime.endpoint import Endpointer
+from tiny_align.align.data.non_speech import non_speech
+from tiny_align.runtime.audio.samples import read_audio
+from tiny_align.runtime.commands.listen import METER_CELLS, _Screen, meter
 from tiny_align.runtime.errors import AudioError
-from tiny_align.runtime.listen import METER_CELLS, _Screen, meter
-from tiny_align.runtime.listening import Level, TurnEnded, listen
-from tiny_align.runtime.microphone import Notice
+from tiny_align.runtime.listening import microphone as microphone_module
+from tiny_align.runtime.listening.endpoint import Endpointer
+from tiny_align.runtime.listening.loop import Level, TurnEnded, listen
+from tiny_align.runtime.listening.microphone import Notice
 
 RATE = 16_000
 QUICK = ("--threads", 1)
@@ -150,7 +150,7 @@ def test_ctrl_c_ends_it_with_the_document(bundle_path, three):
     command = [
         sys.executable,
         "-m",
-        "tiny_align.runtime.cli",
+        "tiny_align.runtime.commands.cli",
         "listen",
         "--bundle",
         bundle_path,

@@ -7,9 +7,14 @@ import numpy as np
 import pytest
 
 from tiny_align.runtime.assistant import Event
-from tiny_align.runtime.endpoint import FRAME_SAMPLES, SAMPLE_RATE, Endpointer, Endpointing
 from tiny_align.runtime.errors import AudioError, TinyAlignError
-from tiny_align.runtime.listening import (
+from tiny_align.runtime.listening.endpoint import (
+    FRAME_SAMPLES,
+    SAMPLE_RATE,
+    Endpointer,
+    Endpointing,
+)
+from tiny_align.runtime.listening.loop import (
     BLOCK_S,
     PAUSE_S,
     WAITING,
@@ -20,7 +25,7 @@ from tiny_align.runtime.listening import (
     TurnEnded,
     listen,
 )
-from tiny_align.runtime.microphone import Notice
+from tiny_align.runtime.listening.microphone import Notice
 
 ALIVE_S = 20.0  # what takes longer is a deadlock
 LOUD = 0.1

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tiny_align.runtime import llm as llm_module
-from tiny_align.runtime.backend import Decoder, Scores
+from tiny_align.runtime.backends.base import Decoder, Scores
 from tiny_align.runtime.errors import DataError, TinyAlignError
 from tiny_align.runtime.llm import Cache, Decoding, LanguageModel, TextStream, loops
 

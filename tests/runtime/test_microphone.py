@@ -8,9 +8,9 @@ import types
 import numpy as np
 import pytest
 
-from tiny_align.runtime import microphone as module
 from tiny_align.runtime.errors import AudioError
-from tiny_align.runtime.microphone import Microphone, Notice
+from tiny_align.runtime.listening import microphone as module
+from tiny_align.runtime.listening.microphone import Microphone, Notice
 
 RATE = 16_000
 

@@ -1,9 +1,9 @@
-"""runtime/nemo.py against the implementation it stands in for, transformers' ParakeetFeatureExtractor."""
+"""runtime/front_ends/nemo.py against the implementation it stands in for, transformers' ParakeetFeatureExtractor."""
 
 import numpy as np
 import pytest
 
-from tiny_align.runtime.nemo import FrontEnd
+from tiny_align.runtime.front_ends.nemo import FrontEnd
 
 RATE = 16_000  # Hz
 TOLERANCE = 1e-3  # of normalised features, whose standard deviation is 1

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tiny_align.runtime.pauses import KEPT_S
+from tiny_align.runtime.audio.pauses import KEPT_S
 from tiny_align.runtime.windows import Cutter, WindowSpec, cut
 
 RATE = 16_000

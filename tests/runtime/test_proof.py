@@ -5,13 +5,11 @@ import sys
 
 import pytest
 
-from tiny_align.runtime import proof
+from tiny_align.runtime.privacy import proof
 
-CALL = "import sys; from tiny_align.runtime.cli import main; sys.exit(main(sys.argv[1:]))"
+CALL = "import sys; from tiny_align.runtime.commands.cli import main; sys.exit(main(sys.argv[1:]))"
 PROVE = ("doctor", "--prove-private", "--json")
-OPENED = (
-    "import json; from tiny_align.runtime import proof; print(json.dumps(proof.try_ways_out()))"
-)
+OPENED = "import json; from tiny_align.runtime.privacy import proof; print(json.dumps(proof.try_ways_out()))"
 NOSY = """
 import os, socket
 if "PYTHONDONTWRITEBYTECODE" in os.environ:  # the process that is watched
@@ -25,7 +23,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="sealing is Linu
 @pytest.fixture(autouse=True)
 def sealable():
     from tiny_align.runtime.errors import TinyAlignError
-    from tiny_align.runtime.sealing import _load_libseccomp
+    from tiny_align.runtime.privacy.sealing import _load_libseccomp
 
     try:
         _load_libseccomp()

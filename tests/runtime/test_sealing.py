@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from tiny_align.runtime import sealing
 from tiny_align.runtime.errors import TinyAlignError
+from tiny_align.runtime.privacy import sealing
 
 if sys.platform != "linux":
     pytest.skip("sealing is Linux's", allow_module_level=True)
@@ -87,9 +87,9 @@ WHILE_LOADING = (
     TRIES + "seal = sealing.Seal([users]); before.start(); print(seal.close()); finish()"
 )
 UNSEALED = TRIES + "before.start(); finish()"
-IMPORT = "from tiny_align.runtime import sealing\n"
+IMPORT = "from tiny_align.runtime.privacy import sealing\n"
 COMMAND = """
-from tiny_align.runtime.cli import main
+from tiny_align.runtime.commands.cli import main
 before.start()
 status = main(sys.argv[4:])
 finish()
@@ -168,7 +168,7 @@ def test_a_sealed_command_stays_sealed_and_answers_the_same(
     assert (answer["text"], answer["tokens"]) == (plain["text"], plain["tokens"])
 
 
-CALL = "import sys; from tiny_align.runtime.cli import main; sys.exit(main(sys.argv[1:]))"
+CALL = "import sys; from tiny_align.runtime.commands.cli import main; sys.exit(main(sys.argv[1:]))"
 TYPED = "import io, sys; sys.stdin = io.StringIO('hello\\n'); " + CALL
 
 
@@ -186,7 +186,7 @@ def test_conversations_are_the_same_sealed(run_python, bundle_path, voice_path, 
 
 MESSAGE = """
 import socket
-from tiny_align.runtime.sealing import Seal
+from tiny_align.runtime.privacy.sealing import Seal
 one, other = socket.socketpair()
 Seal().close(microphone=%s)
 one.send(b"a")
@@ -248,7 +248,8 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path):
 
 
 REFUSED = """
-from tiny_align.runtime import TinyAlignError, sealing
+from tiny_align.runtime import TinyAlignError
+from tiny_align.runtime.privacy import sealing
 seal = sealing.Seal()
 seal._seccomp.seccomp_load = lambda context: -125
 try:

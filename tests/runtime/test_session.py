@@ -13,7 +13,7 @@ from tiny_align.benchmarks.streaming import resident_bytes
 from tiny_align.runtime import Assistant, Decoding
 from tiny_align.runtime import session as session_module
 from tiny_align.runtime.errors import AudioError, TinyAlignError
-from tiny_align.runtime.front_end import KINDS
+from tiny_align.runtime.front_ends.base import KINDS
 from tiny_align.runtime.llm import LanguageModel
 from tiny_align.runtime.windows import cut
 

@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from tiny_align.runtime import telemetry
+from tiny_align.runtime.privacy import telemetry
 
 IMPORT = """
 import json, os

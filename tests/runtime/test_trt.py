@@ -1,4 +1,4 @@
-"""runtime/trt.py on an emulation of TensorRT and CUDA that computes (trt_emulation.py)."""
+"""runtime/backends/tensorrt.py on an emulation of TensorRT and CUDA that computes (trt_emulation.py)."""
 
 import ctypes
 import dataclasses
@@ -18,11 +18,13 @@ import trt_emulation
 
 from tiny_align.engines.build import build_engines
 from tiny_align.engines.plain_decoder import PlainDecoder
-from tiny_align.runtime import Assistant, Decoding, cuda_memory
-from tiny_align.runtime import trt as trt_module
-from tiny_align.runtime.audio import read_audio
-from tiny_align.runtime.backend import TOPK_LOGITS, Chain, load_decoder, load_runner
-from tiny_align.runtime.bundle import Bundle, write_manifest
+from tiny_align.runtime import Assistant, Decoding
+from tiny_align.runtime.audio.samples import read_audio
+from tiny_align.runtime.backends import cuda_memory
+from tiny_align.runtime.backends import tensorrt as trt_module
+from tiny_align.runtime.backends.base import TOPK_LOGITS, Chain, load_decoder, load_runner
+from tiny_align.runtime.bundle.bundle import Bundle
+from tiny_align.runtime.bundle.manifest import write_manifest
 from tiny_align.runtime.errors import BackendError
 from tiny_align.runtime.llm import Cache, LanguageModel
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tiny_align.runtime import cuda_memory
-from tiny_align.runtime.ort import _session
+from tiny_align.runtime.backends import cuda_memory
+from tiny_align.runtime.backends.onnxruntime import _session
 
 OK, INVALID_VALUE, OUT_OF_MEMORY, ILLEGAL_ADDRESS = 0, 1, 2, 700  # cudaError_t
 WORDS = {

@@ -1,0 +1,4 @@
+"""The trainer: steps, validation, checkpoints.
+
+May import `data`, `model` and the runtime.
+"""

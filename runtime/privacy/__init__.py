@@ -1,0 +1,1 @@
+"""Nothing leaves the device: libraries' telemetry off, a sealed process, and the proof of it."""
