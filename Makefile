@@ -7,7 +7,7 @@ DEVICE ?= cpu
 BIN := .venv/bin
 STAMPS := .venv/stamps
 
-.PHONY: demo test lint bench bench-full bench-short reference clean
+.PHONY: demo test check lint bench bench-full bench-short reference clean
 
 demo: $(STAMPS)/demo  ## personalise the shipped bundle to a voice it never heard, and talk to it
 	$(BIN)/tiny-align demo
@@ -16,9 +16,13 @@ test: export OMP_NUM_THREADS ?= 1
 test: $(STAMPS)/dev  ## the whole suite, on two cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-lint: $(STAMPS)/dev
+check: $(STAMPS)/dev $(STAMPS)/typed  ## style, types and the house rules, a minute
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_house.py
+
+lint: check
 
 # llama.cpp as a peer is compiled here, its library alone. Its AMX kernels crash (0.3.36),
 # so that it is built without them, and no wheel that was compiled with other flags is taken from pip's cache.
@@ -55,6 +59,11 @@ reference: $(STAMPS)/dev  ## train and export the reference bundle again; resuma
 
 clean:
 	rm -rf .venv build dist *.egg-info
+
+$(STAMPS)/typed: $(STAMPS)/dev
+	mkdir -p .venv/typed/tiny_align
+	for stage in runtime align export engines; do ln -sfn ../../../$$stage .venv/typed/tiny_align/$$stage; done
+	touch $@
 
 $(STAMPS)/%: setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -53,6 +53,7 @@ DEV = [
     "pytest>=8",
     "pytest-xdist>=3.5",
     "ruff>=0.6",
+    "mypy>=1.11",
     "build>=1.2",
 ]
 
@@ -88,7 +89,10 @@ setup(
     python_requires=">=3.10",
     packages=[name for stage in STAGES for name in packages_of(stage)],
     package_dir={f"tiny_align.{stage}": stage for stage in STAGES},
-    package_data={"tiny_align.reference": ["bundle/**", "voice/**"]},
+    package_data={
+        "tiny_align.reference": ["bundle/**", "voice/**"],
+        **{f"tiny_align.{stage}": ["py.typed"] for stage in ("runtime", "align", "export", "engines")},
+    },
     install_requires=RUNTIME,
     extras_require={
         "listen": LISTEN,

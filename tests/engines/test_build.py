@@ -16,7 +16,7 @@ import pytest
 from tiny_align.engines import build as build_module
 from tiny_align.engines import build_one, preflight
 from tiny_align.engines import builder as builder_module
-from tiny_align.engines import command as commands
+from tiny_align.engines import command
 from tiny_align.engines import process as process_module
 from tiny_align.engines.build import build_engines, graph_files
 from tiny_align.engines.builder import find_builder
@@ -310,10 +310,10 @@ def built(rtx, tmp_path_factory):
     path = tmp_path_factory.mktemp("bundle")
     make_bundle(path, "int4", "cached")
     parser = argparse.ArgumentParser()
-    commands.add_arguments(parser)
+    command.add_arguments(parser)
     args = parser.parse_args(["--bundle", str(path), "--compute-capability", "86"])
     args.json = True
-    return Bundle.open(path), commands.run(args)
+    return Bundle.open(path), command.run(args)
 
 
 def test_build_reports_and_records_every_engine(rtx, built):
@@ -536,8 +536,8 @@ def test_command_prints_for_people(child, tmp_path, capsys):
     child(FAKE_BUILD)
     make_bundle(tmp_path, "int4")
     parser = argparse.ArgumentParser()
-    commands.add_arguments(parser)
-    commands.run(parser.parse_args(["--bundle", str(tmp_path)], argparse.Namespace(json=False)))
+    command.add_arguments(parser)
+    command.run(parser.parse_args(["--bundle", str(tmp_path)], argparse.Namespace(json=False)))
     printed, shown = capsys.readouterr()
     assert (
         "tensorrt_rtx 1.7.1 for compute capability 86" in printed
@@ -804,6 +804,6 @@ def test_help_needs_nothing_heavy():
     heavy = ("torch", "transformers", "tensorrt", "tensorrt_rtx", "polygraphy", "onnx", "tqdm")
     script = (
         "import sys, argparse; from tiny_align.engines import command; "
-        f"commands.add_arguments(argparse.ArgumentParser()); print([name for name in {heavy} if name in sys.modules])"
+        f"command.add_arguments(argparse.ArgumentParser()); print([name for name in {heavy} if name in sys.modules])"
     )
     assert subprocess.check_output([sys.executable, "-c", script], text=True).strip() == "[]"

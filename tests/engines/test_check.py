@@ -11,7 +11,7 @@ import shutil
 import pytest
 from test_build import CACHED, make_bundle
 
-from tiny_align.engines import command as commands
+from tiny_align.engines import command
 from tiny_align.engines.build import build_engines
 from tiny_align.engines.builder import find_builder
 from tiny_align.runtime.bundle.bundle import Bundle
@@ -49,7 +49,7 @@ def refusal(bundle: Bundle, facts: dict, graph: str = "cached") -> str:
     assert "\n" not in said and said.endswith("`")
     program, name, *arguments = shlex.split(said.split("`")[-2])
     parser = argparse.ArgumentParser()
-    commands.add_arguments(parser)
+    command.add_arguments(parser)
     assert (program, name) == ("tiny-align", "build-engines")
     assert parser.parse_args(arguments).bundle == bundle.path
     return said

@@ -420,7 +420,7 @@ def install(monkeypatch, version: str = "10.3.0", capacity: int = 1 << 30) -> Cu
     monkeypatch.setitem(sys.modules, "tensorrt", module)
     cudart = Cudart(capacity)
     monkeypatch.setattr(cuda_memory, "library", lambda: cudart)
-    for stage in ("runtime.engines", "engines.builder", "engines.build"):
+    for stage in ("runtime.bundle.engines", "engines.builder", "engines.build"):
         monkeypatch.setattr(f"tiny_align.{stage}.gpu_compute_capability", lambda: 87)
     monkeypatch.setattr("tiny_align.engines.process.COMMAND", (sys.executable, "-c", BUILD_ONE))
     return cudart
