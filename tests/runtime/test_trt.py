@@ -586,7 +586,7 @@ def test_a_broken_tensorrt_is_named(bundle, monkeypatch, tmp_path):
 
 def test_without_cuda_it_says_where_it_comes_from(monkeypatch, run_python):
     script = (
-        "from tiny_align.runtime import cuda; cuda_memory.LIBRARIES = ('libcudart_nowhere.so',)\n"
+        "from tiny_align.runtime.backends import cuda_memory; cuda_memory.LIBRARIES = ('libcudart_nowhere.so',)\n"
         "try: cuda_memory.Buffer(8)\n"
         "except cuda_memory.BackendError as error: print(error)"
     )
