@@ -192,8 +192,8 @@ def normalise(x: torch.Tensor, lengths: torch.Tensor, front_end: FrontEnd) -> to
     before = x.shape[1] - lengths
     quiet = rising.gather(1, (before + (QUIET_SHARE * (lengths - 1)).long()).unsqueeze(1))
     edge = quiet + front_end.speech_share * (rising[:, -1:] - quiet)
-    least = rising.gather(1, (x.shape[1] - lengths.clamp(max=MIN_LOUD)).unsqueeze(1))
-    loud = (mask & (level >= torch.minimum(edge, least))).unsqueeze(-1)
+    quietest_loud = rising.gather(1, (x.shape[1] - lengths.clamp(max=MIN_LOUD)).unsqueeze(1))
+    loud = (mask & (level >= torch.minimum(edge, quietest_loud))).unsqueeze(-1)
     count = loud.sum(dim=1, keepdim=True)
     mean = (x * loud).sum(dim=1, keepdim=True) / count
     var = (((x - mean) * loud) ** 2).sum(dim=1, keepdim=True) / (count - 1)
