@@ -34,9 +34,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tiny_align.engines.builder import Builder, find_builder
-from tiny_align.engines.ladder import Ladder, choose
+from tiny_align.engines.ladder import Ladder
 from tiny_align.engines.preflight import require_memory
 from tiny_align.engines.process import run_build
+from tiny_align.engines.select_precision import select_precision
 from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.bundle.engines import RECORD, engines_path
 from tiny_align.runtime.bundle.profile import graph_profile
@@ -95,11 +96,13 @@ def build_engines(
             if not force:
                 _require_memory(name, _graph_bytes(bundle, sources[name]), builder)
             tell(0.0, "choosing a precision")
-            choice = choose(bundle, name, ladder or Ladder(), folder)
-            cost = run_build(name, _job(choice.graph, name, builder, folder, sources[name]), tell)
+            selection = select_precision(bundle, name, ladder or Ladder(), folder)
+            cost = run_build(
+                name, _job(selection.graph, name, builder, folder, sources[name]), tell
+            )
             done[name] = {
                 **sources[name],
-                **choice.entry,
+                **selection.entry,
                 **cost,
                 **_engine_entry(folder / f"{name}.engine"),
             }
@@ -129,7 +132,7 @@ def _source(bundle: Bundle, name: str, ladder: Ladder | None = None) -> dict:
         tensor: {"min": list(least), "opt": list(usual), "max": list(greatest)}
         for tensor, (least, usual, greatest) in graph_profile(graph, bundle.manifest.dims).items()
     }
-    wanted = ladder.wanted(name, graph.precision) if ladder else {}
+    wanted = ladder.record_fields(name, graph.precision) if ladder else {}
     return {"graph_sha256": files[graph.file], "files": files, "profile": profile, **wanted}
 
 
