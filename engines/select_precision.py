@@ -13,8 +13,8 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
-from tiny_align.engines.build_one import die_with_parent
 from tiny_align.engines.ladder import AUTO, OWN, Ladder
+from tiny_align.engines.process import die_with_parent
 from tiny_align.runtime.audio.samples import read_audio
 from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.errors import BackendError
