@@ -53,10 +53,9 @@ def rtx():
 
 
 def spec(file, precision, inputs, outputs) -> GraphSpec:
-    tensors = [
-        tuple(TensorSpec(n, "float32", s) for n, s in side.items()) for side in (inputs, outputs)
-    ]
-    return GraphSpec(file, precision, *tensors)
+    input_specs = tuple(TensorSpec(name, "float32", shape) for name, shape in inputs.items())
+    output_specs = tuple(TensorSpec(name, "float32", shape) for name, shape in outputs.items())
+    return GraphSpec(file, precision, input_specs, output_specs)
 
 
 CACHED = spec(
@@ -69,14 +68,17 @@ INT4 = spec("int4.onnx", "int4", {"x": (1, "new", SIZE)}, {"y": (1, "new", SIZE)
 UNSUPPORTED = spec("unsupported.onnx", "fp32", {"x": (SIZE,)}, {"y": ("found",), "z": (SIZE,)})
 
 
+def float_info(tensor: TensorSpec):
+    return onnx.helper.make_tensor_value_info(tensor.name, onnx.TensorProto.FLOAT, tensor.shape)
+
+
 def save(folder: Path, graph: GraphSpec, nodes, weights, **options) -> None:
-    infos = [
-        [onnx.helper.make_tensor_value_info(t.name, onnx.TensorProto.FLOAT, t.shape) for t in side]
-        for side in (graph.inputs, graph.outputs)
-    ]
-    made = onnx.helper.make_graph(nodes, "graph", *infos, weights)
+    infos = []
+    for side in (graph.inputs, graph.outputs):
+        infos.append(list(map(float_info, side)))
+    onnx_graph = onnx.helper.make_graph(nodes, "graph", *infos, weights)
     model = onnx.helper.make_model(
-        made, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10
+        onnx_graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10
     )
     onnx.save(model, folder / graph.file, **options)
 
@@ -330,7 +332,8 @@ def test_build_reports_and_records_every_engine(rtx, built):
 @pytest.mark.parametrize("name", ["cached", "int4"])
 def test_entry_describes_graph_and_engine(built, name):
     bundle, result = built
-    entry, engine = result["engines"][name], Path(result["path"]) / f"{name}.engine"
+    entry = result["engines"][name]
+    engine = Path(result["path"]) / f"{name}.engine"
     assert entry["bytes"] == engine.stat().st_size > SIZE * SIZE // 2
     assert entry["engine_sha256"] == sha256(engine)
     assert entry["graph_sha256"] == bundle.manifest.files[f"{name}.onnx"]
@@ -353,14 +356,11 @@ def test_entry_has_external_data_and_profile(built):
 
 def test_largest_graph_comes_first(built):
     bundle, result = built
-    sizes = [
-        sum((bundle.path / f).stat().st_size for f in e["files"])
-        for e in result["engines"].values()
-    ]
-    assert sizes == sorted(sizes, reverse=True) and list(bundle.manifest.graphs) == [
-        "int4",
-        "cached",
-    ]
+    sizes = []
+    for entry in result["engines"].values():
+        sizes.append(sum((bundle.path / file).stat().st_size for file in entry["files"]))
+    assert sizes == sorted(sizes, reverse=True)
+    assert list(bundle.manifest.graphs) == ["int4", "cached"]
 
 
 def test_bundle_with_engines_is_unchanged(built):
@@ -653,7 +653,8 @@ BUILT_AGAIN = {"first": 2, "unrecorded": 2, "recorded": 1, "unpublished": 0, "pu
 @pytest.mark.parametrize("stage", BUILT_AGAIN)
 def test_build_killed_at_any_stage_continues(child, tmp_path, stage):
     child(FAKE_BUILD)
-    bundle, log = make_bundle(tmp_path, "int4", "cached"), tmp_path / "built"
+    bundle = make_bundle(tmp_path, "int4", "cached")
+    log = tmp_path / "built"
     killed = subprocess.run(
         [sys.executable, "-c", KILLED_AT, tmp_path, stage, FAKE_BUILD], check=False
     )

@@ -329,7 +329,8 @@ def rtx():
 
 def test_every_rung_builds_and_is_accepted(rtx, bundle_copy, recordings, capfd):
     """Also prints the sizes of the engines and the seconds of their builds."""
-    bundle, facts = Bundle.open(bundle_copy), find_builder(86).facts
+    bundle = Bundle.open(bundle_copy)
+    facts = find_builder(86).facts
     built = {}
     for precision in ("int8", "fp16"):
         graphs = [name for name, rungs in RUNGS.items() if precision in rungs]
@@ -433,7 +434,8 @@ def test_changed_weights_make_the_engine_of_a_rung_stale(fake_build, bundle_copy
     build_engines(Bundle.open(bundle_copy), ladder=Ladder(recordings, AUTO))
     with open(bundle_copy / "encoder.onnx.data", "r+b") as weights:
         weights.write(b"\xff\xff\xff")
-    shutil.move(bundle_copy / "engines", engines := bundle_copy.parent / "engines")
+    engines = bundle_copy.parent / "engines"
+    shutil.move(bundle_copy / "engines", engines)
     write_manifest(bundle_copy, Bundle.open(bundle_copy, verify=False).manifest)
     shutil.move(engines, bundle_copy / "engines")
     with pytest.raises(BackendError, match=r"from another encoder\.onnx\.data"):
