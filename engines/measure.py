@@ -2,7 +2,7 @@
 
 Half of the recordings calibrate an encoder, the other half measure it. Graphs run in ONNX
 Runtime on the CPU, a rung's as its twin (fp16.py). Answers (ROUGE-L) are compared elsewhere,
-by `benchmarks.precision`.
+by `benchmarks.studies.precision`.
 """
 
 from collections.abc import Callable
