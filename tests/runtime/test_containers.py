@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from tiny_align.runtime.audio.samples import read_audio, read_recording, read_segment, streams
+from tiny_align.runtime.audio import streams
+from tiny_align.runtime.audio.samples import read_audio, read_recording, read_segment
 from tiny_align.runtime.errors import AudioError
 
 RATE = 16_000  # Hz
