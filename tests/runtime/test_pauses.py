@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tiny_align.runtime.audio.pauses import KEPT_S
+from tiny_align.runtime.audio.pauses import PAD_S
 from tiny_align.runtime.windows import Cutter, WindowSpec, cut
 
 RATE = 16_000
@@ -36,7 +36,7 @@ def test_noise_before_inside_and_after_is_left_out(length, db):
     speech = [voice(1.5, seed=1), voice(1.5, seed=2)]
     before, inside, after = (room(length, db, seed) for seed in (3, 4, 5))
     left = seconds(kept(np.concatenate([before, speech[0], inside, speech[1], after])))
-    assert 3 <= left < 3 + 4 * KEPT_S + 0.3
+    assert 3 <= left < 3 + 4 * PAD_S + 0.3
 
 
 @pytest.mark.parametrize("gain_db", [-45, 0, 15])
@@ -54,7 +54,7 @@ def test_digital_silence_is_left_out():
     audio = np.concatenate(
         [np.zeros(3 * RATE, np.float32), voice(1.5), np.zeros(3 * RATE, np.float32)]
     )
-    assert seconds(kept(audio)) < 1.5 + 2 * KEPT_S + 0.1
+    assert seconds(kept(audio)) < 1.5 + 2 * PAD_S + 0.1
 
 
 @pytest.mark.parametrize("pause", [0.1, 0.4])
