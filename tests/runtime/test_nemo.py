@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tiny_align.runtime.front_ends.nemo import FrontEnd
+from tiny_align.runtime.front_ends.nemo import NemoMel
 
 RATE = 16_000  # Hz
 TOLERANCE = 1e-3  # of normalised features, whose standard deviation is 1
@@ -23,8 +23,8 @@ def noise(n_samples, seed=0):
 
 
 def assert_same(audio, n_mels):
-    ours, theirs = FrontEnd(n_mels=n_mels, floor_db=None)(audio), reference(audio, n_mels)
-    assert ours.shape == theirs.shape == (len(audio) // FrontEnd().hop_samples, n_mels)
+    ours, theirs = NemoMel(n_mels=n_mels, floor_db=None)(audio), reference(audio, n_mels)
+    assert ours.shape == theirs.shape == (len(audio) // NemoMel().hop_samples, n_mels)
     assert ours.dtype == np.float32
     difference = np.abs(ours - theirs)
     assert difference.max() < TOLERANCE, f"max {difference.max():.2g}, mean {difference.mean():.2g}"
@@ -41,26 +41,26 @@ def test_noise_of_any_length_is_as_transformers_has_it(n_samples):
 
 
 def test_every_bin_is_normalised(speech):
-    features = FrontEnd()(speech)
+    features = NemoMel()(speech)
     np.testing.assert_allclose(features.mean(axis=0), 0, atol=1e-4)
     np.testing.assert_allclose(features.std(axis=0, ddof=1), 1, atol=1e-2)
 
 
 def test_the_floor_lies_below_the_loudest():
     log_mel = np.array([[0.0, -2.0], [-30.0, -10.0]], np.float32)
-    raised = FrontEnd(floor_db=60.0).raise_to_floor(log_mel)
+    raised = NemoMel(floor_db=60.0).raise_to_floor(log_mel)
     np.testing.assert_allclose(
         raised, np.maximum(log_mel, -6 * np.log(10)), rtol=1e-6
     )  # 60 dB in nepers of power
-    np.testing.assert_array_equal(FrontEnd(floor_db=None).raise_to_floor(log_mel), log_mel)
+    np.testing.assert_array_equal(NemoMel(floor_db=None).raise_to_floor(log_mel), log_mel)
 
 
 def test_speech_is_the_same_whatever_silence_stands_around_it(speech):
-    front, frames = FrontEnd(floor_db=60.0, speech_share=0.2), len(speech) // FrontEnd().hop_samples
+    front, frames = NemoMel(floor_db=60.0, speech_share=0.2), len(speech) // NemoMel().hop_samples
     pause = (1e-4 * np.random.default_rng(0).standard_normal(RATE)).astype(np.float32)
     alone, amid = front(speech), front(np.concatenate([pause, speech, pause, pause]))
     within = amid[RATE // front.hop_samples :][:frames]
-    plain = FrontEnd(floor_db=60.0)
+    plain = NemoMel(floor_db=60.0)
     shifted = plain(np.concatenate([pause, speech, pause, pause]))[RATE // front.hop_samples :][
         :frames
     ]
@@ -72,7 +72,7 @@ def test_training_normalises_a_padded_batch_as_the_runtime_does(n_frames):
     torch = pytest.importorskip("torch")
     from tiny_align.reference.augment import normalise
 
-    front, rng = FrontEnd(floor_db=60.0, speech_share=0.2), np.random.default_rng(n_frames)
+    front, rng = NemoMel(floor_db=60.0, speech_share=0.2), np.random.default_rng(n_frames)
     log_mel = rng.normal(-5, 2, (n_frames, 80)).astype(np.float32)
     log_mel[: n_frames // 3] -= 8
     padded = torch.nn.functional.pad(torch.from_numpy(log_mel), (0, 0, 0, 50))
