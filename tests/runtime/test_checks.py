@@ -40,7 +40,7 @@ def test_none_stands_for_a_default():
 
 
 def test_threads_are_a_few_per_core():
-    assert RANGES["threads"].least == 1 <= RANGES["threads"].most < 10_000
+    assert RANGES["threads"].min == 1 <= RANGES["threads"].max < 10_000
 
 
 @pytest.mark.parametrize(
