@@ -1,7 +1,7 @@
-"""The front ends in numpy against the feature extractors of transformers that they stand in for.
+"""The front ends in numpy against the feature extractors of transformers.
 
-NeMo's has a file of its own, test_features.py. Here: several lengths of real speech and of noise, every option that a
-checkpoint sets, and the manifest's form.
+NeMo's has a file of its own, test_nemo.py. Here: several lengths of real speech and of noise,
+every option that a checkpoint sets, and the manifest's form.
 """
 
 import dataclasses
@@ -89,31 +89,31 @@ def front(request):
     return request.param
 
 
-def test_real_speech_is_as_transformers_has_it(front, voice_path):
+def test_real_speech_equals_transformers(front, voice_path):
     for path in sorted(voice_path.glob("*.flac"))[:3]:
         assert_same(front, read_audio(path, RATE))
 
 
-def test_noise_of_any_length_is_as_transformers_has_it(front):
+def test_noise_of_any_length_equals_transformers(front):
     rng = np.random.default_rng(0)
     for n_samples in LENGTHS:
         assert_same(front, (0.1 * rng.standard_normal(n_samples)).astype(np.float32))
 
 
-def test_speech_between_silences_is_as_transformers_has_it(front, speech):
+def test_speech_between_silences_equals_transformers(front, speech):
     """Digital silence reaches the floors."""
     pause = np.zeros(RATE, np.float32)
     assert_same(front, np.concatenate([pause, speech, pause]))
 
 
 @pytest.mark.parametrize("missing", [0, 1, 39, 40, 41, 200, 361])
-def test_a_window_of_whispers_that_is_almost_full(missing, speech):
+def test_an_almost_full_window_of_whisper_equals_transformers(missing, speech):
     """The end of the window is mirrored into its last frames."""
     front = WhisperMel(padded_samples=5 * RATE)
     assert_same(front, np.resize(speech, 5 * RATE - missing))
 
 
-def test_rows_are_as_many_as_the_numbers_say(front, speech):
+def test_the_number_of_rows_follows_row_samples(front, speech):
     rows = front(speech)
     if isinstance(front, WhisperMel):
         assert len(rows) == front.n_rows == front.padded_samples / front.row_samples
@@ -125,12 +125,12 @@ def test_rows_are_as_many_as_the_numbers_say(front, speech):
 # --- the manifest's form ---
 
 
-def test_a_front_end_survives_its_own_json(front):
+def test_a_front_end_equals_itself_after_json(front):
     value = json.loads(json.dumps(dataclasses.asdict(front)))
     assert value["kind"] == front.kind and front_end_from(value) == front
 
 
-def test_one_without_a_kind_is_nemos(bundle_path):
+def test_a_manifest_without_a_kind_gives_nemo_mel(bundle_path):
     value = json.loads((bundle_path / "manifest.json").read_text())["front_end"]
     value.pop("kind", None)
     made = front_end_from(value)
@@ -145,7 +145,7 @@ def test_an_unknown_kind_or_parameter_is_refused(value):
         front_end_from(value)
 
 
-def test_every_kind_has_a_name_of_its_own():
+def test_kinds_are_unique():
     assert {name: kind().kind for name, kind in KINDS.items()} == {
         name: name for name in KINDS
     } and len(KINDS) == 4

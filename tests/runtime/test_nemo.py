@@ -1,4 +1,4 @@
-"""runtime/front_ends/nemo.py against the implementation it stands in for, transformers' ParakeetFeatureExtractor."""
+"""runtime/front_ends/nemo.py against transformers' ParakeetFeatureExtractor."""
 
 import numpy as np
 import pytest
@@ -31,22 +31,22 @@ def assert_same(audio, n_mels):
 
 
 @pytest.mark.parametrize("n_mels", [80, 128])
-def test_real_speech_is_as_transformers_has_it(speech, n_mels):
+def test_real_speech_equals_transformers(speech, n_mels):
     assert_same(speech, n_mels)
 
 
 @pytest.mark.parametrize("n_samples", [1_600, 3_999, 16_000, 16_001, 16_159, 59_999])
-def test_noise_of_any_length_is_as_transformers_has_it(n_samples):
+def test_noise_of_any_length_equals_transformers(n_samples):
     assert_same(noise(n_samples), 80)
 
 
-def test_every_bin_is_normalised(speech):
+def test_each_bin_has_zero_mean_and_unit_variance(speech):
     features = NemoMel()(speech)
     np.testing.assert_allclose(features.mean(axis=0), 0, atol=1e-4)
     np.testing.assert_allclose(features.std(axis=0, ddof=1), 1, atol=1e-2)
 
 
-def test_the_floor_lies_below_the_loudest():
+def test_the_floor_is_relative_to_the_loudest_level():
     log_mel = np.array([[0.0, -2.0], [-30.0, -10.0]], np.float32)
     raised = NemoMel(floor_db=60.0).raise_to_floor(log_mel)
     np.testing.assert_allclose(
@@ -55,7 +55,7 @@ def test_the_floor_lies_below_the_loudest():
     np.testing.assert_array_equal(NemoMel(floor_db=None).raise_to_floor(log_mel), log_mel)
 
 
-def test_speech_is_the_same_whatever_silence_stands_around_it(speech):
+def test_speech_share_makes_speech_independent_of_the_silence_around_it(speech):
     front, frames = NemoMel(floor_db=60.0, speech_share=0.2), len(speech) // NemoMel().hop_samples
     pause = (1e-4 * np.random.default_rng(0).standard_normal(RATE)).astype(np.float32)
     alone, amid = front(speech), front(np.concatenate([pause, speech, pause, pause]))
@@ -68,7 +68,7 @@ def test_speech_is_the_same_whatever_silence_stands_around_it(speech):
 
 
 @pytest.mark.parametrize("n_frames", [2, 10, 30, 333])
-def test_training_normalises_a_padded_batch_as_the_runtime_does(n_frames):
+def test_training_normalises_a_padded_batch_like_the_runtime(n_frames):
     torch = pytest.importorskip("torch")
     from tiny_align.reference.augment import normalise
 
