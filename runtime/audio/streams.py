@@ -111,16 +111,14 @@ def _pages(data: Bytes, at: int, name: str) -> Iterator[_Page]:
         if not is_complete or len(sizes) < n_segments or end > len(data):
             raise cut_off(name, "its last page is incomplete")
         flags, serial, number, checksum = struct.unpack("<5xB8xIII", header[:26])
-        if _ogg_checksum(header[:22] + bytes(4) + data[at + 26 : end]) != checksum:
+        # Ogg's CRC-32 is zlib's with the bits in reverse order and nothing inverted.
+        page = header[:22] + bytes(4) + data[at + 26 : end]  # as if without its checksum
+        crc = zlib.crc32(page.translate(BITS_REVERSED), 0xFFFF_FFFF) ^ 0xFFFF_FFFF
+        reversed_crc = crc.to_bytes(4, "little").translate(BITS_REVERSED)
+        if int.from_bytes(reversed_crc, "big") != checksum:
             raise damaged(name, f"a page at byte {at} has a wrong checksum")
         yield _Page(at, flags, serial, number)
         at = end
-
-
-def _ogg_checksum(page: bytes) -> int:
-    """Ogg's CRC-32: zlib's with the bits in reverse order and nothing inverted."""
-    reversed_crc = zlib.crc32(page.translate(BITS_REVERSED), 0xFFFF_FFFF) ^ 0xFFFF_FFFF
-    return int.from_bytes(reversed_crc.to_bytes(4, "little").translate(BITS_REVERSED), "big")
 
 
 # --- MPEG audio: MP3 and the older layers ---

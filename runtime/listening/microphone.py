@@ -91,8 +91,16 @@ class Microphone:
             )
         resampler = soxr.ResampleStream(self._rate, self.sample_rate, 1, dtype="float32")
         self._start()
-        while (item := self._next()) is not None:
-            block, n_lost = item
+        asked_s = time.monotonic()
+        while not self._stopped:
+            try:
+                block, n_lost = self._blocks.get(timeout=POLL_S)
+            except queue.Empty:
+                if not self._stream.active or time.monotonic() - asked_s > GONE_S:
+                    raise AudioError(
+                        "the microphone is gone: plug it in and start again, or give --device"
+                    ) from None
+                continue
             if n_lost:
                 lost_s = n_lost / self._rate
                 yield Notice(
@@ -100,19 +108,7 @@ class Microphone:
                     lost_s,
                 )
             yield resampler.resample_chunk(block)
-
-    def _next(self) -> tuple[np.ndarray, int] | None:
-        """The next block and the samples lost before it; None once stopped."""
-        began_s = time.monotonic()
-        while not self._stopped:
-            try:
-                return self._blocks.get(timeout=POLL_S)
-            except queue.Empty:
-                if not self._stream.active or time.monotonic() - began_s > GONE_S:
-                    raise AudioError(
-                        "the microphone is gone: plug it in and start again, or give --device"
-                    ) from None
-        return None
+            asked_s = time.monotonic()
 
     def _start(self) -> None:
         try:

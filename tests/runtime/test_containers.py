@@ -264,6 +264,14 @@ def test_an_mp3_of_unknown_length_is_read_to_its_end_with_a_note(tmp_path, mp3):
         read_audio(write_part(tmp_path / "a", without_count(mp3), -1), RATE)
 
 
+def test_an_mp3_without_a_frame_of_sound_is_refused(tmp_path, mp3):
+    frame = bytearray(mp3[: streams.frame_bytes(mp3[:4])])
+    at = max(frame.find(b"Xing"), frame.find(b"Info"))
+    frame[at + 4 : at + 8] = bytes(4)  # no number of frames either
+    with pytest.raises(AudioError, match="is not audio we can read"):
+        read_audio(write_part(tmp_path / "a", bytes(frame), None), RATE)
+
+
 def test_joined_mp3s_are_all_read(tmp_path, mp3):
     n_samples = len(read_audio(write_part(tmp_path / "a", mp3, None), RATE))
     assert len(read_audio(write_part(tmp_path / "a", mp3 + mp3, None), RATE)) >= 2 * n_samples
