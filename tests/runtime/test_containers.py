@@ -205,10 +205,10 @@ def page_offsets(content):
 
 @pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
 def test_a_chain_is_read_to_its_end(tmp_path, subtype):
-    one, two = encoded("OGG", subtype), encoded("OGG", subtype, NOISE[::-1])
-    first, second = (
-        read_audio(write_part(tmp_path / "a", content, None), RATE) for content in (one, two)
-    )
+    one = encoded("OGG", subtype)
+    two = encoded("OGG", subtype, NOISE[::-1])
+    first = read_audio(write_part(tmp_path / "a", one, None), RATE)
+    second = read_audio(write_part(tmp_path / "a", two, None), RATE)
     both = np.concatenate([first, second])
     path = write_part(tmp_path / "a", one + two, None)
     np.testing.assert_array_equal(read_audio(path, RATE), both)
@@ -256,9 +256,8 @@ def without_count(content):
 def test_an_mp3_of_unknown_length_is_read_to_its_end_with_a_note(tmp_path, mp3):
     whole = read_audio(write_part(tmp_path / "a", mp3, None), RATE)
     recording = read_recording(write_part(tmp_path / "a", without_count(mp3), None), RATE)
-    assert (
-        0 <= len(recording.samples) - len(whole) < 3_000
-    )  # a codec's delay at both ends, which only the count tells
+    n_more = len(recording.samples) - len(whole)
+    assert 0 <= n_more < 3_000  # a codec's delay at both ends, which only the count tells
     assert np.abs(recording.samples[-3_000:]).max() > 0.01 and NOTE in recording.notes[0]
     with pytest.raises(AudioError, match="its last frame is incomplete"):
         read_audio(write_part(tmp_path / "a", without_count(mp3), -1), RATE)

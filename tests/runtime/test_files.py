@@ -24,7 +24,9 @@ def test_a_folder_is_never_missing_while_it_is_replaced(tmp_path):
     replace(tmp_path / "b", "old")
     if not files._exchange(tmp_path / "b", tmp_path / "b"):
         pytest.skip("this system cannot exchange two folders")
-    over, missing, looks = threading.Event(), [], []
+    over = threading.Event()
+    missing = []
+    looks = []
 
     def look():
         while not over.is_set():
