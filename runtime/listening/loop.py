@@ -10,7 +10,7 @@ answer (barge-in).
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -138,7 +138,9 @@ class Recordings:
         self._stopped.set()
 
 
-def listen(session: Session, source: AudioSource, endpointer: Endpointer) -> Iterator[LoopEvent]:
+def listen(
+    session: Session, source: AudioSource, endpointer: Endpointer
+) -> Generator[LoopEvent, None, None]:
     """Answer each turn of speech until the source ends or the caller stops.
 
     Args:
