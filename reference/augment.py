@@ -1,6 +1,6 @@
 """Augmentation of log-mel batches: other throats, rooms, microphones and telephones, at almost no cost.
 
-Everything acts on un-normalised log-mel power (B, T, M) as FrontEnd.log_mel gives it, so that one
+Everything acts on un-normalised log-mel power (B, T, M) as NemoMel.log_mel gives it, so that one
 synthesised recording serves many times. Noise and echo are added as powers (cross terms neglected).
 Rates, ranges and odds are our choices.
 """
@@ -10,7 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from tiny_align.runtime.front_ends.nemo import MIN_LOUD, QUIET_SHARE, STD_GUARD, FrontEnd
+from tiny_align.runtime.front_ends.nemo import MIN_LOUD, QUIET_SHARE, STD_GUARD, NemoMel
 
 DB = math.log(10) / 10  # natural-log power per decibel
 PAD = -16.6  # log of the front end's guard: digital silence
@@ -182,7 +182,7 @@ def augment(log_mel: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor,
     return telephone(torch.log(power + math.exp(PAD))), lengths
 
 
-def normalise(x: torch.Tensor, lengths: torch.Tensor, front_end: FrontEnd) -> torch.Tensor:
+def normalise(x: torch.Tensor, lengths: torch.Tensor, front_end: NemoMel) -> torch.Tensor:
     """`front_end.finish` for a padded batch (B, T, M), whose padding becomes 0."""
     mask = torch.arange(x.shape[1]).unsqueeze(0) < lengths.unsqueeze(1)  # (B, T)
     x = x.masked_fill(~mask.unsqueeze(-1), -1e9)

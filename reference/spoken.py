@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from tiny_align.reference import corpus
-from tiny_align.runtime.front_ends.nemo import FrontEnd
+from tiny_align.runtime.front_ends.nemo import NemoMel
 
-FRONT_END = FrontEnd(floor_db=60.0, speech_share=0.2)
+FRONT_END = NemoMel(floor_db=60.0, speech_share=0.2)
 SHARD = 500  # recordings
 FLITE_EVERY = 4  # one shard in so many is flite's; each of the others has 200 random espeak-ng voices of its own
 HALTING = 0.4  # share of the recordings with pauses between the words

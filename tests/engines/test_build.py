@@ -35,7 +35,7 @@ from tiny_align.runtime.bundle.manifest import (
 from tiny_align.runtime.bundle.profile import graph_profile
 from tiny_align.runtime.errors import BackendError, BundleError
 from tiny_align.runtime.files import sha256
-from tiny_align.runtime.front_ends.nemo import FrontEnd
+from tiny_align.runtime.front_ends.nemo import NemoMel
 from tiny_align.runtime.readout import Readout
 
 onnx = pytest.importorskip("onnx", reason="the graphs to build are made with onnx")
@@ -128,7 +128,7 @@ def make_bundle(path: Path, *names: str) -> Bundle:
         SAVERS[name](path)
     manifest = Manifest(
         name="test",
-        front_end=FrontEnd(),
+        front_end=NemoMel(),
         encoder=EncoderSpec(SIZE, 0.04),
         llm=LlmSpec(100, SIZE, 1, 1, SIZE, (0,), 64),
         prompt=PromptSpec("", "", "", "", ""),
