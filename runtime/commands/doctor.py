@@ -233,7 +233,7 @@ def _clocks(subject: Subject) -> Iterator[Finding]:
     clock = machine.gpu_clock(subject.root)
     if clock:
         now, least, greatest = (
-            round(hertz / 1e6) for hertz in (clock.now, clock.least, clock.greatest)
+            round(hertz / 1e6) for hertz in (clock.now, clock.min, clock.max)
         )
         value = f"{now} MHz, locked" if clock.locked else f"{now} MHz of {least} to {greatest}"
         yield Finding(
