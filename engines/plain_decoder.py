@@ -24,7 +24,7 @@ class PlainDecoder(Decoder):
             for t in past
         }
 
-    def read(self, embeddings: np.ndarray, cache: dict[str, np.ndarray], past: int) -> Scores:
+    def run(self, embeddings: np.ndarray, cache: dict[str, np.ndarray], past: int) -> Scores:
         self.rewind(cache, past)
         out = self._runner(
             {self._spec.inputs[0].name: np.ascontiguousarray(embeddings[None]), **cache}

@@ -3,6 +3,7 @@
 Measuring takes half of the recordings, calibrating the other half.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,9 @@ class Graph:
 
     def __init__(self, bundle: Bundle, name: str, folder: Path):
         self.bundle, self._folder = bundle, folder
-        self.spec, self.path = bundle.manifest.graphs[name], bundle.graph(name)
+        # a rung may quantise activations: its file tells
+        self.spec = replace(bundle.manifest.graphs[name], quantised_activations=None)
+        self.path = bundle.graph(name)
         self.model = onnx.load(self.path, load_external_data=False)
 
     def values(self, tensor) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""What several test files share: stand-ins for libraries and machines."""
