@@ -1,7 +1,8 @@
 """What `tiny-align doctor` finds: `Finding`, and `Subject`, the machine that is examined.
 
-The doctor (commands/doctor.py) examines the machine; each backend examines what it needs itself (`Backend.check`).
-Both use what is here. No package is imported to learn its version: its metadata is read.
+The doctor (commands/doctor.py) examines the machine; each backend examines what it needs itself
+(`Backend.check`). Both use what is here. No package is imported to learn its version: its
+metadata is read.
 """
 
 import platform
@@ -24,7 +25,7 @@ class Finding:
 
     what: str
     value: str
-    ok: bool | None = None  # None: a fact, or something missing that not everybody needs
+    ok: bool | None = None  # None: a fact, or something missing that not every user needs
     remedy: str = ""
 
 
@@ -65,7 +66,7 @@ def judged(what: str, value: str, ok: bool, remedy: str) -> Finding:
 
 
 def optional(subject: Subject, what: str, names: tuple[str, ...], remedy: str) -> Finding:
-    """A finding about a package that not everybody needs: the first of `names` that is installed."""
+    """A finding about a package that not every user needs: the first of `names` that is there."""
     found = subject.package(*names)
     if found is None:
         return Finding(what, "not installed", None, remedy)

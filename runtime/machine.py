@@ -1,9 +1,9 @@
-"""What this machine has: its GPU's compute capability, its memory, its name, and the state of a Jetson.
+"""What this machine has: GPU, memory, name, and the state of a Jetson.
 
-Asked of the CUDA driver and read from the kernel's files, so that nothing has to be installed and no
-CUDA context is made. It does not judge: the doctor does, and the builder decides whether a build will
-fit. A function that reads files takes `root`, the folder of a recorded machine in tests. Where the
-paths are documented:
+Asked of the CUDA driver and read from the kernel's files, so that nothing has to be installed and
+no CUDA context is made. It does not judge: the doctor does, and the builder decides whether a
+build will fit. A function that reads files takes `root`, the folder of a recorded machine in
+tests. Where the paths are documented:
 
     /etc/nv_tegra_release, /etc/nvpmodel.conf, nvpmodel -q
                                               Jetson Linux Developer Guide (r36.4, r39.2)
@@ -105,8 +105,8 @@ def under(root: Path, path: Path) -> Path:
 def read(path: Path) -> str:
     """The text of one of the kernel's files; "" if it is missing or cannot be read.
 
-    Unbuffered: the thermal zones of an Orin's idle engines answer EAGAIN, at which Python's text files
-    raise a TypeError.
+    Unbuffered: the thermal zones of an Orin's idle engines answer EAGAIN, at which Python's text
+    files raise a TypeError.
     """
     try:
         with open(path, "rb", buffering=0) as file:
@@ -131,7 +131,7 @@ def _fields(path: Path) -> dict[str, str]:
 
 
 def gpu() -> dict[str, str]:
-    """The first GPU's name ("gpu") and the CUDA version of its driver ("cuda", "12.6"); empty without one."""
+    """The first GPU's name ("gpu") and the driver's CUDA version ("cuda", "12.6"); or empty."""
     cuda = _cuda_driver()
     device = ctypes.c_int()
     if cuda is None or cuda.cuDeviceGet(ctypes.byref(device), 0) != 0:
@@ -147,7 +147,10 @@ def gpu() -> dict[str, str]:
 def memory(
     names: tuple[str, ...] = ("MemTotal", "MemAvailable", "SwapFree", "CmaFree"), root: Path = ROOT
 ) -> dict[str, int]:
-    """Bytes of each of /proc/meminfo's fields that the kernel has; CmaFree is a Jetson's contiguous memory."""
+    """Bytes of each field of /proc/meminfo that there is.
+
+    CmaFree is a Jetson's contiguous memory.
+    """
     fields = _fields(under(root, MEMINFO))
     return {name: int(fields[name].split()[0]) * 1024 for name in names if name in fields}
 
@@ -186,12 +189,13 @@ CGROUP_1 = _Cgroups(
 
 
 def memory_limits(root: Path = ROOT) -> list[Room]:
-    """What this process's control groups and ulimit leave it, if they limit memory; a container is a group."""
+    """What this process's control groups (a container is one) and ulimit leave it, if they limit
+    memory."""
     return [*_control_group_rooms(root), *_ulimit_rooms(root)]
 
 
 def _control_group_rooms(root: Path) -> Iterator[Room]:
-    """Of the process's own group and all above it, as far as it sees them: a container sees its own as /."""
+    """Of the process's own group and all above it that it sees: a container sees its own as /."""
     groups = re.findall(r"^\d+:([^:]*):(/.*)$", read(under(root, CGROUPS)), re.MULTILINE)
     for controllers, path in groups:
         if controllers and "memory" not in controllers.split(","):
@@ -202,14 +206,11 @@ def _control_group_rooms(root: Path) -> Iterator[Room]:
             limit = _number(folder / version.limit)
             usage = _number(folder / version.usage)
             if limit is not None and usage is not None:
-                used = max(0, usage - _cached_bytes(folder, version))
+                text = read(folder / "memory.stat")
+                statistics = dict(re.findall(r"^(\w+) (\d+)$", text, re.MULTILINE))
+                cached = sum(int(statistics.get(name, 0)) for name in version.caches)
+                used = max(0, usage - cached)
                 yield Room(max(0, limit - used), f"in the control group {group} ({version.limit})")
-
-
-def _cached_bytes(folder: Path, version: _Cgroups) -> int:
-    """What of a group's memory the kernel can take back."""
-    statistics = dict(re.findall(r"^(\w+) (\d+)$", read(folder / "memory.stat"), re.MULTILINE))
-    return sum(int(statistics.get(name, 0)) for name in version.caches)
 
 
 def _ulimit_rooms(root: Path) -> Iterator[Room]:
@@ -236,7 +237,7 @@ def free_memory_line() -> str:
 
 
 def describe(root: Path = ROOT) -> dict[str, str | int]:
-    """System, cores, processor and, on a Jetson, its model, L4T release and JetPack: the stamp of a measurement."""
+    """The stamp of a measurement: system, cores, processor; a Jetson's model, L4T and JetPack."""
     stamp: dict[str, str | int] = {
         "system": platform.platform(),
         "cores": os.cpu_count() or 1,
@@ -388,7 +389,7 @@ def temperatures(root: Path = ROOT, default_limit: float = 95.0) -> list[Tempera
 
 
 def _slowing_trips(zone: Path) -> list[float]:
-    """The temperatures at which the kernel slows the machine down; below 60 degrees they are fans'."""
+    """Temperatures at which the kernel slows the machine down; those below 60 degrees are fans'."""
     trips = []
     for path in zone.glob("trip_point_*_temp"):
         kind = read(path.with_name(path.name.replace("_temp", "_type")))
@@ -399,7 +400,10 @@ def _slowing_trips(zone: Path) -> list[float]:
 
 
 def power_shortages(root: Path = ROOT) -> int | None:
-    """How often a Jetson has slowed down since its start, for under-voltage or over-current; None elsewhere."""
+    """How often a Jetson has slowed down since its start; None elsewhere.
+
+    The causes are under-voltage and over-current.
+    """
     counts = []
     for path in under(root, Path("/sys/class/hwmon")).glob("hwmon*/oc*_event_cnt"):
         count = _number(path)
@@ -432,7 +436,7 @@ def starts_a_desktop(root: Path = ROOT) -> bool | None:
 
 
 def microphones(root: Path = ROOT) -> list[str]:
-    """Names of the sound cards that record, but for a Jetson's own ones: they record from its pins only."""
+    """Names of the sound cards that record. A Jetson's own record from its pins only: left out."""
     folder = under(root, Path("/proc/asound"))
     recording = set()
     for number in re.findall(r"^(\d+)-\d+: .*capture", read(folder / "pcm"), re.MULTILINE):

@@ -1,7 +1,7 @@
 """The contract of a backend: `Backend` describes one, `Runner` and `Decoder` are what it loads.
 
-`Runner`    one graph on named arrays: `Runner.__call__` checks names, types and sizes, and a backend
-            implements `_run`.
+`Runner`    one graph on named arrays: `Runner.__call__` checks names, types and sizes, and a
+            backend implements `_run`.
 `Chain`     two runners, one after the other: a backend may keep on its device what passes between
             them.
 `Decoder`   the LLM with a KV cache: the cache is the backend's own memory, laid out once for the
@@ -92,7 +92,7 @@ class Runner(Loaded, ABC):
     def _run(self, feed: Arrays) -> Arrays: ...
 
     def run_into(self, other: "Runner", feed: Arrays, rows: int | None = None) -> Arrays:
-        """As Chain.__call__, with `other` as the second graph; a backend may do it without numpy."""
+        """Chain.__call__, `other` being the second graph; a backend may do it without numpy."""
         between = {name: value[:, :rows] for name, value in self(feed).items()}
         return other(between)
 
@@ -128,7 +128,8 @@ class Chain:
         """Run both: the first one's inputs to the second one's outputs.
 
         Args:
-            rows: the second gets only the first `rows` rows of the first one's (1, N, Da); None: all.
+            rows: how many rows of the first one's (1, N, Da) the second gets, from the start;
+                None: all.
         """
         return self.first.run_into(self.second, feed, rows)
 
@@ -176,7 +177,7 @@ class Decoder(Loaded, ABC, Generic[CacheT]):
 
     @abstractmethod
     def run(self, embeddings: np.ndarray, cache: CacheT, past: int) -> Scores:
-        """Run the LLM over embeddings (T, D) float32, after the first `past` positions of the cache.
+        """Run the LLM over embeddings (T, D) float32, after the cache's first `past` positions.
 
         Returns:
             The last position's scores; the next call with this cache may overwrite them.
@@ -184,14 +185,14 @@ class Decoder(Loaded, ABC, Generic[CacheT]):
 
     @abstractmethod
     def rewind(self, cache: CacheT, length: int) -> None:
-        """Forget all but the first `length` positions of the cache; the next call goes on from there."""
+        """Forget all but the cache's first `length` positions; the next call goes on from there."""
 
 
 @dataclass(frozen=True)
 class Backend:
     """What the rest of the runtime has to know about a backend.
 
-    A loader takes the graph and the number of CPU threads (None: all cores) and raises BackendError.
+    A loader takes a graph and the number of CPU threads (None: all cores); it raises BackendError.
     A backend that runs the LLM only takes another one's `load_runner`, and names that one in
     `runner_graphs`.
     """

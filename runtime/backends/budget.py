@@ -1,8 +1,8 @@
-"""What a loaded bundle takes of memory, computed from its manifest and files before anything is loaded.
+"""What a loaded bundle takes of memory, computed from its files before anything is loaded.
 
-Everything is laid out at the start: weights, one KV cache per conversation for its whole context, and
-the memory that graphs work in. The last is an estimate: `python -m benchmarks.full_size` measured a
-little less.
+Everything is laid out at the start: weights, one KV cache per conversation for its whole context,
+and the memory that graphs work in. The last is an estimate: `python -m benchmarks.full_size`
+measured a little less.
 """
 
 import math

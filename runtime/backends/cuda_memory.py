@@ -1,8 +1,8 @@
 """CUDA's memory through ctypes on libcudart: device buffers, copies and streams.
 
-Every return value is checked. If the GPU has no memory of its own (a Jetson), small arrays are shared
-with it instead of copied: see `exchange`. Kernels are TensorRT's, not launched here. Nothing of CUDA is
-looked for before the first call.
+Every return value is checked. If the GPU has no memory of its own (a Jetson), small arrays are
+shared with it instead of copied: see `exchange`. Kernels are TensorRT's, not launched here.
+Nothing of CUDA is looked for before the first call.
 """
 
 import ctypes
@@ -59,24 +59,21 @@ def library() -> ctypes.CDLL:
     """
     for name in LIBRARIES:
         try:
-            return _declared(ctypes.CDLL(name))
+            cudart = ctypes.CDLL(name)
         except OSError:
             continue
+        for function_name, arguments in SIGNATURES.items():
+            function = getattr(cudart, function_name)
+            function.argtypes = arguments
+            function.restype = ctypes.c_int
+        cudart.cudaGetErrorString.argtypes = (ctypes.c_int,)
+        cudart.cudaGetErrorString.restype = ctypes.c_char_p
+        return cudart
     raise BackendError(
         f"the CUDA runtime is not installed: none of {', '.join(LIBRARIES)} can be loaded. On a "
         "Jetson it comes with JetPack; elsewhere install CUDA 12 or 13, or set LD_LIBRARY_PATH to "
         "the folder that it is in"
     )
-
-
-def _declared(cudart: ctypes.CDLL) -> ctypes.CDLL:
-    for name, arguments in SIGNATURES.items():
-        function = getattr(cudart, name)
-        function.argtypes = arguments
-        function.restype = ctypes.c_int
-    cudart.cudaGetErrorString.argtypes = (ctypes.c_int,)
-    cudart.cudaGetErrorString.restype = ctypes.c_char_p
-    return cudart
 
 
 def call(name: str, *arguments: Any, what: str = "") -> None:
@@ -116,11 +113,11 @@ class Copied:
         self.address = self._buffer.address
 
     def send(self, stream: "Stream", n: int) -> None:
-        """Copy the first `n` elements to the device; they must not change until the stream is synchronised."""
+        """Copy the first `n` elements to the device; they must not change until `synchronise`."""
         stream.upload(self.array[:n], self._buffer)
 
     def fetch(self, stream: "Stream") -> None:
-        """Copy the device's array to `array`, which is filled when the stream is synchronised."""
+        """Copy the device's array to `array`, which is filled after `synchronise`."""
         stream.download(self._buffer, self.array)
 
 
@@ -150,9 +147,9 @@ class Mapped:
 def exchange(size: int, dtype: str) -> Copied | Mapped:
     """Memory for an array that is sent to the device, or fetched from it, at every step.
 
-    It is shared if CPU and GPU share their memory. The GPU does not cache a shared array: that pays for
-    what is read or written about once, such as a token's embedding, whose copy would take longer than
-    its use. What a graph reads again and again belongs into a Buffer.
+    It is shared if CPU and GPU share their memory. The GPU does not cache a shared array: that
+    pays for what is read or written about once, such as a token's embedding, whose copy would
+    take longer than its use. What a graph reads again and again belongs into a Buffer.
     """
     return Mapped(size, dtype) if shares_memory() else Copied(size, dtype)
 
@@ -193,8 +190,8 @@ class Stream:
         fits = n_rows * row_bytes <= origin.n_bytes and n_rows * kept_bytes <= to.n_bytes
         if not fits or kept_bytes > row_bytes:
             raise BackendError(
-                f"cannot shorten {n_rows} rows from {row_bytes} to {kept_bytes} bytes in buffers of "
-                f"{origin.n_bytes} and {to.n_bytes} bytes"
+                f"cannot shorten {n_rows} rows from {row_bytes} to {kept_bytes} bytes in buffers "
+                f"of {origin.n_bytes} and {to.n_bytes} bytes"
             )
         if kept_bytes:
             call(

@@ -1,8 +1,8 @@
 """Huge pages for an LLM's weights: a step of decoding reads them all, page after page.
 
-Linux collapses memory into huge pages on request since 6.1 (madvise(2), MADV_COLLAPSE). That takes
-seconds for a gigabyte, so a thread does it beside whatever comes next. Without such a kernel, or if it
-refuses, nothing changes.
+Linux collapses memory into huge pages on request since 6.1 (madvise(2), MADV_COLLAPSE). That
+takes seconds for a gigabyte, so a thread does it beside whatever comes next. Without such a
+kernel, or if it refuses, nothing changes.
 """
 
 import contextlib

@@ -1,7 +1,8 @@
 """The ONNX Runtime backend, on the CPU.
 
-The KV cache (`OrtCache`) is one set of numpy arrays (1, H, capacity, size) that are bound as the LLM
-graph's inputs and outputs at once: a layer writes new keys and values where it reads the old ones.
+The KV cache (`OrtCache`) is one set of numpy arrays (1, H, capacity, size) that are bound as the
+LLM graph's inputs and outputs at once: a layer writes new keys and values where it reads the old
+ones.
 """
 
 import contextlib
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 
 # Accuracy level of MatMulNBits: the activations of block-quantised weights are multiplied in INT8.
 INT8_PRODUCTS = "4"
-# Where x86 lacks VNNI, sums of products of uint8 and int8 overflow their 16 bits. This session option
-# avoids it, at a price. Products with 7-bit codes (export/int8.py) do not overflow.
+# Where x86 lacks VNNI, sums of products of uint8 and int8 overflow their 16 bits. This session
+# option avoids it, and is slower. Products with 7-bit codes (export/int8.py) do not overflow.
 EXACT_INT8 = "1"
 
 
@@ -147,8 +148,8 @@ class OrtDecoder(Decoder["OrtCache"]):
 class OrtCache:
     """Keys and values of one conversation, bound as inputs and outputs of the LLM's graph.
 
-    The graph's inputs are embeddings, length, then keys and values; its outputs are logits, then the
-    same keys and values.
+    The graph's inputs are embeddings, length, then keys and values; its outputs are logits, then
+    the same keys and values.
     """
 
     def __init__(self, session: "InferenceSession", spec: GraphSpec, capacity: int):

@@ -1,7 +1,7 @@
 """The backends there are. A new backend is one file beside this one, and one line in MODULES.
 
-A backend's file ends with its `BACKEND` (base.Backend) and is imported when the backend is asked for,
-so that `names` costs nothing. Nothing here replaces a backend by another.
+A backend's file ends with its `BACKEND` (base.Backend) and is imported when the backend is asked
+for, so that `names` costs nothing. Nothing here replaces a backend by another.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def graph_specs(bundle: Bundle, backend: str) -> dict[str, GraphSpec]:
     chosen = find_backend(backend)
     specs = {}
     for name, graph in bundle.manifest.graphs.items():
-        taken_by = chosen.name if name == "llm" else chosen.runner_graphs or chosen.name
+        taken_by = backend
+        if name != "llm" and chosen.runner_graphs:
+            taken_by = chosen.runner_graphs
         specs[name] = graph.on(taken_by)
     return specs
 
@@ -61,7 +63,7 @@ def load_runner(
     """Load one graph with the named backend.
 
     Args:
-        path: the ONNX file; TensorRT loads the bundle's engine and gives it the weights of this file.
+        path: the ONNX file; TensorRT loads the bundle's engine and gives it this file's weights.
         spec: its entry in the manifest, as the backend takes it (`graph_specs`).
         threads: CPU threads, of ONNX Runtime; None: all cores.
         bundle: the bundle that it belongs to; TensorRT takes its engines.
@@ -96,6 +98,7 @@ def _graph_file(
         user = path.parent
     name = ""
     for graph_name, graph in bundle.manifest.graphs.items():
-        if spec.file in {graph.file, *(other.file for other in graph.backends.values())}:
-            name = graph_name
+        for known in (graph, *graph.backends.values()):
+            if known.file == spec.file:
+                name = graph_name
     return GraphFile(path, spec, bundle, name, user)

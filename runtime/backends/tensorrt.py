@@ -6,30 +6,32 @@
 
 Device buffers are laid out once, for the max shapes of an engine's profile.
 
-What crosses between CPU and GPU. In a Chain the encoder's features stay on the device: the projector
-reads them there. The projector's vectors come to the CPU, kilobytes of them, because the readout
-(readout.py) makes soft tokens there and puts the prompt's embeddings around them. A step of the LLM
-sends its embeddings and fetches the top k logits and tokens, which the graph picks itself
-(export/topk.py); on a Jetson neither is copied (cuda_memory.exchange). A graph that picks none, as its
-manifest tells, has all logits fetched.
+What crosses between CPU and GPU. In a Chain the encoder's features stay on the device: the
+projector reads them there. The projector's vectors come to the CPU, kilobytes of them, because
+the readout (readout.py) makes soft tokens there and puts the prompt's embeddings around them. A
+step of the LLM sends its embeddings and fetches the top k logits and tokens, which the graph
+picks itself (export/topk.py); on a Jetson neither is copied (cuda_memory.exchange). A graph that
+picks none, as its manifest tells, has all logits fetched.
 
-The KV cache. A conversation has two sets of buffers on the device (`CacheMemory`), one buffer for each
-tensor (1, H, past, size) of keys or values, each large enough for the whole context. A step reads one
-set and writes the other, one step longer; then they change places:
+The KV cache. A conversation has two sets of buffers on the device (`CacheMemory`), one buffer for
+each tensor (1, H, past, size) of keys or values, each large enough for the whole context. A step
+reads one set and writes the other, longer by its positions; then they change places:
 
-    step        reads (current)      writes (next)
-    1           set A, past = 0      set B, past = 7 positions of a prompt
-    2           set B, past = 7      set A, past = 8, copied by the graph: the 7, and the new one
+    a step of          reads (`current`)     writes (`next`)
+    a prompt, 7        set A: nothing        set B: 7 positions
+    a token, 1         set B: 7 positions    set A: 8 positions
+    a token, 1         set A: 8 positions    set B: 9 positions
 
-TensorRT takes tensors without gaps, so that a buffer is filled from its start, and a head's positions
-lie elsewhere after every step. `rewind` moves what remains of each head to the other set.
+TensorRT takes tensors without gaps, so that a buffer is filled from its start, and a head's
+positions lie elsewhere after every step. `rewind` moves what remains of each head to the other
+set.
 
-Why no CUDA graph. A captured graph repeats the shapes of its first step, and here they change at every
-step. A cache of one shape, masked beyond its length, could be captured. But this TensorRT writes into no
-tensor that it reads: every step would copy the whole capacity and attend to all of it. At 4,096
-positions of Llama-3.2-1B's shape that is 268 MB, read twice and written once, beside 0.8 GB of weights.
-It would save the time of launches, which a model of that size hides: they are made while earlier
-kernels still read weights.
+Why no CUDA graph. A captured graph repeats the shapes of its first step, and here they change at
+every step. A cache of one shape, masked beyond its length, could be captured. But this TensorRT
+writes into no tensor that it reads: every step would copy the whole capacity and attend to all of
+it. At 4,096 positions of Llama-3.2-1B's shape that is 268 MB, read twice and written once, beside
+0.8 GB of weights. It would save the time of launches, which a model of that size hides: they are
+made while earlier kernels still read weights.
 """
 
 import weakref
@@ -146,8 +148,8 @@ class TrtRunner(Runner):
 class TrtDecoder(Decoder["TrtCache"]):
     """The LLM's plain graph; keys and values stay on the device.
 
-    The graph's inputs are the embeddings, then keys and values; its outputs are scores, then the same
-    keys and values, longer by the new positions.
+    The graph's inputs are the embeddings, then keys and values; its outputs are scores, then the
+    same keys and values, longer by the new positions.
     """
 
     name = "tensorrt"
@@ -163,17 +165,15 @@ class TrtDecoder(Decoder["TrtCache"]):
 
     def open_cache(self, capacity: int) -> "TrtCache":
         self._opened()
-        memory = self._spare_memory(capacity) or CacheMemory(self._present, capacity)
+        fitting = [memory for memory in self._spare if memory.capacity == capacity]
+        if fitting:
+            memory = fitting[0]
+            self._spare.remove(memory)
+        else:
+            memory = CacheMemory(self._present, capacity)
         cache = TrtCache(memory)
         weakref.finalize(cache, self._spare.append, memory)
         return cache
-
-    def _spare_memory(self, capacity: int) -> "CacheMemory | None":
-        for memory in self._spare:
-            if memory.capacity == capacity:
-                self._spare.remove(memory)
-                return memory
-        return None
 
     def run(self, embeddings: np.ndarray, cache: "TrtCache", past: int) -> Scores:
         step = self._opened()
@@ -307,7 +307,8 @@ def _contiguous(feed: Arrays) -> Arrays:
 
 
 def _chosen_by(scores: tuple[TensorSpec, ...]) -> list[TensorSpec]:
-    """The outputs that a token is chosen by, as Scores has them: the top k and their tokens, or all logits."""
+    """The outputs that a token is chosen by, in Scores' order: top k logits and tokens, or all
+    logits."""
     by_name = {tensor.name: tensor for tensor in scores}
     if TOPK_LOGITS in by_name and TOPK_TOKENS in by_name:
         return [by_name[TOPK_LOGITS], by_name[TOPK_TOKENS]]
@@ -318,7 +319,7 @@ def _chosen_by(scores: tuple[TensorSpec, ...]) -> list[TensorSpec]:
 
 
 def check(subject: Subject) -> Iterator[Finding]:
-    """Whether TensorRT, or elsewhere than on a Jetson TensorRT-RTX, is installed for this Python."""
+    """Whether TensorRT is installed for this Python; off a Jetson, also TensorRT-RTX."""
     package = subject.package("tensorrt")
     system = machine.system_tensorrt(subject.root)
     if package:

@@ -1,9 +1,10 @@
 """One TensorRT engine, ready to run: found, loaded, checked, given its weights.
 
-An engine is built by `tiny-align build-engines`, never here. It is read from the bundle's engines/ and
-compared with this machine and the bundle first (bundle/engines.py), then with the manifest's names and
-types. A user's projector has an engine of its own, in engines/ of the user's folder; without one the
-bundle's engine is loaded and *refitted*: given the weights of the user's graph.
+An engine is built by `tiny-align build-engines`, never here. It is read from the bundle's
+engines/ and compared with this machine and the bundle first (bundle/engines.py), then with the
+manifest's names and types. A user's projector has an engine of its own, in engines/ of the user's
+folder; without one the bundle's engine is loaded and *refitted*: given the weights of the user's
+graph.
 
 TensorRT says no by returning None or False, and why in its log: see `Engine._require`.
 """
@@ -40,8 +41,8 @@ def _package() -> ModuleType:
         if module is not None:
             return module
     raise BackendError(
-        "the backend 'tensorrt' needs TensorRT, which is not installed for this Python. On a Jetson "
-        "it comes with JetPack: make the venv with --system-site-packages. Or choose "
+        "the backend 'tensorrt' needs TensorRT, which is not installed for this Python. On a "
+        "Jetson it comes with JetPack: make the venv with --system-site-packages. Or choose "
         "--backend onnxruntime"
     )
 
@@ -119,7 +120,7 @@ class Engine:
             return self._require(None, f"make a {kind.__name__}")
 
     def _load(self) -> Any:
-        """The deserialised engine. Its file is mapped, so that an 8 GB board does not hold it twice."""
+        """The engine, deserialised from its mapped file: an 8 GB board would not hold it twice."""
         self._log.errors.clear()
         try:
             with (
@@ -134,7 +135,7 @@ class Engine:
         return self._require(engine, "load the engine")
 
     def _check_tensors(self) -> None:
-        """Compare names, directions, types and places: as in the manifest, and all on the device."""
+        """Refuse names, directions and types unlike the manifest's, and tensors on the host."""
         found = set()
         on_host = []
         for index in range(self._engine.num_io_tensors):
@@ -144,8 +145,10 @@ class Engine:
             is_input = self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT
             dtype = np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name)))
             found.add((name, is_input, dtype))
-        expected = {(t.name, True, np.dtype(t.dtype)) for t in self.spec.inputs}
-        expected |= {(t.name, False, np.dtype(t.dtype)) for t in self.spec.outputs}
+        expected = set()
+        for tensors, is_input in ((self.spec.inputs, True), (self.spec.outputs, False)):
+            for tensor in tensors:
+                expected.add((tensor.name, is_input, np.dtype(tensor.dtype)))
         if found != expected:
             odd = ", ".join(sorted(f"{name} {dtype}" for name, _, dtype in found ^ expected))
             raise BackendError(
@@ -195,7 +198,7 @@ class Engine:
     def shape(self, name: str) -> Shape:
         """An output's shape for the inputs' shapes that are set."""
         shape = tuple(self._context.get_tensor_shape(name))
-        if any(size < 0 for size in shape):
+        if min(shape, default=0) < 0:
             raise BackendError(
                 f"{self.file} gives {name} a size that is known only after a run: {list(shape)}"
             )

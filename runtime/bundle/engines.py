@@ -1,9 +1,9 @@
-"""Engines on disk: the file that belongs to a graph on this machine, or one sentence why it is refused.
+"""Engines on disk: the file that belongs to a graph on this machine, or why it is refused.
 
-An engine is code for one version of TensorRT on one GPU, and TensorRT says little if it does not fit.
-So everything is compared here, before it is deserialised, with what the builder wrote beside it
-(engine.json, described in engines/build.py). Neither TensorRT nor a GPU is needed, and nothing is ever
-built here.
+An engine is code for one version of TensorRT on one GPU, and TensorRT says little if it does not
+fit. So everything is compared here, before it is deserialised, with what the builder wrote beside
+it (engine.json, described in engines/build.py). Neither TensorRT nor a GPU is needed, and nothing
+is ever built here.
 """
 
 import importlib
@@ -32,7 +32,10 @@ FACTS = {  # what an engine is bound to -> what messages call it
 
 
 def import_tensorrt(package: str, part: str) -> ModuleType | None:
-    """The module of that name; None if it is not installed: a mere folder of that name lacks the `part`.
+    """The module of that name; None if it is not installed.
+
+    Args:
+        part: a name in it, which a mere folder of the package's name lacks.
 
     Raises:
         BackendError: it is installed and cannot be imported.
@@ -56,8 +59,8 @@ def machine_facts(package: str, version: str) -> dict:
         version: its `__version__`.
 
     Returns:
-        "package", "version", "compute_capability" (87 for 8.7; None without a GPU) and "jetpack" (the
-        L4T release, "36.4.3"; None off a Jetson).
+        "package", "version", "compute_capability" (87 for 8.7; None without a GPU) and "jetpack"
+        (the L4T release, "36.4.3"; None off a Jetson).
     """
     return {
         "package": package,
@@ -78,7 +81,7 @@ def engines_path(bundle: Bundle, facts: dict) -> Path:
 
 
 def check_engine(bundle: Bundle, graph: str, facts: dict) -> Path:
-    """The engine of a graph, after checking that it is whole and made for this machine, graph and bundle.
+    """The engine of a graph, after checking that it is whole and made for this machine and bundle.
 
     Every byte of it is read once, for its hash; the bundle's own files were hashed by Bundle.open.
 
@@ -88,8 +91,8 @@ def check_engine(bundle: Bundle, graph: str, facts: dict) -> Path:
         facts: as machine_facts returns them.
 
     Raises:
-        BackendError: an engine that is absent, damaged, made for something else, or too small for the
-            manifest's dims; it ends with the command that builds it.
+        BackendError: an engine that is absent, damaged, made for something else, or too small for
+            the manifest's dims; it ends with the command that builds it.
         BundleError: a graph that the bundle does not have.
     """
     bundle.graph(graph)
@@ -104,7 +107,7 @@ def check_engine(bundle: Bundle, graph: str, facts: dict) -> Path:
 
 
 def build_command(bundle: Bundle) -> str:
-    """The command that builds every engine that is absent or does not fit: the bundle's, or a user's."""
+    """The command that builds all engines that are absent or do not fit: a bundle's or a user's."""
     command = ["tiny-align", "build-engines", "--bundle"]
     if not (bundle.path / USER_RECORD).is_file():
         return shlex.join([*command, str(bundle.path)])
@@ -117,13 +120,13 @@ def build_command(bundle: Bundle) -> str:
 
 
 def _faults(bundle: Bundle, graph: str, facts: dict, engine: Path) -> Iterator[str]:
-    """Why the engine is refused, the plainest reason first; each check may rely on those before it."""
+    """Why the engine is refused, the simplest reason first; a check relies on those before it."""
     if not engine.parent.is_dir():
         records = bundle.path.glob(f"engines/[!.]*/{RECORD}")
         found = ", ".join(sorted(record.parent.name for record in records)) or "none"
         yield f"{bundle.path} has no engines for {engines_key(facts)} (found: {found})"
     if not engine.with_name(RECORD).is_file():
-        yield f"{engine.parent} has no {RECORD}, so that it is unknown what its engines were made from"
+        yield f"{engine.parent} has no {RECORD}: it is unknown what its engines were made from"
     record = json.loads(engine.with_name(RECORD).read_text(encoding="utf-8"))
     for fact, name in FACTS.items():
         if record[fact] != facts[fact]:

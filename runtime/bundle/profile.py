@@ -1,9 +1,9 @@
 """The optimisation profile of a graph: the min, opt and max shape of each input.
 
-Made from the manifest alone, no builder is needed. An engine has one profile. A min may be 0 (an empty
-KV cache): TensorRT-RTX 1.7 builds such profiles. That the dimensions agree with each other, such as a
-mask as long as cache and new tokens together, is up to the exporter: the builder does not notice if
-they do not.
+Made from the manifest alone, no builder is needed. An engine has one profile. A min may be 0 (an
+empty KV cache): TensorRT-RTX 1.7 builds such profiles. That the dimensions agree with each other,
+such as a mask as long as cache and new tokens together, is up to the exporter: the builder does
+not notice if they do not.
 """
 
 from typing import NamedTuple

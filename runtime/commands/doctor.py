@@ -1,9 +1,9 @@
 """`tiny-align doctor`: what this machine has, what is wrong with it, and the command that mends it.
 
-A list of findings (runtime/findings.py). Each is fine, wrong, or neither: a fact, or something missing
-that not everybody needs. The machine is examined here, each backend by its own `check`. The doctor
-reads and changes nothing; machine.py has the files that it reads. No package is imported to learn its
-version: its metadata and files are read.
+A list of findings (runtime/findings.py). Each is fine, wrong, or neither: a fact, or something
+missing that not every user needs. The machine is examined here, each backend by its own `check`.
+The doctor reads and changes nothing; machine.py has the files that it reads. No package is
+imported to learn its version: its metadata and files are read.
 """
 
 import argparse
@@ -11,7 +11,6 @@ import platform
 import re
 from collections.abc import Iterator
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 
 from tiny_align.runtime import machine
@@ -42,59 +41,60 @@ def examine(subject: Subject) -> list[Finding]:
     return findings
 
 
-def _board(subject: Subject) -> Iterator[Finding]:
+def check_board(subject: Subject) -> Iterator[Finding]:
     described = machine.describe(subject.root)
     name = described.get("jetson") or described.get("processor") or platform.machine()
     online, present = machine.cores(subject.root)
     cores = f"cores {online} of {present}" if online else f"{described['cores']} cores"
     yield Finding("machine", f"{name}, {cores}, Python {subject.python}")
     if subject.jetson:
-        yield _jetpack(machine.l4t_release(subject.root))
+        release = machine.l4t_release(subject.root)
+        if release is None:
+            value = "unknown: there is no /etc/nv_tegra_release, as in a container"
+            yield Finding("JetPack", value)
+            return
+        value = f"{machine.JETPACKS.get(release, 'not one we know')} (Jetson Linux {release})"
+        remedy = f"its TensorRT is older than 10.3: flash JetPack 6.2 or 7.2, see {DOCS}"
+        yield judged("JetPack", value, version_numbers(release) >= MIN_L4T, remedy)
 
 
-def _jetpack(release: str | None) -> Finding:
-    if release is None:
-        return Finding("JetPack", "unknown: there is no /etc/nv_tegra_release, as in a container")
-    value = f"{machine.JETPACKS.get(release, 'not one we know')} (Jetson Linux {release})"
-    remedy = f"its TensorRT is older than 10.3: flash JetPack 6.2 or 7.2, see {DOCS}"
-    return judged("JetPack", value, version_numbers(release) >= MIN_L4T, remedy)
-
-
-def _gpu(subject: Subject) -> Iterator[Finding]:
+def check_gpu(subject: Subject) -> Iterator[Finding]:
     capability = subject.compute_capability
     if capability is not None:
         yield Finding("GPU", f"compute capability {capability // 10}.{capability % 10}", True)
     elif subject.jetson:
         remedy = (
-            "start a container with --runtime nvidia (JetPack 6) or --gpus all (JetPack 7); outside "
-            "of one the board's driver does not work: restart, or flash JetPack again"
+            "start a container with --runtime nvidia (JetPack 6) or --gpus all (JetPack 7); "
+            "outside of one the board's driver does not work: restart, or flash JetPack again"
         )
         yield Finding("GPU", "none that the CUDA driver finds", False, remedy)
     else:
         yield Finding("GPU", "none with a CUDA driver: ONNX Runtime works on the CPU")
 
 
-def _cuda(subject: Subject) -> Iterator[Finding]:
+def check_cuda(subject: Subject) -> Iterator[Finding]:
     version = machine.cuda_toolkit(subject.root)
     if version or subject.jetson:
         value = version or "no toolkit"
         yield judged("CUDA", value, bool(version), "sudo apt install nvidia-jetpack")
 
 
-def _backends(subject: Subject) -> Iterator[Finding]:
+def check_backends(subject: Subject) -> Iterator[Finding]:
     """What each backend needs."""
     for name in registry.names():
         yield from registry.find_backend(name).check(subject)
 
 
-def _torch(subject: Subject) -> Iterator[Finding]:
+def check_torch(subject: Subject) -> Iterator[Finding]:
     torch = subject.package("torch")
     if torch is None:
         wheel = f"a wheel for the board, see {DOCS}, then " if subject.jetson else ""
         remedy = f"to train: {wheel}pip install 'tiny-align[align]'"
         yield Finding("PyTorch", "not installed", None, remedy)
         return
-    cuda = _torch_cuda(torch)
+    source = machine.read(Path(str(torch.locate_file("torch/version.py"))))
+    found = re.search(r"^cuda\b.*?= *'([\d.]+)'", source, re.MULTILINE)
+    cuda = found[1] if found else None  # the version that PyTorch was built for
     toolkit = machine.cuda_toolkit(subject.root)
     fits = not (cuda and toolkit) or cuda.split(".")[0] == toolkit.split(".")[0]
     value = f"{torch.version}, " + (f"CUDA {cuda}" if cuda else "for the CPU")
@@ -102,14 +102,7 @@ def _torch(subject: Subject) -> Iterator[Finding]:
     yield judged("PyTorch", value, fits, remedy)
 
 
-def _torch_cuda(torch: metadata.Distribution) -> str | None:
-    """The version of CUDA that a build of PyTorch is for."""
-    source = machine.read(Path(str(torch.locate_file("torch/version.py"))))
-    found = re.search(r"^cuda\b.*?= *'([\d.]+)'", source, re.MULTILINE)
-    return found[1] if found else None
-
-
-def _extras(subject: Subject) -> Iterator[Finding]:
+def check_extras(subject: Subject) -> Iterator[Finding]:
     remedy = "to evaluate: pip install 'tiny-align[align]'"
     yield optional(subject, "evaluation", ("rouge-score",), remedy)
     remedy = "to build engines: pip install 'tiny-align[trt]'"
@@ -119,7 +112,7 @@ def _extras(subject: Subject) -> Iterator[Finding]:
         yield optional(subject, "transformers", ("transformers",), remedy)
 
 
-def _power(subject: Subject) -> Iterator[Finding]:
+def check_power(subject: Subject) -> Iterator[Finding]:
     mode = machine.power_mode(subject.root)
     if mode:
         is_fastest = mode.fastest in (None, mode.name)
@@ -135,7 +128,7 @@ def _power(subject: Subject) -> Iterator[Finding]:
         yield judged("power supply", value, events == 0, remedy)
 
 
-def _clocks(subject: Subject) -> Iterator[Finding]:
+def check_clocks(subject: Subject) -> Iterator[Finding]:
     clock = machine.gpu_clock(subject.root)
     if clock is None:
         return
@@ -147,7 +140,7 @@ def _clocks(subject: Subject) -> Iterator[Finding]:
         yield Finding("GPU clock", value, None, "before measuring: sudo jetson_clocks")
 
 
-def _heat(subject: Subject) -> Iterator[Finding]:
+def check_heat(subject: Subject) -> Iterator[Finding]:
     zones = machine.temperatures(subject.root)
     if zones:
         hottest = min(zones, key=lambda zone: zone.limit - zone.celsius)
@@ -157,7 +150,7 @@ def _heat(subject: Subject) -> Iterator[Finding]:
         yield judged("temperature", value, cool, remedy)
 
 
-def _memory(subject: Subject) -> Iterator[Finding]:
+def check_memory(subject: Subject) -> Iterator[Finding]:
     memory = subject.memory
     if "MemAvailable" in memory:
         available = memory["MemAvailable"]
@@ -173,7 +166,7 @@ def _memory(subject: Subject) -> Iterator[Finding]:
         yield Finding("huge pages", pages)
 
 
-def _cma(subject: Subject) -> Iterator[Finding]:
+def check_cma(subject: Subject) -> Iterator[Finding]:
     total = subject.memory.get("CmaTotal", 0)
     if subject.jetson and total:
         value = f"{subject.memory.get('CmaFree', 0) >> 20} MiB free of {total >> 20}"
@@ -185,7 +178,7 @@ def _cma(subject: Subject) -> Iterator[Finding]:
         yield judged("contiguous memory", value, enough, remedy)
 
 
-def _swap(subject: Subject) -> Iterator[Finding]:
+def check_swap(subject: Subject) -> Iterator[Finding]:
     areas = machine.swaps(subject.root)
     value = ", ".join(f"{name} {size / GIB:.1f} GiB" for name, size in areas.items()) or "none"
     if not subject.small_board:
@@ -196,7 +189,7 @@ def _swap(subject: Subject) -> Iterator[Finding]:
     yield judged("swap", value, on_disk >= MIN_SWAP, remedy)
 
 
-def _sound(subject: Subject) -> Iterator[Finding]:
+def check_sound(subject: Subject) -> Iterator[Finding]:
     names = machine.microphones(subject.root)
     if names:
         yield Finding("microphone", ", ".join(names), True)
@@ -209,19 +202,19 @@ def _sound(subject: Subject) -> Iterator[Finding]:
 
 
 CHECKS = (
-    _board,
-    _gpu,
-    _cuda,
-    _backends,
-    _torch,
-    _extras,
-    _power,
-    _clocks,
-    _heat,
-    _memory,
-    _cma,
-    _swap,
-    _sound,
+    check_board,
+    check_gpu,
+    check_cuda,
+    check_backends,
+    check_torch,
+    check_extras,
+    check_power,
+    check_clocks,
+    check_heat,
+    check_memory,
+    check_cma,
+    check_swap,
+    check_sound,
 )
 
 
@@ -278,7 +271,7 @@ def _bundle(path: Path) -> dict:
 
 
 def _private(bundle: Path | None) -> dict:
-    """A recording that ships, answered in a sealed process by `bundle`, or by the one that ships."""
+    """A recording that ships, answered in a sealed process by `bundle` or the one that ships."""
     from importlib.resources import files
 
     from tiny_align.runtime.privacy.proof import prove
