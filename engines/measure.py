@@ -5,6 +5,7 @@ Runtime on the CPU, a rung's as its twin (fp16.py). Answers (ROUGE-L) are compar
 by `benchmarks.studies.precision`.
 """
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -33,7 +34,8 @@ class SourceGraph:
 
     def __init__(self, bundle: Bundle, name: str, folder: Path):
         self.bundle = bundle
-        self.spec = bundle.manifest.graphs[name]
+        # a rung may quantise activations: its own file says so
+        self.spec = dataclasses.replace(bundle.manifest.graphs[name], quantised_activations=None)
         self.path = bundle.graph(name)
         self.model = onnx.load(self.path, load_external_data=False)
         self._folder = folder

@@ -12,7 +12,7 @@ from tiny_align.runtime.backends.onnxruntime import OrtRunner
 from tiny_align.runtime.bundle.manifest import GraphSpec
 
 
-class PlainDecoder(Decoder):
+class PlainDecoder(Decoder[dict[str, np.ndarray]]):
     """The graph takes the keys and values of all past positions, and returns them with the new."""
 
     name = "onnxruntime"
@@ -29,7 +29,7 @@ class PlainDecoder(Decoder):
             cache[tensor.name] = np.zeros(shape, tensor.dtype)
         return cache
 
-    def read(self, embeddings: np.ndarray, cache: dict[str, np.ndarray], past: int) -> Scores:
+    def run(self, embeddings: np.ndarray, cache: dict[str, np.ndarray], past: int) -> Scores:
         self.rewind(cache, past)
         new = np.ascontiguousarray(embeddings[None])  # (T, D) -> (1, T, D)
         outputs = self._runner({self._spec.inputs[0].name: new, **cache})

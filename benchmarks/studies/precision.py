@@ -93,9 +93,11 @@ def twin_of(bundle: Bundle, name: str, precision: str, audios: list, folder: Pat
 def assemble(bundle: Bundle, encoder: Path, llm: Path) -> Assistant:
     """An assistant of these graphs and the general projector."""
     specs = bundle.manifest.graphs
+    # a twin may quantise activations: its file tells
+    encoder_spec = dataclasses.replace(specs["encoder"], quantised_activations=None)
     return Assistant(
         bundle,
-        OrtRunner(encoder, specs["encoder"], THREADS),
+        OrtRunner(encoder, encoder_spec, THREADS),
         OrtRunner(bundle.graph("projector"), specs["projector"], THREADS),
         LanguageModel(bundle, PlainDecoder(llm, specs["llm"], THREADS)),
         OrtRunner.name,

@@ -168,7 +168,7 @@ def test_profile_names_a_dimension_without_values():
 
 @pytest.mark.parametrize("values", [(5, 4, 32), (1, 40, 32), (-1, 4, 32)])
 def test_profile_refuses_values_out_of_order(values):
-    with pytest.raises(BundleError, match="least <= usual <= greatest"):
+    with pytest.raises(BundleError, match="min <= opt <= max"):
         graph_profile(CACHED, {**DIMS, "new": values})
 
 
