@@ -135,7 +135,7 @@ def following(kind="bridgeformer", **more):
 def framed(request):
     """Each kind, not pooled, without a shortcut and with one."""
     kind, near = request.param
-    return following(kind, near_size=near)
+    return following(kind, shortcut_size=near)
 
 
 def test_without_pooling_length_follows_the_speech(framed):
@@ -153,10 +153,10 @@ def test_a_padded_batch_that_is_not_pooled_is_its_rows_one_by_one(framed):
         assert difference(got[: len(row) // 2], framed(row[None])[0]) < 1e-5
 
 
-@pytest.mark.parametrize("near_size", [6, CONFIG.feature_size])
+@pytest.mark.parametrize("shortcut_size", [6, CONFIG.feature_size])
 @pytest.mark.parametrize("hidden_size", [8, 16])  # fewer than the features that are read, and more
-def test_an_untrained_shortcut_changes_nothing(features, near_size, hidden_size):
-    with_it = following(near_size=near_size, hidden_size=hidden_size)
+def test_an_untrained_shortcut_changes_nothing(features, shortcut_size, hidden_size):
+    with_it = following(shortcut_size=shortcut_size, hidden_size=hidden_size)
     torch.nn.init.zeros_(with_it.shortcut.patterns.weight)
     torch.nn.init.zeros_(with_it.shortcut.patterns.bias)
     without = following(hidden_size=hidden_size)
@@ -165,21 +165,21 @@ def test_an_untrained_shortcut_changes_nothing(features, near_size, hidden_size)
 
 
 def test_an_untrained_projector_has_an_untrained_shortcut():
-    projector = BridgeFormer(ProjectorConfig(feature_size=10, embedding_size=6, near_size=6))
+    projector = BridgeFormer(ProjectorConfig(feature_size=10, embedding_size=6, shortcut_size=6))
     assert not any(value.any() for value in projector.shortcut.parameters())
 
 
 def test_a_pooled_projector_has_no_shortcut():
     assert (
         BridgeFormer(
-            ProjectorConfig(feature_size=10, embedding_size=6, soft_tokens=5, near_size=6)
+            ProjectorConfig(feature_size=10, embedding_size=6, soft_tokens=5, shortcut_size=6)
         ).shortcut
         is None
     )
 
 
 def test_the_shortcut_is_a_linear_map_of_the_frames_within_reach_of_a_pair():
-    projector = following("mlp", near_size=6)
+    projector = following("mlp", shortcut_size=6)
     features = torch.randn(1, 60, CONFIG.feature_size, dtype=torch.double)
     shortcut = projector.double().shortcut
     given = shortcut(features, None)[0]  # (30, size)
@@ -194,7 +194,7 @@ def test_the_shortcut_is_a_linear_map_of_the_frames_within_reach_of_a_pair():
 
 
 def test_the_shortcut_reads_the_first_features_only(features):
-    shortcut, changed = following(near_size=6).shortcut, features.clone()
+    shortcut, changed = following(shortcut_size=6).shortcut, features.clone()
     changed[..., 6:] += 1
     assert torch.equal(shortcut(changed, None), shortcut(features, None))
 
