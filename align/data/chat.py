@@ -74,8 +74,13 @@ def read_transcript(file: Path, speaker: str | None, report: DataReport) -> Tran
     text = read_text(file).replace("\n\t", " ")  # a line that starts with a tab continues the last
     lines = text.split("\n")
     code = _choose_speaker(file, lines, speaker)
-    media = _media(file, lines)
-    return Transcript(media, code, list(_utterances(file, lines, code, report)))
+    media = _headers(lines, "Media")
+    if not media:
+        raise DataError(
+            f"{file}: no @Media header; add '@Media:\t{file.stem}, audio' to name its recording."
+        )
+    name = media[0].split(",")[0].strip().strip('"')
+    return Transcript(name, code, list(_utterances(file, lines, code, report)))
 
 
 def _choose_speaker(file: Path, lines: list[str], speaker: str | None) -> str:
@@ -107,15 +112,6 @@ def _speaker_codes(lines: list[str]) -> list[str]:
         if tier := _TIER.match(line):
             codes[tier[1]] = None
     return list(codes)
-
-
-def _media(file: Path, lines: list[str]) -> str:
-    headers = _headers(lines, "Media")
-    if not headers:
-        raise DataError(
-            f"{file}: no @Media header; add '@Media:\t{file.stem}, audio' to name its recording."
-        )
-    return headers[0].split(",")[0].strip().strip('"')
 
 
 def _headers(lines: list[str], name: str) -> list[str]:

@@ -44,7 +44,8 @@ def read_table(file: Path, split: str | None, finder: FileFinder) -> Iterator[Ut
         row = _TableRow(where, values)
         rows.append(row)
         names.append(row.text(AUDIO_COLUMNS))
-    common = _common_folder(names)
+    absolute = [os.path.dirname(name) for name in names if os.path.isabs(name)]
+    base = os.path.dirname(os.path.commonpath(absolute)) if absolute else ""
     for row, name in zip(rows, names):
         if is_csv:
             row.parse_numbers("offset", "duration")
@@ -52,7 +53,7 @@ def read_table(file: Path, split: str | None, finder: FileFinder) -> Iterator[Ut
         text = unicodedata.normalize("NFC", " ".join(row.text(TEXT_COLUMNS).split()))
         start_s, end_s = row.times()
         speaker = row.label(SPEAKER_COLUMNS)
-        row_split = row.own_split() or split_by_folders(_folders(name, file.parent, common))
+        row_split = row.own_split() or split_by_folders(_folders(name, file.parent, base))
         row_split = row_split or split or split_by_text(text)
         yield Utterance(audio, text, row_split, start_s, end_s, speaker)
 
@@ -162,20 +163,14 @@ def _find_audio(row: _TableRow, name: str, folder: Path, finder: FileFinder) -> 
     return audio
 
 
-def _common_folder(names: list[str]) -> str:
-    """The folder above the one that all absolute paths have in common; empty if there are none."""
-    folders = [os.path.dirname(name) for name in names if os.path.isabs(name)]
-    return os.path.dirname(os.path.commonpath(folders)) if folders else ""
-
-
-def _folders(name: str, folder: Path, common: str) -> tuple[str, ...]:
+def _folders(name: str, folder: Path, base: str) -> tuple[str, ...]:
     """The folders in an audio path that may name a split.
 
-    Of an absolute path, those below the table's folder or, outside of it, below `common`: what lies
-    above says nothing about a split.
+    Of an absolute path, these are below the table's folder or, if it lies elsewhere, below `base`:
+    the parent of the folder that all absolute paths share. Folders above say nothing about a split.
     """
     name = name.replace("\\", "/")
     if os.path.isabs(name):
         inside = PurePath(name).is_relative_to(folder.resolve())
-        name = os.path.relpath(name, folder.resolve() if inside else common)
+        name = os.path.relpath(name, folder.resolve() if inside else base)
     return PurePath(name).parts[:-1]
