@@ -21,6 +21,14 @@ from tiny_align.runtime.bundle.users import write_user_record
 REFERENCE = Path(__file__).parents[1] / "reference"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def platform_data_folder(tmp_path_factory):
+    """Keep users that commands write by default out of the real data folder of the platform."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data-home")))
+        yield
+
+
 class Outcome(NamedTuple):
     """What a command left behind."""
 
