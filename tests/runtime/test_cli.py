@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ RESULT = {"text", "heard", "tokens", "ttft_ms", "rtf", "audio_s", "backend", "us
 QUICK = ("--max-tokens", 6, "--threads", 1)
 
 HEAVY = ("torch", "transformers", "onnx", "tensorrt", "tensorrt_rtx", "polygraphy")
+NOT_FOR_HELP = ("onnxruntime", "sounddevice", "matplotlib")
 LIGHT = """
 import sys
 from tiny_align.runtime.commands.cli import main
@@ -61,11 +63,24 @@ def without(run_python):
 # --- what is loaded ---
 
 
-def test_help_of_every_command_loads_nothing_heavy(light):
-    done = light(["--help"], *([name, "--help"] for name in COMMANDS))
+def test_help_of_every_command_loads_nothing_heavy(run_python):
+    calls = [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)]
+    done = run_python(LIGHT.format(calls=calls, heavy=(*HEAVY, *NOT_FOR_HELP)))
     assert done.status == 0, done.stderr
     assert all(f"usage: tiny-align {name} " in done.stdout for name in COMMANDS)
     assert all("--json" in text for text in done.stdout.split("usage: tiny-align ")[2:])
+
+
+def test_the_help_of_all_commands_imports_no_command(run_python):
+    modules = tuple(command.module for command in COMMANDS.values())
+    done = run_python(LIGHT.format(calls=[["--help"]], heavy=modules))
+    assert done.status == 0, done.stderr
+    assert all(command.summary.split()[0] in done.stdout for command in COMMANDS.values())
+
+
+def test_the_version_is_the_installed_packages(run_cli):
+    done = run_cli("--version")
+    assert (done.status, done.stdout) == (0, f"tiny-align {metadata.version('tiny-align')}\n")
 
 
 def test_doctor_loads_nothing_heavy(light, bundle_path):
@@ -112,7 +127,9 @@ def test_a_command_names_the_extra_it_needs(without, bundle_path, voice_path, tm
     )
 
 
-@pytest.mark.parametrize("call", [[], ["dance"], ["run"], ["run", "a.wav"], ["run", "--loud"]])
+@pytest.mark.parametrize(
+    "call", [[], ["dance"], ["run"], ["align", "--user", "ana"], ["run", "--loud"]]
+)
 def test_a_wrong_call_is_explained(run_cli, call):
     done = run_cli(*call)
     assert done.status == 2 and not done.stdout and "usage: tiny-align" in done.stderr

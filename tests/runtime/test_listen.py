@@ -12,7 +12,7 @@ import soundfile
 
 from tiny_align.align.data.non_speech import non_speech
 from tiny_align.runtime.audio.samples import read_audio
-from tiny_align.runtime.commands.listen import METER_CELLS, _Screen, meter
+from tiny_align.runtime.commands.listen import METER_CELLS, Screen, meter
 from tiny_align.runtime.errors import AudioError
 from tiny_align.runtime.listening import microphone as microphone_module
 from tiny_align.runtime.listening.endpoint import Endpointer
@@ -75,7 +75,7 @@ def test_noise_is_not_answered(run_cli, bundle_path, tmp_path):
     assert len(done.stdout.splitlines()) == 1 and not any(
         turn["heard"] for turn in done.document["turns"]
     )
-    assert done.stderr.count("nothing was heard: no word in it") == len(done.document["turns"])
+    assert done.stderr.count("no word was recognised") == len(done.document["turns"])
 
 
 def test_speech_before_an_answer_leaves_the_conversation_sound(assistant, three):
@@ -202,14 +202,14 @@ def test_a_terminal_shows_the_level_and_others_do_not(monkeypatch):
     for terminal in (True, False):
         monkeypatch.setattr(sys, "stderr", io.StringIO())
         monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
-        screen = _Screen(quiet=False)
-        screen(Level(-20.0, 1.25))
-        screen(turn)
+        screen = Screen(quiet=False)
+        screen.show(Level(-20.0, 1.25))
+        screen.show(turn)
         shown = sys.stderr.getvalue()
         assert ("speaking 1.2 s" in shown) == ("█" in shown) == ("\r" in shown) == terminal
         assert (
             "1.5 s of speech; first word 0.90 s after it" in shown
-            and "cancelled, the person spoke again" in shown
+            and "cancelled, the user spoke again" in shown
         )
 
 
