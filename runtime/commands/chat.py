@@ -94,7 +94,9 @@ def _answer_line(session: "Session", number: int, line: str, quiet: bool) -> dic
         answer = collect(print_events(session.say(text), quiet=quiet), 0.0)
     except TinyAlignError as error:
         print(f"tiny-align: {error}", file=sys.stderr)
-        return {"asked": _printable(line), "error": str(error)}
+        encoded = line[:SHOWN_CHARACTERS].encode("utf-8", "surrogateescape")
+        asked = encoded.decode("utf-8", "backslashreplace")  # bytes that are not UTF-8 as \\xff
+        return {"asked": asked, "error": str(error)}
     return {
         "asked": text,
         "text": answer.text,
@@ -120,9 +122,3 @@ def _checked_text(line: str, where: str) -> str:
         raise DataError(
             f"{where} is not UTF-8 (byte {byte:#04x} at {error.start}): write it in UTF-8"
         ) from error
-
-
-def _printable(line: str) -> str:
-    """The beginning of a line, with bytes that are not UTF-8 as \\xff."""
-    encoded = line[:SHOWN_CHARACTERS].encode("utf-8", "surrogateescape")
-    return encoded.decode("utf-8", "backslashreplace")

@@ -138,21 +138,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     try:
         _open_streams()
-        _parse(words, args)
-        return _run(args)
+        try:
+            build_parser(words).parse_args(words, args)
+        except SystemExit:  # argparse has printed the help, or what is wrong with the call
+            sys.stdout.flush()
+            raise
+        check_options(args)
+        document = import_module(COMMANDS[args.command].module).run(args)
+        status = document.pop("exit_status", 0)
+        print(one_line(document), flush=True)
+        return status
     except SystemExit:
         raise
     except BaseException as error:  # libraries written in Rust raise what is no Exception
         return _explain(error, args)
-
-
-def _parse(words: Sequence[str], args: argparse.Namespace) -> None:
-    """Read the command line into `args`."""
-    try:
-        build_parser(words).parse_args(words, args)
-    except SystemExit:  # argparse has printed the help, or what is wrong with the call
-        sys.stdout.flush()
-        raise
 
 
 def _open_streams() -> None:
@@ -174,16 +173,8 @@ def _open_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _run(args: argparse.Namespace) -> int:
-    check_options(args)
-    document = import_module(COMMANDS[args.command].module).run(args)
-    status = document.pop("exit_status", 0)
-    print(_one_line(document), flush=True)
-    return status
-
-
-def _one_line(document: dict[str, Any]) -> str:
-    """The document as JSON; in ASCII if stdout, or UTF-8, lacks one of its characters."""
+def one_line(document: dict[str, Any]) -> str:
+    """A document as JSON; in ASCII if stdout, or UTF-8, lacks one of its characters."""
     text = json.dumps(document, ensure_ascii=False)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
@@ -216,7 +207,11 @@ def _refusal(error: BaseException, command: str | None) -> str | None:
     if isinstance(error, TinyAlignError):
         return str(error)
     if isinstance(error, ModuleNotFoundError):
-        return _missing_package(error.name or "", command)
+        if not error.name or error.name.startswith("tiny_align"):
+            return None
+        extra = COMMANDS[command].extra if command else None
+        requirement = f"tiny-align[{extra}]" if extra else "tiny-align"
+        return f"{command or 'it'} needs the package {error.name}: pip install '{requirement}'"
     if isinstance(error, OSError):
         return _system_refusal(error)
     if isinstance(error, UnicodeEncodeError):
@@ -233,14 +228,6 @@ def _refusal(error: BaseException, command: str | None) -> str | None:
             "(ulimit -u, ulimit -v)"
         )
     return None
-
-
-def _missing_package(package: str, command: str | None) -> str | None:
-    if not package or package.startswith("tiny_align"):
-        return None
-    extra = COMMANDS[command].extra if command else None
-    requirement = f"tiny-align[{extra}]" if extra else "tiny-align"
-    return f"{command or 'it'} needs the package {package}: pip install '{requirement}'"
 
 
 def _system_refusal(error: OSError) -> str:

@@ -127,27 +127,27 @@ def _open_source(
 def _report(
     turns: "list[loop.TurnEnded]", notices: "list[loop.Notice]", session: "Session"
 ) -> dict[str, Any]:
+    entries = []
+    for turn in turns:
+        entry = {
+            "text": turn.text,
+            "heard": turn.heard,
+            "cancelled": turn.cancelled,
+            "tokens": turn.tokens,
+            "speech_s": round(turn.speech_s, 3),
+            "hangover_s": round(turn.hangover_s, 3),
+            "ttft_ms": _milliseconds(turn.ttft_s),
+            "seconds": round(turn.seconds, 4),
+        }
+        entries.append(entry)
     latencies = [turn.ttft_s for turn in turns if turn.ttft_s is not None]
     return {
-        "turns": [_turn_report(turn) for turn in turns],
+        "turns": entries,
         "ttft_ms": _milliseconds(statistics.median(latencies) if latencies else None),
         "dropped_s": round(sum(notice.dropped_s for notice in notices), 2),
         "notices": [notice.text for notice in notices],
         "positions": session.positions,
         "capacity": session.capacity,
-    }
-
-
-def _turn_report(turn: "loop.TurnEnded") -> dict[str, Any]:
-    return {
-        "text": turn.text,
-        "heard": turn.heard,
-        "cancelled": turn.cancelled,
-        "tokens": turn.tokens,
-        "speech_s": round(turn.speech_s, 3),
-        "hangover_s": round(turn.hangover_s, 3),
-        "ttft_ms": _milliseconds(turn.ttft_s),
-        "seconds": round(turn.seconds, 4),
     }
 
 
@@ -168,8 +168,9 @@ class Screen:
         match event:
             case Notice():
                 self._print_line(event.text, always=True)
-            case Level():
-                self._print_level(event)
+            case Level() if self._meter:
+                line = f"{CLEAR_LINE}{meter(event.db)} {event.db:4.0f} dB  {_state(event)}"
+                print(line, end="", file=sys.stderr, flush=True)
             case TurnBegan():
                 self._print_line(f"turn {event.turn}: speech at {event.at_s:.1f} s")
             case Text() if not self._quiet:
@@ -179,20 +180,15 @@ class Screen:
                     print(flush=True)
                 self._print_line(f"turn {event.turn}: {_latencies(event)}")
 
-    def _print_level(self, level: "loop.Level") -> None:
-        if not self._meter:
-            return
-        state = "silence"
-        if level.speaking_s is not None:
-            state = f"speaking {level.speaking_s:.1f} s"
-        line = f"{CLEAR_LINE}{meter(level.db)} {level.db:4.0f} dB  {state}"
-        print(line, end="", file=sys.stderr, flush=True)
-
     def _print_line(self, text: str, always: bool = False) -> None:
         if self._quiet and not always:
             return
         clear = CLEAR_LINE if self._meter else ""
         print(f"{clear}tiny-align: {text}", file=sys.stderr, flush=True)
+
+
+def _state(level: "loop.Level") -> str:
+    return "silence" if level.speaking_s is None else f"speaking {level.speaking_s:.1f} s"
 
 
 def _latencies(turn: "loop.TurnEnded") -> str:

@@ -95,7 +95,8 @@ def _add_option(
     else:
         names = [f"--{entry.name.replace('_', '-')}", *shown.aliases]
         settings["dest"] = entry.name
-        settings["required"] = shown.one_of is None and _has_no_default(entry)
+        without_default = entry.default is entry.default_factory is dataclasses.MISSING
+        settings["required"] = without_default and shown.one_of is None
     if kind is bool:
         settings["action"] = "store_true"
     else:
@@ -106,10 +107,6 @@ def _add_option(
         settings["nargs"] = "+"
         settings["action"] = "store" if shown.positional else "extend"
     parser.add_argument(*names, **settings)
-
-
-def _has_no_default(entry: dataclasses.Field) -> bool:
-    return entry.default is entry.default_factory is dataclasses.MISSING
 
 
 def _kind_of(annotation: Any) -> tuple[type, bool]:

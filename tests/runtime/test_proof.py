@@ -23,17 +23,17 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="sealing is Linu
 @pytest.fixture(autouse=True)
 def sealable():
     from tiny_align.runtime.errors import TinyAlignError
-    from tiny_align.runtime.privacy.sealing import _load_libseccomp
+    from tiny_align.runtime.privacy.sealing import load_libseccomp
 
     try:
-        _load_libseccomp()
+        load_libseccomp()
     except TinyAlignError as error:
         pytest.skip(str(error))
 
 
 @pytest.fixture
 def strace():
-    if not proof._strace_works():
+    if not proof.strace_works():
         pytest.skip("strace is not installed, or may not trace")
 
 

@@ -243,7 +243,7 @@ def test_another_system_is_refused(monkeypatch):
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(TinyAlignError, match="make the folder first"):
+    with pytest.raises(TinyAlignError, match="create the folder first"):
         sealing.Seal([tmp_path / "users"])
 
 
