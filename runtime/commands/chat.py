@@ -95,7 +95,7 @@ def _answer_line(session: "Session", number: int, line: str, quiet: bool) -> dic
     except TinyAlignError as error:
         print(f"tiny-align: {error}", file=sys.stderr)
         encoded = line[:SHOWN_CHARACTERS].encode("utf-8", "surrogateescape")
-        asked = encoded.decode("utf-8", "backslashreplace")  # bytes that are not UTF-8 as \\xff
+        asked = encoded.decode("utf-8", "backslashreplace")  # bytes that are not UTF-8 as \xff
         return {"asked": asked, "error": str(error)}
     return {
         "asked": text,

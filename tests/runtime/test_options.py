@@ -1,4 +1,4 @@
-"""The layer of command options: dataclass fields to argparse and back, and the groups that commands share."""
+"""The layer of command options: dataclass fields to argparse and back, and the shared groups."""
 
 import argparse
 from dataclasses import dataclass, field, fields

@@ -1,4 +1,4 @@
-"""Where users are looked up and written: a given directory, the platform's data folder, or the bundle's own."""
+"""The directory of users: a given one, in the platform's data folder, or the bundle's own."""
 
 import dataclasses
 import sys
