@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tiny_align.runtime.backends import registry
-from tiny_align.runtime.bundle.shipped import shipped_bundle
+from tiny_align.runtime.bundle.shipped import shipped_bundle, shipped_voice
+from tiny_align.runtime.errors import TinyAlignError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -163,6 +164,28 @@ class UserOptions(UsersOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainedUserOptions(UserOptions):
+    """A user to train, and where to write the profile."""
+
+    out: Path | None = field(
+        default=None, metadata=option("write the profile to DIR/users instead", metavar="DIR")
+    )
+
+    @property
+    def given_users(self) -> Path | None:
+        """The directory of user profiles that the command line names, if any: for `find_users`.
+
+        Raises:
+            TinyAlignError: both `--users` and `--out` are given.
+        """
+        if self.out is None:
+            return self.users
+        if self.users is not None:
+            raise TinyAlignError("--users and --out name two places for the profile: give one")
+        return self.out / "users"
+
+
+@dataclass(frozen=True, kw_only=True)
 class ThreadOptions:
     """How much of the CPU to use."""
 
@@ -226,4 +249,14 @@ class DataOptions:
     )
     speaker: str | None = field(
         default=None, metadata=option("speaker code, for CHAT transcripts", metavar="CODE")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShippedDataOptions:
+    """A data set, or the recordings that ship with the package."""
+
+    data: Path = field(
+        default_factory=shipped_voice,
+        metadata=option("data set (default: the shipped recordings)", metavar="DIR"),
     )

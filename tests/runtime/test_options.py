@@ -10,6 +10,7 @@ from tiny_align.runtime.bundle.shipped import shipped, shipped_bundle, shipped_v
 from tiny_align.runtime.commands.options import (
     AnsweringOptions,
     BundleOptions,
+    TrainedUserOptions,
     add_options,
     option,
     read_options,
@@ -124,6 +125,20 @@ def test_the_shipped_bundle_is_the_default_of_commands_that_answer(bundle_path, 
     options = read(AnsweringOptions)
     assert options == AnsweringOptions() and options.bundle.samefile(bundle_path)
     assert shipped_bundle().samefile(bundle_path) and shipped_voice().samefile(voice_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "users"),
+    [((), None), (("--users", "a"), Path("a")), (("--out", "b"), Path("b/users"))],
+)
+def test_a_profile_is_written_to_users_or_below_out(words, users):
+    assert read(TrainedUserOptions, *words).given_users == users
+
+
+def test_users_and_out_exclude_each_other():
+    options = read(TrainedUserOptions, "--users", "a", "--out", "b")
+    with pytest.raises(TinyAlignError, match="--users and --out name two places"):
+        _ = options.given_users
 
 
 def test_a_shipped_folder_that_is_not_installed_is_refused(monkeypatch):
