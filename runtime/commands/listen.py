@@ -95,7 +95,9 @@ def run(args: Namespace) -> dict[str, Any]:
         report = _report(turns, notices, session)
     report["backend"] = options.backend
     report["user"] = options.user
-    report["notes"] = [note for recording in recordings for note in recording.notes]
+    report["notes"] = []
+    for recording in recordings:
+        report["notes"] += recording.notes
     return report | sealed
 
 
@@ -131,7 +133,7 @@ def _report(
     for turn in turns:
         entry = {
             "text": turn.text,
-            "heard": turn.heard,
+            "heard": turn.recognised,
             "cancelled": turn.cancelled,
             "tokens": turn.tokens,
             "speech_s": round(turn.speech_s, 3),
@@ -162,7 +164,7 @@ class Screen:
         self._quiet = quiet
         self._meter = sys.stderr.isatty() and not quiet
 
-    def show(self, event: "loop.Event") -> None:
+    def show(self, event: "loop.LoopEvent") -> None:
         from tiny_align.runtime.listening.loop import Level, Notice, Text, TurnBegan, TurnEnded
 
         match event:
@@ -193,7 +195,7 @@ def _state(level: "loop.Level") -> str:
 
 def _latencies(turn: "loop.TurnEnded") -> str:
     speech = f"{turn.speech_s:.1f} s of speech"
-    if not turn.heard:
+    if not turn.recognised:
         end = "no word was recognised"
     elif turn.cancelled:
         end = "cancelled, the user spoke again"
