@@ -16,15 +16,16 @@ from tiny_align.benchmarks.harness import Side, now
 from tiny_align.runtime import assistant as assistant_module
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.llm import TextStream
+from tiny_align.runtime.prompt_cache import PromptCache
 from tiny_align.runtime.readout import CtcReader, PooledReader
-from tiny_align.runtime.session import Session
+from tiny_align.runtime.session import Session, SpeechEncoder
 
 FIRST, PER_TOKEN, ANSWER = "to first token", "per token", "answer"
 STAGES = ("front end", "encoder", "projector", "readout", "prompt", "prefill", "decode", "text")
 
 
 class InTurn:
-    """Instead of a session's threads: everything at once, so that stages do not overlap."""
+    """Instead of an assistant's queues: everything at once, so that stages do not overlap."""
 
     def encode(self, work: Callable, *args) -> Future:
         done = Future()
@@ -43,16 +44,16 @@ def points(assistant: Assistant) -> list[tuple[object, str, str]]:
         (assistant, "project_window", "front end"),  # all of it but the graphs
         (assistant._encoder, "_run", "encoder"),
         (assistant._projector, "_run", "projector"),
-        (Session, "_heard", "readout"),  # which makes the reader
+        (SpeechEncoder, "encode", "readout"),  # which makes the reader
         (CtcReader, "push", "readout"),
         (CtcReader, "finish", "readout"),
         (PooledReader, "push", "readout"),
         (assistant.llm, "around", "prompt"),
-        (Session, "_begin", "prompt"),
-        (Session, "_read", "prefill"),
-        (Session, "_ask", "prefill"),
-        (Session, "_extend", "prefill"),
-        (Session, "_step", "decode"),
+        (PromptCache, "begin", "prompt"),
+        (PromptCache, "extend", "prefill"),
+        (PromptCache, "ask", "prefill"),
+        (PromptCache, "_prefill", "prefill"),
+        (PromptCache, "step", "decode"),
         (TextStream, "push", "text"),
     ]
 
@@ -96,7 +97,7 @@ def timing(assistant: Assistant, slow: dict[str, float] | None = None) -> Iterat
     """
     timers = Timers(slow or {})
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(assistant, "threads", InTurn()))
+        stack.enter_context(mock.patch.object(assistant, "queues", InTurn()))
         for owner, name, stage in points(assistant):
             stack.enter_context(
                 mock.patch.object(owner, name, timers.around(getattr(owner, name), stage))

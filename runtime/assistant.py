@@ -17,8 +17,9 @@ from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.checks import Range, check
 from tiny_align.runtime.errors import AudioError
 from tiny_align.runtime.llm import Decoding, LanguageModel, TextStream
+from tiny_align.runtime.queues import Queues
 from tiny_align.runtime.readout import CtcReader, PooledReader, reader
-from tiny_align.runtime.session import Event, Session, Threads
+from tiny_align.runtime.session import Event, Session
 from tiny_align.runtime.windows import cut
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class Assistant:
     ):
         self.bundle, self.backend, self._n_threads = bundle, backend, n_threads
         self._encoder, self._projector, self.llm = encoder, projector, llm
-        self.threads = Threads()  # of its sessions
+        self.queues = Queues()  # of its sessions
         self.windows = bundle.manifest.windows
         self._front_end, self._readout = bundle.manifest.front_end, bundle.manifest.readout
         self.sample_rate = self._front_end.sample_rate  # Hz
@@ -249,7 +250,7 @@ class Assistant:
         return Session(self, instruction, decoding)
 
     def close(self) -> None:
-        self.threads.close()
+        self.queues.close()
         for loaded in (self._encoder, self._projector, self.llm):
             loaded.close()
 

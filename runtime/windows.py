@@ -11,6 +11,8 @@ import numpy as np
 
 from tiny_align.runtime.audio.pauses import Pauses
 
+Window = tuple[np.ndarray, slice]  # (S,) float32 audio, and which of its vectors remain
+
 
 @dataclass(frozen=True)
 class WindowSpec:

@@ -15,6 +15,7 @@ from tiny_align.runtime import session as session_module
 from tiny_align.runtime.errors import AudioError, TinyAlignError
 from tiny_align.runtime.front_ends.base import KINDS
 from tiny_align.runtime.llm import LanguageModel
+from tiny_align.runtime.prompt_cache import release_free_memory
 from tiny_align.runtime.windows import cut
 
 DECODING = Decoding(max_tokens=12)
@@ -225,7 +226,7 @@ def test_the_oldest_turns_are_forgotten_when_the_context_is_full(talkative):
     for _ in range(40):
         last = tokens(session.say(text))
         assert session.positions <= session.capacity
-    n_kept = len(session._past)
+    n_kept = len(session._prompt.history)
     assert 1 <= n_kept < 39 and last == remembered(talkative, *[words] * n_kept)
 
 
@@ -255,7 +256,7 @@ def test_a_flood_waits_instead_of_growing(assistant, long_speech, monkeypatch):
     session, behind, hear = assistant.listen(), [], assistant.project_window
 
     def slow(audio):
-        behind.append(len(session._turn.hearing))
+        behind.append(len(session._turn.encodings))
         time.sleep(0.01)
         return hear(audio[: len(audio) // 8])
 
@@ -309,7 +310,7 @@ def test_memory_that_is_free_goes_back_to_the_system():
     ]  # 96 KB each: too small to be given back one by one
     kept, full = blocks[-1], resident_bytes()  # the last one, above the others, holds them
     del blocks
-    session_module._give_back_memory()
+    release_free_memory()
     assert full - resident_bytes() > 20e6, kept.shape
 
 
