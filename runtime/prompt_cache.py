@@ -131,6 +131,7 @@ class PromptCache:
             turn.soft_tokens += turn.end.soft_tokens
             turn.end = None
         else:
+            self._take_back_end(turn)
             scores = self._prefill(self._after)
         turn.asked = True
         turn.steps = self._llm.decode(scores, self._decoding, self._cache)

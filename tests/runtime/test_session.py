@@ -138,6 +138,36 @@ def test_an_end_that_was_none_leaves_no_trace(talkative, speech, long_speech, se
         assert tokens(session.finish()) == remembered(talkative, *spoken[: turn + 1])
 
 
+class FirstWindowOnly:
+    """Reads three soft tokens from a turn's first window and none from the rest."""
+
+    def __init__(self, llm):
+        self.rows = llm.embed([5, 6, 7])
+
+    def push(self, vectors):
+        rows, self.rows = self.rows, self.rows[:0]
+        return rows
+
+    def finish(self):
+        return self.rows[:0]
+
+
+def test_a_withdrawn_end_leaves_the_prompt_if_no_word_follows(assistant, long_speech, monkeypatch):
+    monkeypatch.setattr(assistant, "reader", lambda: FirstWindowOnly(assistant.llm))
+    answers = []
+    for anticipated in (False, True):
+        session = pushed(assistant.listen(decoding=DECODING), long_speech, 8_000)
+        session.settle()
+        n_before = session.positions
+        if anticipated:
+            session.anticipate()
+            session.settle()
+            assert session.positions > n_before
+        session.push(long_speech[:1_000])
+        answers.append((tokens(session.finish()), session.positions))
+    assert answers[0] == answers[1]
+
+
 def test_silence_is_foreseen_as_nothing(assistant, speech):
     session = assistant.listen(decoding=DECODING)
     session.push(np.zeros(30_000, np.float32))
