@@ -15,9 +15,11 @@ _EXPORTS = {
     "Assistant": "assistant",
     "Bundle": "bundle.bundle",
     "Decoding": "llm",
-    "Event": "assistant",
+    "Event": "events",
+    "NothingHeard": "events",
     "Seal": "privacy.sealing",
     "TinyAlignError": "errors",
+    "Token": "events",
 }
 __all__ = list(_EXPORTS)
 

@@ -16,10 +16,11 @@ from tiny_align.runtime.bundle.budget import budget
 from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.checks import Range, check
 from tiny_align.runtime.errors import AudioError
+from tiny_align.runtime.events import Event, NothingHeard, Token
 from tiny_align.runtime.llm import Decoding, LanguageModel, TextStream
 from tiny_align.runtime.queues import Queues
 from tiny_align.runtime.readout import CtcReader, PooledReader, reader
-from tiny_align.runtime.session import Event, Session
+from tiny_align.runtime.session import Session
 from tiny_align.runtime.windows import cut
 
 log = logging.getLogger(__name__)
@@ -215,11 +216,12 @@ class Assistant:
         self, speech: np.ndarray, instruction, decoding: Decoding, began: float
     ) -> Iterator[Event]:
         if not len(speech):
-            yield Event("", None, time.perf_counter() - began)
+            yield NothingHeard("", time.perf_counter() - began)
             return
         pieces = TextStream(self.llm.tokenizer)
         for token in self.llm.generate(self.llm.assemble(speech, instruction), decoding):
-            yield Event(pieces.push(token), token, time.perf_counter() - began)
+            text = pieces.push(token)
+            yield Token(text, time.perf_counter() - began, token)
 
     def answer(
         self, audio: np.ndarray, instruction: str | None = None, decoding: Decoding = Decoding()
@@ -266,6 +268,6 @@ def collect(events: Iterator[Event], audio_s: float) -> Answer:
     began, got = time.perf_counter(), list(events)
     seconds = got[-1].elapsed_s if got else time.perf_counter() - began
     text = "".join(e.text for e in got).strip()
-    tokens = tuple(e.token for e in got if e.token is not None)
-    heard = not got or got[0].token is not None
+    tokens = tuple(e.token for e in got if isinstance(e, Token))
+    heard = not any(isinstance(e, NothingHeard) for e in got)
     return Answer(text, tokens, got[0].elapsed_s if got else seconds, seconds, audio_s, heard)

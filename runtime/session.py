@@ -30,6 +30,7 @@ import numpy as np
 
 from tiny_align.runtime.audio.samples import check_chunk
 from tiny_align.runtime.errors import AudioError
+from tiny_align.runtime.events import NothingHeard, Token
 from tiny_align.runtime.llm import Decoding, LanguageModel, TextStream
 from tiny_align.runtime.prompt_cache import PrefilledTurn, PromptCache
 from tiny_align.runtime.queues import Queues
@@ -37,15 +38,6 @@ from tiny_align.runtime.readout import CtcReader, PooledReader
 from tiny_align.runtime.windows import Cutter, Window, WindowSpec
 
 MAX_WINDOWS = 8  # on the encode queue, of one session; a push that would make them more waits
-
-
-@dataclass(frozen=True)
-class Event:
-    """A piece of an answer or, as the only one, that nothing was heard."""
-
-    text: str  # what this token adds to the answer; may be empty
-    token: int | None  # None: no word was heard, so there is no answer
-    elapsed_s: float  # since the speech (or the text) was complete
 
 
 class SpeechStack(Protocol):
@@ -219,8 +211,8 @@ class Session:
                 self._encode(turn, [window])
                 turn.wait_for_encodings(MAX_WINDOWS)
 
-    def finish(self, began_s: float | None = None) -> Iterator[Event]:
-        """End the spoken turn and answer it: an event for each token, or one that nothing was heard.
+    def finish(self, began_s: float | None = None) -> Iterator[Token | NothingHeard]:
+        """End the spoken turn and answer it: a Token each, or one NothingHeard.
 
         Args:
             began_s: the time.perf_counter() that events count from, if not this moment.
@@ -236,8 +228,8 @@ class Session:
             self._encode(turn, turn.cutter.finish(), last=True)
         return self._answer_speech(turn)
 
-    def say(self, text: str) -> Iterator[Event]:
-        """Answer a typed turn: an event for each token. Speech of an unfinished turn is forgotten.
+    def say(self, text: str) -> Iterator[Token]:
+        """Answer a typed turn: a Token each. Speech of an unfinished turn is forgotten.
 
         Raises:
             DataError: no words, or characters that the LLM does not know.
@@ -311,7 +303,7 @@ class Session:
     def _encode(self, turn: Turn, windows: list[Window], last: bool = False) -> None:
         turn.encodings.append(self._stack.queues.encode(turn.encoder.encode, windows, last))
 
-    def _answer_speech(self, turn: Turn) -> Iterator[Event]:
+    def _answer_speech(self, turn: Turn) -> Iterator[Token | NothingHeard]:
         with self._dropped_if_failed(turn):
             if not turn.cutter.n_samples:
                 raise AudioError(
@@ -327,9 +319,9 @@ class Session:
         if turn.n_soft_tokens or turn.cancelled.is_set():
             yield from self._answer(turn)
         else:
-            yield Event("", None, time.perf_counter() - turn.began_s)
+            yield NothingHeard("", time.perf_counter() - turn.began_s)
 
-    def _answer(self, turn: Turn) -> Iterator[Event]:
+    def _answer(self, turn: Turn) -> Iterator[Token]:
         prefill = self._stack.queues.prefill
         text = TextStream(self._llm.tokenizer)
         with self._dropped_if_failed(turn):
@@ -340,7 +332,8 @@ class Session:
                 token = prefill(self._prompt.step, turn.prefilled).result()
                 if token is None:
                     break
-                yield Event(text.push(token), token, time.perf_counter() - turn.began_s)
+                piece = text.push(token)
+                yield Token(piece, time.perf_counter() - turn.began_s, token)
 
     @contextlib.contextmanager
     def _dropped_if_failed(self, turn: Turn) -> Iterator[None]:

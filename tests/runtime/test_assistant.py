@@ -6,7 +6,7 @@ What the answers say is not judged here. Sampling makes them lively where a gree
 import numpy as np
 import pytest
 
-from tiny_align.runtime import Answer, Assistant, Decoding
+from tiny_align.runtime import Answer, Assistant, Decoding, Event, NothingHeard, Token
 from tiny_align.runtime import assistant as assistant_module
 from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.errors import AudioError, BackendError, DataError, TinyAlignError, UserError
@@ -38,6 +38,7 @@ def test_events_join_to_the_answer(assistant, speech, ask):
     answer = getattr(assistant, ask.replace("stream", "answer"))(said, decoding=DECODING)
     assert "".join(event.text for event in events).strip() == answer.text
     assert tuple(tokens(events)) == answer.tokens
+    assert all(isinstance(event, Token) and isinstance(event, Event) for event in events)
     assert answer.text == assistant.llm.tokenizer.decode(list(answer.tokens)).strip()
 
 
@@ -117,7 +118,12 @@ def deaf(assistant, monkeypatch):
 
 def test_nothing_heard_is_an_event_and_no_answer(deaf, speech):
     (event,) = deaf.stream(speech)
-    assert event.token is None and event.text == "" and event.elapsed_s > 0
+    assert (
+        isinstance(event, NothingHeard)
+        and event.token is None
+        and event.text == ""
+        and event.elapsed_s > 0
+    )
     answer = deaf.answer(speech)
     assert not answer.heard and answer.text == "" and answer.tokens == ()
 
