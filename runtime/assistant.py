@@ -174,7 +174,7 @@ class Assistant:
 
     def reader(self) -> CtcReader | PooledReader:
         """What makes one utterance's soft tokens of its windows' vectors."""
-        return reader(self._readout, self.llm.speech_table)
+        return reader(self._readout, self.llm.speech_vocabulary.table)
 
     def soft_tokens(self, features: np.ndarray) -> np.ndarray:
         """(N, Da) of an utterance -> (T', D) float32 in the LLM's embedding space; no row where no word was heard."""

@@ -10,8 +10,12 @@ import tempfile
 import tokenize
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from tiny_align.runtime.errors import TinyAlignError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 HERE, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux's <fcntl.h> and <stdio.h>
 
@@ -24,6 +28,26 @@ NO_ARRAY = (  # what numpy.load raises of a file that is damaged, or none of its
     tokenize.TokenError,
     zipfile.BadZipFile,
 )
+
+
+def read_array(
+    path: Path, kind: type[TinyAlignError] = TinyAlignError, mmap_mode: Literal["r"] | None = None
+) -> "np.ndarray":
+    """The array of a .npy file; with `mmap_mode` "r" it is mapped, not read.
+
+    Raises:
+        kind: the file cannot be read, is damaged or holds several arrays.
+    """
+    import numpy as np
+
+    try:
+        with read_errors(path, kind):
+            array = np.load(path, allow_pickle=False, mmap_mode=mmap_mode)
+    except NO_ARRAY as error:
+        raise kind(f"{path} is damaged ({error}): copy, export or train it again") from error
+    if not isinstance(array, np.ndarray):  # an archive
+        raise kind(f"{path} is damaged (no single array): copy, export or train it again")
+    return array
 
 
 def sha256(path: Path) -> str:

@@ -24,6 +24,7 @@ from tiny_align.runtime.bundle.bundle import SPEECH_TOKENS, Bundle
 from tiny_align.runtime.bundle.manifest import write_manifest
 from tiny_align.runtime.errors import UserError
 from tiny_align.runtime.llm import LanguageModel
+from tiny_align.runtime.speech_vocabulary import SpeechVocabulary
 
 ROWS = 20_000
 WORD = "seven"  # one token; the general projector knows it, the list does not
@@ -91,6 +92,27 @@ def ids(assistant, text):
 def repeated(assistant, utterance):
     audio = utterance.load(assistant.sample_rate)
     return assistant.answer(audio, assistant.bundle.manifest.prompt.repeat_instruction).text.split()
+
+
+# --- the vocabulary itself ---
+
+
+def test_an_extended_vocabulary_keeps_every_place():
+    vocabulary = SpeechVocabulary(np.array([7, 3, 5], np.int32), lambda ids: ids[:, None] * 1.0)
+    longer = vocabulary.extended([5, 9, 7, 1, 9])
+    assert longer.tokens.tolist() == [7, 3, 5, 9, 1] and longer.tokens.dtype == np.int32
+    assert vocabulary.places([5, 7]) == [2, 0] and longer.places([5, 1, 7]) == [2, 4, 0]
+    assert vocabulary.extended([3, 5]) is vocabulary and len(vocabulary) == 3
+    np.testing.assert_array_equal(longer.table[:3], vocabulary.table)
+    with pytest.raises(KeyError):
+        vocabulary.places([9])
+
+
+def test_the_table_is_made_once_and_on_first_use():
+    n_made = []
+    vocabulary = SpeechVocabulary(np.arange(4), lambda ids: n_made.append(len(ids)) or ids)
+    assert n_made == []
+    assert vocabulary.table is vocabulary.table and n_made == [4]
 
 
 # --- without a list ---

@@ -244,7 +244,7 @@ def test_a_character_of_several_tokens_is_held_back_until_it_is_whole():
 
 @pytest.mark.parametrize("text", ["", "   ", "\n"])
 def test_no_words_are_refused(llm, text):
-    with pytest.raises(DataError, match="the transcript is empty: a sentence was expected"):
+    with pytest.raises(DataError, match="the transcript is empty: expected a sentence"):
         llm.encode_words(text, "the transcript")
 
 
