@@ -69,13 +69,13 @@ step_if() { # what it takes, then as for step
     case $status in
         0) step "${@:2}" ;;
         3) note "$2" "left out" "$reason" ;;
-        *) note "$2" failed "benchmarks.jetson can $1" && failed=1 ;;
+        *) note "$2" failed "benchmarks.studies.jetson can $1" && failed=1 ;;
     esac
 }
 
 # shellcheck disable=SC2329 # step calls them
 tiny_align() { "$PYTHON" -m tiny_align.runtime.commands.cli "$@" --json; }
-jetson() { "$PYTHON" -m benchmarks.jetson "$@"; }
+jetson() { "$PYTHON" -m benchmarks.studies.jetson "$@"; }
 measured=(--bundle "$bundle" --data "$data" --out "$out" "${measure_options[@]}")
 
 step doctor tiny_align doctor --bundle "$bundle"

@@ -1,6 +1,6 @@
 """Whether a build will fit into memory, asked before it starts: a board that runs out of it freezes or kills.
 
-The need is an estimate above what `python -m benchmarks.engines` measured of TensorRT-RTX's build processes, and of the
+The need is an estimate above what `python -m benchmarks.studies.engines` measured of TensorRT-RTX's build processes, and of the
 same ones where an engine is held whole, as by TensorRT 10.3. What the GPU's own work takes on a Jetson nobody measured.
 """
 

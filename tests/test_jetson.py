@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tiny_align.benchmarks import jetson
+from tiny_align.benchmarks.studies import jetson
 from tiny_align.runtime.commands.cli import COMMANDS
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "jetson.sh"

@@ -1,7 +1,7 @@
 """What a loaded bundle takes of memory, known from its manifest and files before anything is loaded.
 
 Everything is laid out at the start: weights, one KV cache per conversation for its whole context, and the room that
-graphs work in. That room is an estimate: `python -m benchmarks.full_size` measured a little less.
+graphs work in. That room is an estimate: `python -m benchmarks.studies.full_size` measured a little less.
 """
 
 import math

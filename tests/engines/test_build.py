@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 
 from tiny_align.engines import build as build_module
-from tiny_align.engines import build_one, preflight
+from tiny_align.engines import build_one, command, preflight
 from tiny_align.engines import builder as builder_module
-from tiny_align.engines import command
 from tiny_align.engines import process as process_module
 from tiny_align.engines.build import build_engines, graph_files
 from tiny_align.engines.builder import find_builder

@@ -13,8 +13,8 @@ from tiny_align.runtime.bundle.bundle import Bundle
 onnx = pytest.importorskip("onnx", reason="exported graphs are read with onnx")
 pytest.importorskip("transformers", reason="models are exported from transformers")
 
-from tiny_align.benchmarks.families import traced_once  # noqa: E402 - needs the packages above
-from tiny_align.benchmarks.tiny_encoders import features, make_encoder  # noqa: E402
+from tests.support.tiny_encoders import features, make_encoder  # noqa: E402
+from tiny_align.benchmarks.studies.families import traced_once  # noqa: E402 - needs the packages above
 from tiny_align.export.quantise import quantise_blocks  # noqa: E402
 
 RATE = 16_000  # Hz

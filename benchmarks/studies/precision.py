@@ -1,6 +1,6 @@
 """What the rungs of the precision ladder cost and save: accuracy on real audio, answers, and engines for SM 8.6.
 
-    python -m benchmarks.precision [--digits FOLDER] [--layers 2] [--json]
+    python -m benchmarks.studies.precision [--digits FOLDER] [--layers 2] [--json]
 
 Accuracy is the shipped bundle's: features and answers in every precision against all in FP32, on the test recordings of
 the shipped voice and of `--digits`, a folder of speakers, each a data set. INT8 is calibrated on the training
@@ -25,10 +25,10 @@ from tiny_align.align.commands.demo import shipped
 from tiny_align.align.commands.evaluate import EncodedUtterance, encode_utterances, score
 from tiny_align.align.data.datasets import load_dataset, split_of
 from tiny_align.benchmarks import finish
-from tiny_align.benchmarks.encoder import distance
-from tiny_align.benchmarks.full_size import CONTEXT, make_models
-from tiny_align.benchmarks.quantisation import LLM
-from tiny_align.benchmarks.training_cost import SHAPES
+from tiny_align.benchmarks.standard.training_cost import SHAPES
+from tiny_align.benchmarks.studies.encoder import distance
+from tiny_align.benchmarks.studies.full_size import CONTEXT, make_models
+from tiny_align.benchmarks.studies.quantisation import LLM
 from tiny_align.engines import fp16
 from tiny_align.engines.build import build_engines
 from tiny_align.engines.builder import find_builder
@@ -43,8 +43,8 @@ from tiny_align.runtime.files import link_tree
 from tiny_align.runtime.llm import LanguageModel
 from tiny_align.runtime.machine import describe
 
-RESULTS = Path(__file__).parent / "results" / "precision.json"
-COMMAND = "python -m benchmarks.precision"
+RESULTS = Path(__file__).parents[1] / "results" / "precision.json"
+COMMAND = "python -m benchmarks.studies.precision"
 WORK = Path("work/precision")
 EXACT = (OWN, OWN)
 PAIRS = (EXACT, (OWN, "int4"), ("fp16", "int4/fp16"), ("int8", "int4/fp16"))  # of encoder and LLM

@@ -1,6 +1,6 @@
 """Decoding and prefill of one INT4 LLM: ours beside llama.cpp, transformers and onnxruntime-genai, in one run.
 
-    python -m benchmarks.full_size && python -m benchmarks.llm [--threads 1 2] [--rounds 7] [--json]
+    python -m benchmarks.studies.full_size && python -m benchmarks.studies.llm [--threads 1 2] [--rounds 7] [--json]
 
 The models are those of benchmarks.full_size: Llama-3.2-1B's shape, random weights. Every engine is a process of its
 own; they take turns, and a ratio is the median over the rounds. An engine that is not installed (pip install
@@ -20,16 +20,16 @@ import numpy as np
 from tqdm import tqdm
 
 from tiny_align.benchmarks import finish
-from tiny_align.benchmarks.full_size import WORK
-from tiny_align.benchmarks.limits import measure_bandwidth
-from tiny_align.benchmarks.peers import PEERS
-from tiny_align.benchmarks.processes import Served
-from tiny_align.benchmarks.training_cost import SHAPES
+from tiny_align.benchmarks.standard.limits import measure_bandwidth
+from tiny_align.benchmarks.standard.peers import PEERS
+from tiny_align.benchmarks.standard.processes import Served
+from tiny_align.benchmarks.standard.training_cost import SHAPES
+from tiny_align.benchmarks.studies.full_size import WORK
 from tiny_align.runtime.errors import DataError
 from tiny_align.runtime.machine import describe
 
-RESULTS = Path(__file__).parent / "results" / "llm.json"
-COMMAND = "python -m benchmarks.llm"
+RESULTS = Path(__file__).parents[1] / "results" / "llm.json"
+COMMAND = "python -m benchmarks.studies.llm"
 OURS = "tiny-align"
 PACKAGES = ("onnxruntime", "llama-cpp-python", "transformers", "torch", "onnxruntime-genai")
 PAUSE_S = 0.1  # between turns: an engine's threads spin a little after their work
@@ -150,7 +150,9 @@ def main(argv=None) -> int:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
     if not (args.work / "bundle" / "manifest.json").exists():
-        raise DataError(f"{args.work} holds no bundle: run python -m benchmarks.full_size first")
+        raise DataError(
+            f"{args.work} holds no bundle: run python -m benchmarks.studies.full_size first"
+        )
     report = {
         "machine": describe(),
         "date": str(date.today()),

@@ -1,6 +1,6 @@
 """A wav2vec2-base-shaped encoder: ONNX Runtime beside PyTorch eager in FP32, and what INT8 costs on speech.
 
-    python -m benchmarks.encoder [--threads 1 2] [--seconds 10] [--digits FOLDER] [--json]
+    python -m benchmarks.studies.encoder [--threads 1 2] [--seconds 10] [--digits FOLDER] [--json]
 
 Random weights for the speed: both sides in turn, medians. The shipped encoder, which is trained, for the
 accuracy, on the shipped recordings and on `--digits`, a folder of speakers, each a data set. Writes
@@ -26,8 +26,8 @@ from tiny_align.align.commands.demo import shipped
 from tiny_align.align.commands.evaluate import evaluate
 from tiny_align.align.data.datasets import load_dataset
 from tiny_align.benchmarks import finish
-from tiny_align.benchmarks.alignment import WEIGHTS
-from tiny_align.benchmarks.harness import Patience, alternate, spread, timed
+from tiny_align.benchmarks.standard.harness import Patience, alternate, spread, timed
+from tiny_align.benchmarks.studies.alignment import WEIGHTS
 from tiny_align.export.bundle import write_encoder
 from tiny_align.export.encoders import load_encoder
 from tiny_align.export.pretrained import load_pretrained
@@ -39,8 +39,8 @@ from tiny_align.runtime.bundle.manifest import GraphSpec, write_manifest
 from tiny_align.runtime.files import write_json
 from tiny_align.runtime.machine import describe
 
-RESULTS = Path(__file__).parent / "results" / "encoder.json"
-COMMAND = "python -m benchmarks.encoder"
+RESULTS = Path(__file__).parents[1] / "results" / "encoder.json"
+COMMAND = "python -m benchmarks.studies.encoder"
 BACKEND, PRECISIONS = "onnxruntime", ("fp32", "int8")
 SAMPLE_RATE = 16_000  # Hz
 

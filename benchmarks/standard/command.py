@@ -66,7 +66,7 @@ def run(args) -> dict:
 
 
 def _diff(args) -> dict:
-    from tiny_align.benchmarks import diff, results
+    from tiny_align.benchmarks.standard import diff, results
 
     if len(args.parts) != 3:
         raise TinyAlignError(f"{DIFF} takes two results: tiny-align bench {DIFF} A.json B.json")
@@ -79,8 +79,9 @@ def _diff(args) -> dict:
 def _measure(args, names: list[str]) -> dict:
     from tqdm import tqdm
 
-    from tiny_align.benchmarks import results, standard, tables
-    from tiny_align.benchmarks.harness import state
+    from tiny_align.benchmarks.standard import parts as standard
+    from tiny_align.benchmarks.standard import results, tables
+    from tiny_align.benchmarks.standard.harness import state
 
     setting = _setting(args)
     with write_errors(args.out):  # before anything long
@@ -102,14 +103,14 @@ def _measure(args, names: list[str]) -> dict:
 
 def _setting(args):
     from tiny_align.align.commands.demo import shipped
-    from tiny_align.benchmarks.standard import Setting
+    from tiny_align.benchmarks.standard.parts import Setting
 
     paths = (str(args.bundle or shipped("bundle")), str(args.data or shipped("voice")))
     return Setting(*paths, args.threads, args.short, tuple(_slowed(text) for text in args.slow))
 
 
 def _slowed(text: str) -> tuple[str, float]:
-    from tiny_align.benchmarks.stages import STAGES
+    from tiny_align.benchmarks.standard.stages import STAGES
 
     name, _, factor = text.partition("=")
     if name not in STAGES or not re.fullmatch(r"[1-9]\d*(\.\d+)?", factor):
@@ -121,7 +122,7 @@ def _slowed(text: str) -> tuple[str, float]:
 
 def _stamp(args, names: list[str], setting) -> dict:
     """Where, when and what: everything but what is measured, without paths of this machine."""
-    from tiny_align.benchmarks import harness, results
+    from tiny_align.benchmarks.standard import harness, results
     from tiny_align.runtime.bundle.bundle import Bundle
     from tiny_align.runtime.bundle.manifest import MANIFEST
     from tiny_align.runtime.files import sha256

@@ -1,6 +1,6 @@
 """A bundle of real sizes on this machine: wav2vec2-base, BridgeFormer and Llama-3.2-1B, exported, loaded and run.
 
-    python -m benchmarks.full_size [--seconds 10] [--threads 2] [--head-precision int4] [--json]
+    python -m benchmarks.studies.full_size [--seconds 10] [--threads 2] [--head-precision int4] [--json]
 
 Weights are random, so nothing is downloaded and the answers mean nothing. The LLM is INT4 throughout, its output layer
 too, as llama.cpp's Q4_0 files are (`tiny-align export` makes that layer INT8 unless told otherwise). Export and run are
@@ -22,12 +22,12 @@ import numpy as np
 from tqdm import tqdm
 
 from tiny_align.benchmarks import finish
-from tiny_align.benchmarks.training_cost import SHAPES, Shape, llama_config
+from tiny_align.benchmarks.standard.training_cost import SHAPES, Shape, llama_config
 from tiny_align.runtime.machine import describe
 
-RESULTS = Path(__file__).parent / "results" / "full_size.json"
+RESULTS = Path(__file__).parents[1] / "results" / "full_size.json"
 WORK = Path("work/full_size")
-COMMAND = "python -m benchmarks.full_size"
+COMMAND = "python -m benchmarks.studies.full_size"
 CONTEXT = 512  # positions
 
 

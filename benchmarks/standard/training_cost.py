@@ -1,6 +1,6 @@
 """What one training step costs without the LLM and through it: seconds and peak memory at real LLM sizes.
 
-    python -m benchmarks.training_cost [--shapes llama-3.2-1b llama-3.2-3b] [--device cuda] [--json]
+    python -m benchmarks.standard.training_cost [--shapes llama-3.2-1b llama-3.2-3b] [--device cuda] [--json]
 
 Random weights of the named shapes; the same batch and utterance lengths on both sides, and those parts of a projector
 that a person's training changes: its entrance and, where nothing is pooled, its shortcut. Without the LLM the table is
@@ -23,9 +23,9 @@ from tqdm import tqdm
 from tiny_align.benchmarks import finish
 from tiny_align.runtime.machine import describe
 
-RESULTS = Path(__file__).parent / "results" / "training_cost.json"
+RESULTS = Path(__file__).parents[1] / "results" / "training_cost.json"
 GPU_RESULTS = RESULTS.with_name("training_cost-gpu.json")
-COMMAND = "python -m benchmarks.training_cost"
+COMMAND = "python -m benchmarks.standard.training_cost"
 BATCH, FRAMES, WORDS, SOFT_TOKENS, PROMPT, ANSWER = (
     16,
     80,

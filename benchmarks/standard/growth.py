@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tiny_align.benchmarks.harness import KERNEL, Patience, alternate, spread, timed
+from tiny_align.benchmarks.standard.harness import KERNEL, Patience, alternate, spread, timed
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.bundle.users import write_user_record

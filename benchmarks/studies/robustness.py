@@ -3,7 +3,7 @@
 The test takes of a voice are repeated by an aligned user's projector, plain and in each condition, in three ways: as
 `run` answers a file, as a session answers pieces of any size, and as `listen` finds the turns itself.
 
-    python -m benchmarks.robustness [--bundle DIR --data DIR --user NAME --users DIR]
+    python -m benchmarks.studies.robustness [--bundle DIR --data DIR --user NAME --users DIR]
 
 Without a user, the shipped voice is aligned first, by the command's defaults. The last line is a JSON document.
 """

@@ -1,6 +1,6 @@
 """What it takes to give a running assistant another person's projector: by refit, or by an engine of their own.
 
-    python -m benchmarks.swap [--bundle DIR] [--repeats 5] [--out FILE] [--json]
+    python -m benchmarks.studies.swap [--bundle DIR] [--repeats 5] [--out FILE] [--json]
 
 The engine is built in any case: TensorRT-RTX needs no GPU for that. The exchange is timed with every backend that this
 machine runs: where no GPU runs the engines that is ONNX Runtime alone, and the two others are left out.
@@ -26,7 +26,7 @@ from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.files import link_tree
 from tiny_align.runtime.machine import describe, gpu_compute_capability
 
-RESULTS = Path(__file__).parent / "results" / "swap.json"
+RESULTS = Path(__file__).parents[1] / "results" / "swap.json"
 BUILT, REFITTED = "an engine of their own", "refit"
 
 
@@ -102,7 +102,7 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     builder = find_builder()
     report = {
-        "command": "python -m benchmarks.swap",
+        "command": "python -m benchmarks.studies.swap",
         "date": date.today().isoformat(),
         "machine": describe(),
         "builder": f"{builder.package} {builder.version}",

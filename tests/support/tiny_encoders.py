@@ -1,6 +1,6 @@
 """Tiny random encoders of every supported family, as the hub has them, and their features by transformers.
 
-The suite holds the exported ones to these; benchmarks/families.py makes the README's table.
+The suite holds the exported ones to these; benchmarks/studies/families.py makes the README's table.
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Tiny random LLMs of every supported family, each with what is peculiar to it, and their answers by transformers.
 
 Tokenizers are trained here; chat templates are our own, with the roles and the structure of the family's. The suite
-holds the exported ones to these; benchmarks/families.py makes the README's table.
+holds the exported ones to these; benchmarks/studies/families.py makes the README's table.
 """
 
 import contextlib

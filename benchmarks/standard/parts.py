@@ -15,12 +15,19 @@ from pathlib import Path
 import numpy as np
 
 from tiny_align.align.commands.evaluate import rouge
-from tiny_align.benchmarks import growth as growing
-from tiny_align.benchmarks import limits as limiting
-from tiny_align.benchmarks.harness import Patience, Samples, alternate, spread, summary, timed
-from tiny_align.benchmarks.pipelines import LEFT_OUT, OURS, PIPELINES, Pipeline
-from tiny_align.benchmarks.processes import Served, apart, peak_memory_bytes
-from tiny_align.benchmarks.stages import ANSWER, answering, unexplained
+from tiny_align.benchmarks.standard import growth as growing
+from tiny_align.benchmarks.standard import limits as limiting
+from tiny_align.benchmarks.standard.harness import (
+    Patience,
+    Samples,
+    alternate,
+    spread,
+    summary,
+    timed,
+)
+from tiny_align.benchmarks.standard.pipelines import LEFT_OUT, OURS, PIPELINES, Pipeline
+from tiny_align.benchmarks.standard.processes import Served, apart, peak_memory_bytes
+from tiny_align.benchmarks.standard.stages import ANSWER, answering, unexplained
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.errors import AudioError
@@ -101,7 +108,7 @@ def inference(setting: Setting) -> dict:
 
 def streaming(setting: Setting) -> dict:
     """What is left to do when somebody stops speaking, by length of the speech."""
-    from tiny_align.benchmarks import streaming as listening
+    from tiny_align.benchmarks.standard import streaming as listening
 
     bundle = Bundle.open(setting.bundle, verify=False)
     audios = [u.load(bundle.manifest.front_end.sample_rate) for u in recordings(setting)]
@@ -116,7 +123,7 @@ def streaming(setting: Setting) -> dict:
 
 def training(setting: Setting) -> dict:
     """A person's training on one core, and a step of it beside one through the LLM."""
-    from tiny_align.benchmarks import training_cost
+    from tiny_align.benchmarks.standard import training_cost
 
     return apart(1, person, setting) | {"cost": training_cost.compare("reference", 1)}
 

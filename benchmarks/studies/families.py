@@ -1,6 +1,6 @@
 """Every family of encoders and LLMs that `tiny-align export` takes, beside transformers: features and greedy answers.
 
-    python -m benchmarks.families [--json]
+    python -m benchmarks.studies.families [--json]
 
 Each is a tiny random model (tiny_encoders.py, tiny_llms.py), exported in FP32 as the command does and run by the
 runtime on the shipped recordings and on prompts of several lengths. Writes benchmarks/results/families.json; the last
@@ -23,8 +23,8 @@ from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.llm import Decoding
 from tiny_align.runtime.machine import describe
 
-RESULTS = Path(__file__).parent / "results" / "families.json"
-COMMAND = "python -m benchmarks.families"
+RESULTS = Path(__file__).parents[1] / "results" / "families.json"
+COMMAND = "python -m benchmarks.studies.families"
 RECORDINGS = 4
 PROMPTS = (1, 3, 8, 15, 16, 17, 32, 48, 96)  # embeddings; a window of tiny_llms.py is 16
 WITH_ENCODER, WITH_LLM = "parakeet", "smollm2"  # what the others are exported beside
@@ -69,7 +69,7 @@ def export(encoder: Path, llm: Path, out: Path, max_context: int) -> Path:
 
 def encoder_row(family: str, folder: Path, bundle: Path, recordings: list[np.ndarray]) -> dict:
     """The largest difference between the runtime's features and transformers'."""
-    from tiny_align.benchmarks.tiny_encoders import features
+    from tests.support.tiny_encoders import features
 
     worst, largest, n_frames = 0.0, 0.0, 0
     with Assistant.load(bundle, threads=1) as assistant:
@@ -87,7 +87,7 @@ def llm_row(family: str, folder: Path, bundle: Path, sentences: list[str]) -> di
     """How many tokens of the runtime's greedy answers are those of `generate`, end tokens left out of both."""
     import torch
 
-    from tiny_align.benchmarks.tiny_llms import INSTRUCTION, N_TOKENS, Beside
+    from tests.support.tiny_llms import INSTRUCTION, N_TOKENS, Beside
 
     decoding, pairs = Decoding(max_tokens=N_TOKENS, loop_tokens=0), {"embeddings": [], "text": []}
     with Assistant.load(bundle, threads=1) as assistant:
@@ -121,9 +121,9 @@ def _agreement(pairs: list[tuple[list[int], list[int]]]) -> dict:
 def measure(encoders: list[str], llms: list[str]) -> dict:
     import torch
 
+    from tests.support.tiny_encoders import make_encoder
+    from tests.support.tiny_llms import CONTEXT, make_model
     from tiny_align.align.data.datasets import load_dataset
-    from tiny_align.benchmarks.tiny_encoders import make_encoder
-    from tiny_align.benchmarks.tiny_llms import CONTEXT, make_model
 
     torch.set_num_threads(1)
     spoken = load_dataset(shipped("voice"))[:RECORDINGS]
@@ -178,7 +178,7 @@ def llm_table(report: dict) -> str:
 
 
 def main(argv=None) -> int:
-    from tiny_align.benchmarks import tiny_encoders, tiny_llms
+    from tests.support import tiny_encoders, tiny_llms
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tiny_align.benchmarks.harness import KERNEL, Samples, weighty
-from tiny_align.benchmarks.pipelines import OURS
-from tiny_align.benchmarks.stages import STAGES
+from tiny_align.benchmarks.standard.harness import KERNEL, Samples, weighty
+from tiny_align.benchmarks.standard.pipelines import OURS
+from tiny_align.benchmarks.standard.stages import STAGES
 from tiny_align.runtime.errors import DataError
 
 MARGIN = 0.08

@@ -9,11 +9,12 @@ import functools
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
-from tiny_align.benchmarks.stages import ANSWER, FIRST, PER_TOKEN
+from tiny_align.benchmarks.standard.stages import ANSWER, FIRST, PER_TOKEN
 from tiny_align.engines.plain_decoder import PlainDecoder
 from tiny_align.export.pretrained import load_pretrained
 from tiny_align.runtime.assistant import Assistant
@@ -22,9 +23,10 @@ from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.bundle.manifest import GraphSpec
 from tiny_align.runtime.errors import TinyAlignError
 from tiny_align.runtime.llm import Decoding, LanguageModel
+from tiny_align.runtime.machine import gpu_compute_capability
 
 OURS = "tiny-align"
-WEIGHTS = Path(__file__).parents[1] / "reference" / "weights"
+WEIGHTS = Path(__file__).parents[2] / "reference" / "weights"
 
 
 class Pipeline:
@@ -46,10 +48,17 @@ def ours(bundle: Bundle, threads: int) -> Assistant:
     return Assistant.load(bundle, threads=threads)
 
 
-def tensorrt(bundle: Bundle, threads: int) -> Assistant:
-    from tiny_align.benchmarks.jetson import reason_against
+def reason_against_tensorrt() -> str | None:
+    """Why this machine cannot run TensorRT engines; None if it can."""
+    if find_spec("tensorrt") is None:
+        return "TensorRT is not installed for this Python, see `tiny-align doctor`"
+    if gpu_compute_capability() is None:
+        return "the CUDA driver finds no GPU"
+    return None
 
-    if reason := reason_against("tensorrt"):
+
+def tensorrt(bundle: Bundle, threads: int) -> Assistant:
+    if reason := reason_against_tensorrt():
         raise TinyAlignError(reason)
     return Assistant.load(bundle, backend="tensorrt", threads=threads)
 
@@ -214,8 +223,8 @@ class LlamaCppDecoder(Decoder):
 
 def llama_cpp(bundle: Bundle, threads: int) -> Assistant:
     """Ours but for the LLM: the reference's weights in Q4_0."""
-    from tiny_align.benchmarks.peers import Llama, write_gguf
-    from tiny_align.benchmarks.training_cost import SHAPES
+    from tiny_align.benchmarks.standard.peers import Llama, write_gguf
+    from tiny_align.benchmarks.standard.training_cost import SHAPES
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "llm.gguf"
@@ -243,7 +252,7 @@ def reference_weights(bundle: Bundle) -> Callable[[str, tuple[int, ...]], np.nda
     """The reference LLM's tensors by their names in a GGUF file."""
     from safetensors.numpy import load_file
 
-    from tiny_align.benchmarks.training_cost import SHAPES
+    from tiny_align.benchmarks.standard.training_cost import SHAPES
 
     stored = load_file(weights(bundle, "llm") / "model.safetensors")
 
@@ -287,5 +296,5 @@ PIPELINES: dict[str, Callable[[Bundle, int], Assistant]] = {
     "TensorRT": tensorrt,
 }
 LEFT_OUT = {  # peer -> why the whole way cannot be built on it
-    "onnxruntime-genai": "takes no embeddings; its LLM alone is in `python -m tiny_align.benchmarks.llm`",
+    "onnxruntime-genai": "takes no embeddings; its LLM alone is in `python -m tiny_align.benchmarks.studies.llm`",
 }

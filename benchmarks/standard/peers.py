@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tiny_align.benchmarks.training_cost import Shape
+from tiny_align.benchmarks.standard.training_cost import Shape
 from tiny_align.export.pretrained import load_pretrained
 from tiny_align.runtime.backends.onnxruntime import INT8_PRODUCTS
 

@@ -12,7 +12,7 @@ from unittest import mock
 
 import numpy as np
 
-from tiny_align.benchmarks.harness import Side, now
+from tiny_align.benchmarks.standard.harness import Side, now
 from tiny_align.runtime import assistant as assistant_module
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.llm import TextStream

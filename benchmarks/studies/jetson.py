@@ -1,9 +1,9 @@
 """What a board answers, how fast and in how much memory; jetson.sh calls it, step by step.
 
-    python -m benchmarks.jetson can build|tensorrt              # exit status 3 and the reason, where it cannot
-    python -m benchmarks.jetson measure --backend NAME --out DIR [--bundle DIR] [--data DIR] [--limit N]
-    python -m benchmarks.jetson compare --out DIR               # exit status 1 where a backend is not on a par
-    python -m benchmarks.jetson report --out DIR
+    python -m benchmarks.studies.jetson can build|tensorrt              # exit status 3 and the reason, where it cannot
+    python -m benchmarks.studies.jetson measure --backend NAME --out DIR [--bundle DIR] [--data DIR] [--limit N]
+    python -m benchmarks.studies.jetson compare --out DIR               # exit status 1 where a backend is not on a par
+    python -m benchmarks.studies.jetson report --out DIR
 
 A backend is measured in a process of its own. The last line of stdout is a JSON document; jetson.sh puts it into DIR,
 where `compare` and `report` look for it, and `measure` leaves the features beside it. Unlike the other benchmarks it
@@ -16,7 +16,6 @@ import statistics
 import sys
 import time
 from datetime import date
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -24,16 +23,17 @@ from tqdm import tqdm
 
 from tiny_align.align.commands.evaluate import evaluate
 from tiny_align.align.data.datasets import load_dataset, split_of
+from tiny_align.benchmarks.standard.pipelines import reason_against_tensorrt
 from tiny_align.engines.build_one import peak_memory_bytes
 from tiny_align.engines.builder import find_builder
 from tiny_align.runtime.assistant import Answer, Assistant
 from tiny_align.runtime.backends.base import BACKENDS
 from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.errors import TinyAlignError
-from tiny_align.runtime.machine import describe, gpu_compute_capability, memory
+from tiny_align.runtime.machine import describe, memory
 
-REFERENCE = Path(__file__).parent.parent / "reference"
-RECORDED = Path(__file__).parent / "results" / "quality.json"
+REFERENCE = Path(__file__).parents[2] / "reference"
+RECORDED = Path(__file__).parents[1] / "results" / "quality.json"
 EXACT, TENSORRT = "onnxruntime", "tensorrt"
 CANNOT = 3  # exit status
 VOICE = "slt"  # whose recordings ship
@@ -41,18 +41,13 @@ MIN_COSINE, MAX_LOSS = 0.99, 0.02  # of features; of ROUGE-L
 
 
 def reason_against(what: str) -> str | None:
-    """Why this machine cannot build engines, or run them; None where it can."""
-    if what == "build":
-        try:
-            find_builder(None)
-        except TinyAlignError as error:
-            return str(error)
-    elif TENSORRT not in BACKENDS:
-        return f"this version has no backend {TENSORRT!r}"
-    elif find_spec(TENSORRT) is None:
-        return "TensorRT is not installed for this Python, see `tiny-align doctor`"
-    elif gpu_compute_capability() is None:
-        return "the CUDA driver finds no GPU"
+    """Why this machine cannot build engines, or run them; None if it can."""
+    if what != "build":
+        return reason_against_tensorrt()
+    try:
+        find_builder(None)
+    except TinyAlignError as error:
+        return str(error)
     return None
 
 

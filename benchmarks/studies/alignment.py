@@ -1,6 +1,6 @@
 """How well each objective and projector aligns speech with the LLM, at the same wall-clock budget.
 
-    python -m benchmarks.alignment [--digits FOLDER] [--parts table] [--objectives ctc paper] [--processes 2] [--json]
+    python -m benchmarks.studies.alignment [--digits FOLDER] [--parts table] [--objectives ctc paper] [--processes 2] [--json]
 
 Two parts. `table`: {projector} x {objective}, each trained from nothing on voices the encoder knows, then for each
 new voice on 100 of its utterances, both learning rates tuned per cell; beside the typed ceiling, the transcript
@@ -55,9 +55,9 @@ from tiny_align.runtime.files import write_json
 from tiny_align.runtime.machine import describe
 from tiny_align.runtime.readout import collapse, ctc_scale, merge_similar
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 PARTS = ("table", "curves")
-WEIGHTS = Path(__file__).parents[1] / "reference" / "weights"
+WEIGHTS = Path(__file__).parents[2] / "reference" / "weights"
 VOICES = speech.NEW_VOICES
 SOFT_TOKENS, MERGE_COSINE = 24, 0.85  # where a projector pools
 RATES, PERSONAL_RATES = (5e-4, 1.5e-3, 4e-3, 1e-2), (1e-3, 3e-3, 1e-2)
@@ -762,7 +762,7 @@ def _draw(path: Path, label: str, lines: dict) -> str:
 
 def _command(args, part: str) -> str:
     """The command that measures `part` so: what is not the default is named, folders are not."""
-    words, parser = ["python -m benchmarks.alignment --parts", part], _parser()
+    words, parser = ["python -m benchmarks.studies.alignment --parts", part], _parser()
     words += ["--digits FOLDER"] if args.digits else []
     for name in ("objectives", "projectors", "seeds", "few", "budget", "personal", "known"):
         value, default = (

@@ -1,7 +1,7 @@
 """Writes the measured tables of the README and of docs/measured.md from benchmarks/results/: no number there is typed.
 
-python -m benchmarks.report            # rewrite both
-python -m benchmarks.report --check    # exit 1 if one is not up to date
+python -m benchmarks.studies.report            # rewrite both
+python -m benchmarks.studies.report --check    # exit 1 if one is not up to date
 
 Only what lies between a table's markers is replaced. The standard run's tables are those of its newest result; what was
 not measured stays blank.
@@ -13,7 +13,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from tiny_align.benchmarks import (
+from tiny_align.benchmarks.standard import streaming, tables, training_cost
+from tiny_align.benchmarks.studies import (
     alignment,
     encoder,
     engines,
@@ -23,13 +24,10 @@ from tiny_align.benchmarks import (
     precision,
     quality,
     quantisation,
-    streaming,
-    tables,
-    training_cost,
 )
 from tiny_align.runtime.files import write_text
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "measured.md")
 RESULTS = ROOT / "benchmarks" / "results"
 PROGRAMS = {

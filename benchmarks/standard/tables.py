@@ -4,16 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tiny_align.align.pictures import new_figure
-from tiny_align.benchmarks.pipelines import OURS
-from tiny_align.benchmarks.stages import ANSWER, FIRST, PER_TOKEN, STAGES
-from tiny_align.benchmarks.standard import ALONE, THREADED
+from tiny_align.benchmarks.standard.markdown import grid
+from tiny_align.benchmarks.standard.parts import ALONE, THREADED
+from tiny_align.benchmarks.standard.pipelines import OURS
+from tiny_align.benchmarks.standard.stages import ANSWER, FIRST, PER_TOKEN, STAGES
 from tiny_align.runtime.files import write_text, written_file
-
-
-def grid(head: list[str], rows: list[list]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def ms(seconds: float) -> str:
@@ -85,7 +80,7 @@ def inference(parts: dict) -> str:
 
 
 def streaming(parts: dict) -> str:
-    from tiny_align.benchmarks.streaming import table
+    from tiny_align.benchmarks.standard.streaming import table
 
     return table(parts["streaming"])
 

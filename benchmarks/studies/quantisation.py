@@ -1,6 +1,6 @@
 """What fewer bits cost the LLM and what they save: precisions, algorithms, block sizes, output layers.
 
-    python -m benchmarks.quantisation [--sentences 200] [--json]
+    python -m benchmarks.studies.quantisation [--sentences 200] [--json]
 
 Accuracy is that of the reference LLM on held-out typed sentences and on the shipped recordings. It was trained with its
 weights rounded to INT4 in blocks of 32, so that exactly that form costs its layers nothing; the same function with
@@ -35,9 +35,9 @@ from tiny_align.runtime.bundle.manifest import GraphSpec, TensorSpec
 from tiny_align.runtime.llm import Cache, Decoding, LanguageModel
 from tiny_align.runtime.machine import describe
 
-RESULTS = Path(__file__).parent / "results" / "quantisation.json"
-COMMAND = "python -m benchmarks.quantisation"
-LLM = Path(__file__).parents[1] / "reference" / "weights" / "llm"
+RESULTS = Path(__file__).parents[1] / "results" / "quantisation.json"
+COMMAND = "python -m benchmarks.studies.quantisation"
+LLM = Path(__file__).parents[2] / "reference" / "weights" / "llm"
 LAYER = {"query": (2048, 2048), "key": (2048, 512), "value": (2048, 512), "output": (2048, 2048)}
 LAYER |= {
     "gate": (2048, 8192),

@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tiny_align.benchmarks.counting import Cost, count
-from tiny_align.benchmarks.processes import numpy_threads
+from tiny_align.benchmarks.standard.counting import Cost, count
+from tiny_align.benchmarks.standard.processes import numpy_threads
 from tiny_align.runtime.bundle.bundle import Bundle
 
 ORIN_NANO_GB_S = {

@@ -4,9 +4,9 @@ Speech is pushed in pieces of 100 ms; everything that can be done before the end
 keep up with the speech (`late` counts those that would not). `whole` is the same bundle without windows, to which all
 speech is given at its end. Both sides take turns.
 
-    python -m benchmarks.streaming [--bundle DIR] [--threads 1 2] [--digits FOLDER]
-    python -m benchmarks.streaming --bundle work/full_size/bundle --pace 2.5   # untrained: so many soft tokens a second
-    python -m benchmarks.streaming --soak-hours 2          # memory, threads and handles over hundreds of turns
+    python -m benchmarks.standard.streaming [--bundle DIR] [--threads 1 2] [--digits FOLDER]
+    python -m benchmarks.standard.streaming --bundle work/full_size/bundle --pace 2.5   # untrained: so many soft tokens a second
+    python -m benchmarks.standard.streaming --soak-hours 2          # memory, threads and handles over hundreds of turns
 
 The last line is a JSON document; `ratios` are the worse of all numbers of threads.
 """
@@ -32,13 +32,13 @@ from tiny_align.align.commands.demo import shipped
 from tiny_align.align.commands.evaluate import evaluate
 from tiny_align.align.data.datasets import load_dataset
 from tiny_align.benchmarks import finish
-from tiny_align.benchmarks.tables import grid
+from tiny_align.benchmarks.standard.markdown import grid
 from tiny_align.runtime import Assistant, Decoding
 from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.errors import AudioError
 from tiny_align.runtime.machine import describe
 
-RESULTS = Path(__file__).parent / "results" / "streaming.json"
+RESULTS = Path(__file__).parents[1] / "results" / "streaming.json"
 FULL_SIZE, SOAK = (
     RESULTS.with_name("streaming-full-size.json"),
     RESULTS.with_name("streaming-soak.json"),
@@ -308,11 +308,13 @@ def main(argv=None) -> int:
     report = {"machine": describe(), "date": str(date.today())}
     if args.soak_hours:
         args.out = args.out or SOAK
-        report |= {"command": f"python -m benchmarks.streaming --soak-hours {args.soak_hours:g}"}
+        report |= {
+            "command": f"python -m benchmarks.standard.streaming --soak-hours {args.soak_hours:g}"
+        }
         report |= soak(bundle, recordings, args.soak_hours, args.seed, args.threads[0])
         return finish(report, args, soak_table(report))
     args.out = args.out or (FULL_SIZE if args.pace else RESULTS)
-    report["command"] = "python -m benchmarks.streaming" + (
+    report["command"] = "python -m benchmarks.standard.streaming" + (
         " --digits FOLDER" if args.digits else ""
     )
     report["command"] += f" --bundle BUNDLE --pace {args.pace:g}" if args.pace else ""

@@ -1,6 +1,6 @@
 """What building engines takes: seconds and memory of each graph's process, and what a timing cache saves.
 
-    python -m benchmarks.engines [--full-size DIR] [--repeats 5] [--json]
+    python -m benchmarks.studies.engines [--full-size DIR] [--repeats 5] [--json]
 
 Takes the builder that is installed: TensorRT-RTX needs no GPU. Builds every graph of the shipped bundle and of the
 one that benchmarks.full_size makes, from copies. Writes benchmarks/results/engines.json;
@@ -24,8 +24,8 @@ from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.files import link_tree, write_json
 from tiny_align.runtime.machine import describe
 
-RESULTS = Path(__file__).parent / "results" / "engines.json"
-COMMAND = "python -m benchmarks.engines --full-size work/full_size/bundle"
+RESULTS = Path(__file__).parents[1] / "results" / "engines.json"
+COMMAND = "python -m benchmarks.studies.engines --full-size work/full_size/bundle"
 
 
 def costs(path: Path) -> dict[str, dict]:

@@ -1,6 +1,6 @@
 """Alignment quality of the reference bundle: typed, known voices, voices and people the encoder never heard.
 
-    python -m benchmarks.quality [--digits FOLDER] [--json]
+    python -m benchmarks.studies.quality [--digits FOLDER] [--json]
 
 Needs espeak-ng and flite (Debian packages); `--digits` takes a folder of speakers, each a data set. Training runs
 on one core. Writes benchmarks/results/quality.json; the last line of stdout is the same document.
@@ -23,7 +23,7 @@ from tiny_align.reference import corpus, recordings, speech
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.machine import describe
 
-RESULTS = Path(__file__).parent / "results" / "quality.json"
+RESULTS = Path(__file__).parents[1] / "results" / "quality.json"
 FIGURES = ("rouge1", "rougeL", "wer", "cer", "rougeL_chance", "n")
 
 
@@ -52,7 +52,7 @@ def new_user(bundle: Path, data: Path, name: str, users: Path) -> dict:
 
 
 def measure(bundle: Path, digits: Path | None, n_train: int) -> dict:
-    command = "python -m benchmarks.quality" + (" --digits FOLDER" if digits else "")
+    command = "python -m benchmarks.studies.quality" + (" --digits FOLDER" if digits else "")
     report: dict = {"machine": describe(), "date": str(date.today()), "command": command}
     report |= {"learnt_voices": {}, "new_voices": {}, "people": {}}
     with tempfile.TemporaryDirectory() as temporary:
