@@ -19,7 +19,7 @@ from tiny_align.runtime.errors import AudioError
 from tiny_align.runtime.events import Event, NothingHeard, Token
 from tiny_align.runtime.llm import Decoding, LanguageModel, TextStream
 from tiny_align.runtime.queues import Queues
-from tiny_align.runtime.readout import CtcReader, PooledReader, reader
+from tiny_align.runtime.readout import CtcReader, PooledReader, make_reader
 from tiny_align.runtime.session import Session
 from tiny_align.runtime.windows import cut
 
@@ -174,7 +174,7 @@ class Assistant:
 
     def reader(self) -> CtcReader | PooledReader:
         """What makes one utterance's soft tokens of its windows' vectors."""
-        return reader(self._readout, self.llm.speech_vocabulary.table)
+        return make_reader(self._readout, self.llm.speech_vocabulary.table)
 
     def soft_tokens(self, features: np.ndarray) -> np.ndarray:
         """(N, Da) of an utterance -> (T', D) float32 in the LLM's embedding space; no row where no word was heard."""
