@@ -112,7 +112,7 @@ class LanguageModel:
         ids = encode_in_place(self.tokenizer, self._prompt_of_today(), text)
         special = self._special.intersection(ids) - {self._unknown}
         if special:
-            names = ", ".join(sorted(self.tokenizer.id_to_token(i) for i in special))
+            names = ", ".join(sorted(str(self.tokenizer.id_to_token(i)) for i in special))
             raise DataError(f"{where} holds the LLM's special token {names}: write the words only")
         if not text.strip() or not ids:
             raise DataError(f"{where} is empty: expected a sentence")

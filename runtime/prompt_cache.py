@@ -15,6 +15,7 @@ import numpy as np
 
 from tiny_align.runtime.backends.base import Scores
 from tiny_align.runtime.llm import Cache, Decoding, LanguageModel
+from tiny_align.runtime.stages import Stage
 
 
 @dataclass
@@ -41,12 +42,20 @@ class PrefilledTurn:
 class PromptCache:
     """The KV cache of one session and its history. Every method runs on the prefill queue."""
 
-    def __init__(self, llm: LanguageModel, instruction: str | None, decoding: Decoding) -> None:
+    def __init__(
+        self, llm: LanguageModel, instruction: str | None, decoding: Decoding, stage: Stage
+    ) -> None:
+        """
+        Args:
+            instruction: None: the bundle's.
+            stage: gives the contexts in which the stages run.
+        """
         self._llm = llm
         self._decoding = decoding
-        # the prompt's fixed pieces, all of the day on which the session began
-        self._before, self._after = llm.around(instruction)  # (P, D), (Q, D)
-        self._between_turns = llm.following()  # (R, D)
+        self._stage = stage
+        with stage("prompt"):  # its fixed pieces, all of the day on which the session began
+            self._before, self._after = llm.around(instruction)  # (P, D), (Q, D)
+            self._between_turns = llm.following()  # (R, D)
         self._cache = Cache()
         self._n_settled = 0  # positions that no turn takes back
         self.history: list[np.ndarray] = []  # (T, D) each: a turn, from its words to its answer
@@ -66,21 +75,22 @@ class PromptCache:
         Returns:
             How many soft tokens were prefilled: 0.
         """
-        if self._turn:
-            self._end(self._turn)
-            release_free_memory()
-        rows = self._prompt_so_far()
-        n_needed = len(self._after) + 2 * self._decoding.max_tokens
-        if self.history and self._llm.capacity - len(rows) < n_needed:
-            while self.history and len(rows) > self._llm.capacity // 2:
-                self.history.pop(0)
-                self._n_settled = 0
-                rows = self._prompt_so_far()
-        self._llm.rewind(self._cache, min(self._n_settled, len(rows)))
-        if self._cache.length < len(rows):
-            self._prefill(rows[self._cache.length :])
-        self._n_settled = self._cache.length
-        self._turn = turn
+        with self._stage("prompt"):
+            if self._turn:
+                self._end(self._turn)
+                release_free_memory()
+            rows = self._prompt_so_far()
+            n_needed = len(self._after) + 2 * self._decoding.max_tokens
+            if self.history and self._llm.capacity - len(rows) < n_needed:
+                while self.history and len(rows) > self._llm.capacity // 2:
+                    self.history.pop(0)
+                    self._n_settled = 0
+                    rows = self._prompt_so_far()
+            self._llm.rewind(self._cache, min(self._n_settled, len(rows)))
+            if self._cache.length < len(rows):
+                self._prefill(rows[self._cache.length :])
+            self._n_settled = self._cache.length
+            self._turn = turn
         return 0
 
     def extend(self, turn: PrefilledTurn, soft_tokens: np.ndarray) -> int:
@@ -140,7 +150,8 @@ class PromptCache:
         """Decode the next token of the answer; None at its end or if the turn is cancelled."""
         if turn.cancelled.is_set() or turn.steps is None:
             return None
-        token = next(turn.steps, None)
+        with self._stage("decode"):
+            token = next(turn.steps, None)
         if token is not None:
             turn.answer.append(token)
         return token
@@ -168,7 +179,8 @@ class PromptCache:
 
     def _prefill(self, rows: np.ndarray) -> Scores:
         """Prefill (T, D) rows, T > 0; the scores after the last one."""
-        return self._llm.prefill(np.ascontiguousarray(rows, np.float32), self._cache)
+        with self._stage("prefill"):
+            return self._llm.prefill(np.ascontiguousarray(rows, np.float32), self._cache)
 
 
 def release_free_memory() -> None:

@@ -44,3 +44,17 @@ def _submit(
         if "shutdown" not in str(error):  # "can't start new thread"
             raise
         raise TinyAlignError("the assistant is closed: load the bundle again") from error
+
+
+class InTurn(Queues):
+    """Both queues on the caller's own thread: work is done when it is queued."""
+
+    def encode(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        done: Future[T] = Future()
+        try:
+            done.set_result(work(*args, **kwargs))
+        except Exception as error:  # raised where the result is asked for, as on a queue
+            done.set_exception(error)
+        return done
+
+    prefill = encode

@@ -21,7 +21,7 @@ import copy
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -32,9 +32,11 @@ from tiny_align.runtime.audio.samples import check_chunk
 from tiny_align.runtime.errors import AudioError
 from tiny_align.runtime.events import NothingHeard, Token
 from tiny_align.runtime.llm import Decoding, LanguageModel, TextStream
+from tiny_align.runtime.projectors import LoadedProjector
 from tiny_align.runtime.prompt_cache import PrefilledTurn, PromptCache
 from tiny_align.runtime.queues import Queues
-from tiny_align.runtime.readout import CtcReader, PooledReader
+from tiny_align.runtime.readout import Reader
+from tiny_align.runtime.stages import Stage
 from tiny_align.runtime.windows import Cutter, Window, WindowSpec
 
 MAX_WINDOWS = 8  # on the encode queue, of one session; a push that would make them more waits
@@ -48,9 +50,14 @@ class SpeechStack(Protocol):
     windows: WindowSpec | None
     sample_rate: int
 
-    def reader(self) -> CtcReader | PooledReader: ...
+    @property
+    def stage(self) -> Stage: ...
 
-    def project_window(self, audio: np.ndarray) -> np.ndarray: ...
+    def reader(self, projector: LoadedProjector | None) -> Reader: ...
+
+    def project_window(
+        self, audio: np.ndarray, projector: LoadedProjector | None
+    ) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -64,11 +71,25 @@ class EncodedEnd:
 class SpeechEncoder:
     """One turn's speech, from windows to soft tokens. Every method runs on the encode queue."""
 
-    def __init__(self, stack: SpeechStack, prompt: PromptCache, turn: PrefilledTurn) -> None:
+    def __init__(
+        self,
+        stack: SpeechStack,
+        projector: LoadedProjector | None,
+        prefill: Callable[..., Future[int]],
+        prompt: PromptCache,
+        turn: PrefilledTurn,
+    ) -> None:
+        """
+        Args:
+            projector: the user's; None: the default.
+            prefill: queues work for the prefill queue.
+        """
         self._stack = stack
+        self._projector = projector
+        self._prefill = prefill
         self._prompt = prompt
         self._turn = turn
-        self._reader: CtcReader | PooledReader | None = None  # from the first window on
+        self._reader: Reader | None = None  # from the first window on
 
     def encode(self, windows: list[Window], last: bool = False) -> list[Future[int]]:
         """Encode windows, and queue the soft tokens that are certain to be prefilled.
@@ -80,16 +101,20 @@ class SpeechEncoder:
         Raises:
             AudioError: too little audio.
         """
+        prefills: list[Future[int]] = []
         if self._turn.cancelled.is_set():
-            return []
-        if self._reader is None:
-            self._reader = self._stack.reader()
-        prefills = []
-        for audio, kept in windows:
-            soft_tokens = self._reader.push(self._stack.project_window(audio)[kept])
-            prefills += self._prefill(soft_tokens)
-        if last:
-            prefills += self._prefill(self._reader.finish())
+            return prefills
+        with self._stack.stage("readout"):
+            if self._reader is None:
+                self._reader = self._stack.reader(self._projector)
+            for window in windows:
+                soft_tokens = self._read(self._reader, window)
+                if len(soft_tokens):
+                    prefills.append(self._prefill(self._prompt.extend, self._turn, soft_tokens))
+            if last:
+                soft_tokens = self._reader.finish()
+                if len(soft_tokens):
+                    prefills.append(self._prefill(self._prompt.extend, self._turn, soft_tokens))
         return prefills
 
     def anticipate(self, windows: list[Window], withdrawn: threading.Event) -> EncodedEnd:
@@ -103,21 +128,25 @@ class SpeechEncoder:
         soft_tokens: list[np.ndarray] = []
         error = None
         if not withdrawn.is_set() and not self._turn.cancelled.is_set():
-            reader = copy.copy(self._reader) if self._reader else self._stack.reader()
             try:
-                pieces = [reader.push(self._stack.project_window(a)[kept]) for a, kept in windows]
-                pieces.append(reader.finish())
-                soft_tokens = [piece for piece in pieces if len(piece)]
+                soft_tokens = self._read_to_end(windows)
             except AudioError as too_little:
                 error = too_little
         work = self._prompt.anticipate
-        prefilled = self._stack.queues.prefill(work, self._turn, soft_tokens, withdrawn)
-        return EncodedEnd(prefilled, error)
+        return EncodedEnd(self._prefill(work, self._turn, soft_tokens, withdrawn), error)
 
-    def _prefill(self, soft_tokens: np.ndarray) -> list[Future[int]]:
-        if not len(soft_tokens):
-            return []
-        return [self._stack.queues.prefill(self._prompt.extend, self._turn, soft_tokens)]
+    def _read_to_end(self, windows: list[Window]) -> list[np.ndarray]:
+        """(T, D) each, T > 0: the last soft tokens, by a copy of the reader."""
+        with self._stack.stage("readout"):
+            reader = copy.copy(self._reader) or self._stack.reader(self._projector)
+            pieces = [self._read(reader, window) for window in windows]
+            pieces.append(reader.finish())
+            return [piece for piece in pieces if len(piece)]
+
+    def _read(self, reader: Reader, window: Window) -> np.ndarray:
+        """(T, D): the soft tokens that are certain after this window."""
+        audio, kept = window
+        return reader.push(self._stack.project_window(audio, self._projector)[kept])
 
 
 @dataclass(frozen=True)
@@ -173,10 +202,18 @@ class Session:
         stack: SpeechStack,
         instruction: str | None = None,
         decoding: Decoding = Decoding(),
+        projector: LoadedProjector | None = None,
     ) -> None:
+        """
+        Args:
+            instruction: what to do with the speech; None: the bundle's.
+            projector: the user's; None: the assistant's default, also where that is swapped.
+        """
         self._stack = stack
         self._llm = stack.llm
-        self._prompt = PromptCache(stack.llm, instruction, decoding)
+        self._projector = projector
+        self._queues = stack.queues
+        self._prompt = PromptCache(stack.llm, instruction, decoding, stack.stage)
         self._turn: Turn | None = None  # that is being spoken
         self._answered: Turn | None = None  # that is being answered
 
@@ -200,16 +237,17 @@ class Session:
             TinyAlignError: what was pushed earlier could not be encoded or prefilled; the turn is
                 dropped.
         """
-        check_chunk(chunk)
-        if self._turn is None:
-            self._turn = self._begin_turn()
-        turn = self._turn
-        if len(chunk):
-            turn.withdraw_end()
-        with self._dropped_if_failed(turn):
-            for window in turn.cutter.push(chunk):
-                self._encode(turn, [window])
-                turn.wait_for_encodings(MAX_WINDOWS)
+        with self._stack.stage("front end"):
+            check_chunk(chunk)
+            if self._turn is None:
+                self._turn = self._begin_turn()
+            turn = self._turn
+            if len(chunk):
+                turn.withdraw_end()
+            with self._dropped_if_failed(turn):
+                for window in turn.cutter.push(chunk):
+                    self._encode(turn, [window])
+                    turn.wait_for_encodings(MAX_WINDOWS)
 
     def finish(self, began_s: float | None = None) -> Iterator[Token | NothingHeard]:
         """End the spoken turn and answer it: a Token each, or one NothingHeard.
@@ -220,12 +258,13 @@ class Session:
             AudioError: nothing was pushed, or too little.
             TinyAlignError: it could not be encoded or prefilled; the turn is dropped.
         """
-        turn = self._turn or self._begin_turn()
-        self._turn = None
-        self._answered = turn
-        turn.began_s = began_s or time.perf_counter()
-        if turn.cutter.n_samples and not turn.end:
-            self._encode(turn, turn.cutter.finish(), last=True)
+        with self._stack.stage("front end"):
+            turn = self._turn or self._begin_turn()
+            self._turn = None
+            self._answered = turn
+            turn.began_s = began_s or time.perf_counter()
+            if turn.cutter.n_samples and not turn.end:
+                self._encode(turn, turn.cutter.finish(), last=True)
         return self._answer_speech(turn)
 
     def say(self, text: str) -> Iterator[Token]:
@@ -240,7 +279,7 @@ class Session:
         self._answered = turn
         turn.began_s = time.perf_counter()
         work = self._prompt.extend
-        turn.prefills.append(self._stack.queues.prefill(work, turn.prefilled, words))
+        turn.prefills.append(self._queues.prefill(work, turn.prefilled, words))
         return self._answer(turn)
 
     def anticipate(self) -> None:
@@ -255,7 +294,7 @@ class Session:
         turn.withdraw_end()
         withdrawn = threading.Event()
         work = turn.encoder.anticipate
-        encoded = self._stack.queues.encode(work, turn.cutter.finish(), withdrawn)
+        encoded = self._queues.encode(work, turn.cutter.finish(), withdrawn)
         turn.end = AnticipatedEnd(withdrawn, encoded)
 
     def settle(self) -> None:
@@ -290,18 +329,19 @@ class Session:
 
     def _begin_turn(self) -> Turn:
         """A new turn; the beginning of its prompt is prefilled at once."""
+        prefill = self._queues.prefill
         prefilled = PrefilledTurn()
         turn = Turn(
             cutter=Cutter(self._stack.windows, self._stack.sample_rate),
-            encoder=SpeechEncoder(self._stack, self._prompt, prefilled),
+            encoder=SpeechEncoder(self._stack, self._projector, prefill, self._prompt, prefilled),
             prefilled=prefilled,
             cancelled=prefilled.cancelled,
         )
-        turn.prefills.append(self._stack.queues.prefill(self._prompt.begin, prefilled))
+        turn.prefills.append(prefill(self._prompt.begin, prefilled))
         return turn
 
     def _encode(self, turn: Turn, windows: list[Window], last: bool = False) -> None:
-        turn.encodings.append(self._stack.queues.encode(turn.encoder.encode, windows, last))
+        turn.encodings.append(self._queues.encode(turn.encoder.encode, windows, last))
 
     def _answer_speech(self, turn: Turn) -> Iterator[Token | NothingHeard]:
         with self._dropped_if_failed(turn):
@@ -322,7 +362,7 @@ class Session:
             yield NothingHeard("", time.perf_counter() - turn.began_s)
 
     def _answer(self, turn: Turn) -> Iterator[Token]:
-        prefill = self._stack.queues.prefill
+        prefill = self._queues.prefill
         text = TextStream(self._llm.tokenizer)
         with self._dropped_if_failed(turn):
             turn.wait_for_prefills()
@@ -332,7 +372,8 @@ class Session:
                 token = prefill(self._prompt.step, turn.prefilled).result()
                 if token is None:
                     break
-                piece = text.push(token)
+                with self._stack.stage("text"):
+                    piece = text.push(token)
                 yield Token(piece, time.perf_counter() - turn.began_s, token)
 
     @contextlib.contextmanager

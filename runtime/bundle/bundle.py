@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tiny_align.runtime.bundle.manifest import MANIFEST, Manifest, read_manifest
-from tiny_align.runtime.bundle.users import GENERAL, check_user
+from tiny_align.runtime.bundle.users import GENERAL, UserProjector, check_user, digest_of
 from tiny_align.runtime.checks import is_utf8
 from tiny_align.runtime.errors import BundleError, UserError
 from tiny_align.runtime.files import read_array, read_errors, sha256
@@ -123,6 +123,24 @@ class Bundle:
         folder = self.user_folder(user, users)
         check_user(folder, self.manifest)
         return folder / self.manifest.graphs["projector"].file
+
+    def user_projector(self, user: str | None = None, users: Path | None = None) -> UserProjector:
+        """The projector of a user, checked, with its speech vocabulary; None: the general one.
+
+        Args:
+            users: the folder of users, if not the bundle's own.
+        Raises:
+            UserError: see check_user.
+            BundleError: the list of speech tokens cannot be read.
+        """
+        if user is None or user == GENERAL:
+            graph = self.graph("projector")
+            digest = digest_of(self.manifest.files)
+            return UserProjector(None, self.path, graph, digest, self.speech_tokens())
+        folder = self.user_folder(user, users)
+        digest = digest_of(check_user(folder, self.manifest)["files"])
+        graph = folder / self.manifest.graphs["projector"].file
+        return UserProjector(user, folder, graph, digest, self.speech_tokens(graph))
 
     def speech_tokens(self, projector: Path | None = None) -> np.ndarray:
         """(K,) int32: the tokens that a projector's speech may produce, in training order.

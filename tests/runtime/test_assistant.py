@@ -3,14 +3,21 @@
 What the answers say is not judged here. Sampling makes them lively where a greedy answer might be empty.
 """
 
+import contextlib
+import shutil
+import threading
+
 import numpy as np
 import pytest
 
 from tiny_align.runtime import Answer, Assistant, Decoding, Event, NothingHeard, Token
-from tiny_align.runtime import assistant as assistant_module
+from tiny_align.runtime import projectors as projectors_module
 from tiny_align.runtime.bundle.bundle import Bundle
+from tiny_align.runtime.bundle.users import write_user_record
 from tiny_align.runtime.errors import AudioError, BackendError, DataError, TinyAlignError, UserError
 from tiny_align.runtime.readout import CtcReader
+from tiny_align.runtime.speech_vocabulary import SPEECH_TOKENS
+from tiny_align.runtime.stages import STAGES
 
 DECODING = Decoding(max_tokens=16, temperature=2.0, seed=1)
 RATE = 16_000  # Hz, the bundle's
@@ -18,6 +25,12 @@ RATE = 16_000  # Hz, the bundle's
 
 def tokens(events):
     return [event.token for event in events]
+
+
+@pytest.fixture
+def long_speech(speech):
+    """Longer than two windows."""
+    return np.tile(speech, 1 + 120_000 // len(speech))[:120_000]
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +124,7 @@ def deaf(assistant, monkeypatch):
     """An assistant that finds no word in anything."""
     size = assistant.bundle.manifest.llm.hidden_size
     monkeypatch.setattr(
-        assistant, "reader", lambda: CtcReader(np.zeros((0, size), np.float32), 1.0)
+        assistant, "reader", lambda _: CtcReader(np.zeros((0, size), np.float32), 1.0)
     )
     return assistant
 
@@ -239,11 +252,96 @@ def test_another_projector_is_another_answer_and_sessions_go_on(bundle_path, ana
         np.testing.assert_array_equal(assistant.soft_tokens(features), general)
 
 
+@pytest.fixture(scope="module")
+def users(bundle_path, make_user, tmp_path_factory):
+    """Two users: Ana, and Ben, whose speech vocabulary is his own."""
+    bundle = Bundle.open(bundle_path)
+    folder = tmp_path_factory.mktemp("users")
+    make_user(bundle, folder / "ana")
+    make_user(bundle, folder / "ben", shift=-0.2)
+    np.save(folder / "ben" / SPEECH_TOKENS, np.arange(0, 800, 2, dtype=np.int32)[::-1])
+    write_user_record(folder / "ben", bundle.manifest, {})
+    return folder
+
+
+def test_sessions_speak_for_two_users_at_once(bundle_path, users, long_speech):
+    """Pushed in turn, window by window, each is answered as if it were alone."""
+    names = ("ana", "ben", "general", None)
+    alone = {}
+    for name in names:
+        with Assistant.load(bundle_path, name, users=users, threads=1) as assistant:
+            alone[name] = tokens(assistant.stream(long_speech, decoding=DECODING))
+    assert alone["ana"] != alone["ben"] != alone[None] == alone["general"] != alone["ana"]
+
+    with Assistant.load(bundle_path, users=users, threads=1) as assistant:
+        sessions = {name: assistant.listen(decoding=DECODING, user=name) for name in names}
+        for start in range(0, len(long_speech), 9_000):
+            for session in sessions.values():
+                session.push(long_speech[start : start + 9_000])
+        answers = {name: session.finish() for name, session in sessions.items()}
+        firsts = {name: next(answer).token for name, answer in answers.items()}
+        for name, answer in answers.items():
+            assert [firsts[name], *tokens(answer)] == alone[name], name
+
+
+def test_a_session_keeps_its_user_when_the_default_is_swapped(bundle_path, users, speech):
+    with Assistant.load(bundle_path, users=users, threads=1) as assistant:
+        want = {
+            name: tokens(assistant.stream(speech, decoding=DECODING, user=name))
+            for name in ("ana", "ben", "general")
+        }
+        bens = assistant.listen(decoding=DECODING, user="ben")
+        default = assistant.listen(decoding=DECODING)
+        for session in (bens, default):
+            session.push(speech[:9_000])
+        assistant.swap_projector(assistant.bundle.projector("ana", users))
+        for session in (bens, default):
+            session.push(speech[9_000:])
+        assert tokens(bens.finish()) == want["ben"]
+        assert tokens(default.finish()) == want["ana"]
+        assert (
+            tokens(assistant.stream(speech, decoding=DECODING, user="general")) == want["general"]
+        )
+
+
+def test_every_way_to_answer_takes_a_user(bundle_path, users, speech, voice_path):
+    with Assistant.load(bundle_path, "ana", users=users, threads=1) as assistant:
+        ben = assistant.bundle.user_projector("ben", users)
+        want = tuple(tokens(assistant.stream(speech, decoding=DECODING, user=ben)))
+        assert assistant.answer(speech, decoding=DECODING, user="ben").tokens == want
+        path = voice_path / "train-000.flac"
+        assert assistant.answer_file(path, decoding=DECODING, user="ben").tokens == want
+        anas = assistant.answer(speech, decoding=DECODING)
+        assert assistant.answer(speech, decoding=DECODING, user="ana").tokens == anas.tokens != want
+        with pytest.raises(UserError, match="no user 'eve'"):
+            assistant.listen(user="eve")
+
+
+def test_a_users_projector_is_loaded_once_until_it_is_trained_again(
+    bundle_path, make_user, speech, tmp_path, monkeypatch
+):
+    load = projectors_module.load_runner
+    loaded = []
+    monkeypatch.setattr(
+        projectors_module, "load_runner", lambda path, *a: loaded.append(path) or load(path, *a)
+    )
+    bundle = Bundle.open(bundle_path)
+    ana = make_user(bundle, tmp_path / "ana")
+    with Assistant.load(bundle, users=tmp_path, threads=1) as assistant:
+        before = assistant.answer(speech, decoding=DECODING, user="ana").tokens
+        assert assistant.answer(speech, decoding=DECODING, user="ana").tokens == before
+        assert loaded == [ana / "projector.onnx"]
+        shutil.rmtree(ana)
+        make_user(bundle, ana, shift=-0.2)
+        assert assistant.answer(speech, decoding=DECODING, user="ana").tokens != before
+        assert loaded == [ana / "projector.onnx"] * 2
+
+
 def test_another_projector_keeps_to_the_threads_given(bundle_path, monkeypatch):
     with Assistant.load(bundle_path, threads=1) as assistant:
-        load, threads = assistant_module.load_runner, []
+        load, threads = projectors_module.load_runner, []
         monkeypatch.setattr(
-            assistant_module, "load_runner", lambda *a: threads.append(a[3]) or load(*a)
+            projectors_module, "load_runner", lambda *a: threads.append(a[3]) or load(*a)
         )
         assistant.swap_projector(assistant.bundle.projector())
     assert threads == [1]
@@ -273,6 +371,44 @@ def test_it_is_a_context_manager_and_closes(bundle_path, speech):
         assistant.answer(speech, decoding=DECODING)
     with pytest.raises(TinyAlignError, match="closed"):
         assistant.answer(speech)
+
+
+# --- observing ---
+
+
+class Recorder:
+    """Notes which stages ran, and on which threads."""
+
+    def __init__(self):
+        self.names, self.threads = [], set()
+
+    @contextlib.contextmanager
+    def stage(self, name):
+        self.names.append(name)
+        self.threads.add(threading.current_thread().name)
+        yield
+
+
+@pytest.mark.parametrize("one_thread", [False, True])
+def test_an_observer_sees_every_stage_and_changes_no_answer(assistant, speech, one_thread):
+    want = tokens(assistant.stream(speech, decoding=DECODING))
+    recorder = Recorder()
+    with assistant.observe(recorder, one_thread=one_thread):
+        assert tokens(assistant.stream(speech, decoding=DECODING)) == want
+    assert set(recorder.names) == set(STAGES)
+    assert recorder.names.count("text") == len(want)
+    assert len(recorder.threads) == (1 if one_thread else 3)
+    n_stages = len(recorder.names)
+    assert tokens(assistant.stream(speech, decoding=DECODING)) == want
+    assert len(recorder.names) == n_stages
+
+
+def test_a_failure_is_the_same_for_an_observer(assistant, speech):
+    with assistant.observe(Recorder(), one_thread=True):
+        session = assistant.listen()
+        session.push(speech[:1_000])
+        with pytest.raises(AudioError, match="record longer"):
+            list(session.finish())
 
 
 # --- audio that is refused, and says why ---

@@ -89,7 +89,7 @@ def test_speech_is_read_while_it_is_spoken(assistant, long_speech):
 def test_the_last_window_is_all_that_is_left(assistant, long_speech, monkeypatch):
     session, heard, hear = assistant.listen(), [], assistant.project_window
     monkeypatch.setattr(
-        assistant, "project_window", lambda audio: heard.append(len(audio)) or hear(audio)
+        assistant, "project_window", lambda audio, user: heard.append(len(audio)) or hear(audio)
     )
     session.push(long_speech)
     windows = [
@@ -110,7 +110,7 @@ def test_an_end_that_was_foreseen_leaves_nothing_to_do(assistant, long_speech, m
     session.anticipate()
     session.settle()
     monkeypatch.setattr(
-        assistant, "project_window", lambda audio: heard.append(audio) or hear(audio)
+        assistant, "project_window", lambda audio, user: heard.append(audio) or hear(audio)
     )
     prefill = assistant.llm.prefill
     monkeypatch.setattr(
@@ -153,7 +153,7 @@ class FirstWindowOnly:
 
 
 def test_a_withdrawn_end_leaves_the_prompt_if_no_word_follows(assistant, long_speech, monkeypatch):
-    monkeypatch.setattr(assistant, "reader", lambda: FirstWindowOnly(assistant.llm))
+    monkeypatch.setattr(assistant, "reader", lambda _: FirstWindowOnly(assistant.llm))
     answers = []
     for anticipated in (False, True):
         session = pushed(assistant.listen(decoding=DECODING), long_speech, 8_000)
@@ -285,7 +285,7 @@ def test_a_turn_that_fails_is_dropped_and_the_next_is_answered(assistant, speech
 def test_a_flood_waits_instead_of_growing(assistant, long_speech, monkeypatch):
     session, behind, hear = assistant.listen(), [], assistant.project_window
 
-    def slow(audio):
+    def slow(audio, user):
         behind.append(len(session._turn.encodings))
         time.sleep(0.01)
         return hear(audio[: len(audio) // 8])
