@@ -1,4 +1,4 @@
-"""The product: speech in, streamed text out. Loads a bundle once; session.py holds a conversation."""
+"""The product: speech in, streamed text out. A session (session.py) holds a conversation."""
 
 import contextlib
 import logging
@@ -156,7 +156,7 @@ class Assistant:
         return np.concatenate([self.encode_window(window) for window, _ in windows])
 
     def encode_window(self, audio: np.ndarray) -> np.ndarray:
-        """A window (S,), or speech that is not cut -> (N, Da) float32, none after the audio's end."""
+        """A window (S,), or speech that is not cut -> (N, Da) float32 features, as `features`."""
         return self.encode(self._rows_of(audio))[: self._n_features(audio)]
 
     def project_window(
@@ -179,7 +179,7 @@ class Assistant:
                 return runner({"features": features})["soft_tokens"][0]
 
     def _n_features(self, audio: np.ndarray) -> int:
-        """How many features there are up to the audio's end; an encoder may want silence after it."""
+        """Features up to the audio's end; an encoder may want silence after it."""
         feature_samples = round(self.bundle.manifest.encoder.frame_s * self.sample_rate)
         return -(-len(audio) // feature_samples)
 

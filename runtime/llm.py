@@ -1,4 +1,4 @@
-"""The language model on embeddings: prompt assembly, KV-cached prefill, greedy and sampled decoding.
+"""The language model on embeddings: prompt assembly, KV-cached prefill and decoding.
 
 The model holds no conversation: a `Cache` does. A prompt is prefilled in chunks, so that its length
 costs no more memory than its place in the cache. Decoding is a generator of token ids.
@@ -222,7 +222,7 @@ class LanguageModel:
     def decode(self, scores: Scores, decoding: Decoding, cache: Cache) -> Iterator[int]:
         """Token ids after a prompt, until an end token, `max_tokens`, a full context or a loop.
 
-        A token is prefilled when the next one is asked for, so that the last one is not in the cache.
+        A token is prefilled when the next one is asked for: the last one is not in the cache.
         """
         rng = np.random.default_rng(decoding.seed)
         answer: list[int] = []
@@ -258,7 +258,7 @@ def _choose(scores: Scores, decoding: Decoding, rng: np.random.Generator) -> int
 
 
 class TextStream:
-    """Token ids -> pieces of text: what each token adds, held back while a character is incomplete."""
+    """Token ids -> pieces of text, held back while a character is incomplete."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer

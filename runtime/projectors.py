@@ -1,4 +1,4 @@
-"""The projectors that an assistant has loaded: the default one, and those of its sessions' users."""
+"""The projectors that an assistant has loaded: the default, and those of its sessions' users."""
 
 import threading
 from dataclasses import dataclass
@@ -66,7 +66,7 @@ class Projectors:
             return self._loaded[source]
 
     def _forget(self, folder: Path) -> None:
-        """Drop what this user's training has replaced; a session that speaks for it still holds it."""
+        """Drop what this user's training has replaced; a session that uses it still holds it."""
         for source in list(self._loaded):
             if source.folder == folder:
                 del self._loaded[source]

@@ -20,7 +20,7 @@ from tiny_align.runtime.stages import Stage
 
 @dataclass
 class PrefilledEnd:
-    """An anticipated end of the turn that is in the cache: the last soft tokens, then the answer's start."""
+    """An anticipated end of the turn, in the cache: the last soft tokens and the prompt's end."""
 
     start: int  # its first position
     soft_tokens: list[np.ndarray]  # (T, D) each
@@ -184,7 +184,7 @@ class PromptCache:
 
 
 def release_free_memory() -> None:
-    """Return freed memory to the system, so that hours of turns leave no gaps; takes half a millisecond.
+    """Return freed memory to the system, so that hours of turns leave no gaps; half a millisecond.
 
     Does nothing where the C library has no `malloc_trim` (it is glibc's).
     """

@@ -1,16 +1,16 @@
 """The readout: the projector's vectors to soft tokens, one for each run of the same.
 
-A bundle's projector either pools an utterance to T soft tokens, of which similar neighbours are merged,
-or gives one vector and the logit of a blank per moment, which are read as CTC reads them. The manifest
-says which. A reader takes the output in pieces, and gives each soft token as soon as nothing that
-follows can change it.
+A bundle's projector either pools an utterance to T soft tokens, of which similar neighbours are
+merged, or gives one vector and the logit of a blank per moment, which are read as CTC reads them.
+The manifest says which. A reader takes the output in pieces, and gives each soft token as soon as
+nothing that follows can change it.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-# at most so many tokens, none of them this likely in any frame, are a noise that was taken for a word
+# at most so many tokens, none of them this likely in any frame, are a noise taken for a word
 MAX_DOUBTFUL_RUNS = 2
 CERTAIN = 0.7
 
@@ -32,7 +32,7 @@ def ctc_scale(table: np.ndarray) -> float:
 
 
 class CtcReader:
-    """Greedy CTC over the embedding table: a run of one token becomes that token's expected embedding.
+    """Greedy CTC over the embedding table: a run of one token becomes its expected embedding.
 
     Nothing comes out where no word is recognised, or so few and so doubtful ones that they are a
     noise. A copy (copy.copy) goes on by itself: no value is changed in place.
@@ -55,7 +55,11 @@ class CtcReader:
         self._held_back: list[np.ndarray] = []  # (D,) each: soft tokens, while few and doubtful
 
     def push(self, frames: np.ndarray) -> np.ndarray:
-        """(N, D + 1) float32, the last column the blank's logit -> (T, D) float32, what is certain now."""
+        """The soft tokens that are certain now: (N, D + 1) float32 -> (T, D) float32.
+
+        Args:
+            frames: vectors; the last column is the blank's logit.
+        """
         # a large vocabulary is empty until the first training
         if len(frames) and len(self._table):
             tokens, weights = self._classify(frames)
@@ -73,7 +77,7 @@ class CtcReader:
         return rest
 
     def _classify(self, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(N,) most likely tokens, -1 for the blank, and (N, K) the share of each token in a frame."""
+        """(N,) most likely tokens, -1 for the blank, and (N, K) each token's share in a frame."""
         blank = frames[:, -1:]  # (N, 1)
         logits = frames[:, :-1] @ self._table.T * self._scale  # (N, K)
         top = logits.max(axis=1, keepdims=True)

@@ -1,8 +1,9 @@
-"""A session: speech is encoded and prefilled while it is spoken, answered when it ends, and remembered.
+"""A session: speech is encoded and prefilled while it is spoken, then answered and remembered.
 
 Speech that is pushed is cut into windows (windows.py). A complete window goes through encoder and
-projector on the encode queue; the soft tokens that are certain then go into the LLM's KV cache on the
-prefill queue, while the next window is spoken. When the user stops, only the last window is left.
+projector on the encode queue; the soft tokens that are certain then go into the LLM's KV cache on
+the prefill queue, while the next window is spoken. When the user stops, only the last window is
+left.
 
 Three threads work on a session. Each has state of its own:
 
@@ -118,7 +119,7 @@ class SpeechEncoder:
         return prefills
 
     def anticipate(self, windows: list[Window], withdrawn: threading.Event) -> EncodedEnd:
-        """Encode the last windows as if the turn ended after them, and queue its end to be prefilled.
+        """Encode the last windows as if the turn ended after them, and queue the end's prefill.
 
         A copy of the reader does it: the turn may go on.
 
@@ -191,8 +192,8 @@ class Turn:
 class Session:
     """One conversation with its KV cache.
 
-    A turn is speech (`push` any number of chunks, then `finish`) or text (`say`). A turn that begins
-    ends the answer that is being given. Where the cache has no room for another turn, the oldest are
+    A turn is speech (`push` any number of chunks, then `finish`) or text (`say`). A new turn ends
+    the answer to the one before. Where the cache has no room for another turn, the oldest are
     forgotten, until instruction and turns fill half of it. An LLM that knows one turn only (no
     `prompt.next` in the manifest) begins each turn after the instruction.
     """
@@ -228,7 +229,7 @@ class Session:
         return self._prompt.n_positions
 
     def push(self, chunk: np.ndarray) -> None:
-        """Add (S,) float32 samples in [-1, 1] at the assistant's rate to the turn; any number of samples.
+        """Add (S,) float32 samples in [-1, 1] at the assistant's rate to the turn, S >= 0.
 
         Waits while MAX_WINDOWS windows are on the encode queue.
 
@@ -298,7 +299,7 @@ class Session:
         turn.end = AnticipatedEnd(withdrawn, encoded)
 
     def settle(self) -> None:
-        """Wait until what was pushed is encoded and prefilled, as far as it can be before the turn's end.
+        """Wait until what was pushed is encoded and prefilled, as far as the turn's end allows.
 
         Raises:
             TinyAlignError: it could not be; the turn is dropped.
@@ -319,9 +320,9 @@ class Session:
             self._turn = None
 
     def cancel(self) -> None:
-        """End the answer that is being given, within one token; from any thread.
+        """End the present answer within one token; from any thread.
 
-        The tokens given so far are remembered.
+        The tokens so far are remembered.
         """
         turn = self._answered
         if turn:

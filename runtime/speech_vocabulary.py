@@ -1,8 +1,8 @@
 """The speech vocabulary: which of the LLM's tokens speech may produce, in training order.
 
-`speech_tokens.npy` lists them, in the folder of a user whose projector knows words of its own, or else
-in the bundle's; where neither has the file they are the whole vocabulary of the LLM. A token's place
-in the list is what a projector was trained with, so that a longer list may only add to its end.
+`speech_tokens.npy` lists them, in the folder of a user whose projector knows words of its own, or
+else in the bundle's; where neither has the file they are the whole vocabulary of the LLM. A
+projector is trained with a token's place in the list, so that a longer list only adds to the end.
 """
 
 from collections.abc import Callable, Iterable

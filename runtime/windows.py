@@ -1,9 +1,9 @@
-"""How speech is cut for the encoder: overlapping windows, the same in training, in use and in a stream.
+"""How speech is cut for the encoder: overlapping windows, the same in training and in a stream.
 
-A window goes through encoder and projector by itself. At each cut a margin of its vectors is discarded,
-because there the encoder saw too little of one side; what remains stands side by side. An utterance that
-fits into one window is never cut. Where a window begins and ends depends on the audio alone, and not on
-how it arrives.
+A window goes through encoder and projector by itself. At each cut a margin of its vectors is
+discarded, because there the encoder saw too little of one side; what remains stands side by side.
+An utterance that fits into one window is never cut. Where a window begins and ends depends on the
+audio alone, and not on how it arrives.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,10 @@ Window = tuple[np.ndarray, slice]  # (S,) float32 audio, and which of its vector
 
 @dataclass(frozen=True)
 class WindowSpec:
-    """In the bundle's manifest. A vector is one row of the projector's output, 80 ms with the reference bundle."""
+    """The sizes of windows, in the bundle's manifest.
+
+    A vector is one row of the projector's output: 80 ms of audio with the reference bundle.
+    """
 
     n_vectors: int  # of a whole window
     margin: int  # vectors that are discarded at each cut

@@ -1,8 +1,8 @@
 """One answer, stage by stage, by timers that observe the runtime (`Assistant.observe`).
 
-A stage's seconds are its own, without those of the stages inside it, on the harness's clock. What is in
-no stage is the answer's unexplained share. Everything runs in one thread, one stage after another: what
-a session's two threads add or save is for the caller to measure.
+A stage's seconds are its own, without those of the stages inside it, on the harness's clock. What
+is in no stage is the answer's unexplained share. Everything runs in one thread, one stage after
+another: what a session's two threads add or save is for the caller to measure.
 """
 
 from collections.abc import Iterator

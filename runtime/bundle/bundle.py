@@ -63,7 +63,8 @@ class Bundle:
     def _check_file(self, name: str, expected: str | None) -> None:
         if not (self.path / name).is_file():
             raise BundleError(
-                f"{self.path} lacks {name}, which its manifest lists: copy or export the bundle again"
+                f"{self.path} lacks {name}, which its manifest lists: "
+                "copy or export the bundle again"
             )
         if expected and sha256(self.path / name) != expected:
             raise BundleError(
@@ -178,8 +179,8 @@ class Bundle:
         size = self.manifest.llm.hidden_size
         if table.ndim != 2 or table.shape[1] != size or table.dtype.kind != "f":
             raise BundleError(
-                f"{self.embeddings} is {table.dtype} {list(table.shape)}, expected floats of {size} "
-                "columns, as many as the manifest gives the LLM: export the bundle again"
+                f"{self.embeddings} is {table.dtype} {list(table.shape)}, expected floats of "
+                f"{size} columns, as many as the manifest gives the LLM: export the bundle again"
             )
         return table
 

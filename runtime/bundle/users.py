@@ -1,4 +1,4 @@
-"""A user on disk: a projector of their own, and the record that binds it to an encoder and an LLM."""
+"""A user on disk: a projector, and the record that binds it to an encoder and an LLM."""
 
 import hashlib
 import json
