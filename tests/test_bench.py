@@ -111,7 +111,7 @@ def test_the_clock_stands_still_for_others_only():
     )
 
 
-def test_a_stage_has_its_own_seconds_only():
+def test_a_stages_seconds_exclude_those_of_inner_stages():
     timers = stages.Timers({"readout": 2.0})
     began = harness.now()
     with timers.stage("readout"):
@@ -124,7 +124,7 @@ def test_a_stage_has_its_own_seconds_only():
     assert sum(timers.seconds.values()) == pytest.approx(whole, rel=0.02)
 
 
-def test_the_stages_explain_an_answer(assistant, speech):
+def test_the_stages_add_up_to_the_answer(assistant, speech):
     side = stages.answering(assistant, speech)
     taken = [side() for _ in range(5)]
     assert all(turn[stage] > 0 for turn in taken for stage in stages.STAGES)
