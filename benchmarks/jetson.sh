@@ -82,7 +82,7 @@ step doctor tiny_align doctor --bundle "$bundle"
 step_if build build tiny_align build-engines --bundle "$bundle" --data "$data" # first of the work, while memory is unbroken
 step measure-onnxruntime jetson measure --backend onnxruntime "${measured[@]}"
 step_if tensorrt measure-tensorrt jetson measure --backend tensorrt "${measured[@]}"
-step_if tensorrt swap "$PYTHON" -m benchmarks.swap --bundle "$bundle" --out "$out/swap-results.json" --json
+step_if tensorrt swap "$PYTHON" -m benchmarks.studies.swap --bundle "$bundle" --out "$out/swap-results.json" --json
 step parity jetson compare --out "$out"
 step doctor-after tiny_align doctor # what the work has done to clocks, heat and memory
 

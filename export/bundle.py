@@ -36,7 +36,7 @@ from tiny_align.export.quantise import BLOCKS, forms, quantise
 from tiny_align.export.topk import add_topk
 from tiny_align.export.windows import MARGIN_S, window_spec
 from tiny_align.runtime import checks
-from tiny_align.runtime.backends.base import load_decoder, load_runner
+from tiny_align.runtime.backends.registry import load_decoder, load_runner
 from tiny_align.runtime.bundle.bundle import SPEECH_TOKENS
 from tiny_align.runtime.bundle.manifest import (
     MANIFEST,
@@ -263,6 +263,7 @@ def write_encoder(folder: Path, encoder, precision: str) -> GraphSpec:
             dataclasses.replace(spec, precision=precision, parity={**exact.parity, **cost})
         )
     plain, ort = specs
+    ort = dataclasses.replace(ort, quantised_activations="dynamic")  # see int8.multiply_int8
     share_weights(folder / plain.file, folder / ort.file)
     return dataclasses.replace(plain, backends={"onnxruntime": ort})
 
@@ -357,7 +358,7 @@ def make_projector(encoder, llm, options: ExportOptions):
 
     torch.manual_seed(options.seed)
     sizes = {"feature_size": encoder.feature_size, "embedding_size": llm.config.hidden_size}
-    sizes |= {"soft_tokens": options.soft_tokens, "near_size": encoder.config.hidden_size}
+    sizes |= {"soft_tokens": options.soft_tokens, "shortcut_size": encoder.config.hidden_size}
     projector = build_projector({**sizes, "kind": "bridgeformer"}).eval()
     if options.projector:
         projector.load_state_dict(_fitting_weights(options.projector, projector.state_dict()))

@@ -46,7 +46,7 @@ class Graph:
             :
         ]  # the exporter's guesses at inner shapes, some static ones as symbols
         onnx.save(model, str(path))
-        return GraphSpec(path.name, "fp32", self.inputs, self.outputs)
+        return GraphSpec(path.name, "fp32", self.inputs, self.outputs, quantised_activations="none")
 
 
 def _normalise_by_channel(model: onnx.ModelProto) -> None:

@@ -114,8 +114,8 @@ def decoder_parity(decoder, llm, seed: int = 0, lengths=LLM_LENGTHS) -> dict[str
         )
         cache = decoder.open_cache(capacity)
         if past:
-            decoder.read(embeds[:past], cache, 0)
-        got = decoder.read(embeds[past:], cache, past).logits
+            decoder.run(embeds[:past], cache, 0)
+        got = decoder.run(embeds[past:], cache, past).logits
         want = llm(
             inputs_embeds=torch.from_numpy(embeds)[None], use_cache=False, logits_to_keep=1
         ).logits

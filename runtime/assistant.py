@@ -13,8 +13,9 @@ import numpy as np
 
 from tiny_align.runtime.audio.conditioning import condition
 from tiny_align.runtime.audio.samples import MIN_SECONDS, check_audio, read_audio
-from tiny_align.runtime.backends.base import BACKENDS, Chain, Runner, load_decoder, load_runner
-from tiny_align.runtime.bundle.budget import budget
+from tiny_align.runtime.backends.base import Chain, Runner
+from tiny_align.runtime.backends.budget import budget
+from tiny_align.runtime.backends.registry import graph_specs, load_decoder, load_runner
 from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.bundle.users import UserProjector
 from tiny_align.runtime.checks import Range, check
@@ -103,7 +104,7 @@ class Assistant:
             bundle: its folder, or one that is open already.
             user: whose projector is the default; None: the general one.
             users: the folder of users, if not the bundle's own.
-            backend: "onnxruntime" or "tensorrt"; never replaced by another.
+            backend: one of `registry.names()`; never replaced by another.
             threads: CPU threads per graph; None: all cores.
             context: positions of a conversation, prompt and answers together; None: as many as the
                 LLM has.
@@ -117,13 +118,15 @@ class Assistant:
         max_context = bundle.manifest.llm.max_context
         if context is not None:
             Range(1, max_context).check("context", context)
-        if backend in BACKENDS:  # another is refused where it would be loaded
-            need = budget(bundle, backend, context or max_context, threads)
-            log.info("%s takes about %s", bundle.path, need)
-            need.require()
+        need = budget(bundle, backend, context or max_context, threads)
+        log.info("%s takes about %s", bundle.path, need)
+        need.require()
         own = bundle.user_projector(user, users)
-        graphs = {"encoder": bundle.graph("encoder", backend), "llm": bundle.graph("llm", backend)}
-        specs = {name: graph.on(backend) for name, graph in bundle.manifest.graphs.items()}
+        specs = graph_specs(bundle, backend)
+        graphs = {}
+        for name in ("encoder", "llm"):
+            bundle.graph(name)  # refuses a bundle without it
+            graphs[name] = bundle.path / specs[name].file
         # the largest first: loading takes more memory
         decoder = load_decoder(graphs["llm"], specs["llm"], backend, threads, bundle)
         llm = LanguageModel(bundle, decoder, context)

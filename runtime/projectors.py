@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tiny_align.runtime.backends.base import Runner, load_runner
+from tiny_align.runtime.backends.base import Runner
+from tiny_align.runtime.backends.registry import graph_specs, load_runner
 from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.bundle.users import UserProjector
 from tiny_align.runtime.llm import LanguageModel
@@ -36,14 +37,16 @@ class Projectors:
         self._loaded: dict[UserProjector, LoadedProjector] = {}
         self._lock = threading.Lock()  # sessions may be opened on any thread
 
-    def load(self, graph: Path) -> Runner:
+    def load(self, graph: Path, user: Path | None = None) -> Runner:
         """Load a projector's graph.
 
+        Args:
+            user: folder of the user; None: the graph's, if that is not the bundle's.
         Raises:
             BackendError: see its message.
         """
-        spec = self._bundle.manifest.graphs["projector"].on(self._backend)
-        return load_runner(graph, spec, self._backend, self._n_threads, self._bundle)
+        spec = graph_specs(self._bundle, self._backend)["projector"]
+        return load_runner(graph, spec, self._backend, self._n_threads, self._bundle, user)
 
     def get(self, source: UserProjector, llm: LanguageModel) -> LoadedProjector:
         """A user's projector, loaded when it is first asked for.
@@ -57,7 +60,8 @@ class Projectors:
             if source not in self._loaded:
                 runner = self.default
                 if source != self.default_source:
-                    runner = self.load(source.graph)
+                    user = None if source.name is None else source.folder
+                    runner = self.load(source.graph, user)
                 vocabulary = llm.speech_vocabulary  # one table where the tokens are the same
                 if not np.array_equal(source.speech_tokens, vocabulary.tokens):
                     vocabulary = SpeechVocabulary(source.speech_tokens, llm.embed)

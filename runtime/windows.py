@@ -98,7 +98,7 @@ class Cutter:
         waiting = np.concatenate([self._audio[:0], *self._waiting])
         rest = waiting
         if self._pauses:
-            rest = self._pauses.judge(waiting, last=True)[0]
+            rest = self._pauses.shorten(waiting, last=True)[0]
         audio = np.concatenate([self._audio, rest])
         if not len(audio):
             audio = waiting  # no sound stands out: the projector tells whether there is a word
@@ -126,7 +126,7 @@ class Cutter:
         speech = waiting[:n]
         n_taken = n
         if self._pauses:
-            speech, n_taken, self._pauses = self._pauses.judge(waiting[:n], last=False)
+            speech, n_taken, self._pauses = self._pauses.shorten(waiting[:n], last=False)
         self._audio = np.concatenate([self._audio, speech])
         self._waiting = [waiting[n_taken:]]
         self._n_waiting = len(waiting) - n_taken

@@ -36,7 +36,7 @@ class TinyAlign(Peer):
     """The bundle's LLM through the runtime."""
 
     def __init__(self, work: Path, shape: Shape, threads: int):
-        from tiny_align.runtime.backends.base import load_decoder
+        from tiny_align.runtime.backends.registry import load_decoder
         from tiny_align.runtime.bundle.bundle import Bundle
         from tiny_align.runtime.llm import Cache, LanguageModel
 

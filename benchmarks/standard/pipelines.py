@@ -18,7 +18,8 @@ from tiny_align.benchmarks.standard.stages import ANSWER, FIRST, PER_TOKEN
 from tiny_align.engines.plain_decoder import PlainDecoder
 from tiny_align.export.pretrained import load_pretrained
 from tiny_align.runtime.assistant import Assistant, User
-from tiny_align.runtime.backends.base import Decoder, Runner, Scores, load_runner
+from tiny_align.runtime.backends.base import Decoder, Runner, Scores
+from tiny_align.runtime.backends.registry import load_runner
 from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.bundle.manifest import GraphSpec
 from tiny_align.runtime.errors import TinyAlignError
@@ -162,7 +163,7 @@ class TorchDecoder(Decoder):
 
         return DynamicCache()
 
-    def read(self, embeddings: np.ndarray, cache, past: int) -> Scores:
+    def run(self, embeddings: np.ndarray, cache, past: int) -> Scores:
         import torch
 
         rows = torch.from_numpy(np.ascontiguousarray(embeddings[None]))
@@ -219,7 +220,7 @@ class LlamaCppDecoder(Decoder):
         self._llm.rewind(0)
         return self._llm
 
-    def read(self, embeddings: np.ndarray, cache, past: int) -> Scores:
+    def run(self, embeddings: np.ndarray, cache, past: int) -> Scores:
         return Scores(cache.read(embeddings))
 
     def rewind(self, cache, length: int) -> None:

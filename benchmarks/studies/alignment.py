@@ -142,7 +142,7 @@ def instructed(told: Quality, untold: Quality) -> dict:
 def write_known(out: Path, n: int) -> None:
     """`n` training sentences and N_TEST held-out ones by random espeak-ng voices, as a data set."""
     espeak, rng = speech.Espeak(seed=0), random.Random(31)
-    recordings.write_recordings(out, n, N_TEST, 31, lambda text: espeak.say_as_someone(text, rng))
+    recordings.write_recordings(out, n, N_TEST, 31, lambda text: espeak.say_randomly(text, rng))
 
 
 def prepare(setting: Setting, objectives: list[str]) -> None:

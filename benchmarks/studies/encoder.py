@@ -33,7 +33,7 @@ from tiny_align.export.encoders import load_encoder
 from tiny_align.export.pretrained import load_pretrained
 from tiny_align.reference.build import ENCODER_LAYERS
 from tiny_align.runtime.assistant import Assistant
-from tiny_align.runtime.backends.base import load_runner
+from tiny_align.runtime.backends.registry import load_runner
 from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.bundle.manifest import GraphSpec, write_manifest
 from tiny_align.runtime.files import write_json

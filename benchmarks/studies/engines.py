@@ -16,7 +16,7 @@ from datetime import date
 from pathlib import Path
 
 from tiny_align.align.commands.demo import shipped
-from tiny_align.engines.build import _job, _source, build_engines
+from tiny_align.engines.build import build_engines, graph_source, make_job
 from tiny_align.engines.builder import Builder, find_builder
 from tiny_align.engines.preflight import build_need_bytes
 from tiny_align.engines.process import run_build
@@ -49,9 +49,9 @@ def _row(bundle: Bundle, entry: dict) -> dict:
 def timing_cache(bundle: Bundle, builder: Builder, repeats: int) -> dict[str, float]:
     """Median seconds of building the LLM's engine with nothing timed yet and with the cache of an earlier build."""
     seconds = {"empty": [], "filled": []}
-    source = _source(bundle, "llm")
+    profile = graph_source(bundle, "llm")["profile"]
     with tempfile.TemporaryDirectory() as folder:
-        job = _job(bundle.graph("llm"), "llm", builder, Path(folder), source)
+        job = make_job(bundle.graph("llm"), "llm", builder, Path(folder), profile)
         cache = Path(folder) / "cache"
         for _ in range(repeats):  # the first leaves the cache that the second finds
             cache.unlink(missing_ok=True)

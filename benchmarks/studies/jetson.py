@@ -27,7 +27,7 @@ from tiny_align.benchmarks.standard.pipelines import reason_against_tensorrt
 from tiny_align.engines.build_one import peak_memory_bytes
 from tiny_align.engines.builder import find_builder
 from tiny_align.runtime.assistant import Answer, Assistant
-from tiny_align.runtime.backends.base import BACKENDS
+from tiny_align.runtime.backends.registry import names
 from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.errors import TinyAlignError
 from tiny_align.runtime.machine import describe, memory
@@ -174,7 +174,7 @@ def _features(folder: Path, backend: str) -> list[np.ndarray]:
 def _measured(folder: Path) -> dict[str, dict]:
     told = {
         name: _document(folder / f"measure-{name}.json")
-        for name in dict.fromkeys((EXACT, TENSORRT, *BACKENDS))
+        for name in dict.fromkeys((EXACT, TENSORRT, *names()))
     }
     return {name: result for name, result in told.items() if result}
 

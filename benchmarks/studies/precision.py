@@ -33,8 +33,8 @@ from tiny_align.engines import fp16
 from tiny_align.engines.build import build_engines
 from tiny_align.engines.builder import find_builder
 from tiny_align.engines.ladder import OWN, RUNGS, Ladder
+from tiny_align.engines.measure import METERS, SourceGraph
 from tiny_align.engines.plain_decoder import PlainDecoder
-from tiny_align.engines.select_precision import JUDGES, Graph
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.backends.onnxruntime import OrtRunner
 from tiny_align.runtime.bundle.bundle import Bundle
@@ -85,17 +85,19 @@ def accuracy(exact: Bundle, data: dict[str, list], folder: Path) -> dict[str, li
 
 
 def twin_of(bundle: Bundle, name: str, precision: str, audios: list, folder: Path) -> Path:
-    graph = Graph(bundle, name, folder)
-    model = JUDGES[name](graph, audios).model(precision)
+    graph = SourceGraph(bundle, name, folder)
+    model = METERS[name](graph, audios).make_rung(precision)
     return graph.write(fp16.twin(model), f"{name}.{precision}.twin.onnx")
 
 
 def assemble(bundle: Bundle, encoder: Path, llm: Path) -> Assistant:
     """An assistant of these graphs and the general projector."""
     specs = bundle.manifest.graphs
+    # a twin may quantise activations: its file tells
+    encoder_spec = dataclasses.replace(specs["encoder"], quantised_activations=None)
     return Assistant(
         bundle,
-        OrtRunner(encoder, specs["encoder"], THREADS),
+        OrtRunner(encoder, encoder_spec, THREADS),
         OrtRunner(bundle.graph("projector"), specs["projector"], THREADS),
         LanguageModel(bundle, PlainDecoder(llm, specs["llm"], THREADS)),
         OrtRunner.name,

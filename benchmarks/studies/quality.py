@@ -39,7 +39,7 @@ def known_voices(assistant: Assistant, n: int, folder: Path) -> dict:
     espeak, rng, utterances = speech.Espeak(seed=0), random.Random(21), []
     for i, s in enumerate(corpus.sentences(n, 22, held_out=True)):
         path = folder / f"{i}.wav"
-        soundfile.write(path, espeak.say_as_someone(s.text, rng), speech.SAMPLE_RATE)
+        soundfile.write(path, espeak.say_randomly(s.text, rng), speech.SAMPLE_RATE)
         utterances.append(Utterance(path, s.text, "test"))
     quality = evaluate(assistant, utterances)
     return {name: getattr(quality, name) for name in FIGURES}
@@ -61,7 +61,7 @@ def measure(bundle: Path, digits: Path | None, n_train: int) -> dict:
             report["typed"] = typed_exact(assistant, 800)
             report["known_voices"] = known_voices(assistant, 60, folder)
         for group, voices in (
-            ("learnt_voices", speech.LEARNT_VOICES),
+            ("learnt_voices", speech.TRAINING_VOICES),
             ("new_voices", speech.NEW_VOICES),
         ):
             for name in voices:

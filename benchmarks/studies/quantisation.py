@@ -30,7 +30,7 @@ from tiny_align.engines.plain_decoder import PlainDecoder
 from tiny_align.export.quantise import Form, forms, output_layer, quantise
 from tiny_align.reference import corpus
 from tiny_align.runtime.assistant import Assistant
-from tiny_align.runtime.backends.base import load_runner
+from tiny_align.runtime.backends.registry import load_runner
 from tiny_align.runtime.bundle.manifest import GraphSpec, TensorSpec
 from tiny_align.runtime.llm import Cache, Decoding, LanguageModel
 from tiny_align.runtime.machine import describe

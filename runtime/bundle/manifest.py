@@ -41,6 +41,7 @@ SIZES = {  # a number's field -> what it may be
     "frame_s": Range(1e-4, 60, whole=False),
 }
 READOUTS = ("ctc", "pooled")
+QUANTISED_ACTIVATIONS = ("none", "dynamic", "static")
 DTYPES = ("float32", "float16", "int64", "int32", "bool")  # of a graph's inputs and outputs
 PROJECTOR_SIZE = Range(0, 2**20)  # of a size that the projector is built with
 
@@ -84,6 +85,9 @@ class GraphSpec:
     parity: dict = field(default_factory=dict)  # max absolute difference to PyTorch, by length
     # backend -> its graph; the others take this one
     backends: dict[str, "GraphSpec"] = field(default_factory=dict)
+    # which activations the graph rounds to 8 bits: "none", or "dynamic" by the range that they have
+    # in the call, or "static" by a calibrated range; None: written by an earlier version, not known
+    quantised_activations: str | None = None
 
     def __post_init__(self) -> None:
         """Turn what manifest.json holds into dataclasses; what is one already stays."""
@@ -314,6 +318,12 @@ def _check_tensors(name: str, graph: GraphSpec, dims: dict[str, tuple[int, int, 
         raise BundleError(
             f"graphs.{name} has no inputs or no outputs: expected at least one of each"
         )
+    for spec in (graph, *graph.backends.values()):
+        if spec.quantised_activations not in (None, *QUANTISED_ACTIVATIONS):
+            raise BundleError(
+                f"graphs.{name}: quantised_activations is {spec.quantised_activations!r}: expected "
+                f"{', '.join(QUANTISED_ACTIVATIONS)}"
+            )
     for tensor in (*graph.inputs, *graph.outputs):
         if tensor.dtype not in DTYPES:
             raise BundleError(

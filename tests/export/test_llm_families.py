@@ -16,7 +16,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from tiny_align.runtime import Assistant, Decoding
-from tiny_align.runtime.backends.base import load_decoder
+from tiny_align.runtime.backends.registry import load_decoder
 from tiny_align.runtime.errors import TinyAlignError
 from tiny_align.runtime.llm import Cache, LanguageModel, TextStream, encode_in_place
 

@@ -1,11 +1,14 @@
-"""Stands in for `tensorrt` and libcudart, and computes: on the bytes at the addresses it is given, in the shapes set.
+"""Stands in for `tensorrt` and libcudart, and computes: on the bytes at the addresses that are set, in the shapes set.
 
-What the backend gets wrong goes wrong here too. Memory of the "device" is NaN until it is written and after it was
-freed; outputs are overwritten with NaN before inputs are read; a range that leaves its allocation is an illegal
-address; nothing runs and nothing comes back before the stream is synchronised; a shape outside the profile is refused.
-Memory shared with the host has another address there than on the "device".
-An "engine" is a JSON file that names the ONNX graph, which ONNX Runtime runs. Speed is not emulated, nor is
-TensorRT's arithmetic. Classes and parameters are those of tests/data/tensorrt-api.json: test_trt.py sees to that.
+What the backend gets wrong goes wrong here too. Memory of the "device" is NaN until it is written and
+after it was freed. Outputs are overwritten with NaN before inputs are read. A range that leaves its
+allocation is an illegal address. Nothing runs and nothing comes back before the stream is synchronised.
+A shape outside the profile is refused. Memory shared with the host has another address there than on
+the "device".
+
+An "engine" is a JSON file that names the ONNX graph, which ONNX Runtime runs. Speed is not emulated, nor
+is TensorRT's arithmetic. Classes and parameters are those of tests/data/tensorrt-api.json: test_trt.py
+checks that.
 """
 
 import ctypes
@@ -19,18 +22,19 @@ from pathlib import Path
 import numpy as np
 
 from tiny_align.runtime.backends import cuda_memory
-from tiny_align.runtime.backends.onnxruntime import _session
+from tiny_align.runtime.backends.onnxruntime import open_session
 
-OK, INVALID_VALUE, OUT_OF_MEMORY, ILLEGAL_ADDRESS = 0, 1, 2, 700  # cudaError_t
+OK = 0  # cudaError_t
+INVALID_VALUE = 1
+OUT_OF_MEMORY = 2
+ILLEGAL_ADDRESS = 700
 WORDS = {
     INVALID_VALUE: b"invalid argument",
     OUT_OF_MEMORY: b"out of memory",
     ILLEGAL_ADDRESS: b"illegal memory access",
 }
 ALIGNMENT = 256  # bytes
-MAPPED_AT = (
-    1 << 52
-)  # bytes between the host's address of shared memory and the device's: nothing of ours is there
+MAPPED_AT = 1 << 52  # from the host's address of shared memory to the device's: no memory is there
 NAN = 0xFF  # a byte; four of them are a float32 that is none
 BUILD_ONE = (  # stands in for engines.build_one: the job on stdin, the cost on stdout
     "import json, sys; job = json.load(sys.stdin); "
@@ -44,10 +48,12 @@ class Cudart:
     """libcudart on host memory, of a GPU that shares it, as a Jetson's does."""
 
     def __init__(self, capacity: int = 1 << 30, integrated: bool = True):
-        self.capacity, self.n_mallocs, self.integrated = capacity, 0, integrated
+        self.capacity = capacity
+        self.integrated = integrated
+        self.n_mallocs = 0
         self.copied = {cuda_memory.TO_DEVICE: [], cuda_memory.TO_HOST: []}  # bytes of each copy
         self.live: dict[int, np.ndarray] = {}  # address -> its bytes
-        self._kept: list = []  # memory that was freed stays ours, so that no stray address harms the process
+        self._freed: list = []  # not given back, so that a stray address does no harm to the process
         self._queues: dict[int, list] = {}
 
     @property
@@ -61,11 +67,9 @@ class Cudart:
         return INVALID_VALUE if address >= MAPPED_AT else self._free(address)
 
     def cudaHostAlloc(self, address, size: int, flags: int) -> int:
-        return (
-            self._allocate(address, size, MAPPED_AT)
-            if flags == cuda_memory.MAPPED
-            else INVALID_VALUE
-        )
+        if flags != cuda_memory.MAPPED:
+            return INVALID_VALUE
+        return self._allocate(address, size, MAPPED_AT)
 
     def cudaHostGetDevicePointer(self, address, host: int, flags: int) -> int:
         address._obj.value = host + MAPPED_AT
@@ -97,8 +101,9 @@ class Cudart:
     def _free(self, address: int) -> int:
         if address not in self.live:
             return INVALID_VALUE
-        self._kept.append(self.live.pop(address))
-        self._kept[-1][:] = NAN
+        memory = self.live.pop(address)
+        memory[:] = NAN
+        self._freed.append(memory)
         return OK
 
     def cudaStreamCreate(self, stream) -> int:
@@ -117,34 +122,31 @@ class Cudart:
         self.copied[kind].append(size)
         if kind == cuda_memory.TO_DEVICE:  # pageable memory is read at once
             sent = ctypes.string_at(host, size)
-            self.enqueue(
-                stream, lambda: device.__setitem__(slice(None), np.frombuffer(sent, np.uint8))
-            )
+            source = np.frombuffer(sent, np.uint8)
+            self.enqueue(stream, lambda: np.copyto(device, source))
         else:
             self.enqueue(stream, lambda: ctypes.memmove(host, device.ctypes.data, size))
         return OK
 
     def cudaMemcpy2DAsync(self, to, to_pitch, origin, pitch, width, height, kind, stream) -> int:
-        source, target = self.memory(origin, pitch * height), self.memory(to, to_pitch * height)
-        if (
-            source is None
-            or target is None
-            or width > min(pitch, to_pitch)
-            or kind != cuda_memory.ON_DEVICE
-        ):
+        source = self.memory(origin, pitch * height)
+        target = self.memory(to, to_pitch * height)
+        if source is None or target is None:
             return INVALID_VALUE
-        rows, places = source.reshape(height, pitch), target.reshape(height, to_pitch)
-        self.enqueue(
-            stream, lambda: places.__setitem__((slice(None), slice(width)), rows[:, :width].copy())
-        )
+        if width > min(pitch, to_pitch) or kind != cuda_memory.ON_DEVICE:
+            return INVALID_VALUE
+        rows = source.reshape(height, pitch)[:, :width]
+        places = target.reshape(height, to_pitch)[:, :width]
+        self.enqueue(stream, lambda: np.copyto(places, rows.copy()))
         return OK
 
     def cudaStreamSynchronize(self, stream: int) -> int:
         if stream not in self._queues:
             return INVALID_VALUE
-        work, self._queues[stream] = self._queues[stream], []
+        steps = self._queues[stream]
+        self._queues[stream] = []
         try:
-            for step in work:
+            for step in steps:
                 step()
         except IllegalAddress:
             return ILLEGAL_ADDRESS
@@ -165,7 +167,7 @@ class Cudart:
 
 
 class IllegalAddress(Exception):
-    """What a kernel does not survive."""
+    """A kernel read or wrote outside of its memory."""
 
 
 class DataType(enum.Enum):
@@ -208,10 +210,10 @@ class ILogger:
         raise NotImplementedError
 
 
-def _say(logger, words: str) -> None:
+def _log_error(logger, message: str) -> None:
     assert logger._made, "pybind11 wants ILogger.__init__ to be called"
-    logger.log(ILogger.Severity.INFO, "something that nobody has to read")
-    logger.log(ILogger.Severity.ERROR, words)
+    logger.log(ILogger.Severity.INFO, "an event of no interest")
+    logger.log(ILogger.Severity.ERROR, message)
 
 
 class Runtime:
@@ -222,41 +224,37 @@ class Runtime:
         try:
             return ICudaEngine(json.loads(bytes(serialized_engine)), self._logger)
         except ValueError:
-            return _say(self._logger, "Serialization assertion failed")
+            return _log_error(self._logger, "Serialization assertion failed")
 
 
 @functools.lru_cache(maxsize=16)
 def _loaded(graph: str, changed: int):
-    return _session(Path(graph), 1, spinning=False)
+    return open_session(Path(graph), 1, spinning=False)
 
 
 @functools.lru_cache(maxsize=4096)
 def _output_shapes(session, shapes: tuple) -> dict[str, tuple[int, ...]]:
-    """Output shapes for input shapes: by running, since an ONNX graph does not tell."""
-    zeros = {
-        i.name: np.zeros(s, NUMPY[ORT[i.type]])
-        for i, s in zip(session.get_inputs(), shapes, strict=True)
-    }
-    names = [o.name for o in session.get_outputs()]
+    """Output shapes for input shapes: found by running, since an ONNX graph does not have them."""
+    zeros = {}
+    for value, shape in zip(session.get_inputs(), shapes, strict=True):
+        zeros[value.name] = np.zeros(shape, NUMPY[ORT[value.type]])
+    names = [output.name for output in session.get_outputs()]
     return {name: value.shape for name, value in zip(names, session.run(names, zeros))}
 
 
 class ICudaEngine:
     def __init__(self, content: dict, logger):
-        self._logger, self._profile, self._refittable = (
-            logger,
-            content["profile"],
-            content["refittable"],
-        )
+        self._logger = logger
+        self._profile = content["profile"]
+        self._refittable = content["refittable"]
         self._load(content["graph"])
 
     def _load(self, graph: str) -> None:
-        self._graph, self._session = (
-            graph,
-            _loaded(graph, sum(p.stat().st_mtime_ns for p in _files(Path(graph)))),
-        )
-        self._inputs = {i.name: i for i in self._session.get_inputs()}
-        self._outputs = {o.name: o for o in self._session.get_outputs()}
+        self._graph = graph
+        changed = sum(path.stat().st_mtime_ns for path in _files(Path(graph)))
+        self._session = _loaded(graph, changed)
+        self._inputs = {value.name: value for value in self._session.get_inputs()}
+        self._outputs = {value.name: value for value in self._session.get_outputs()}
 
     @property
     def num_io_tensors(self):
@@ -267,7 +265,7 @@ class ICudaEngine:
         return self._refittable
 
     def get_tensor_name(self, index):
-        return [*self._outputs, *self._inputs][index]  # an order that is nobody's to rely on
+        return [*self._outputs, *self._inputs][index]  # no caller may rely on the order
 
     def get_tensor_mode(self, name):
         return TensorIOMode.INPUT if name in self._inputs else TensorIOMode.OUTPUT
@@ -292,28 +290,24 @@ def _files(graph: Path):
 
 class IExecutionContext:
     def __init__(self, engine: ICudaEngine):
-        self._engine, self._shapes, self._addresses = engine, {}, {}
+        self._engine = engine
         self._session = engine._session
+        self._shapes = {}
+        self._addresses = {}
 
     def set_input_shape(self, name, shape):
-        least, _, greatest = self._engine._profile[name]
-        if len(shape) != len(least) or not all(
-            a <= n <= b for a, n, b in zip(least, shape, greatest)
-        ):
-            _say(
-                self._engine._logger,
-                f"Supplied shape {list(shape)} for {name} is outside the profile",
-            )
+        min_, _, max_ = self._engine._profile[name]
+        inside = [low <= size <= high for low, size, high in zip(min_, shape, max_)]
+        if len(shape) != len(min_) or not all(inside):
+            message = f"Supplied shape {list(shape)} for {name} is outside the profile"
+            _log_error(self._engine._logger, message)
             return False
         self._shapes[name] = tuple(shape)
         return True
 
     def set_tensor_address(self, name, memory):
-        if (
-            memory == 0
-            or memory % ALIGNMENT
-            or name not in {**self._engine._inputs, **self._engine._outputs}
-        ):
+        known = {**self._engine._inputs, **self._engine._outputs}
+        if memory == 0 or memory % ALIGNMENT or name not in known:
             return False
         self._addresses[name] = memory
         return True
@@ -321,31 +315,32 @@ class IExecutionContext:
     def get_tensor_shape(self, name):
         if set(self._shapes) != set(self._engine._inputs):
             return (-1,)
-        return {**self._shapes, **self._given()}[name]
+        return {**self._shapes, **self._output_shapes()}[name]
 
     def execute_async_v3(self, stream_handle):
         missing = {*self._engine._inputs, *self._engine._outputs} - set(self._addresses)
         if missing or set(self._shapes) != set(self._engine._inputs):
-            _say(
-                self._engine._logger, f"Neither address nor shape may be missing: {sorted(missing)}"
-            )
+            message = f"Neither address nor shape may be missing: {sorted(missing)}"
+            _log_error(self._engine._logger, message)
             return False
         work = functools.partial(
-            self._compute, dict(self._shapes), dict(self._addresses), self._given()
+            self._compute, dict(self._shapes), dict(self._addresses), self._output_shapes()
         )
         cuda_memory.library().enqueue(stream_handle, work)
         return True
 
-    def _given(self) -> dict[str, tuple[int, ...]]:
-        return _output_shapes(
-            self._session, tuple(self._shapes[name] for name in self._engine._inputs)
-        )
+    def _output_shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = tuple(self._shapes[name] for name in self._engine._inputs)
+        return _output_shapes(self._session, shapes)
 
-    def _compute(self, shapes: dict, addresses: dict, given: dict) -> None:
-        outputs = {name: self._array(addresses[name], name, shape) for name, shape in given.items()}
-        for array in outputs.values():
-            array.view(np.uint8)[...] = NAN
-        feed = {name: self._array(addresses[name], name, shape) for name, shape in shapes.items()}
+    def _compute(self, shapes: dict, addresses: dict, output_shapes: dict) -> None:
+        outputs = {}
+        for name, shape in output_shapes.items():
+            outputs[name] = self._array(addresses[name], name, shape)
+            outputs[name].view(np.uint8)[...] = NAN
+        feed = {}
+        for name, shape in shapes.items():
+            feed[name] = self._array(addresses[name], name, shape)
         for name, value in zip(outputs, self._session.run(list(outputs), feed)):
             outputs[name][...] = value
 
@@ -359,7 +354,8 @@ class IExecutionContext:
 
 class Refitter:
     def __init__(self, engine, logger):
-        self._engine, self._graph = engine, None
+        self._engine = engine
+        self._graph = None
 
     def refit_cuda_engine(self):
         if self._graph is None or not self._engine._refittable:
@@ -369,16 +365,17 @@ class Refitter:
 
 
 class ParserError:
-    def __init__(self, words):
-        self._words = words
+    def __init__(self, message):
+        self._message = message
 
     def desc(self):
-        return self._words
+        return self._message
 
 
 class OnnxParserRefitter:
     def __init__(self, refitter, logger):
-        self._refitter, self._errors = refitter, []
+        self._refitter = refitter
+        self._errors = []
 
     def refit_from_file(self, model):
         if _structure(model) != _structure(self._refitter._engine._graph):
