@@ -109,11 +109,11 @@ class PromptCache:
     def anticipate(
         self, turn: PrefilledTurn, soft_tokens: list[np.ndarray], withdrawn: threading.Event
     ) -> int:
-        """Prefill the turn's end as it would be if nothing more were said.
+        """Prefill the end of the turn, in case nothing more is pushed.
 
         Args:
             soft_tokens: the last ones, (T, D) each, T > 0.
-            withdrawn: set when more was said.
+            withdrawn: set when more was pushed.
         Returns:
             How many soft tokens were prefilled.
         """

@@ -11,8 +11,8 @@ Three threads work on a session. Each has state of its own:
 - the encode queue: `SpeechEncoder`, the readout of one turn's speech;
 - the prefill queue: `PromptCache` (prompt_cache.py), the KV cache and the history.
 
-Between them pass futures, arrays that nobody changes, and two events: `cancelled` of a turn and
-`withdrawn` of an anticipated end. The queues are the assistant's; all its sessions share them.
+Between them pass futures, arrays that no thread changes, and two threading.Events: `cancelled` of a
+turn and `withdrawn` of an anticipated end. All sessions of an assistant share its queues.
 
 What is in the cache is decided by the audio alone, not by the size of its chunks or their pace.
 """
@@ -146,13 +146,14 @@ class SpeechEncoder:
 
     def _read(self, reader: Reader, window: Window) -> np.ndarray:
         """(T, D): the soft tokens that are certain after this window."""
-        audio, kept = window
-        return reader.push(self._stack.project_window(audio, self._projector)[kept])
+        audio, keep = window
+        vectors = self._stack.project_window(audio, self._projector)
+        return reader.push(vectors[keep])
 
 
 @dataclass(frozen=True)
 class AnticipatedEnd:
-    """The turn's end as it would be if nothing more were pushed."""
+    """The turn's end if nothing more is pushed."""
 
     withdrawn: threading.Event
     encoded: Future[EncodedEnd]
