@@ -17,6 +17,7 @@ from tiny_align.runtime.backends.base import Chain, Runner
 from tiny_align.runtime.backends.budget import budget
 from tiny_align.runtime.backends.registry import graph_specs, load_decoder, load_runner
 from tiny_align.runtime.bundle.bundle import Bundle
+from tiny_align.runtime.bundle.user_folders import find_users
 from tiny_align.runtime.bundle.users import UserProjector
 from tiny_align.runtime.checks import Range, check
 from tiny_align.runtime.errors import AudioError
@@ -103,7 +104,8 @@ class Assistant:
         Args:
             bundle: its folder, or one that is open already.
             user: whose projector is the default; None: the general one.
-            users: the folder of users, if not the bundle's own.
+            users: directory of user profiles; None: where the user is, in the platform's data
+                folder or in the bundle (bundle/user_folders.py).
             backend: one of `registry.names()`; never replaced by another.
             threads: CPU threads per graph; None: all cores.
             context: positions of a conversation, prompt and answers together; None: as many as the
@@ -121,7 +123,7 @@ class Assistant:
         need = budget(bundle, backend, context or max_context, threads)
         log.info("%s takes about %s", bundle.path, need)
         need.require()
-        own = bundle.user_projector(user, users)
+        own = bundle.user_projector(user, find_users(bundle, user, users))
         specs = graph_specs(bundle, backend)
         graphs = {}
         for name in ("encoder", "llm"):
@@ -344,7 +346,8 @@ class Assistant:
         projector = None
         if user is not None:
             if isinstance(user, str):
-                user = self.bundle.user_projector(user, self._users)
+                users = find_users(self.bundle, user, self._users)
+                user = self.bundle.user_projector(user, users)
             projector = self._projectors.get(user, self.llm)
         return Session(self, instruction, decoding, projector)
 

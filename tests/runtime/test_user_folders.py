@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from tiny_align.runtime import Assistant
 from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.bundle.user_folders import find_users, platform_users, users_directories
 from tiny_align.runtime.errors import UserError
@@ -102,3 +103,13 @@ def test_a_user_who_is_nowhere_is_refused_and_nothing_is_created(
     done = run_cli(*call, "--user", "ana")
     assert done.status == 2 and f"no user 'ana' in {platform}" in done.stderr
     assert not platform.exists()
+
+
+@pytest.mark.parametrize("where", ["platform", "inside"])
+def test_a_program_finds_a_user_of_either_directory(request, bundle, platform, make_user, where):
+    folder = request.getfixturevalue(where) / "ana"
+    make_user(bundle, folder)
+    with Assistant.load(bundle, "ana", threads=1) as assistant:
+        assistant.listen(user="ana")
+        with pytest.raises(UserError, match="no user 'ben'"):
+            assistant.listen(user="ben")
