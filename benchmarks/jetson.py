@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from tiny_align.align.commands.evaluate import evaluate
 from tiny_align.align.data.datasets import load_dataset, split_of
+from tiny_align.align.evaluation.quality import evaluate
 from tiny_align.engines.build_one import peak_memory_bytes
 from tiny_align.engines.builder import find_builder
 from tiny_align.runtime.assistant import Answer, Assistant

@@ -1,7 +1,7 @@
 """`tiny-align align --general` on many short recordings: it replaces, resumes, refuses, and keeps features on disk.
 
-The bundle is the shipped one with a projector that knows nothing, and each recording is one spoken word: a step takes
-little. What a general projector is worth after thousands of steps is not asked here.
+The bundle is the shipped one with an untrained projector, and each recording is one spoken word, so
+that a step takes little. The quality after thousands of steps is not measured here.
 """
 
 import ctypes
@@ -20,45 +20,44 @@ import pytest
 import soundfile
 import torch
 
-from tiny_align.align.commands import general
-from tiny_align.align.commands.align import TrainingLimits
 from tiny_align.align.data.examples import Example
 from tiny_align.align.data.feature_cache import Stored, array_of
 from tiny_align.align.data.rehearsal import read_rehearsal
 from tiny_align.align.model.objectives import make
 from tiny_align.align.model.projector import ProjectorConfig, build_projector
 from tiny_align.align.model.users import data_file, write_weights
-from tiny_align.align.training.trainer import JUDGED, Trainer, TrainOptions
+from tiny_align.align.training.align_general import MIN_NON_SPEECH, MIN_STEPS, general_options
+from tiny_align.align.training.checkpoint import STATE_FILE, Checkpoint
+from tiny_align.align.training.limits import TrainingLimits
+from tiny_align.align.training.splits import MAX_GENERAL_VALIDATION, MIN_GENERAL_UTTERANCES
+from tiny_align.align.training.trainer import Trainer, TrainOptions
+from tiny_align.align.training.validation import BATCH, Score
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.bundle.manifest import write_manifest
 from tiny_align.runtime.bundle.users import check_user
 from tiny_align.runtime.files import sha256
 
-N, STEPS = general.LEAST + 6, 4
-BEGIN_S, END_S = 0.1, 0.6  # of each recording
+N = MIN_GENERAL_UTTERANCES + 6
+STEPS = 4
+START_S, END_S = 0.1, 0.6  # of each recording
 
 
 @pytest.fixture(scope="module")
 def words(voice_path, tmp_path_factory):
     """N recordings of the shipped voice, cut to about their first word, and one to test."""
     folder = tmp_path_factory.mktemp("words")
-    rows = [json.loads(line) for line in (voice_path / "metadata.jsonl").read_text().splitlines()][
-        :N
-    ]
-    for i, row in enumerate(rows):
+    lines = (voice_path / "metadata.jsonl").read_text().splitlines()[:N]
+    rows = []
+    for i, line in enumerate(lines):
+        row = json.loads(line)
         audio, rate = soundfile.read(voice_path / row["file_name"], dtype="float32")
-        soundfile.write(folder / f"{i}.wav", audio[int(BEGIN_S * rate) : int(END_S * rate)], rate)
-    rows = [
-        {
-            "file_name": f"{i}.wav",
-            "transcription": row["transcription"].split()[0],
-            "split": "train",
-        }
-        for i, row in enumerate(rows)
-    ]
-    lines = (json.dumps(row) + "\n" for row in [*rows, rows[0] | {"split": "test"}])
-    (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+        soundfile.write(folder / f"{i}.wav", audio[int(START_S * rate) : int(END_S * rate)], rate)
+        word = row["transcription"].split()[0]
+        rows.append({"file_name": f"{i}.wav", "transcription": word, "split": "train"})
+    rows.append(rows[0] | {"split": "test"})
+    with open(folder / "metadata.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
     return folder
 
 
@@ -70,36 +69,28 @@ def some_words(words, tmp_path):
 
 @pytest.fixture
 def untrained(bundle_path, tmp_path):
-    """A folder with nothing but a bundle that has a random projector, no replay and a person."""
+    """A folder with nothing but a bundle that has a random projector and no rehearsal data."""
     path = tmp_path / "home/bundle"
-    shutil.copytree(
-        bundle_path, path, ignore=shutil.ignore_patterns("users", "engines", "replay.npz")
-    )
+    ignore = shutil.ignore_patterns("users", "engines", "replay.npz")
+    shutil.copytree(bundle_path, path, ignore=ignore)
     bundle = Bundle.open(bundle_path)
     torch.manual_seed(3)
-    write_weights(
-        path / data_file(bundle),
-        bundle.manifest,
-        build_projector(bundle.manifest.projector).state_dict(),
-    )
+    projector = build_projector(bundle.manifest.projector)
+    write_weights(path / data_file(bundle), bundle.manifest, projector.state_dict())
     write_manifest(path, dataclasses.replace(bundle.manifest, projector_trained=False))
     yield path
     shutil.rmtree(path.parent)
 
 
 def arguments(bundle, data, *more):
-    return [
-        str(a)
-        for a in ("align", "--general", "--bundle", bundle, "--data", data, "--threads", 1, *more)
-    ]
+    command = ("align", "--general", "--bundle", bundle, "--data", data, "--threads", 1, *more)
+    return [str(argument) for argument in command]
 
 
 def contents(folder):
-    return {
-        p.relative_to(folder).as_posix(): sha256(p)
-        for p in sorted(folder.rglob("*"))
-        if p.is_file()
-    }
+    """Every file of a folder with its hash."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
 
 
 def names(folder):
@@ -108,30 +99,36 @@ def names(folder):
 
 @pytest.fixture
 def steps_taken(monkeypatch):
-    """The steps this process trains, as a list that grows."""
-    taken, step = [], Trainer._train_step
-    monkeypatch.setattr(
-        Trainer, "_train_step", lambda self: (taken.append(self.step), step(self))[1]
-    )
+    """The steps that this process trains, as a list that grows."""
+    taken = []
+    train_step = Trainer.train_step
+
+    def recorded(trainer):
+        taken.append(trainer.progress.step)
+        return train_step(trainer)
+
+    monkeypatch.setattr(Trainer, "train_step", recorded)
     return taken
 
 
 @pytest.fixture
 def encoded(monkeypatch):
     """The lengths of what this process encodes, as a list that grows."""
-    lengths, features = [], Assistant.features
-    monkeypatch.setattr(
-        Assistant,
-        "features",
-        lambda self, audio: (lengths.append(len(audio)), features(self, audio))[1],
-    )
+    lengths = []
+    features = Assistant.features
+
+    def recorded(assistant, audio):
+        lengths.append(len(audio))
+        return features(assistant, audio)
+
+    monkeypatch.setattr(Assistant, "features", recorded)
     return lengths
 
 
-# --- what the bundle gets ---
+# --- the bundle afterwards ---
 
 
-def test_a_bundle_gets_its_general_projector_and_keeps_all_else(
+def test_a_general_training_changes_the_projector_and_nothing_else(
     run_cli, untrained, words, make_user, tmp_path
 ):
     make_user(Bundle.open(untrained), untrained / "users/ana")
@@ -143,34 +140,32 @@ def test_a_bundle_gets_its_general_projector_and_keeps_all_else(
     got = done.document
     assert (got["utterances"], got["left_out"], got["steps"], got["n_test"]) == (N, 0, STEPS, 1)
     assert got["path"] == str(untrained) and np.isfinite(got["held_out_after"])
-    assert "wer_after" in got and "wer_before" not in got  # of a projector that knows nothing
+    assert "wer_after" in got and "wer_before" not in got  # of an untrained projector
 
-    after, bundle = contents(untrained), Bundle.open(untrained)
+    after = contents(untrained)
+    bundle = Bundle.open(untrained)
     changed = {name for name in after if after[name] != before.get(name)}
-    assert before.keys() <= after.keys() and changed == {
-        "projector.onnx.data",
-        "replay.npz",
-        "manifest.json",
-    }
-    assert bundle.manifest.projector_trained and check_user(
-        untrained / "users/ana", bundle.manifest
-    )
-    replayed = read_rehearsal(bundle.replay)
-    assert [sum(bool(e.tokens) == said for e in replayed) for said in (True, False)] == [
-        N,
-        general.MIN_SOUNDS,
-    ]
+    assert before.keys() <= after.keys()
+    assert changed == {"projector.onnx.data", "replay.npz", "manifest.json"}
+    assert bundle.manifest.projector_trained
+    assert check_user(untrained / "users/ana", bundle.manifest)
+    rehearsal = read_rehearsal(bundle.replay)
+    n_spoken = sum(bool(example.tokens) for example in rehearsal)
+    assert (n_spoken, len(rehearsal) - n_spoken) == (N, MIN_NON_SPEECH)
     assert names(untrained.parent) == [".bundle.align", "bundle"]
     assert names(untrained.parent / ".bundle.align") == ["features"]
-    assert all(
-        p.stat().st_nlink == 1 for p in untrained.rglob("*") if p.is_file()
-    )  # the old one is gone
+    files = [path for path in untrained.rglob("*") if path.is_file()]
+    assert all(path.stat().st_nlink == 1 for path in files)  # the old bundle is gone
 
 
-def test_what_gets_no_better_stays_unless_it_was_untrained(run_cli, untrained, words, monkeypatch):
-    """The held-out figure is said to grow: a trained projector stays to the last byte, an untrained one goes."""
-    figures = iter(range(10_000))
-    monkeypatch.setattr(Trainer, "_held_out_figures", lambda trainer: (float(next(figures)),) * 2)
+def test_a_projector_that_does_not_improve_stays_unless_it_was_untrained(
+    run_cli, untrained, words, monkeypatch
+):
+    """Every score is worse than the one before: a trained projector stays to the last byte."""
+    errors = iter(range(10_000))
+    monkeypatch.setattr(
+        Trainer, "validation_score", lambda trainer: Score(float(next(errors)), loss=0.0)
+    )
     before = contents(untrained)
     first = run_cli(*arguments(untrained, words, "--steps", 2)).document
     trained = contents(untrained)
@@ -179,33 +174,34 @@ def test_what_gets_no_better_stays_unless_it_was_untrained(run_cli, untrained, w
     assert not again["improved"] and "wer_before" in again and contents(untrained) == trained
 
 
-def test_a_trained_projector_goes_on_from_where_it_is():
-    fresh, known = (
-        general.options_for(16_000, "ctc", untrained, TrainingLimits())
-        for untrained in (True, False)
-    )
-    assert (fresh.steps, fresh.flat_start, known.flat_start) == (
-        4000,
-        500,
-        0,
-    ) and not fresh.trainable
-    few = general.options_for(general.LEAST, "ctc", True, TrainingLimits())
-    assert few.held_out * general.LEAST >= 5 and few.steps == general.MIN_STEPS
-    assert general.options_for(
-        10**6, "ctc", True, TrainingLimits()
-    ).held_out * 10**6 == pytest.approx(general.MAX_HELD_OUT)
+def test_only_an_untrained_projector_has_a_flat_start():
+    untrained = options_for(16_000, untrained=True)
+    trained = options_for(16_000, untrained=False)
+    assert (untrained.steps, untrained.flat_start, untrained.trainable) == (4000, 500, ())
+    assert trained.flat_start == 0
+
+
+def test_steps_and_held_out_share_follow_the_number_of_utterances():
+    few = options_for(MIN_GENERAL_UTTERANCES)
+    assert few.held_out * MIN_GENERAL_UTTERANCES >= 5 and few.steps == MIN_STEPS
+    many = options_for(10**6)
+    assert many.held_out * 10**6 == pytest.approx(MAX_GENERAL_VALIDATION)
+
+
+def options_for(n_utterances, untrained=True):
+    return general_options(n_utterances, "ctc", untrained, TrainingLimits())
 
 
 # --- killed ---
 
 
 def kill_when(command, ready, patience_s=120):
-    """Run the command in a process of its own and end it without notice as soon as `ready()`."""
+    """Run the command in a process of its own and kill it as soon as `ready()`."""
     command = [sys.executable, "-m", "tiny_align.runtime.commands.cli", *command]
-    environment, until = {**os.environ, "OMP_NUM_THREADS": "1"}, time.monotonic() + patience_s
-    with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment
-    ) as process:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    until = time.monotonic() + patience_s
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
         while not ready() and process.poll() is None and time.monotonic() < until:
             time.sleep(0.005)
         process.kill()
@@ -213,43 +209,45 @@ def kill_when(command, ready, patience_s=120):
     assert process.returncode == -signal.SIGKILL, errors
 
 
-def test_killed_in_the_encoding_and_in_the_training_it_goes_on(
+def test_a_killed_encoding_and_a_killed_training_are_resumed(
     run_cli, untrained, words, encoded, steps_taken
 ):
-    command, before = arguments(untrained, words, "--steps", 12), contents(untrained)
+    command = arguments(untrained, words, "--steps", 12)
+    before = contents(untrained)
     work = untrained.parent / ".bundle.align"
     kill_when(command, lambda: len(list(work.glob("features/*.npy"))) > 9)
-    there = list(work.glob("features/*.npy"))
-    assert 9 <= len(there) < N and contents(untrained) == before
+    encoded_first = list(work.glob("features/*.npy"))
+    assert 9 <= len(encoded_first) < N and contents(untrained) == before
 
-    state = work / "state.safetensors"
-    first = []  # the state before any step
+    state = work / STATE_FILE
+    times_written = set()
 
-    def trained_some():
+    def took_some_steps():
         if state.exists():
-            first[:] = first or [state.stat().st_mtime_ns]
-        return bool(first) and state.exists() and state.stat().st_mtime_ns > first[0]
+            times_written.add(state.stat().st_mtime_ns)
+        return len(times_written) > 1  # the first state is of before any step
 
-    kill_when(command, trained_some)
+    kill_when(command, took_some_steps)
     assert contents(untrained) == before and state.exists()
-    times = {p: p.stat().st_mtime_ns for p in there}
+    times = {path: path.stat().st_mtime_ns for path in encoded_first}
 
     got = run_cli(*command).document
-    assert len(encoded) == 1  # the test recording; every other was on disk
+    assert len(encoded) == 1  # the test recording; all others were on disk
     assert steps_taken[0] >= 2 and steps_taken[-1] == got["steps"] - 1 == 11
-    assert {p: p.stat().st_mtime_ns for p in there} == times and not state.exists()
+    assert {path: path.stat().st_mtime_ns for path in encoded_first} == times
+    assert not state.exists()
     assert Bundle.open(untrained).manifest.projector_trained
 
 
-def test_interrupted_while_it_is_put_into_the_bundle_that_stays_whole(
+def test_the_bundle_stays_whole_if_its_replacement_is_interrupted(
     run_cli, untrained, words, monkeypatch, steps_taken
 ):
+    def interrupted(new, target):
+        raise KeyboardInterrupt
+
     before = contents(untrained)
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "tiny_align.runtime.files._exchange",
-            lambda *_: (_ for _ in ()).throw(KeyboardInterrupt),
-        )
+        patch.setattr("tiny_align.runtime.files._exchange", interrupted)
         assert run_cli(*arguments(untrained, words, "--steps", 2)).status == 130
     assert contents(untrained) == before and names(untrained.parent) == [".bundle.align", "bundle"]
     steps_taken.clear()
@@ -259,28 +257,29 @@ def test_interrupted_while_it_is_put_into_the_bundle_that_stays_whole(
 # --- more than memory holds ---
 
 SIZE, FRAMES = 64, 4096  # 1 MiB each
-MANY = 3 * JUDGED
+MANY = 3 * BATCH
 
 
 def peak_bytes(work) -> int:
-    """How far the resident memory of this process rises while `work` runs, files mapped into it included."""
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not be there to be used again
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-    before = _status("VmRSS")
+    """How far the resident memory of this process rises while `work` runs, mapped files included."""
+    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed before must not be used again
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = process_status("VmRSS")
     work()
-    return _status("VmHWM") - before
+    return process_status("VmHWM") - before
 
 
-def _status(name: str) -> int:
-    line = next(
-        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)
-    )
-    return int(line.split()[1]) * 1024
+def process_status(name: str) -> int:
+    """Bytes of a line in the kernel's status of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) * 1024
+    raise KeyError(name)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is the kernel's")
 def test_features_are_in_memory_only_while_their_batch_is(tmp_path):
-    """Of 192 MiB on disk, three or four at a time are looked at."""
+    """Of 192 MiB on disk, three or four are in use at a time."""
     examples = []
     for i in range(MANY):
         path = tmp_path / f"{i}.npy"
@@ -302,62 +301,55 @@ def test_features_are_in_memory_only_while_their_batch_is(tmp_path):
 
     def train():
         projector = build_projector(dataclasses.asdict(config))
-        Trainer(projector, examples, make(options, table, 1.0), options, tmp_path / "work").run(
-            quiet=True
-        )
+        objective = make(options, table, 1.0)
+        Trainer(projector, examples, objective, options, tmp_path / "work").run(quiet=True)
 
     while_training = peak_bytes(train)
     everything = peak_bytes(lambda: [array_of(e.features).copy() for e in examples])
-    assert everything > 0.9 * MANY * 2**20  # what the measure shows where all are read
+    assert everything > 0.9 * MANY * 2**20  # the measure works: all are read
     assert while_training < 0.4 * MANY * 2**20, f"{while_training / 2**20:.0f} MiB"
 
 
-def test_the_same_examples_judged_by_others_are_another_training():
-    projector = build_projector(
-        dataclasses.asdict(
-            ProjectorConfig(feature_size=4, embedding_size=8, hidden_size=8, n_layers=0, kind="mlp")
-        )
+def test_another_split_of_the_same_examples_is_another_training():
+    config = ProjectorConfig(
+        feature_size=4, embedding_size=8, hidden_size=8, n_layers=0, kind="mlp"
     )
+    projector = build_projector(dataclasses.asdict(config))
     examples = [Example(np.full((3, 4), i, np.float32), [1], [3]) for i in range(3)]
-    options, objective = (
-        TrainOptions("ctc", trainable=(), shortcut_threshold=None),
-        make(TrainOptions("ctc"), torch.randn(5, 8), 1.0),
-    )
-    prints = {
-        Trainer(
+    options = TrainOptions("ctc", trainable=(), shortcut_threshold=None)
+    objective = make(options, torch.randn(5, 8), 1.0)
+    fingerprints = set()
+    for n in (1, 2):
+        trainer = Trainer(
             projector, examples[n:], objective, options, None, validation=examples[:n]
-        ).fingerprint
-        for n in (1, 2)
-    }
-    assert len(prints) == 2
+        )
+        fingerprints.add(trainer.fingerprint)
+    assert len(fingerprints) == 2
 
 
 # --- refused ---
 
 
 def refused(outcome, *messages):
-    said = [line for line in outcome.stderr.splitlines() if line.startswith("tiny-align: ")]
-    assert (outcome.status, outcome.stdout, len(said)) == (2, "", 1), outcome.stderr
+    errors = [line for line in outcome.stderr.splitlines() if line.startswith("tiny-align: ")]
+    assert (outcome.status, outcome.stdout, len(errors)) == (2, "", 1), outcome.stderr
     assert "Traceback" not in outcome.stderr
     for message in messages:
-        assert message in said[0]
+        assert message in errors[0]
 
 
 @pytest.fixture
-def home(untrained):
-    """The bundle, held to be left as it was, with nothing but features beside it."""
+def unchanged(untrained):
+    """The bundle; afterwards it must be as before, with nothing but features beside it."""
     before = contents(untrained.parent)
     yield untrained
     after = contents(untrained.parent)
     assert {name: after.get(name) for name in before} == before
-    assert not [
-        name
-        for name in after.keys() - before.keys()
-        if not name.startswith(".bundle.align/features/")
-    ]
+    added = after.keys() - before.keys()
+    assert all(name.startswith(".bundle.align/features/") for name in added)
 
 
-def test_recordings_that_cannot_be_used_are_left_out_and_named(
+def test_unusable_recordings_are_left_out_and_named(
     run_cli, untrained, some_words, change_rows, caplog
 ):
     (some_words / "3.wav").write_bytes(b"no audio")
@@ -384,13 +376,14 @@ def test_a_validation_split_judges_the_training_and_test_recordings_are_optional
     assert (got["utterances"], got["n_test"]) == (N - 3, 0)
 
 
-def test_too_few_recordings_are_refused_before_anything_is_heard(run_cli, home, words, encoded):
-    outcome = run_cli(*arguments(home, words, "--utterances", general.LEAST - 1))
-    refused(outcome, f"{general.LEAST - 1} recordings", f"needs at least {general.LEAST}")
+def test_too_few_recordings_are_refused_before_any_is_encoded(run_cli, unchanged, words, encoded):
+    n = MIN_GENERAL_UTTERANCES - 1
+    outcome = run_cli(*arguments(unchanged, words, "--utterances", n))
+    refused(outcome, f"{n} recordings", f"needs at least {MIN_GENERAL_UTTERANCES}")
     assert not encoded
 
 
-def test_no_usable_recording_is_refused(run_cli, home, some_words, change_rows):
+def test_no_usable_recording_is_refused(run_cli, unchanged, some_words, change_rows):
     def silent(rows):
         rows[0].update(transcription="漢字")
         rows[-1].update(file_name="spoken.wav")
@@ -400,24 +393,22 @@ def test_no_usable_recording_is_refused(run_cli, home, some_words, change_rows):
         soundfile.write(some_words / f"{i}.wav", np.zeros(8_000), 16_000)
     change_rows(some_words, silent)
     refused(
-        run_cli(*arguments(home, some_words)),
+        run_cli(*arguments(unchanged, some_words)),
         "0 recordings that can be trained on",
         "nothing was heard (",
     )
 
 
-def test_a_data_set_without_a_train_split_is_refused(run_cli, home, some_words, change_rows):
+def test_a_data_set_without_a_train_split_is_refused(run_cli, unchanged, some_words, change_rows):
     change_rows(some_words, lambda rows: [row.update(split="test") for row in rows])
-    refused(run_cli(*arguments(home, some_words)), "no utterances in split 'train'")
+    refused(run_cli(*arguments(unchanged, some_words)), "no utterances in split 'train'")
 
 
 @pytest.fixture
-def nobody(untrained, words):
-    """This process without the right to write beside the bundle, even where root runs the tests."""
-    folder, closed = (
-        untrained.parent,
-        [p for p in (words, *untrained.parents) if not p.stat().st_mode & 0o001],
-    )
+def no_write_permission(untrained, words):
+    """This process without the right to write beside the bundle, even if root runs the tests."""
+    folder = untrained.parent
+    closed = [p for p in (words, *untrained.parents) if not p.stat().st_mode & 0o001]
     modes = {path: path.stat().st_mode for path in (folder, *closed)}
     for path, mode in modes.items():
         path.chmod(mode | 0o055)
@@ -432,55 +423,57 @@ def nobody(untrained, words):
         path.chmod(mode)
 
 
-def test_a_bundle_that_cannot_be_written_is_refused_before_anything_is_heard(
-    run_cli, home, words, encoded, nobody
+def test_a_bundle_that_cannot_be_written_is_refused_before_any_recording_is_encoded(
+    run_cli, unchanged, words, encoded, no_write_permission
 ):
     refused(
-        run_cli(*arguments(home, words)),
+        run_cli(*arguments(unchanged, words)),
         "home cannot be written (Permission denied)",
         "you may write to",
     )
     assert not encoded
 
 
-def test_a_full_disk_ends_the_encoding_which_goes_on_later(run_cli, home, words, full_disk):
+def test_a_full_disk_in_the_encoding_is_refused(run_cli, unchanged, words, full_disk):
     with full_disk(5_000):
         refused(
-            run_cli(*arguments(home, words, "--steps", 1)),
+            run_cli(*arguments(unchanged, words, "--steps", 1)),
             "features cannot be written",
             "make room",
         )
 
 
-def test_a_full_disk_ends_the_training_which_goes_on_later(run_cli, home, words, full_disk):
+def test_a_full_disk_in_the_training_is_refused(run_cli, unchanged, words, full_disk):
     with full_disk(3_000_000):
-        refused(run_cli(*arguments(home, words, "--steps", 1)), ".bundle.align cannot be written")
+        refused(
+            run_cli(*arguments(unchanged, words, "--steps", 1)), ".bundle.align cannot be written"
+        )
 
 
 def test_a_disk_too_full_for_another_bundle_leaves_the_old_one(
-    run_cli, home, words, full_disk, monkeypatch
+    run_cli, unchanged, words, full_disk, monkeypatch
 ):
-    monkeypatch.setattr(
-        Trainer, "_save", lambda trainer: None
-    )  # the state of the training would not fit either
+    # the state of the training would not fit either
+    monkeypatch.setattr(Checkpoint, "save", lambda checkpoint, *state: None)
     with full_disk(3_000_000):
         refused(
-            run_cli(*arguments(home, words, "--steps", 1)),
+            run_cli(*arguments(unchanged, words, "--steps", 1)),
             "bundle cannot be written (File too large)",
         )
 
 
-def test_whose_projector_must_be_said_once(run_cli, home, words, tmp_path):
-    where = ("--bundle", home, "--data", words)
+def test_exactly_one_of_user_and_general_is_required(run_cli, unchanged, words, tmp_path):
+    where = ("--bundle", unchanged, "--data", words)
     assert "one of the arguments --user --general is required" in run_cli("align", *where).stderr
     assert run_cli("align", *where, "--general", "--user", "ana").status == 2
     refused(
-        run_cli(*arguments(home, words, "--out", tmp_path / "out")),
-        "--out is for a person's projector",
+        run_cli(*arguments(unchanged, words, "--out", tmp_path / "out")),
+        "--out is for a user's projector",
     )
 
 
-def test_an_objective_for_another_projector_is_refused(run_cli, home, words):
+def test_an_objective_for_another_projector_is_refused(run_cli, unchanged, words):
     refused(
-        run_cli(*arguments(home, words, "--objective", "paper")), "'paper' is not for this bundle"
+        run_cli(*arguments(unchanged, words, "--objective", "paper")),
+        "'paper' is not for this bundle",
     )

@@ -9,16 +9,17 @@ import json
 import numpy as np
 import pytest
 
-from tiny_align.align.commands import general
-from tiny_align.align.commands.align import (
-    TrainingLimits,
+from tiny_align.align.data.examples import (
     embedding_table,
-    extend_speech,
+    extend_speech_vocabulary,
     make_examples,
-    personalise,
 )
 from tiny_align.align.data.rehearsal import read_rehearsal, write_rehearsal
+from tiny_align.align.training.align_general import train_general
+from tiny_align.align.training.align_user import align_user
+from tiny_align.align.training.limits import TrainingLimits
 from tiny_align.align.training.trainer import Trainer
+from tiny_align.align.training.validation import Score
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.bundle.bundle import SPEECH_TOKENS, Bundle
 from tiny_align.runtime.bundle.manifest import write_manifest
@@ -123,7 +124,7 @@ def test_new_tokens_go_to_the_end_and_old_places_stay(large):
         np.testing.assert_array_equal(
             embedding_table(assistant).numpy(), llm.embed(llm.speech_tokens)
         )
-        extend_speech(llm, ids(assistant, WORD))
+        extend_speech_vocabulary(llm, ids(assistant, WORD))
         assert len(llm.speech_tokens) == len(before) + 1
 
 
@@ -135,7 +136,7 @@ def test_a_persons_new_word_is_learnt_and_answered_and_the_table_is_never_read_w
         assert WORD not in repeated(assistant, utterance)
     manifest = (large.path / "manifest.json").read_bytes()
     users, limits = large.path / "users", TrainingLimits(steps=STEPS, threads=1)
-    personalise(large.path, recordings, "ana", users, limits, quiet=True)
+    align_user(large.path, recordings, "ana", users, limits, quiet=True)
 
     with Assistant.load(large, "ana", threads=1) as assistant:
         assert repeated(assistant, utterance).count(WORD) == utterance.text.split().count(WORD)
@@ -167,7 +168,7 @@ def test_what_a_person_said_before_stays_in_their_list(large, recordings):
         for new in (True, False)
     ]
     for user, utterances, n_more in (("ana", said[0], 1), ("ana", said[1], 1), ("bo", said[1], 0)):
-        personalise(large.path, [*utterances, test], user, users, limits, quiet=True)
+        align_user(large.path, [*utterances, test], user, users, limits, quiet=True)
         assert (
             len(large.speech_tokens(large.projector(user))) == len(large.speech_tokens()) + n_more
         )
@@ -178,7 +179,7 @@ def test_a_general_projector_brings_the_tokens_of_its_texts(large, tmp_path, ask
     """The list is empty at first, as in a bundle just exported; the second training adds to that of the first."""
     figures = iter(range(100, 0, -1))
     monkeypatch.setattr(
-        Trainer, "_held_out_figures", lambda trainer: (float(next(figures)),) * 2
+        Trainer, "validation_score", lambda trainer: Score(*[float(next(figures))] * 2)
     )  # always better
     np.save(large.path / SPEECH_TOKENS, np.zeros(0, np.int32))
     write_manifest(large.path, dataclasses.replace(large.manifest, projector_trained=False))
@@ -195,7 +196,7 @@ def test_a_general_projector_brings_the_tokens_of_its_texts(large, tmp_path, ask
             if not known:
                 assert not len(assistant.soft_tokens(features[0]))  # nothing to be heard yet
             examples = make_examples(assistant.llm, texts, [features])
-            general.train_general(assistant, examples, tmp_path / "work", limits, quiet=True)
+            train_general(assistant, examples, tmp_path / "work", limits, quiet=True)
             known = list(
                 dict.fromkeys([*known, *(t for text in texts for t in ids(assistant, text))])
             )

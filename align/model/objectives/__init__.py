@@ -11,13 +11,30 @@ gradient, and holds as `table` the embeddings it is bound to. All but `end-to-en
 the loss is no good judge of weights, `held_out(...)` takes the same and returns what is: smaller is better.
 """
 
+from typing import TYPE_CHECKING, Protocol
+
 from tiny_align.runtime.errors import TinyAlignError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tiny_align.align.data.examples import Example
 
 FRAMED, POOLED = (
     ("ctc",),
     ("paper", "aligned", "paper-padded", "end-to-end"),
 )  # what each reads, default first
 LLM_FREE = ("ctc", "aligned", "paper", "paper-padded")  # those a device trains with
+
+
+class Objective(Protocol):
+    """What a projector is trained for; see above."""
+
+    table: "Tensor"
+
+    def __call__(
+        self, outputs: "Tensor", lengths: "Tensor", examples: "list[Example]", step: int
+    ) -> "Tensor": ...
 
 
 def default_for(soft_tokens: int | None) -> str:
