@@ -18,7 +18,10 @@ LOCK = "lock"
 
 
 def work_folder(folder: Path) -> Path:
-    """The hidden folder beside a user's folder, or a bundle, that holds what a training resumes from."""
+    """The hidden folder beside a user's folder, or a bundle.
+
+    It holds the lock, the features and the state that a training resumes from.
+    """
     return folder.with_name(f".{folder.name}.align")
 
 

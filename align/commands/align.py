@@ -39,7 +39,8 @@ def run(args: argparse.Namespace) -> dict:
 
     if args.general and args.out:
         raise TinyAlignError(
-            "--out is for a user's projector, the general one is written into --bundle: leave it out"
+            "--out is for a user's projector; the general one is written into --bundle: "
+            "leave --out away"
         )
     report = DataReport()
     limits = TrainingLimits.from_args(args)

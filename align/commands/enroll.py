@@ -1,8 +1,8 @@
 """`tiny-align enroll`: record a new user, then align.
 
-The user reads sentences, and each recording is checked at once; or the recordings were made elsewhere
-(`--data`). `--list` only shows the sentences to read. Recordings of a microphone are stored as a data
-set beside the user, so that more can be added later.
+The user reads sentences, and each recording is checked at once; or the recordings were made
+elsewhere (`--data`). `--list` only shows the sentences to read. Recordings of a microphone are
+stored as a data set beside the user, so that more can be added later.
 """
 
 import argparse
@@ -188,8 +188,8 @@ def read_recorded_texts(folder: Path) -> set[str]:
             texts.add(json.loads(line)["transcription"])
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"{folder / METADATA}, line {number} is damaged ({error}): delete the line, and its "
-                "sentence is recorded again"
+                f"{folder / METADATA}, line {number} is damaged ({error}): delete the line, and "
+                "its sentence is recorded again"
             ) from error
     return texts
 

@@ -1,4 +1,4 @@
-"""Examples that a projector is trained on: features of an utterance and the tokens of its transcript.
+"""Examples that a projector is trained on: an utterance's features and its transcript's tokens.
 
 Tokens are counted within the LLM's speech vocabulary, which grows by those that are new.
 """

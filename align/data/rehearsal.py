@@ -1,4 +1,4 @@
-"""Rehearsal data: other speakers' features that a user's training repeats, so that the projector forgets nothing.
+"""Rehearsal data: other speakers' features that a user's training repeats to forget nothing.
 
 Rehearsal on old examples is the simplest remedy against forgetting (Robins 1995, "Catastrophic
 Forgetting, Rehearsal and Pseudorehearsal"). A bundle ships some, non-speech among them; a user's
@@ -34,7 +34,10 @@ def rehearsal_examples(assistant: Assistant, objective: str, folder: Path) -> li
 
 
 def write_rehearsal(path: Path, examples: list[Example]) -> None:
-    """Write features as float16, tokens (places in the bundle's speech vocabulary) and their lengths."""
+    """Write features as float16, tokens and their lengths.
+
+    The tokens are places in the bundle's speech vocabulary.
+    """
     features = [array_of(example.features) for example in examples]
     tokens: list[int] = []
     token_lengths: list[int] = []

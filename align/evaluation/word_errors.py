@@ -1,4 +1,4 @@
-"""Word and character error rates as the field counts them: both sides go through the same normaliser.
+"""Word and character error rates as the field counts them: after the same normaliser on both sides.
 
 The normaliser is Whisper's English one (package whisper-normalizer): case, punctuation, spelling,
 contractions and numbers make no difference. Numbers are compared digit by digit: "six five", "6 5"

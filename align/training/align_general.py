@@ -1,4 +1,4 @@
-"""A bundle's general projector from the recordings of many speakers: the function behind `align --general`.
+"""A bundle's general projector from the recordings of many speakers: `tiny-align align --general`.
 
 The features of all recordings lie on disk, in `.BUNDLE.align` beside the bundle, and a step reads
 those of its batch only: they may be more than memory holds. If it is interrupted, the same call
@@ -33,7 +33,7 @@ from tiny_align.align.training.splits import (
     check_enough_for_general,
     general_splits,
 )
-from tiny_align.align.training.trainer import Trained, Trainer
+from tiny_align.align.training.trainer import Trained, Trainer, summary
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.files import write_errors
 
@@ -116,28 +116,27 @@ def _align(
 
         assistant.swap_projector(bundle.graph("projector"))
         after = score(assistant, test, quiet=quiet) if test else None
-    document = {"left_out": report.left_out, "backend": assistant.backend}
-    document |= _summary(trained.record) | {"n_test": len(test)}
-    document |= _figures(before, "before") | _figures(after, "after")
+    curve = trained.record["curve"]
+    document = {
+        "left_out": report.left_out,
+        "backend": assistant.backend,
+        **summary(trained.record),
+        "held_out_before": curve[0]["held_out"],
+        "held_out_after": curve[-1]["held_out"],
+        "n_test": len(test),
+        **_figures(before, "before"),
+        **_figures(after, "after"),
+    }
     if after:
         document["normaliser"] = after.normaliser
-    return document | {"data": report.document()}
+    document["data"] = report.document()
+    return document
 
 
 def _examples(assistant: Assistant, encoded: list[tuple[Utterance, Stored]]) -> list[Example]:
     texts = [utterance.text for utterance, _ in encoded]
     features = [stored for _, stored in encoded]
     return make_examples(assistant.llm, texts, [features])
-
-
-def _summary(record: dict) -> dict:
-    """What the document says of the training."""
-    summary = {}
-    for name in ("steps", "ended_by", "train_seconds", "utterances", "improved"):
-        summary[name] = record[name]
-    summary["held_out_before"] = record["curve"][0]["held_out"]
-    summary["held_out_after"] = record["curve"][-1]["held_out"]
-    return summary
 
 
 def _figures(quality: Quality | None, when: str) -> dict[str, float]:
@@ -154,7 +153,9 @@ def train_general(
     quiet: bool = False,
     validation: Sequence[Example] = (),
 ) -> Trained:
-    """Train the assistant's general projector; if it improves, or was untrained, write it into the bundle.
+    """Train the assistant's general projector.
+
+    If it improves, or was untrained, it is written into the bundle.
 
     Args:
         work: folder for the checkpoint, until the training ends, and for non-speech features.

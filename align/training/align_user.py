@@ -1,8 +1,8 @@
-"""A user's projector from their recordings, measured before and after: the function behind `tiny-align align`.
+"""A user's projector from their recordings, measured before and after: `tiny-align align`.
 
 The `train` split is trained on; the `validation` split, if there is one, judges the training; the
-`test` split is only measured. Utterances that cannot be used are left out and named. If a training is
-interrupted, the user's old projector stays, and the same call resumes.
+`test` split is only measured. Utterances that cannot be used are left out and named. If a training
+is interrupted, the user's old projector stays, and the same call resumes.
 """
 
 import sys
@@ -40,7 +40,7 @@ from tiny_align.align.model.users import load_projector, write_user
 from tiny_align.align.training.checkpoint import remove_checkpoint
 from tiny_align.align.training.limits import TrainingLimits, open_for_training
 from tiny_align.align.training.splits import Splits, check_enough_for_user, user_splits
-from tiny_align.align.training.trainer import Trained, Trainer, TrainOptions
+from tiny_align.align.training.trainer import Trained, Trainer, TrainOptions, summary
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.errors import UserError
@@ -106,16 +106,14 @@ def align_user(
 
         assistant.swap_projector(bundle.projector(user, users))
         after = score(assistant, encoded.test, quiet=quiet)
-    document: dict[str, Any] = {"user": user, "path": str(folder)}
-    for name in ("steps", "ended_by", "train_seconds", "utterances", "improved"):
-        document[name] = trained.record[name]
-    document |= {"backend": assistant.backend, "n_test": after.n}
-    for name in FIGURES:
-        document[f"{name}_before"] = getattr(before, name)
-        document[f"{name}_after"] = getattr(after, name)
-    document["rougeL_chance"] = after.rougeL_chance
-    document["normaliser"] = after.normaliser
-    document["data"] = report.document()
+    document = {
+        "user": user,
+        "path": str(folder),
+        **summary(trained.record),
+        "backend": assistant.backend,
+        **_figures(before, after),
+        "data": report.document(),
+    }
     return document, before, after
 
 
@@ -192,6 +190,17 @@ def _train(
     trained.record["encode_seconds"] = encode_seconds
     trained.record["train_seconds"] += encode_seconds  # what the user waits
     return trained
+
+
+def _figures(before: Quality, after: Quality) -> dict[str, Any]:
+    """The document's figures of both qualities."""
+    figures: dict[str, Any] = {"n_test": after.n}
+    for name in FIGURES:
+        figures[f"{name}_before"] = getattr(before, name)
+        figures[f"{name}_after"] = getattr(after, name)
+    figures["rougeL_chance"] = after.rougeL_chance
+    figures["normaliser"] = after.normaliser
+    return figures
 
 
 def user_options(limits: TrainingLimits, projector: BridgeFormer) -> TrainOptions:

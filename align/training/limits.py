@@ -1,4 +1,4 @@
-"""The limits of a training: steps, seconds, utterances, threads. Importing this loads no PyTorch."""
+"""The limits of a training: steps, seconds, utterances, threads. Importing it loads no PyTorch."""
 
 import argparse
 import os

@@ -1,7 +1,7 @@
-"""Muon: momentum whose every matrix is made orthogonal before it is taken as a step (Jordan et al. 2024).
+"""Muon: momentum whose every matrix is made orthogonal before it is taken as a step.
 
-https://kellerjordan.github.io/posts/muon. PyTorch's own computes in bfloat16, which takes seconds a
-step on a CPU without instructions for it; this one computes in float32.
+Jordan et al. 2024, https://kellerjordan.github.io/posts/muon. PyTorch's own computes in bfloat16,
+which takes seconds a step on a CPU without instructions for it; this one computes in float32.
 """
 
 from collections.abc import Iterable

@@ -11,7 +11,10 @@ LAST_RATE = 0.05  # share of the learning rate that is left at the end
 
 
 def steps_for(n_utterances: int, batch: int) -> int:
-    """PASSES over the utterances, within MIN_STEPS and MAX_STEPS: more would overfit a few of them."""
+    """PASSES over the utterances, within MIN_STEPS and MAX_STEPS.
+
+    More steps on few utterances would learn them by heart.
+    """
     return min(MAX_STEPS, max(MIN_STEPS, PASSES * n_utterances // batch))
 
 

@@ -1,4 +1,4 @@
-"""The utterances of a training: those it is trained on, those that judge it, those that are only measured."""
+"""The utterances of a training: trained on, for validation, and only measured."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -30,9 +30,9 @@ from tiny_align.align.training.validation import Score, Validator, split_example
 from tiny_align.runtime.errors import DataError
 from tiny_align.runtime.windows import WindowSpec
 
-__all__ = ["TrainOptions", "Trained", "Trainer"]
+__all__ = ["TrainOptions", "Trained", "Trainer", "summary"]
 
-# of the mean of the weights: step t counts as t(t + 1)(t + 2), so that it is mostly the last quarter
+# of the mean of the weights: step t counts as t(t + 1)(t + 2), which is mostly the last quarter
 MEAN_ETA = 3
 MAX_GRADIENT_NORM = 1.0
 
@@ -258,6 +258,12 @@ class Trainer:
             "curve": progress.curve,
         }
         return Trained(copy_weights(self.mean if improved or untrained else self.start), record)
+
+
+def summary(record: dict) -> dict:
+    """The part of a training's record that is shown in a command's document."""
+    names = ("steps", "ended_by", "train_seconds", "utterances", "improved")
+    return {name: record[name] for name in names}
 
 
 def make_optimisers(projector: BridgeFormer, options: TrainOptions) -> list[torch.optim.Optimizer]:

@@ -19,7 +19,10 @@ BATCH = 64  # examples that are measured together
 
 @dataclass(frozen=True, order=True)
 class Score:
-    """How good a projector is: smaller is better. Where the error rates are equal, the loss decides."""
+    """How good a projector is: smaller is better.
+
+    Where two error rates are equal, the losses decide.
+    """
 
     error_rate: float  # the objective's own measure; its loss if it has none
     loss: float

@@ -1,4 +1,4 @@
-"""`tiny-align align --general` on many short recordings: it replaces, resumes, refuses, and keeps features on disk.
+"""`tiny-align align --general` on many short recordings: it replaces, resumes and refuses.
 
 The bundle is the shipped one with an untrained projector, and each recording is one spoken word, so
 that a step takes little. The quality after thousands of steps is not measured here.
@@ -261,7 +261,7 @@ MANY = 3 * BATCH
 
 
 def peak_bytes(work) -> int:
-    """How far the resident memory of this process rises while `work` runs, mapped files included."""
+    """How far this process's resident memory rises while `work` runs, mapped files included."""
     ctypes.CDLL(None).malloc_trim(0)  # memory that was freed before must not be used again
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = process_status("VmRSS")

@@ -1,4 +1,4 @@
-"""align/lock.py: one process at a time; the other waits and says so; a killed process leaves no lock."""
+"""align/lock.py: one process at a time; another waits and says so; a killed one leaves no lock."""
 
 import json
 import os

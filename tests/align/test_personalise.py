@@ -1,4 +1,4 @@
-"""`tiny-align align` on a few real recordings: what it writes, what it does not touch, what it refuses.
+"""`tiny-align align` on a few real recordings: what it writes, leaves unchanged and refuses.
 
 The recordings are too few to measure how good the user's projector is.
 """
@@ -395,7 +395,11 @@ def test_a_missing_recording_exits_with_2_and_names_it(align, few_recordings, tm
 
 
 def write_unusable(folder):
-    """No audio, silence, a short recording, and words outside the tokenizer -> their rows, in every split."""
+    """No audio, silence, a short recording, and words outside the tokenizer, in every split.
+
+    Returns:
+        Their rows.
+    """
     (folder / "none.flac").write_bytes(b"no flac")
     soundfile.write(folder / "silent.wav", np.zeros(16_000), 16_000)
     soundfile.write(folder / "short.wav", np.full(800, 0.1), 16_000)

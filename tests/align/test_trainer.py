@@ -83,7 +83,7 @@ def new_trainer(options=OPTIONS, work=None, examples=None, table=TABLE, kind=Tra
 
 
 class Stopped(Trainer):
-    """Interrupted in its 41st step, as by Ctrl-C or the battery: the last check was after the 30th."""
+    """Interrupted in its 41st step, as by Ctrl-C: the last check was after the 30th."""
 
     def train_step(self):
         if self.progress.step == 40:
@@ -144,7 +144,7 @@ def expected_tokens(objective, example):
 
 
 def nearest_token_accuracy(projector, examples, objective):
-    """Share of places whose soft token lies nearest to the embedding of the token that belongs there."""
+    """Share of soft tokens that lie nearest to the embedding of the expected token."""
     table = TABLE.numpy()
     hits = []
     for example in examples:
@@ -161,7 +161,7 @@ def nearest_token_accuracy(projector, examples, objective):
 
 @pytest.mark.parametrize("objective", [o for n, o in OBJECTIVES.items() if n != "paper padded"])
 def test_training_learns_the_token_of_each_soft_token(objective):
-    """Not for padded targets, most of which are padding: a pooled place does not know its number."""
+    """Not for padded targets, most of which are padding: a pooled place lacks its number."""
     options = replace(OPTIONS, steps=200, check_every=50, **objective)
     projector = new_projector(options.objective)
     unseen = sentences(40, seed=2)
@@ -338,7 +338,7 @@ def test_all_of_a_users_examples_decide_on_the_shortcut(monkeypatch):
 
 
 def test_the_general_projector_decides_on_the_shortcut_of_a_trained_user():
-    """A user's own projector has few errors; what it learnt is in its shortcut, which is trained on."""
+    """A user's own projector has few errors, but its shortcut must be trained on all the same."""
     options = replace(OPTIONS, objective="ctc", shortcut_threshold=0.6, steps=200)
     own = new_projector("ctc")
     own.load_state_dict(new_trainer(options).run(quiet=True).weights)
@@ -353,7 +353,7 @@ def test_the_general_projector_decides_on_the_shortcut_of_a_trained_user():
 
 
 def test_small_gradients_move_the_shortcut_little_and_other_weights_fully():
-    """A step of Adam has one size, however small the gradient: in many weights, noise would add up."""
+    """Adam's steps have one size, however small the gradient: noise in many weights adds up."""
     full = largest_moves(gradient=1.0)
     small = largest_moves(gradient=1e-5)
     for name in full:

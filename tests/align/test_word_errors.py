@@ -1,4 +1,4 @@
-"""Error rates after normalising both sides: which texts agree, which do not, and that no text fails."""
+"""Error rates after normalising both sides: which texts agree, and that none makes them fail."""
 
 import pytest
 
