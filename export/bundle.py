@@ -357,7 +357,7 @@ def make_projector(encoder, llm, options: ExportOptions):
 
     torch.manual_seed(options.seed)
     sizes = {"feature_size": encoder.feature_size, "embedding_size": llm.config.hidden_size}
-    sizes |= {"soft_tokens": options.soft_tokens, "near_size": encoder.config.hidden_size}
+    sizes |= {"soft_tokens": options.soft_tokens, "shortcut_size": encoder.config.hidden_size}
     projector = build_projector({**sizes, "kind": "bridgeformer"}).eval()
     if options.projector:
         projector.load_state_dict(_fitting_weights(options.projector, projector.state_dict()))

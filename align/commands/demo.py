@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from tiny_align.align.commands.options import add_training_arguments
 
 if TYPE_CHECKING:
-    from tiny_align.align.data.datasets import Utterance
+    from tiny_align.align.data.utterance import Utterance
     from tiny_align.align.evaluation.quality import Quality
     from tiny_align.runtime.assistant import Answer
 

@@ -21,7 +21,7 @@ from tiny_align.runtime.files import read_errors, written_file
 
 if TYPE_CHECKING:
     from tiny_align.align.data.data_report import DataReport
-    from tiny_align.align.data.datasets import Utterance
+    from tiny_align.align.data.utterance import Utterance
     from tiny_align.runtime.bundle.bundle import Bundle
     from tiny_align.runtime.listening.microphone import Microphone
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tiny_align.align.data.data_report import DataReport, each_usable
-from tiny_align.align.data.datasets import Utterance
 from tiny_align.align.data.feature_cache import Stored, array_of
+from tiny_align.align.data.utterance import Utterance
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.llm import LanguageModel
 

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tiny_align.align.data.data_report import DataReport, each_usable
-from tiny_align.align.data.datasets import Utterance
+from tiny_align.align.data.utterance import Utterance
 from tiny_align.align.evaluation.word_errors import error_rates, normaliser_name
 from tiny_align.runtime.assistant import Answer, Assistant
 from tiny_align.runtime.bundle.bundle import Bundle

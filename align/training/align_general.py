@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tiny_align.align.data.data_report import DataReport
-from tiny_align.align.data.datasets import Utterance
 from tiny_align.align.data.examples import (
     Example,
     embedding_table,
@@ -21,6 +20,7 @@ from tiny_align.align.data.examples import (
     speech_vocabulary,
 )
 from tiny_align.align.data.feature_cache import Stored, cached_file, non_speech_files
+from tiny_align.align.data.utterance import Utterance
 from tiny_align.align.evaluation.quality import FIGURES, Quality, encode_utterances, score
 from tiny_align.align.lock import training_lock
 from tiny_align.align.model import objectives
@@ -28,10 +28,10 @@ from tiny_align.align.model.users import load_projector, write_general
 from tiny_align.align.training.checkpoint import remove_checkpoint
 from tiny_align.align.training.limits import TrainingLimits, open_for_training
 from tiny_align.align.training.options import TrainOptions
-from tiny_align.align.training.splits import (
+from tiny_align.align.training.selection import (
     MAX_GENERAL_VALIDATION,
     check_enough_for_general,
-    general_splits,
+    select_for_general,
 )
 from tiny_align.align.training.trainer import Trained, Trainer, summary
 from tiny_align.runtime.assistant import Assistant
@@ -87,7 +87,7 @@ def _align(
     quiet: bool,
 ) -> dict:
     bundle = open_for_training(path, limits)  # another process may have trained it meanwhile
-    splits = general_splits(utterances, limits, report)
+    splits = select_for_general(utterances, limits, report)
     with Assistant.load(bundle, threads=limits.threads) as assistant:
 
         def encode(utterance: Utterance) -> Stored:

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from tiny_align.align.data.data_report import DataReport
-from tiny_align.align.data.datasets import Utterance
 from tiny_align.align.data.examples import (
     Example,
     embedding_table,
@@ -26,6 +25,7 @@ from tiny_align.align.data.examples import (
 )
 from tiny_align.align.data.feature_cache import cached_features
 from tiny_align.align.data.rehearsal import rehearsal_examples
+from tiny_align.align.data.utterance import Utterance
 from tiny_align.align.evaluation.quality import (
     FIGURES,
     EncodedUtterance,
@@ -39,7 +39,7 @@ from tiny_align.align.model.projector import BridgeFormer
 from tiny_align.align.model.users import load_projector, write_user
 from tiny_align.align.training.checkpoint import remove_checkpoint
 from tiny_align.align.training.limits import TrainingLimits, open_for_training
-from tiny_align.align.training.splits import Splits, check_enough_for_user, user_splits
+from tiny_align.align.training.selection import Splits, check_enough_for_user, select_for_user
 from tiny_align.align.training.trainer import Trained, Trainer, TrainOptions, summary
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.bundle.bundle import Bundle
@@ -89,7 +89,7 @@ def align_user(
     report = report or DataReport()
     bundle = open_for_training(bundle_path, limits)
     folder = bundle.user_folder(user, users)
-    splits = user_splits(utterances, limits, report)
+    splits = select_for_user(utterances, limits, report)
     with (
         training_lock(folder) as work,
         Assistant.load(bundle, threads=limits.threads) as assistant,

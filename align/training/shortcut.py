@@ -27,7 +27,7 @@ def needs_shortcut(
     Args:
         examples: all of the user's, as the general projector was trained on none of them.
     """
-    if shortcut_threshold is None or validator.error_rate is None:
+    if shortcut_threshold is None or not validator.has_error_rate:
         return False
     return validator.score(general, examples, step=0).error_rate > shortcut_threshold
 

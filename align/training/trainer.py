@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tiny_align.align.data.examples import Example
-from tiny_align.align.model.objectives import Objective
+from tiny_align.align.model.objectives.base import Objective
 from tiny_align.align.model.projector import BridgeFormer
 from tiny_align.align.model.windows import project
 from tiny_align.align.training.checkpoint import Checkpoint, Progress, copy_weights, fingerprint

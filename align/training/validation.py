@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from tiny_align.align.data.examples import Example, feature_key
-from tiny_align.align.model.objectives import Objective
+from tiny_align.align.model.objectives.base import HasTokenErrorRate, Objective
 from tiny_align.align.model.projector import BridgeFormer
 from tiny_align.align.model.windows import project
 from tiny_align.runtime.windows import WindowSpec
@@ -24,7 +24,7 @@ class Score:
     Where two error rates are equal, the losses decide.
     """
 
-    error_rate: float  # the objective's own measure; its loss if it has none
+    error_rate: float  # of tokens; the loss if the objective has no such rate
     loss: float
 
     @classmethod
@@ -74,9 +74,13 @@ class Validator:
 
     def __init__(self, objective: Objective, windows: WindowSpec | None, last_step: int):
         self.objective = objective
-        self.error_rate = getattr(objective, "held_out", None)
         self.windows = windows
         self.last_step = last_step
+
+    @property
+    def has_error_rate(self) -> bool:
+        """Whether the objective measures a token error rate; else its loss is all there is."""
+        return isinstance(self.objective, HasTokenErrorRate)
 
     @torch.no_grad()
     def score(self, projector: BridgeFormer, examples: Sequence[Example], step: int) -> Score:
@@ -85,7 +89,6 @@ class Validator:
         Args:
             step: of the training; the loss may stand in for an error rate, and depends on it.
         """
-        measure = self.error_rate or self.objective
         device = next(projector.parameters()).device
         rows = []
         weights = []
@@ -94,7 +97,10 @@ class Validator:
             features = [example.tensor().to(device) for example in batch]
             outputs, lengths = project(projector, features, self.windows)
             loss = float(self.objective(outputs, lengths, batch, self.last_step))
-            rows.append((float(measure(outputs, lengths, batch, step)), loss))
+            if isinstance(self.objective, HasTokenErrorRate):
+                error_rate = self.objective.token_error_rate(outputs, lengths, batch, step)
+            else:
+                error_rate = float(self.objective(outputs, lengths, batch, step))
+            rows.append((error_rate, loss))
             weights.append(sum(len(example.tokens) or 1 for example in batch))
-        error_rate, loss = np.average(rows, axis=0, weights=weights).tolist()
-        return Score(error_rate, loss)
+        return Score(*np.average(rows, axis=0, weights=weights).tolist())

@@ -29,7 +29,7 @@ from tiny_align.align.model.users import data_file, write_weights
 from tiny_align.align.training.align_general import MIN_NON_SPEECH, MIN_STEPS, general_options
 from tiny_align.align.training.checkpoint import STATE_FILE, Checkpoint
 from tiny_align.align.training.limits import TrainingLimits
-from tiny_align.align.training.splits import MAX_GENERAL_VALIDATION, MIN_GENERAL_UTTERANCES
+from tiny_align.align.training.selection import MAX_GENERAL_VALIDATION, MIN_GENERAL_UTTERANCES
 from tiny_align.align.training.trainer import Trainer, TrainOptions
 from tiny_align.align.training.validation import BATCH, Score
 from tiny_align.runtime.assistant import Assistant

@@ -1,10 +1,11 @@
-"""The utterances of a training: trained on, for validation, and only measured."""
+"""Which utterances of a data set a training uses: for training, for validation, for the test."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tiny_align.align.data.data_report import DataReport
-from tiny_align.align.data.datasets import Utterance, leave_out_unknown_splits, split_of
+from tiny_align.align.data.splits import leave_out_unknown_splits, split_of
+from tiny_align.align.data.utterance import Utterance
 from tiny_align.align.training.limits import TrainingLimits
 from tiny_align.runtime.errors import DataError
 
@@ -23,7 +24,7 @@ class Splits:
     test: list[Utterance]
 
 
-def user_splits(
+def select_for_user(
     utterances: Sequence[Utterance], limits: TrainingLimits, report: DataReport
 ) -> Splits:
     """All of a user's utterances, within the limits; the report counts the others.
@@ -39,7 +40,7 @@ def user_splits(
     return splits
 
 
-def general_splits(
+def select_for_general(
     utterances: Sequence[Utterance], limits: TrainingLimits, report: DataReport
 ) -> Splits:
     """The utterances for a general projector, of which only the train split is needed.
