@@ -32,7 +32,7 @@ from tiny_align.runtime.windows import WindowSpec
 
 __all__ = ["TrainOptions", "Trained", "Trainer", "summary"]
 
-# of the mean of the weights: step t counts as t(t + 1)(t + 2), which is mostly the last quarter
+# eta of the mean of the weights: step t counts as t(t + 1)(t + 2), mostly the last quarter
 MEAN_ETA = 3
 MAX_GRADIENT_NORM = 1.0
 
