@@ -97,7 +97,18 @@ def choose_sentences(bundle: "Bundle", texts: Path | None, n: int) -> tuple[list
     """
     from tiny_align.align.data.sentences import choose, coverage
 
-    path = texts or bundle.sentences
+    candidates = _read_candidates(texts or bundle.sentences)
+    tokenizer = bundle.load_tokenizer()
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    chosen = choose(candidates, n, encode)
+    return chosen, coverage(chosen, candidates, encode)
+
+
+def _read_candidates(path: Path) -> list[str]:
+    """The sentences of a text file, one per line, each once."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -110,13 +121,7 @@ def choose_sentences(bundle: "Bundle", texts: Path | None, n: int) -> tuple[list
             f"{path} holds no sentence to read: expected one per line. "
             "Give another file with --texts"
         )
-    tokenizer = bundle.load_tokenizer()
-
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False).ids
-
-    chosen = choose(candidates, n, encode)
-    return chosen, coverage(chosen, candidates, encode)
+    return candidates
 
 
 def _list_sentences(bundle: "Bundle", args: argparse.Namespace) -> dict:
