@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tiny_align.align.data.examples import Example
 from tiny_align.align.data.rehearsal import write_rehearsal
-from tiny_align.align.lock import alone
+from tiny_align.align.lock import training_lock
 from tiny_align.align.model.projector import BridgeFormer, build_projector
 from tiny_align.runtime.bundle.bundle import SPEECH_TOKENS, Bundle
 from tiny_align.runtime.bundle.manifest import Manifest, write_manifest
@@ -126,5 +126,5 @@ def _lock_users(bundle: Path) -> Iterator[None]:
     with contextlib.ExitStack() as locks:
         for work in sorted(bundle.glob("users/.*.align")):
             name = work.name.removeprefix(".").removesuffix(".align")
-            locks.enter_context(alone(bundle / "users" / name))
+            locks.enter_context(training_lock(bundle / "users" / name))
         yield
