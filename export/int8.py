@@ -1,4 +1,4 @@
-"""INT8 products for an encoder: every weight of a MatMul becomes INT8 codes with one scale per column.
+"""INT8 products for an encoder: a MatMul's weight becomes INT8 codes with one scale per column.
 
 The codes have 7 bits: x86 without VNNI adds two products of a uint8 and an int8 in 16 bits, and
 2 x 255 x 64 fits.
@@ -71,7 +71,7 @@ def multiply_int8(program: ir.Model) -> None:
 
 
 def _integer_product(quantise: ir.Node, dequantise: ir.Node) -> list[ir.Node]:
-    """Nodes for rows (..., K) uint8 @ codes (K, N) int8 -> (..., N) float32, as ONNX Runtime fuses them."""
+    """rows (..., K) uint8 @ codes (K, N) int8 -> (..., N) float32, as ONNX Runtime fuses it."""
     rows, rows_scale, rows_zero = quantise.outputs
     codes, scales = dequantise.inputs
     product = ir.node("MatMulInteger", [rows, codes, rows_zero])

@@ -1,4 +1,4 @@
-"""Rewrites of an LLM's graphs: sibling products as one, scaled products as two, equal weights in one file."""
+"""Rewrites of graphs: sibling products joined, scaled products split, equal weights stored once."""
 
 import hashlib
 from pathlib import Path
@@ -90,10 +90,11 @@ def _is_transposed(node: ir.Node) -> bool:
 
 
 def share_weights(keeper: Path, other: Path) -> None:
-    """Point each tensor of the graph `other` that `keeper` has too, byte by byte, to `keeper`'s data file.
+    """Store the weights that two graphs have in common once, in the data file of `keeper`.
 
-    Both graphs are in one folder, each with its data file <name>.data beside it. Tensors that only
-    `other` has stay in its own data file, which is removed if none is left.
+    Weights are equal if their bytes are. Both graphs are in one folder, each with its data file
+    <name>.data beside it. Weights that only `other` has stay in its own data file, which is removed
+    if none is left.
     """
     folder = keeper.parent
     places: dict[bytes, Place] = {}

@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from tiny_align.export.options import BLOCKS
 from tiny_align.runtime.bundle.onnx_weights import (
     append_weight,
     load_graph,
@@ -27,7 +28,7 @@ from tiny_align.runtime.bundle.onnx_weights import (
 from tiny_align.runtime.errors import TinyAlignError
 
 BITS = {"int4": 4, "int8": 8, "fp16": 16, "fp32": 32}  # by precision
-BLOCKS = (128, 64, 32)  # weights along the input that share a scale; the first is the default
+
 INLINE_BYTES = 256  # smaller tensors stay in the graph: shape inference reads them
 TILE = (128, 4096)  # rows and columns worked on at once: they fit the processor's cache
 DTYPES = {16: TensorProto.FLOAT16, 8: TensorProto.INT8, 4: TensorProto.INT4}
@@ -63,7 +64,7 @@ def _check_choice(name: str, value: str | int, choices: Iterable[str | int]) -> 
 
 
 def quantise(source: Path, target: Path, layers: Form, head: Form) -> None:
-    """Write `target` (+ .data): the FP32 graph `source` with the weight of every MatMul in another form.
+    """Write `target` (+ .data): the FP32 graph `source` with its products' weights in other forms.
 
     Args:
         head: the form of the output layer's weight, which is the embedding table if they are tied.
@@ -129,7 +130,7 @@ def _store(
 
 
 def _fp16_rows(name: str, values: np.ndarray) -> Iterator[np.ndarray]:
-    """(K, N) weights in float16, some rows at a time."""
+    """Weights (K, N) in float16, some rows at a time."""
     for start in range(0, len(values), TILE[0]):
         with np.errstate(over="ignore"):
             rows = values[start : start + TILE[0]].astype(np.float16)
@@ -143,7 +144,7 @@ def _fp16_rows(name: str, values: np.ndarray) -> Iterator[np.ndarray]:
 def _store_blocks(
     graph: onnx.GraphProto, tensor: TensorProto, values: np.ndarray, form: Form, data: BinaryIO
 ) -> None:
-    """Replace (K, N) weights by codes, scales and a DequantizeLinear whose output has their name."""
+    """Replace weights (K, N) by codes, scales and a DequantizeLinear that has their name."""
     name = tensor.name
     scales: list[np.ndarray] = []
     tensor.name = f"{name}.codes"
@@ -156,7 +157,7 @@ def _store_blocks(
 
 
 def _code_rows(values: np.ndarray, form: Form, scales: list[np.ndarray]) -> Iterator[np.ndarray]:
-    """The codes of (K, N) weights as stored, one row of blocks at a time; appends its scales to `scales`."""
+    """The codes of weights (K, N) as stored, a row of blocks at a time; appends to `scales`."""
     for start in range(0, len(values), form.block):
         rows = values[start : start + form.block]
         tile_codes = []
