@@ -32,22 +32,22 @@ bench bench-full: export PIP_NO_CACHE_DIR ?= 1
 bench bench-full: export CMAKE_ARGS ?= $(ONLY_LIBRARY) $(if $(shell grep -ls amx_tile /proc/cpuinfo),$(NO_AMX))
 bench: $(STAMPS)/dev,peers  ## the standard run on this machine, a quarter of an hour: report, pictures, README
 	$(BIN)/tiny-align bench all --out benchmarks/results
-	$(BIN)/python -m benchmarks.report
+	$(BIN)/python -m benchmarks.studies.report
 
 bench-full: $(STAMPS)/dev,peers  ## every other measurement, hours
-	$(BIN)/python -m benchmarks.quality
-	$(BIN)/python -m benchmarks.robustness
-	$(BIN)/python -m benchmarks.alignment
-	$(BIN)/python -m benchmarks.training_cost
-	$(BIN)/python -m benchmarks.families
-	$(BIN)/python -m benchmarks.encoder
-	$(BIN)/python -m benchmarks.quantisation
-	$(BIN)/python -m benchmarks.full_size
-	$(BIN)/python -m benchmarks.llm
-	$(BIN)/python -m benchmarks.engines
-	$(BIN)/python -m benchmarks.precision
-	$(BIN)/python -m benchmarks.streaming
-	$(BIN)/python -m benchmarks.report
+	$(BIN)/python -m benchmarks.studies.quality
+	$(BIN)/python -m benchmarks.studies.robustness
+	$(BIN)/python -m benchmarks.studies.alignment
+	$(BIN)/python -m benchmarks.standard.training_cost
+	$(BIN)/python -m benchmarks.studies.families
+	$(BIN)/python -m benchmarks.studies.encoder
+	$(BIN)/python -m benchmarks.studies.quantisation
+	$(BIN)/python -m benchmarks.studies.full_size
+	$(BIN)/python -m benchmarks.studies.llm
+	$(BIN)/python -m benchmarks.studies.engines
+	$(BIN)/python -m benchmarks.studies.precision
+	$(BIN)/python -m benchmarks.standard.streaming
+	$(BIN)/python -m benchmarks.studies.report
 
 bench-short: $(STAMPS)/dev  ## whether the standard run works, a few minutes; peers where they are installed
 	$(BIN)/tiny-align bench all --short --json --out work/bench

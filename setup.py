@@ -91,7 +91,10 @@ setup(
     package_dir={f"tiny_align.{stage}": stage for stage in STAGES},
     package_data={
         "tiny_align.reference": ["bundle/**", "voice/**"],
-        **{f"tiny_align.{stage}": ["py.typed"] for stage in ("runtime", "align", "export", "engines")},
+        **{
+            f"tiny_align.{stage}": ["py.typed"]
+            for stage in ("runtime", "align", "export", "engines")
+        },
     },
     install_requires=RUNTIME,
     extras_require={

@@ -69,20 +69,20 @@ step_if() { # what it takes, then as for step
     case $status in
         0) step "${@:2}" ;;
         3) note "$2" "left out" "$reason" ;;
-        *) note "$2" failed "benchmarks.jetson can $1" && failed=1 ;;
+        *) note "$2" failed "benchmarks.studies.jetson can $1" && failed=1 ;;
     esac
 }
 
 # shellcheck disable=SC2329 # step calls them
 tiny_align() { "$PYTHON" -m tiny_align.runtime.commands.cli "$@" --json; }
-jetson() { "$PYTHON" -m benchmarks.jetson "$@"; }
+jetson() { "$PYTHON" -m benchmarks.studies.jetson "$@"; }
 measured=(--bundle "$bundle" --data "$data" --out "$out" "${measure_options[@]}")
 
 step doctor tiny_align doctor --bundle "$bundle"
 step_if build build tiny_align build-engines --bundle "$bundle" --data "$data" # first of the work, while memory is unbroken
 step measure-onnxruntime jetson measure --backend onnxruntime "${measured[@]}"
 step_if tensorrt measure-tensorrt jetson measure --backend tensorrt "${measured[@]}"
-step_if tensorrt swap "$PYTHON" -m benchmarks.swap --bundle "$bundle" --out "$out/swap-results.json" --json
+step_if tensorrt swap "$PYTHON" -m benchmarks.studies.swap --bundle "$bundle" --out "$out/swap-results.json" --json
 step parity jetson compare --out "$out"
 step doctor-after tiny_align doctor # what the work has done to clocks, heat and memory
 

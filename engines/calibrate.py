@@ -1,8 +1,11 @@
-"""INT8 products for an encoder, calibrated on a person's own recordings: static, symmetric, every zero-point zero.
+"""INT8 products for an encoder, calibrated on recordings of its user.
 
-What goes into a product with a weight is quantised with one scale, which the recordings decide; the weight with one for
-every column, in the graph as INT8. Biases stay as they are, and so do products of two activations (attention) and
-convolutions. What TensorRT wants of Q/DQ: zero-points of zero, scales above zero.
+Quantisation is static and symmetric: all zero-points are zero.
+
+The input of each product with a weight is quantised with one scale, which `find_scales` finds
+on the recordings. The weight is stored as INT8 codes with one scale per column. Biases,
+products of two activations (attention) and convolutions stay as they are. TensorRT requires
+zero-points of zero and scales above zero.
 """
 
 from collections.abc import Iterable
@@ -11,120 +14,127 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from tiny_align.engines.fp16 import drop_unused
+from tiny_align.engines.onnx_weights import (
+    ReadWeight,
+    copy_model,
+    drop_unused_weights,
+    weight_products,
+)
 
-HIGHEST = 127  # of an INT8 code; -128 is not used
-KEPT = 4096  # values of a tensor and a recording that its scale is chosen by
-CLIPS = np.linspace(0.3, 1.0, 36)  # of the largest magnitude, to choose from
+MAX_CODE = 127  # of INT8; -128 is not used
+MAX_SAMPLES = 4096  # values per tensor and recording by which its scale is chosen
+CLIPS = np.linspace(0.3, 1.0, 36)  # candidates for the range, as a share of the largest magnitude
 
 
 def product_inputs(model: onnx.ModelProto) -> list[str]:
-    """The values that are multiplied with a weight (K, N), each once."""
-    return list(dict.fromkeys(node.input[0] for node in _products(model)))
+    """Names of the values that are multiplied by a weight (K, N), each once."""
+    return list(dict.fromkeys(node.input[0] for node in weight_products(model.graph)))
 
 
-def _products(model: onnx.ModelProto) -> list:
-    weights = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
-    return [
-        node for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in weights
-    ]
-
-
-def watched(model: onnx.ModelProto) -> onnx.ModelProto:
+def with_product_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
     """The graph with `product_inputs` as its outputs."""
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = copy_model(model)
     del result.graph.output[:]
-    names = product_inputs(model)
-    result.graph.output.extend(
-        helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in names
-    )
+    for name in product_inputs(model):
+        result.graph.output.append(
+            helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+        )
     return result
 
 
-def scales(runs: Iterable[dict[str, np.ndarray]]) -> dict[str, float]:
-    """The scale of every value: the one that rounds what the recordings gave with the least square error.
+def find_scales(runs: Iterable[dict[str, np.ndarray]]) -> dict[str, float]:
+    """The scale of each value: the one with the smallest squared rounding error on the recordings.
 
     Args:
-        runs: for every recording, value -> what it was.
+        runs: for each recording, the values by name.
     """
-    kept, largest = {}, {}
+    samples: dict[str, list[np.ndarray]] = {}
+    largest: dict[str, float] = {}
     for run in runs:
         for name, array in run.items():
             magnitudes = np.abs(array).ravel()
             largest[name] = max(largest.get(name, 0.0), float(magnitudes.max()))
-            kept.setdefault(name, []).append(magnitudes[:: -(-len(magnitudes) // KEPT)])
-    return {
-        name: _best_scale(np.concatenate(values), largest[name]) for name, values in kept.items()
-    }
+            step = -(-len(magnitudes) // MAX_SAMPLES)  # rounded up
+            samples.setdefault(name, []).append(magnitudes[::step])
+    scales = {}
+    for name, magnitude_lists in samples.items():
+        scales[name] = _find_scale(np.concatenate(magnitude_lists), largest[name])
+    return scales
 
 
-def _best_scale(magnitudes: np.ndarray, largest: float) -> float:
-    candidates = CLIPS * (largest or 1.0) / HIGHEST
-    errors = [
-        np.square(np.minimum(np.rint(magnitudes / s), HIGHEST) * s - magnitudes).sum()
-        for s in candidates
-    ]
-    return float(candidates[len(errors) - 1 - int(np.argmin(errors[::-1]))])  # the widest of equals
+def _find_scale(magnitudes: np.ndarray, largest: float) -> float:
+    candidates = CLIPS * (largest or 1.0) / MAX_CODE
+    errors = []
+    for scale in candidates:
+        rounded = np.minimum(np.rint(magnitudes / scale), MAX_CODE) * scale
+        errors.append(np.square(rounded - magnitudes).sum())
+    from_the_widest = int(np.argmin(errors[::-1]))  # of equal errors the widest range
+    return float(candidates[len(errors) - 1 - from_the_widest])
 
 
-def int8(model: onnx.ModelProto, chosen: dict[str, float], values) -> onnx.ModelProto:
+def to_int8(
+    model: onnx.ModelProto, scales: dict[str, float], read_weight: ReadWeight
+) -> onnx.ModelProto:
     """The graph with products of INT8 codes.
 
     Args:
-        model: the FP32 graph; its weights may lie in other files.
-        chosen: of each of its `product_inputs`, the scale.
-        values: a tensor of it -> its values, float32.
+        model: the FP32 graph; its weights may be in other files.
+        scales: the scale of each of its `product_inputs`.
+        read_weight: gives the values of one of its tensors, float32.
     """
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    graph, nodes, done = result.graph, [], {}
+    result = copy_model(model)
+    graph = result.graph
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    products = {node.output[0] for node in _products(model)}
+    products = {node.output[0] for node in weight_products(model.graph)}
+    dequantised: dict[str, str] = {}  # input of a product -> what takes its place
+    nodes: list[onnx.NodeProto] = []
     for node in graph.node:
         if node.output[0] in products:
             for index, name in enumerate(node.input):
-                if name not in done:
-                    made, tensors = (
-                        _rounded(name, chosen[name])
-                        if index == 0
-                        else _codes(values(weights[name]), name)
-                    )
-                    done[name] = made[-1].output[0]
-                    nodes.extend(made)
-                    graph.initializer.extend(tensors)
-                node.input[index] = done[name]
+                if name not in dequantised:
+                    if index == 0:
+                        added, constants = _quantise_activation(name, scales[name])
+                    else:
+                        added, constants = _quantise_weight(name, read_weight(weights[name]))
+                    nodes.extend(added)
+                    graph.initializer.extend(constants)
+                    dequantised[name] = added[-1].output[0]
+                node.input[index] = dequantised[name]
         nodes.append(node)
     del graph.node[:]
     graph.node.extend(nodes)
-    drop_unused(graph)
+    drop_unused_weights(graph)
     return result
 
 
-def _rounded(name: str, scale: float) -> tuple[list, list]:
+def _quantise_activation(
+    name: str, scale: float
+) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
     """Nodes that quantise a value and dequantise it again, and their constants."""
-    q, dq, at, zero = (f"{name}.{part}" for part in ("quantised", "dequantised", "scale", "zero"))
+    quantised = f"{name}.quantised"
+    parameters = [f"{name}.scale", f"{name}.zero"]
     nodes = [
-        helper.make_node("QuantizeLinear", [name, at, zero], [q]),
-        helper.make_node("DequantizeLinear", [q, at, zero], [dq]),
+        helper.make_node("QuantizeLinear", [name, *parameters], [quantised]),
+        helper.make_node("DequantizeLinear", [quantised, *parameters], [f"{name}.dequantised"]),
     ]
     constants = [
-        numpy_helper.from_array(np.float32(scale), at),
-        numpy_helper.from_array(np.int8(0), zero),
+        numpy_helper.from_array(np.array(scale, np.float32), parameters[0]),
+        numpy_helper.from_array(np.array(0, np.int8), parameters[1]),
     ]
     return nodes, constants
 
 
-def _codes(weight: np.ndarray, name: str) -> tuple[list, list]:
-    """The node that dequantises a weight (K, N), and its codes and their scales, one for each column."""
+def _quantise_weight(
+    name: str, weight: np.ndarray
+) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+    """The node that dequantises a weight (K, N), and its codes, scales and zero-points."""
     largest = np.abs(weight).max(axis=0)
-    scale = np.where(largest == 0, 1, largest / HIGHEST).astype(np.float32)
+    scales = np.where(largest == 0, 1, largest / MAX_CODE).astype(np.float32)
     constants = [
-        numpy_helper.from_array(np.rint(weight / scale).astype(np.int8), f"{name}.codes"),
-        numpy_helper.from_array(scale, f"{name}.scales"),
-        numpy_helper.from_array(np.zeros(len(scale), np.int8), f"{name}.zeros"),
+        numpy_helper.from_array(np.rint(weight / scales).astype(np.int8), f"{name}.codes"),
+        numpy_helper.from_array(scales, f"{name}.scales"),
+        numpy_helper.from_array(np.zeros(len(scales), np.int8), f"{name}.zeros"),
     ]
-    node = helper.make_node(
-        "DequantizeLinear", [c.name for c in constants], [f"{name}.dequantised"], axis=1
-    )
+    inputs = [tensor.name for tensor in constants]
+    node = helper.make_node("DequantizeLinear", inputs, [f"{name}.dequantised"], axis=1)
     return [node], constants

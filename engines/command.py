@@ -12,7 +12,7 @@ from tiny_align.runtime.machine import free_memory_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `run` reads; `--json` is the dispatcher's."""
+    """Add the options that `run` reads; the dispatcher adds `--json`."""
     parser.add_argument(
         "--bundle", type=Path, required=True, metavar="DIR", help="the bundle to build engines for"
     )
@@ -20,35 +20,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compute-capability",
         type=int,
         metavar="NN",
-        help="the GPU to build for, 86 for 8.6 (default: this machine's; without a GPU TensorRT-RTX takes 86)",
+        help="the GPU to build for, 86 for 8.6 (default: this machine's; TensorRT-RTX without a "
+        "GPU: 86)",
     )
     parser.add_argument(
         "--graph",
         nargs="+",
         action="extend",
         metavar="NAME",
-        help="build these graphs, even again (default: all that lack an engine that fits)",
+        help="build these graphs, even again (default: all without a matching engine)",
     )
     parser.add_argument(
         "--data",
         type=Path,
         metavar="DIR",
-        help="recordings of the person who will be heard: INT8 is calibrated and every precision measured on them",
+        help="recordings of the user: they calibrate INT8 and measure every precision",
     )
     parser.add_argument(
         "--precision",
         metavar="NAME",
-        help="what graphs compute in: auto (the fastest within its bound; default with --data), int8, fp16 or fp32 "
-        "(as exported; default for what has no engine yet)",
+        help="what graphs compute in: auto (the fastest within its error bound; default with "
+        "--data), int8, fp16 or fp32 (as exported; default for graphs without an engine)",
     )
     parser.add_argument(
-        "--user", metavar="NAME", help="build an engine of this person's projector only"
+        "--user", metavar="NAME", help="build only an engine of this user's projector"
     )
     parser.add_argument(
-        "--users", type=Path, metavar="DIR", help="where persons are kept (default: BUNDLE/users)"
+        "--users",
+        type=Path,
+        metavar="DIR",
+        help="directory of user profiles (default: BUNDLE/users)",
     )
     parser.add_argument(
-        "--force", action="store_true", help="build even where memory seems not to do"
+        "--force", action="store_true", help="build even if there seems to be too little memory"
     )
 
 
@@ -61,7 +65,8 @@ def run(args: argparse.Namespace) -> dict:
     ladder = Ladder.of(args.data, args.precision) if args.data or args.precision else None
     if not args.json:
         print(
-            f"{builder.package} {builder.version} for compute capability {builder.compute_capability}"
+            f"{builder.package} {builder.version} "
+            f"for compute capability {builder.compute_capability}"
         )
         print(free_memory_line(), flush=True)
     engines = build_engines(
@@ -78,18 +83,15 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def _print_engines(engines: dict[str, dict], path: Path) -> None:
-    for name, engine in engines.items():
-        print(
-            f"{name}: {engine['precision']}, {engine['bytes'] / 1e6:.1f} MB, built in {engine['seconds']:.1f} s "
-            f"with {engine['peak_memory_bytes'] / 1e6:.0f} MB{_tried(engine['accuracy'])}"
+    for name, entry in engines.items():
+        line = (
+            f"{name}: {entry['precision']}, {entry['bytes'] / 1e6:.1f} MB, "
+            f"built in {entry['seconds']:.1f} s with {entry['peak_memory_bytes'] / 1e6:.0f} MB"
         )
+        rungs = []
+        for precision, found in (entry["accuracy"] or {}).items():
+            rungs.append(f"{precision} {found['cosine']:.5f} of {found['bound']:g}")
+        if rungs:
+            line += f"; cosine {', '.join(rungs)}"
+        print(line)
     print(f"engines in {path}")
-
-
-def _tried(accuracy: dict | None) -> str:
-    """What the ladder found."""
-    rungs = (
-        f"{name} {found['cosine']:.5f} of {found['bound']:g}"
-        for name, found in (accuracy or {}).items()
-    )
-    return f"; cosine {', '.join(rungs)}" if accuracy else ""

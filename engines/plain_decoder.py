@@ -1,4 +1,7 @@
-"""An LLM's plain graph, the one that TensorRT builds, as a decoder on ONNX Runtime: to be measured, not to be fast."""
+"""The LLM's plain graph, the one that TensorRT builds, as a decoder on ONNX Runtime.
+
+For measuring, not for speed.
+"""
 
 from pathlib import Path
 
@@ -9,34 +12,35 @@ from tiny_align.runtime.backends.onnxruntime import OrtRunner
 from tiny_align.runtime.bundle.manifest import GraphSpec
 
 
-class PlainDecoder(Decoder):
-    """Keys and values come out of the graph and, so many positions longer, go into it again."""
+class PlainDecoder(Decoder[dict[str, np.ndarray]]):
+    """The graph takes the keys and values of all past positions, and returns them with the new."""
 
     name = "onnxruntime"
 
     def __init__(self, path: Path, spec: GraphSpec, threads: int | None = None):
-        self._runner, self._spec = OrtRunner(path, spec, threads), spec
+        self._runner = OrtRunner(path, spec, threads)
+        self._spec = spec
 
     def open_cache(self, capacity: int) -> dict[str, np.ndarray]:
-        past = self._spec.inputs[1:]
-        return {
-            t.name: np.zeros([0 if size == "past" else size for size in t.shape], t.dtype)
-            for t in past
-        }
+        """An empty cache, input of the graph -> keys or values; it grows without `capacity`."""
+        cache = {}
+        for tensor in self._spec.inputs[1:]:
+            shape = [size if isinstance(size, int) else 0 for size in tensor.shape]
+            cache[tensor.name] = np.zeros(shape, tensor.dtype)
+        return cache
 
-    def read(self, embeddings: np.ndarray, cache: dict[str, np.ndarray], past: int) -> Scores:
+    def run(self, embeddings: np.ndarray, cache: dict[str, np.ndarray], past: int) -> Scores:
         self.rewind(cache, past)
-        out = self._runner(
-            {self._spec.inputs[0].name: np.ascontiguousarray(embeddings[None]), **cache}
-        )
-        logits, *others = (out[t.name] for t in self._spec.outputs)
-        cache.update(
-            zip(list(cache), others[-len(cache) :], strict=True)
-        )  # the best tokens may stand before them
-        return Scores(logits[0, -1])
+        new = np.ascontiguousarray(embeddings[None])  # (T, D) -> (1, T, D)
+        outputs = self._runner({self._spec.inputs[0].name: new, **cache})
+        ordered = [outputs[tensor.name] for tensor in self._spec.outputs]
+        grown = ordered[-len(cache) :]  # between the logits and these there may be top-k outputs
+        cache.update(zip(list(cache), grown, strict=True))
+        return Scores(ordered[0][0, -1])
 
     def rewind(self, cache: dict[str, np.ndarray], length: int) -> None:
-        cache.update({name: value[:, :, :length] for name, value in cache.items()})
+        for name, value in cache.items():
+            cache[name] = value[:, :, :length]
 
     def close(self) -> None:
         self._runner.close()

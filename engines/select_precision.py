@@ -1,161 +1,91 @@
-"""The steps of the precision ladder (ladder.py): a rung's graph is made, measured against the bundle's own, and kept.
+"""Decide between INT8 and FP16: a graph gets the fastest precision within its error bound.
 
-Measuring takes half of the recordings, calibrating the other half.
+`select_precision` tries the rungs of ladder.py in their order. Of each it makes the graph and
+measures its error on recordings (measure.py). The first one within its bound is built. If
+there is none, the bundle's own graph is built, or the build fails if one precision was
+requested. All of this happens on the machine that builds, because an encoder's INT8 is
+calibrated on recordings of its user; the error is measured on the CPU, in ONNX Runtime.
 """
 
+import concurrent.futures
+import multiprocessing
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import onnx
-
-from tiny_align.engines import calibrate, fp16
-from tiny_align.engines.ladder import AUTO, OWN, Choice, Ladder
-from tiny_align.engines.plain_decoder import PlainDecoder
-from tiny_align.runtime.assistant import Assistant
+from tiny_align.engines.ladder import AUTO, OWN, Ladder
+from tiny_align.engines.process import die_with_parent
 from tiny_align.runtime.audio.samples import read_audio
-from tiny_align.runtime.backends.onnxruntime import OrtRunner
 from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.errors import BackendError
-from tiny_align.runtime.files import link_file, written_file
-from tiny_align.runtime.llm import Cache, Decoding, LanguageModel
-
-MAX_ANSWERS, MAX_TOKENS = 8, 16  # of an LLM: recordings, and tokens of each answer
+from tiny_align.runtime.files import sha256
 
 
-def climb(bundle: Bundle, name: str, ladder: Ladder, folder: Path) -> Choice:
-    """As ladder.choose."""
-    graph, own = Graph(bundle, name, folder), bundle.manifest.graphs[name].precision
-    rungs, accuracy = ladder.rungs(name, own), {}
-    audios = [read_audio(path, bundle.manifest.front_end.sample_rate) for path in ladder.recordings]
-    judge = JUDGES[name](graph, audios)
-    for precision, bound in rungs.items():
-        model = judge.model(precision)
-        twin = graph.write(fp16.twin(model), f"{name}.twin.onnx")
-        accuracy[precision] = {"cosine": judge.cosine(twin), "bound": bound}
-        twin.unlink()
-        if accuracy[precision]["cosine"] >= bound:
-            made = graph.write(fp16.half(model, graph.values), f"{name}.{precision}.onnx")
-            return Choice(
-                made, precision if own in (precision, OWN) else f"{own}/{precision}", accuracy
-            )
-    if ladder.precision != AUTO:
-        raise BackendError(_beyond(name, accuracy))
-    return Choice(graph.path, own, accuracy)
+@dataclass(frozen=True)
+class Selection:
+    """The graph to build."""
 
+    graph: Path
+    precision: str  # of its weights; "int4/fp16" if it computes in another one
+    accuracy: dict | None  # rung tried -> its "cosine" and its "bound"; None: nothing was tried
 
-def _beyond(name: str, accuracy: dict) -> str:
-    ((precision, found),) = accuracy.items()
-    return (
-        f"the graph {name!r} in {precision} has a cosine of {found['cosine']:.5f} to the bundle's own, at least "
-        f"{found['bound']} is wanted: choose --precision {AUTO} or {OWN}"
-    )
-
-
-class Graph:
-    """A graph of a bundle, and others made of it in a folder; weights they share are links to the bundle's files."""
-
-    def __init__(self, bundle: Bundle, name: str, folder: Path):
-        self.bundle, self._folder = bundle, folder
-        self.spec, self.path = bundle.manifest.graphs[name], bundle.graph(name)
-        self.model = onnx.load(self.path, load_external_data=False)
-
-    def values(self, tensor) -> np.ndarray:
-        """A tensor's values, those in another file mapped; onnx's own reader refuses a file that is linked."""
-        if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            return onnx.numpy_helper.to_array(tensor)
-        place = {e.key: e.value for e in tensor.external_data}
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-        start = int(place.get("offset", 0))
-        return np.memmap(
-            self.path.parent / place["location"], dtype, "r", start, tuple(tensor.dims)
-        )
-
-    def write(self, model: onnx.ModelProto, name: str) -> Path:
-        """Write a graph that was made of this one, whole or not at all."""
-        places = {
-            e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"
+    @property
+    def entry(self) -> dict:
+        """Its fields in engine.json."""
+        return {
+            "precision": self.precision,
+            "accuracy": self.accuracy,
+            "built_sha256": sha256(self.graph),
         }
-        with written_file(self._folder / name) as path:
-            for place in places:
-                (self._folder / place).unlink(
-                    missing_ok=True
-                )  # a killed build's may be of another bundle
-                link_file(self.path.parent / place, self._folder / place)
-            path.write_bytes(model.SerializeToString())
-        return self._folder / name
 
 
-class Features:
-    """Judges an encoder: half of the recordings calibrate, the others measure."""
+def select_precision(bundle: Bundle, name: str, ladder: Ladder, folder: Path) -> Selection:
+    """Select the fastest rung within its bound and write its graph to `folder`.
 
-    def __init__(self, graph: Graph, audios: list[np.ndarray]):
-        self._graph, self._input = graph, graph.spec.inputs[0].name
-        rows = [graph.bundle.manifest.front_end(audio)[None] for audio in audios]
-        self._calibrating, self._measuring = rows[::2], rows[1::2]
-        self._exact = self._features(graph.path)
+    Works in a process of its own, so that all memory is free again for the build.
 
-    def model(self, precision: str) -> onnx.ModelProto:
-        """What becomes the rung's graph in FP16."""
-        if precision != "int8":
-            return self._graph.model
-        watched = self._graph.write(calibrate.watched(self._graph.model), "watched.onnx")
-        with OrtRunner(watched, self._graph.spec) as run:
-            scales = calibrate.scales(run({self._input: rows}) for rows in self._calibrating)
-        watched.unlink()
-        return calibrate.int8(self._graph.model, scales, self._graph.values)
-
-    def cosine(self, path: Path) -> float:
-        return min(map(cosine, self._features(path), self._exact))
-
-    def _features(self, path: Path) -> list[np.ndarray]:
-        with OrtRunner(path, self._graph.spec) as run:
-            return [run({self._input: rows})["features"] for rows in self._measuring]
+    Raises:
+        BackendError: the one precision that was requested is beyond its bound, or memory ran out.
+        AudioError: a recording that cannot be used.
+    """
+    own = bundle.manifest.graphs[name].precision
+    if not ladder.rungs(name, own):
+        return Selection(bundle.graph(name), own, None)
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, spawn, die_with_parent) as executor:
+        try:
+            return executor.submit(try_rungs, bundle, name, ladder, folder).result()
+        except BrokenProcessPool as error:
+            raise BackendError(
+                f"measuring the graph {name!r} was killed, most likely because memory ran out: "
+                f"close other programs, or build it as it is with --precision {OWN}"
+            ) from error
 
 
-class Logits:
-    """Judges an LLM by what it makes of speech: its logits after the prompt and after every token of the own answer."""
+def try_rungs(bundle: Bundle, name: str, ladder: Ladder, folder: Path) -> Selection:
+    """As `select_precision`, in this process."""
+    from tiny_align.engines import fp16, measure  # onnx, only where there is something to measure
 
-    def __init__(self, graph: Graph, audios: list[np.ndarray]):
-        self._graph = graph
-        with Assistant.load(graph.bundle) as assistant:
-            spoken = [
-                assistant.soft_tokens(assistant.features(audio)) for audio in audios[:MAX_ANSWERS]
-            ]
-            self._prompts = [assistant.llm.assemble(soft_tokens) for soft_tokens in spoken]
-            self._answers = [
-                list(assistant.llm.generate(prompt, Decoding(max_tokens=MAX_TOKENS)))
-                for prompt in self._prompts
-            ]
-        self._exact = self._logits(graph.path)
-
-    def model(self, precision: str) -> onnx.ModelProto:
-        """What becomes the rung's graph in FP16."""
-        return self._graph.model
-
-    def cosine(self, path: Path) -> float:
-        return min(map(cosine, self._logits(path), self._exact))
-
-    def _logits(self, path: Path) -> list[np.ndarray]:
-        with PlainDecoder(path, self._graph.spec) as decoder:
-            llm = LanguageModel(self._graph.bundle, decoder)
-            return [
-                _said(llm, prompt, answer) for prompt, answer in zip(self._prompts, self._answers)
-            ]
-
-
-def _said(llm: LanguageModel, prompt: np.ndarray, answer: list[int]) -> np.ndarray:
-    """(1 + n, V): the logits after the prompt and after each of an answer's n tokens."""
-    cache = Cache()
-    steps = [np.ascontiguousarray(prompt, np.float32), *(llm.embed([token]) for token in answer)]
-    return np.stack([llm.prefill(step, cache).logits.copy() for step in steps])
-
-
-def cosine(a: np.ndarray, b: np.ndarray) -> float:
-    """Of two arrays as wholes; 0 where one of them has gone beyond all numbers."""
-    a, b = a.ravel().astype(np.float64), b.ravel().astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        value = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
-    return float(value) if np.isfinite(value) else 0.0
-
-
-JUDGES = {"encoder": Features, "llm": Logits}
+    own = bundle.manifest.graphs[name].precision
+    sample_rate = bundle.manifest.front_end.sample_rate
+    audios = [read_audio(path, sample_rate) for path in ladder.recordings]
+    graph = measure.SourceGraph(bundle, name, folder)
+    meter = measure.METERS[name](graph, audios)
+    accuracy = {}
+    for precision, bound in ladder.rungs(name, own).items():
+        rung = meter.make_rung(precision)
+        twin = graph.write(fp16.twin(rung), f"{name}.twin.onnx")
+        cosine = meter.min_cosine(twin)
+        twin.unlink()
+        accuracy[precision] = {"cosine": cosine, "bound": bound}
+        if cosine >= bound:
+            model = fp16.to_fp16(rung, graph.read_weight)
+            path = graph.write(model, f"{name}.{precision}.onnx")
+            label = precision if own in (precision, OWN) else f"{own}/{precision}"
+            return Selection(path, label, accuracy)
+        if ladder.precision != AUTO:
+            raise BackendError(
+                f"the graph {name!r} in {precision} has a cosine of {cosine:.5f} to the bundle's "
+                f"own, expected at least {bound}: choose --precision {AUTO} or {OWN}"
+            )
+    return Selection(graph.path, own, accuracy)

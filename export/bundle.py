@@ -44,7 +44,7 @@ from tiny_align.export.quantise import forms, quantise
 from tiny_align.export.topk import add_topk
 from tiny_align.export.windows import MARGIN_S, window_spec
 from tiny_align.runtime import checks
-from tiny_align.runtime.backends.base import load_decoder, load_runner
+from tiny_align.runtime.backends.registry import load_decoder, load_runner
 from tiny_align.runtime.bundle.bundle import SPEECH_TOKENS
 from tiny_align.runtime.bundle.manifest import (
     MANIFEST,
@@ -309,6 +309,7 @@ def write_encoder(folder: Path, encoder: LayeredEncoder, precision: str) -> Grap
     standard = _write_int8(folder / "encoder.onnx", graph, encoder, exact)
     multiply_int8(graph.program)
     ort = _write_int8(folder / "encoder.ort.onnx", graph, encoder, exact)
+    ort = dataclasses.replace(ort, quantised_activations="dynamic")  # see int8.multiply_int8
     share_weights(folder / standard.file, folder / ort.file)
     return dataclasses.replace(standard, backends={BACKEND: ort})
 

@@ -17,7 +17,7 @@ from tiny_align.export.pretrained import load_config, load_whole
 from tiny_align.runtime.bundle.manifest import TensorSpec
 from tiny_align.runtime.errors import TinyAlignError
 from tiny_align.runtime.front_ends.base import AnyFrontEnd
-from tiny_align.runtime.front_ends.nemo import FrontEnd
+from tiny_align.runtime.front_ends.nemo import NemoMel
 from tiny_align.runtime.front_ends.seamless import FilterBank
 from tiny_align.runtime.front_ends.wav2vec2 import Waveform
 from tiny_align.runtime.front_ends.whisper import WhisperMel
@@ -318,8 +318,8 @@ def _waveform(value: dict) -> Waveform:
     return Waveform(sample_rate=value["sampling_rate"], normalise=value.get("do_normalize", True))
 
 
-def _nemo(value: dict) -> FrontEnd:
-    return FrontEnd(
+def _nemo(value: dict) -> NemoMel:
+    return NemoMel(
         sample_rate=value["sampling_rate"],
         n_mels=value["feature_size"],
         n_fft=value["n_fft"],

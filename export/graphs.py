@@ -53,7 +53,7 @@ class Graph:
         # The exporter guesses at inner shapes, some static ones as symbols.
         del graph.value_info[:]
         onnx.save(model, str(path))
-        return GraphSpec(path.name, "fp32", self.inputs, self.outputs)
+        return GraphSpec(path.name, "fp32", self.inputs, self.outputs, quantised_activations="none")
 
 
 def _rename(values: Iterable[onnx_ir.Value], specs: tuple[TensorSpec, ...]) -> None:

@@ -174,8 +174,8 @@ def decoder_parity(
         embeds = _random_embeddings(llm, past + tokens, rng)
         cache = decoder.open_cache(capacity)
         if past:
-            decoder.read(embeds[:past], cache, 0)
-        logits = decoder.read(embeds[past:], cache, past).logits
+            decoder.run(embeds[:past], cache, 0)
+        logits = decoder.run(embeds[past:], cache, past).logits
         expected = llm(
             inputs_embeds=torch.from_numpy(embeds)[None], use_cache=False, logits_to_keep=1
         )

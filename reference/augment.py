@@ -1,6 +1,6 @@
 """Augmentation of log-mel batches: other throats, rooms, microphones and telephones, at almost no cost.
 
-Everything acts on un-normalised log-mel power (B, T, M) as FrontEnd.log_mel gives it, so that one
+Everything acts on un-normalised log-mel power (B, T, M) as NemoMel.log_mel gives it, so that one
 synthesised recording serves many times. Noise and echo are added as powers (cross terms neglected).
 Rates, ranges and odds are our choices.
 """
@@ -10,7 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from tiny_align.runtime.front_ends.nemo import MIN_LOUD, QUIET_SHARE, STD_GUARD, FrontEnd
+from tiny_align.runtime.front_ends.nemo import MIN_LOUD, QUIET_SHARE, STD_GUARD, NemoMel
 
 DB = math.log(10) / 10  # natural-log power per decibel
 PAD = -16.6  # log of the front end's guard: digital silence
@@ -182,7 +182,7 @@ def augment(log_mel: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor,
     return telephone(torch.log(power + math.exp(PAD))), lengths
 
 
-def normalise(x: torch.Tensor, lengths: torch.Tensor, front_end: FrontEnd) -> torch.Tensor:
+def normalise(x: torch.Tensor, lengths: torch.Tensor, front_end: NemoMel) -> torch.Tensor:
     """`front_end.finish` for a padded batch (B, T, M), whose padding becomes 0."""
     mask = torch.arange(x.shape[1]).unsqueeze(0) < lengths.unsqueeze(1)  # (B, T)
     x = x.masked_fill(~mask.unsqueeze(-1), -1e9)
@@ -192,8 +192,8 @@ def normalise(x: torch.Tensor, lengths: torch.Tensor, front_end: FrontEnd) -> to
     before = x.shape[1] - lengths
     quiet = rising.gather(1, (before + (QUIET_SHARE * (lengths - 1)).long()).unsqueeze(1))
     edge = quiet + front_end.speech_share * (rising[:, -1:] - quiet)
-    least = rising.gather(1, (x.shape[1] - lengths.clamp(max=MIN_LOUD)).unsqueeze(1))
-    loud = (mask & (level >= torch.minimum(edge, least))).unsqueeze(-1)
+    quietest_loud = rising.gather(1, (x.shape[1] - lengths.clamp(max=MIN_LOUD)).unsqueeze(1))
+    loud = (mask & (level >= torch.minimum(edge, quietest_loud))).unsqueeze(-1)
     count = loud.sum(dim=1, keepdim=True)
     mean = (x * loud).sum(dim=1, keepdim=True) / count
     var = (((x - mean) * loud) ** 2).sum(dim=1, keepdim=True) / (count - 1)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tiny_align.reference import corpus, projector, recordings
 
-ENCODER_LAYERS = (1, 3, 4, -1)  # low ones know more of a new voice
+ENCODER_LAYERS = (1, 3, 4, -1)  # low layers know more about a new voice
 
 
 def main(argv=None) -> int:
@@ -24,7 +24,7 @@ def main(argv=None) -> int:
     )
     parser.add_argument("--work", type=Path, default=Path("work"))
     parser.add_argument(
-        "--start", type=Path, help="a projector's weights to begin with (default: random)"
+        "--start", type=Path, help="a projector's weights to start from (default: random)"
     )
     parser.add_argument("--steps", type=int, default=4000, help="of the projector's training")
     args = parser.parse_args(argv)
@@ -32,7 +32,7 @@ def main(argv=None) -> int:
 
     weights, bundle = args.reference / "weights", args.reference / "bundle"
     args.work.mkdir(parents=True, exist_ok=True)
-    sentences = args.work / "sentences.txt"  # what a person may be asked to read
+    sentences = args.work / "sentences.txt"  # what a user may be asked to read
     sentences.write_text("".join(f"{s.text}\n" for s in corpus.sentences(600, 5)), encoding="utf-8")
     options = ExportOptions(
         encoder=str(weights / "encoder"),

@@ -78,7 +78,7 @@ def _words(text: str) -> list[str]:
     return [item.strip() for item in text.split(",")]
 
 
-def _persons(text: str) -> list[dict[str, str]]:
+def _pronouns(text: str) -> list[dict[str, str]]:
     """'my mother' in a request is 'your mother' in its answer."""
     return [{"person": p, "whom": p.replace("my ", "your ")} for p in _words(text)]
 
@@ -121,7 +121,7 @@ SLOTS = {
     ),
     "city": _words("london, paris, berlin, rome, madrid, tokyo, boston, chicago, sydney, dublin, vienna, oslo, cairo"),
     "day": [*DAYS, "today", "tomorrow", "tonight", "this weekend"],
-    "person": _persons(
+    "person": _pronouns(
         "anna, peter, mary, thomas, julia, david, laura, robert, my mother, my father, my sister, my brother, "
         "my doctor, my daughter, my son, the office"
     ),

@@ -24,7 +24,7 @@ from tiny_align.reference.spoken import FRONT_END, Spoken
 LETTERS = "abcdefghijklmnopqrstuvwxyz' "
 BLANK = len(LETTERS)
 N_SPEECH = 90_000  # recordings
-TAKE_IN_EVERY = 100  # steps: recordings that have been spoken meanwhile
+TAKE_IN_EVERY = 100  # steps; recordings synthesised meanwhile join the training
 
 
 def encode_letters(text: str) -> list[int]:
@@ -32,9 +32,14 @@ def encode_letters(text: str) -> list[int]:
 
 
 def decode_letters(ids: np.ndarray) -> str:
-    """(N,) best letter per frame -> text: repeats merged, blanks dropped (greedy CTC)."""
-    kept = [int(a) for a, b in zip(ids, [BLANK, *ids[:-1]]) if a != b and a != BLANK]
-    return "".join(LETTERS[i] for i in kept).strip()
+    """(N,) most likely letter per frame -> text: repeats merged, blanks dropped (greedy CTC)."""
+    text = ""
+    previous = BLANK
+    for letter in map(int, ids):
+        if letter not in (previous, BLANK):
+            text += LETTERS[letter]
+        previous = letter
+    return text.strip()
 
 
 def save_front_end(out: Path) -> None:
@@ -116,7 +121,7 @@ def _shifted_depthwise(conv, x):
 
 
 def _speed_up(model) -> None:
-    """Train with `_shifted_depthwise` in the subsampling; the saved model knows nothing of it."""
+    """Train with `_shifted_depthwise` in the subsampling; the saved model is unchanged."""
     for layer in model.encoder.subsampling.layers:
         if getattr(layer, "groups", 1) > 1:
             layer.forward = functools.partial(_shifted_depthwise, layer)
@@ -155,22 +160,24 @@ def letter_error(model, audios: list[np.ndarray], texts: list[str]) -> float:
         logits = [
             model(torch.from_numpy(FRONT_END(a)).to(model.device)[None]).logits[0] for a in audios
         ]
-        heard = [decode_letters(each.argmax(-1).cpu().numpy()) for each in logits]
+        recognised = [decode_letters(each.argmax(-1).cpu().numpy()) for each in logits]
     model.train()
-    return jiwer.cer(texts, [h or " " for h in heard])
+    return jiwer.cer(texts, [text or " " for text in recognised])
 
 
 def check_sets(n: int = 40) -> dict[str, tuple[list[np.ndarray], list[str]]]:
-    """Held-out sentences by voices the encoder knows (espeak-ng's, flite's) and by those it never hears."""
-    from tiny_align.reference.speech import LEARNT_VOICES, NEW_VOICES, Espeak, flite
+    """Held-out sentences by voices the encoder knows (espeak-ng's, flite's) and by new ones."""
+    from tiny_align.reference.speech import NEW_VOICES, TRAINING_VOICES, Espeak, flite
 
     texts, rng, espeak = (
         [s.text for s in corpus.sentences(n, 7, held_out=True)],
         random.Random(7),
         Espeak(seed=0),
     )
-    sets = {"known": ([espeak.say_as_someone(t, rng) for t in texts], texts)}
-    return sets | {v: ([flite(t, v) for t in texts], texts) for v in (*LEARNT_VOICES, *NEW_VOICES)}
+    sets = {"known": ([espeak.say_randomly(t, rng) for t in texts], texts)}
+    return sets | {
+        v: ([flite(t, v) for t in texts], texts) for v in (*TRAINING_VOICES, *NEW_VOICES)
+    }
 
 
 def rate_at(step: int, done: float, warmup: int = 200, decay: float = 0.4) -> float:
@@ -191,7 +198,7 @@ def train(args) -> dict:
 
     work, out, steps, seed = args.work, args.out, args.steps, args.seed
     spoken = Spoken(work, args.speech, encode_letters, args.device)
-    checks = check_sets(args.judged) if args.judged else {}
+    checks = check_sets(args.validation) if args.validation else {}
     torch.set_default_device(args.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(seed)
@@ -261,22 +268,26 @@ def main(argv=None) -> int:
     parser.add_argument("--out", type=Path, default=Path("reference/weights/encoder"))
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument(
-        "--max-seconds", type=float, default=float("inf"), help="less time is fewer steps"
+        "--max-seconds", type=float, default=float("inf"), help="time limit: fewer steps"
     )
     parser.add_argument("--batch", type=int, default=90_000, help="frames of log-mel, 10 ms each")
     parser.add_argument("--check-every", type=int, default=500, help="steps")
     parser.add_argument(
-        "--judged", type=int, default=40, help="recordings of each voice that are judged, or none"
+        "--validation",
+        "--judged",
+        type=int,
+        default=40,
+        help="validation recordings of each voice (0: none)",
     )
     parser.add_argument("--device", default="cpu", help="cpu, for days, or cuda")
     parser.add_argument("--speech", type=int, default=N_SPEECH, help="recordings to synthesise")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate")
     parser.add_argument(
-        "--start", type=Path, help="trained weights to begin with (default: random)"
+        "--start", type=Path, help="trained weights to start from (default: random)"
     )
     parser.add_argument(
-        "--bf16", action="store_true", help="bfloat16 products: faster where the CPU has them"
+        "--bf16", action="store_true", help="bfloat16 products: faster on CPUs that have them"
     )
     args = parser.parse_args(argv)
     report = train(args)

@@ -1,7 +1,7 @@
 """Trains the bundle's general projector on many synthetic voices and puts it into the bundle.
 
 The training is `tiny-align align --general`'s; what is special is its recordings: augmented speech of the voices the
-encoder was trained on, made as log-mel frames. flite's voices and people are not among them.
+encoder was trained on, made as log-mel frames. flite's new voices and humans are not among them.
 
     python -m tiny_align.reference.projector --bundle reference/bundle --out reference/weights/projector.safetensors
 """
@@ -27,7 +27,7 @@ def spoken_examples(assistant: Assistant, work: Path, n: int, seed: int) -> list
     from tiny_align.align.commands.align import make_examples
     from tiny_align.align.data.feature_cache import Stored, kept
 
-    speak(work, n + n // 10).get()  # some are left out for what they say
+    speak(work, n + n // 10).get()  # held-out sentences are left out
     items = [item for path in shards_of(work, n + n // 10) for item in read_shard(path)]
     items = [items[i] for i in random.Random(seed).sample(range(len(items)), n)]
     name = f"spoken-{assistant.bundle.manifest.encoder_key[:16]}-{n}-{seed}"
@@ -73,7 +73,7 @@ def _windows_of(assistant: Assistant, n_frames: int) -> list[np.ndarray]:
 
 
 def train(args) -> dict:
-    """As `args` (main) says -> the record."""
+    """Train as `args` (main) asks; returns the record."""
     from safetensors.torch import save_file
 
     from tiny_align.align.commands.align import TrainingLimits

@@ -1,4 +1,4 @@
-"""Recordings of a voice the encoder never heard, in the data-set form people use: FLAC files and metadata.jsonl.
+"""Recordings of a voice that the encoder was not trained on: FLAC files and metadata.jsonl.
 
 The shipped ones (reference/voice) are a child's; train and test sentences come from the two splits of the corpus.
 

@@ -1,10 +1,9 @@
-"""Synthetic people: espeak-ng's and some of flite's voices for training, other flite voices as the new people.
+"""Synthetic speakers: espeak-ng's and some of flite's voices for training, other flite voices as new speakers.
 
 espeak-ng is driven through its C library (Debian: libespeak-ng1), in a copy of its data directory to
 which random voice variants are added: formants, pitch, breath and tone drawn at random, so that
 hundreds of different "speakers" say the corpus. flite's voices (Debian: flite) are made of recordings of
-people, so that they sound as people do: `LEARNT_VOICES` are trained on too, and nothing the project ships is
-trained on `NEW_VOICES`.
+humans. `TRAINING_VOICES` are trained on too; nothing the project ships is trained on `NEW_VOICES`.
 """
 
 import ctypes
@@ -19,99 +18,29 @@ import soundfile
 import soxr
 
 SAMPLE_RATE = 16_000
-ACCENTS = (
-    "en-us",
-    "en-us",
-    "en-us",
-    "en",
-    "en-gb-x-rp",
-    "en-gb-scotland",
-    "en-us-nyc",
-    "en-029",
+ACCENTS = [
+    "en-us", "en-us", "en-us", "en", "en-gb-x-rp", "en-gb-scotland", "en-us-nyc", "en-029",
     "en-gb-x-gbcwmd",
-)
+]  # fmt: skip
 STOCK_VARIANTS = [
-    "Alicia",
-    "Andrea",
-    "Andy",
-    "Annie",
-    "Denis",
-    "Diogo",
-    "Gene",
-    "Gene2",
-    "Hugo",
-    "Jacky",
-    "Lee",
-    "Marco",
-    "Mario",
-    "Michael",
-    "Mike",
-    "adam",
-    "anika",
-    "antonio",
-    "aunty",
-    "belinda",
-    "benjamin",
-    "boris",
-    "caleb",
-    "david",
-    "ed",
-    "edward",
-    "f1",
-    "f2",
-    "f3",
-    "f4",
-    "f5",
-    "grandma",
-    "grandpa",
-    "gustave",
-    "iven",
-    "john",
-    "klatt",
-    "klatt2",
-    "klatt3",
-    "klatt4",
-    "linda",
-    "m1",
-    "m2",
-    "m3",
-    "m4",
-    "m5",
-    "m6",
-    "m7",
-    "m8",
-    "max",
-    "michel",
-    "miguel",
-    "norbert",
-    "pablo",
-    "paul",
-    "pedro",
-    "quincy",
-    "rob",
-    "robert",
-    "sandro",
-    "shelby",
-    "steph",
-    "steph2",
-    "travis",
-    "victor",
-    "zac",
-]
-LEARNT_VOICES = (
-    "kal",
-    "kal16",
-    "rms",
-)  # flite's: two ways of playing one man's recordings, and another man
-NEW_VOICES = ("awb", "slt")  # flite's: a Scottish man and a woman
-FOREIGN = {  # an English sound in espeak-ng's spelling: what people say for it who learnt English later in life
+    "Alicia", "Andrea", "Andy", "Annie", "Denis", "Diogo", "Gene", "Gene2", "Hugo", "Jacky",
+    "Lee", "Marco", "Mario", "Michael", "Mike", "adam", "anika", "antonio", "aunty", "belinda",
+    "benjamin", "boris", "caleb", "david", "ed", "edward", "f1", "f2", "f3", "f4", "f5",
+    "grandma", "grandpa", "gustave", "iven", "john", "klatt", "klatt2", "klatt3", "klatt4",
+    "linda", "m1", "m2", "m3", "m4", "m5", "m6", "m7", "m8", "max", "michel", "miguel",
+    "norbert", "pablo", "paul", "pedro", "quincy", "rob", "robert", "sandro", "shelby", "steph",
+    "steph2", "travis", "victor", "zac",
+]  # fmt: skip
+TRAINING_VOICES = ("kal", "kal16", "rms")  # of flite: one man recorded in two ways, and another
+NEW_VOICES = ("awb", "slt")  # of flite: a Scottish man and a woman
+FOREIGN = {  # an English sound in espeak-ng's spelling -> what later learners of English say instead
     "T": "tsf", "D": "dzv", "r": "R", "h": "", "w": "v", "v": "wb", "z": "s", "N": "n", "dZ": ("Z", "tS"), "tS": "S",
     "I": ("i:", "e"), "i:": "I", "V": "aE0", "a": "E", "3:": "Ee", "@": "Ea", "A:": "a", "O:": "o", "U": ("u:",),
     "eI": ("e", "E", "e:"), "oU": ("o", "O:"), "aI": "a", "i@": ("i:", "i"), "e@": "E", "o@": "oO", "A@": "a",
 }  # fmt: skip
 FOREIGN_FINAL = {"d": "t", "z": "s", "v": "f", "g": "k", "b": "p", "dZ": "tS"}  # at a word's end
 FOREIGN_ODDS = 0.5  # of a random voice to have an accent of its own
-CHILD = 1.3  # how much shorter a child's throat is, and how much higher the voice
+CHILD = 1.3  # how much shorter a child's vocal tract is, and how much higher the voice
 
 _RATE, _VOLUME, _PITCH, _RANGE = 1, 2, 3, 4  # espeak_PARAMETER
 _RETRIEVAL = 1  # espeak_AUDIO_OUTPUT
@@ -153,10 +82,15 @@ def foreign_sounds(rng: random.Random, share: float) -> list[str]:
     The sounds are those that the literature on learners' English names; which of them go together is drawn at random,
     so that no one language is meant.
     """
-    kinds = [(0, s, rng.choice(list(said) or ["NULL"])) for s, said in FOREIGN.items()]
-    kinds += [(1, s, said) for s, said in FOREIGN_FINAL.items()]
+    kinds = []
+    for sound, replacements in FOREIGN.items():
+        kinds.append((0, sound, rng.choice(list(replacements) or ["NULL"])))
+    for sound, replacement in FOREIGN_FINAL.items():
+        kinds.append((1, sound, replacement))
     return [
-        f"replace {where} {sound} {said}" for where, sound, said in kinds if rng.random() < share
+        f"replace {where} {sound} {replacement}"
+        for where, sound, replacement in kinds
+        if rng.random() < share
     ]
 
 
@@ -168,7 +102,7 @@ def _not_english(folder: str, names: list[str]) -> list[str]:
 
 
 class Synthesiser:
-    """Somebody who can `say` a text in any of `voices`; people say it in many ways."""
+    """Says a text in any of `voices`: plainly, with random settings, or with pauses."""
 
     voices: list[str]
 
@@ -178,7 +112,7 @@ class Synthesiser:
         """(S,) float32 at 16 kHz; `rate` in words per minute, `pitch` and `pitch_range` 0..99."""
         raise NotImplementedError
 
-    def say_as_someone(self, text: str, rng: random.Random, voice: str | None = None) -> np.ndarray:
+    def say_randomly(self, text: str, rng: random.Random, voice: str | None = None) -> np.ndarray:
         """`say` with a random voice (or the one given), rate, pitch and range."""
         return self.say(
             text,
@@ -191,21 +125,21 @@ class Synthesiser:
     def say_haltingly(
         self, text: str, rng: random.Random, pause_s: tuple[float, float] = (0.03, 0.6)
     ) -> np.ndarray:
-        """`say_as_someone` by one voice, a word or a few at a time with silence between, as people read digits."""
+        """`say_randomly` with one voice and a pause after every few words, as digits are read aloud."""
         voice, words, pieces = rng.choice(self.voices), text.split(), []
         rate, pitch = rng.randint(115, 230), rng.randint(25, 75)
         while words:
             n = rng.choice((1, 1, 1, 2, 3))
-            said = self.say(
+            audio = self.say(
                 " ".join(words[:n]),
                 voice,
                 rate=round(rate * rng.uniform(0.85, 1.15)),
                 pitch=pitch + rng.randint(-8, 8),
                 pitch_range=rng.randint(15, 80),
             )
-            loud = np.flatnonzero(np.abs(said) > 0.01 * np.abs(said).max())
+            loud = np.flatnonzero(np.abs(audio) > 0.01 * np.abs(audio).max())
             silence = np.zeros(int(rng.uniform(*pause_s) * SAMPLE_RATE), np.float32)
-            pieces += [said[loud[0] : loud[-1] + 1], silence]
+            pieces += [audio[loud[0] : loud[-1] + 1], silence]
             words = words[n:]
         return np.concatenate(pieces[:-1])
 
@@ -273,7 +207,7 @@ class Espeak(Synthesiser):
 class Flite(Synthesiser):
     """flite, a process for each sentence; by default in the voices that are trained on."""
 
-    def __init__(self, voices: tuple[str, ...] = LEARNT_VOICES):
+    def __init__(self, voices: tuple[str, ...] = TRAINING_VOICES):
         self.voices = list(voices)
 
     def say(
@@ -289,18 +223,16 @@ class Flite(Synthesiser):
 
 def flite(text: str, voice: str, settings: dict[str, float] | None = None) -> np.ndarray:
     """(S,) float32 at 16 kHz in one of flite's voices, as it speaks by itself or with other `settings` of its own."""
-    given = [
-        word
-        for name, value in (settings or {}).items()
-        for word in ("--setf", f"{name}={value:.3f}")
-    ]
+    options = []
+    for name, value in (settings or {}).items():
+        options += ["--setf", f"{name}={value:.3f}"]
     with tempfile.NamedTemporaryFile(suffix=".wav") as out:
-        subprocess.run(["flite", "-voice", voice, *given, "-t", text, "-o", out.name], check=True)
+        subprocess.run(["flite", "-voice", voice, *options, "-t", text, "-o", out.name], check=True)
         audio, rate = soundfile.read(out.name, dtype="float32")
     return soxr.resample(audio, rate, SAMPLE_RATE).astype(np.float32)
 
 
 def child(text: str) -> np.ndarray:
-    """(S,) float32 at 16 kHz: `slt` with a child's throat, at her own pace."""
+    """(S,) float32 at 16 kHz: `slt` with a child's vocal tract, at her own pace."""
     slow = flite(text, "slt", {"duration_stretch": CHILD})
     return soxr.resample(slow, SAMPLE_RATE, SAMPLE_RATE / CHILD).astype(np.float32)

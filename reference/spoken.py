@@ -1,7 +1,7 @@
-"""The speech that the encoder and the general projector are trained on: synthesised once, kept as log-mel.
+"""The speech that the encoder and the general projector are trained on: synthesised once, stored as log-mel.
 
-espeak-ng says three quarters of it in hundreds of random voices a shard, flite the rest in a few. It is spoken by other
-processes while a training goes on with what is there, and every batch is augmented anew (augment.py).
+Three quarters are espeak-ng's, in hundreds of random voices a shard; the rest is flite's. Other processes
+synthesise while the training uses the shards that are complete. Every batch is augmented anew (augment.py).
 """
 
 import json
@@ -14,17 +14,17 @@ from pathlib import Path
 import numpy as np
 
 from tiny_align.reference import corpus
-from tiny_align.runtime.front_ends.nemo import FrontEnd
+from tiny_align.runtime.front_ends.nemo import NemoMel
 
-FRONT_END = FrontEnd(floor_db=60.0, speech_share=0.2)
+FRONT_END = NemoMel(floor_db=60.0, speech_share=0.2)
 SHARD = 500  # recordings
 FLITE_EVERY = 4  # one shard in so many is flite's; each of the others has 200 random espeak-ng voices of its own
 HALTING = 0.4  # share of the recordings with pauses between the words
-ENOUGH = 16  # shards that a training begins with
+ENOUGH = 16  # shards before a training begins
 
 
 def texts_to_say(n: int, seed: int) -> list[str]:
-    """About `n`: corpus sentences, and loose words and digits so that the encoder must listen."""
+    """About `n`: corpus sentences, and loose words and digits so that the encoder cannot guess."""
     rng = random.Random(seed)
     words = sorted({w for s in corpus.sentences(20_000, 0, unique=False) for w in s.text.split()})
     texts = []
@@ -42,14 +42,14 @@ def texts_to_say(n: int, seed: int) -> list[str]:
 
 
 def speak_shard(shard: int, path: Path) -> None:
-    """Say SHARD recordings: `path`, (frames of all, M) float16, and beside it what was said and how long each is."""
+    """Synthesise SHARD recordings: `path`, (frames of all, M) float16, and beside it their texts and lengths."""
     from tiny_align.reference.speech import Espeak, Flite
 
     rng = random.Random(1000 + shard)
-    people = Flite() if shard % FLITE_EVERY == FLITE_EVERY - 1 else Espeak(seed=shard)
+    synthesiser = Flite() if shard % FLITE_EVERY == FLITE_EVERY - 1 else Espeak(seed=shard)
     texts, mels = texts_to_say(SHARD, 100 + shard), []
     for text in texts:
-        say = people.say_haltingly if rng.random() < HALTING else people.say_as_someone
+        say = synthesiser.say_haltingly if rng.random() < HALTING else synthesiser.say_randomly
         mels.append(FRONT_END.log_mel(say(text, rng)).astype(np.float16))
     np.save(path.with_suffix(".partial.npy"), np.concatenate(mels))
     path.with_suffix(".json").write_text(
@@ -59,7 +59,7 @@ def speak_shard(shard: int, path: Path) -> None:
 
 
 def shards_of(work: Path, n: int) -> list[Path]:
-    """Where `n` recordings lie or shall lie."""
+    """The shard files of `n` recordings, synthesised or not."""
     return [work / f"spoken{i}.npy" for i in range(-(-n // SHARD))]
 
 
@@ -74,7 +74,7 @@ def read_shard(path: Path) -> list[tuple[np.ndarray, str]]:
 
 
 def speak(work: Path, n: int, workers: int | None = None):
-    """Let other processes say what is missing of `n` recordings; `get()` of what is returned waits for the last."""
+    """Synthesise the missing shards of `n` recordings in other processes; `.get()` of the result waits for them."""
     work.mkdir(parents=True, exist_ok=True)
     missing = [(i, path) for i, path in enumerate(shards_of(work, n)) if not path.exists()]
     pool = multiprocessing.get_context("spawn").Pool(workers or os.cpu_count(), maxtasksperchild=1)
@@ -84,10 +84,10 @@ def speak(work: Path, n: int, workers: int | None = None):
 
 
 class Spoken:
-    """The recordings that have been spoken so far, on `device`, in batches of similar length.
+    """The recordings synthesised so far, on `device`, in batches of similar length.
 
     Args:
-        work: where the shards lie; those missing of `n` recordings are spoken meanwhile, on two cores of three.
+        work: where the shards lie; those missing of `n` recordings are synthesised meanwhile, on two cores of three.
         encode: a text -> what `batch` gives for it.
     """
 
@@ -95,19 +95,19 @@ class Spoken:
         self._waiting, self._encode, self._device = shards_of(work, n), encode, device
         self._speaking = speak(work, n, max(1, os.cpu_count() * 2 // 3))
         self._frames, self._lengths, self.targets = [], [], []
-        least = len(self._waiting) - min(ENOUGH, len(self._waiting))
-        while self.take_in() > least:
+        n_pending = len(self._waiting) - min(ENOUGH, len(self._waiting))
+        while self.take_in() > n_pending:
             time.sleep(0.5)
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def take_in(self) -> int:
-        """Take in the shards that have become ready -> how many are still to come."""
+        """Load the shards that have become ready; returns how many are still missing."""
         import torch
 
         if self._speaking.ready():
-            self._speaking.get()  # raises what a speaker raised
+            self._speaking.get()  # raises what a process raised
         ready = [path for path in self._waiting if path.exists()]
         for path in ready:
             meta = json.loads(path.with_suffix(".json").read_text())
@@ -124,7 +124,7 @@ class Spoken:
         return len(self._waiting)
 
     def batch(self, rng: random.Random, frames: int):
-        """(B, T, M) float32 log-mel, padded, of about `frames` in all, (B,) frame counts, and what was said of each."""
+        """(B, T, M) float32 log-mel, padded, of about `frames` in all, (B,) frame counts, and the targets."""
         import torch
 
         start = rng.randrange(len(self))

@@ -11,8 +11,9 @@ import numpy as np
 
 from tiny_align.runtime.audio.conditioning import condition
 from tiny_align.runtime.audio.samples import MIN_SECONDS, check_audio, read_audio
-from tiny_align.runtime.backends.base import BACKENDS, Chain, load_decoder, load_runner
-from tiny_align.runtime.bundle.budget import budget
+from tiny_align.runtime.backends.base import Chain
+from tiny_align.runtime.backends.budget import budget
+from tiny_align.runtime.backends.registry import graph_specs, load_decoder, load_runner
 from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.checks import Range, check
 from tiny_align.runtime.errors import AudioError
@@ -93,7 +94,7 @@ class Assistant:
             bundle: its folder, or one that is open already.
             user: whose projector; None: the general one.
             users: the folder persons are kept in, if not the bundle's own.
-            backend: "onnxruntime" or "tensorrt"; never replaced by another.
+            backend: one of `registry.names()`; never replaced by another.
             threads: CPU threads per graph; None: all cores.
             context: positions of a conversation, prompt and answers together; None: as many as the LLM has.
         Raises:
@@ -104,15 +105,15 @@ class Assistant:
         bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         if context is not None:
             Range(1, bundle.manifest.llm.max_context).check("context", context)
-        if backend in BACKENDS:  # another is refused where it would be loaded
-            need = budget(bundle, backend, context or bundle.manifest.llm.max_context, threads)
-            log.info("%s takes about %s", bundle.path, need)
-            need.require()
-        own, paths = (
-            bundle.projector(user, users),
-            {n: bundle.graph(n, backend) for n in ("encoder", "llm")},
-        )
-        specs = {name: graph.on(backend) for name, graph in bundle.manifest.graphs.items()}
+        need = budget(bundle, backend, context or bundle.manifest.llm.max_context, threads)
+        log.info("%s takes about %s", bundle.path, need)
+        need.require()
+        own = bundle.projector(user, users)
+        specs = graph_specs(bundle, backend)
+        paths = {}
+        for name in ("encoder", "llm"):
+            bundle.graph(name)  # refuses a bundle without it
+            paths[name] = bundle.path / specs[name].file
         # the largest first: loading takes more memory
         llm = LanguageModel(
             bundle, load_decoder(paths["llm"], specs["llm"], backend, threads, bundle), context
@@ -187,7 +188,7 @@ class Assistant:
 
         The old one goes when no window is in it any more.
         """
-        spec = self.bundle.manifest.graphs["projector"].on(self.backend)
+        spec = graph_specs(self.bundle, self.backend)["projector"]
         self._projector = load_runner(path, spec, self.backend, self._n_threads, self.bundle)
         self.llm.set_speech_tokens(self.bundle.speech_tokens(path))
 

@@ -1,16 +1,19 @@
-"""Numbers from outside - options, arguments, what a manifest holds - and the range that each must lie in.
+"""Check numbers from outside: options, arguments and the values of a manifest.
 
-`RANGES` is the one table. The dispatcher checks every command's options against it before anything is loaded, and
-the dataclasses that the API takes check their fields against it; what also depends on a bundle is checked where that
-is open (options.py). `check_form` compares a dataclass that was read from a file with its annotations.
+`RANGES` is the one table of what they may be. The dispatcher checks every command's options
+against it before anything is loaded, and the dataclasses of the API check their fields. What also
+depends on a bundle is checked once that is open (options.py). `check_form` compares a dataclass
+that was read from a file with its annotations.
 """
 
+import argparse
 import dataclasses
 import os
 import types
 import typing
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
 
 from tiny_align.runtime.errors import TinyAlignError
 
@@ -21,29 +24,34 @@ THREADS_PER_CORE = 4  # more only wait for each other
 class Range:
     """What a number may be, both ends included."""
 
-    least: float
-    most: float
+    min: float
+    max: float
     whole: bool = True
 
     def __str__(self) -> str:
-        return f"{self.least} to {self.most}" if self.whole else f"{self.least:g} to {self.most:g}"
+        if self.whole:
+            return f"{self.min} to {self.max}"
+        return f"{self.min:g} to {self.max:g}"
 
-    def check(self, name: str, value, error: type[TinyAlignError] = TinyAlignError) -> None:
-        """
+    def check(self, name: str, value: Any, error: type[TinyAlignError] = TinyAlignError) -> None:
+        """Refuse a value that is not in the range.
+
         Raises:
-            error: `value` is no number, no whole one where one is expected, or outside; NaN is outside.
+            error: `value` is no number, no whole number where one is expected, or outside; NaN is
+                outside.
         """
-        if isinstance(value, bool) or not isinstance(value, Integral if self.whole else Real):
+        is_number = isinstance(value, Integral if self.whole else Real)
+        if isinstance(value, bool) or not is_number:
             kind = "a whole number" if self.whole else "a number"
             raise error(f"{name} is {value!r}: expected {kind} from {self}")
-        if not self.least <= value <= self.most:
+        if not self.min <= value <= self.max:
             raise error(f"{name} is {value}: expected {self}")
 
 
-RANGES = {  # an option, or an argument of the API -> what it may be
+RANGES = {  # option, or argument of the API -> what it may be
     "threads": Range(1, THREADS_PER_CORE * (os.cpu_count() or 1)),
-    "seed": Range(0, 2**32 - 1),  # what numpy and PyTorch both take
-    # answering; how many positions there are is the bundle's (options.py)
+    "seed": Range(0, 2**32 - 1),  # what both numpy and PyTorch take
+    # answering; the bundle limits the positions further (options.py)
     "max_tokens": Range(0, 2**24),
     "temperature": Range(0, 100, whole=False),
     "top_k": Range(1, 2**24),
@@ -61,35 +69,40 @@ RANGES = {  # an option, or an argument of the API -> what it may be
 }
 
 
-def check(name: str, value, shown: str | None = None) -> None:
-    """An argument that has a range; None stands for a default.
+def check(name: str, value: Any, label: str | None = None) -> None:
+    """Check an argument that has a range; None stands for a default.
 
     Args:
-        shown: what the message calls it, where that is not its name.
+        name: its name in RANGES.
+        value: a number, or None.
+        label: what the message calls it, if not its name.
+
     Raises:
         TinyAlignError: it is out of its range.
     """
     if value is not None:
-        RANGES[name].check(shown or name, value)
+        RANGES[name].check(label or name, value)
 
 
-def check_fields(instance, *names: str) -> None:
-    """`check` of some of a dataclass's fields."""
+def check_fields(instance: Any, *names: str) -> None:
+    """`check` some of a dataclass's fields."""
     for name in names:
         check(name, getattr(instance, name))
 
 
-def check_options(args) -> None:
-    """What argparse has read.
+def check_options(args: argparse.Namespace) -> None:
+    """Check what argparse has read.
 
     Raises:
-        TinyAlignError: a number out of its range, or a text that is not UTF-8; paths may hold any bytes.
+        TinyAlignError: a number out of its range, or a text that is not UTF-8; paths may hold any
+            bytes.
     """
     for name, value in vars(args).items():
         option = f"--{name.replace('_', '-')}"
         if name in RANGES and isinstance(value, int | float):  # `export --sentences` is a file
             check(name, value, option)
-        for text in value if isinstance(value, list) else [value]:
+        texts = value if isinstance(value, list) else [value]
+        for text in texts:
             if isinstance(text, str) and not is_utf8(text):
                 raise TinyAlignError(
                     f"{option} is {text!r}: expected UTF-8 text, it holds other bytes"
@@ -97,7 +110,7 @@ def check_options(args) -> None:
 
 
 def is_utf8(text: str) -> bool:
-    """Whether a text of the system's (an argument, a path) was UTF-8; Python keeps other bytes as surrogates."""
+    """Whether an argument or a path was UTF-8; Python keeps other bytes as surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -106,37 +119,43 @@ def is_utf8(text: str) -> bool:
 
 
 def check_form(
-    value, hint, name: str, ranges: dict[str, Range], error: type[TinyAlignError]
+    value: Any, hint: Any, name: str, ranges: dict[str, Range], error: type[TinyAlignError]
 ) -> None:
-    """Compare what a file holds with the annotation of the field it is for, down to the last number.
+    """Compare a value from a file with the annotation of its field, down to the last number.
 
     Args:
+        value: the value; a dataclass is compared field by field.
+        hint: the annotation.
         name: where it stands, for the message: "llm.vocabulary"; its last part finds the range.
-        ranges: field -> what its numbers may be; without one a whole number is any from 0 up, another any finite one.
+        ranges: field -> what its numbers may be. Without one, a whole number is any from 0 up, and
+            another number any finite one.
+        error: raised if it does not fit.
+
     Raises:
         error: it is of another type, or out of its range.
     """
-    origin, kinds = typing.get_origin(hint) or hint, typing.get_args(hint)
+    kind = typing.get_origin(hint) or hint
+    arguments = typing.get_args(hint)  # of a union, dict or tuple
     if dataclasses.is_dataclass(value):
         hints = typing.get_type_hints(type(value))
         for field in dataclasses.fields(value):
-            where = f"{name}.{field.name}" if name else field.name
-            check_form(getattr(value, field.name), hints[field.name], where, ranges, error)
-    elif origin is types.UnionType:
-        if type(value) not in kinds:  # else it is None, or a dimension's name or number
-            check_form(value, kinds[0], name, ranges, error)
+            field_name = f"{name}.{field.name}" if name else field.name
+            check_form(getattr(value, field.name), hints[field.name], field_name, ranges, error)
+    elif kind is types.UnionType:  # with None, or of a dimension's name and number
+        if type(value) not in arguments:
+            check_form(value, arguments[0], name, ranges, error)
         elif value is not None:
             check_form(value, type(value), name, ranges, error)
-    elif not isinstance(value, origin) and origin not in (int, float):
-        raise error(f"{name} is {value!r}: expected {origin.__name__}")
-    elif origin is dict and kinds:
+    elif kind in (int, float):
+        default = Range(0, 2**40) if kind is int else Range(-1e30, 1e30, whole=False)
+        ranges.get(name.rpartition(".")[2], default).check(name, value, error)
+    elif not isinstance(value, kind):
+        raise error(f"{name} is {value!r}: expected {kind.__name__}")
+    elif kind is dict and arguments:
         for key, item in value.items():
-            check_form(item, kinds[1], f"{name}.{key}", ranges, error)
-    elif origin is tuple:
-        if Ellipsis not in kinds and len(value) != len(kinds):
-            raise error(f"{name} has {len(value)} entries: expected {len(kinds)}")
+            check_form(item, arguments[1], f"{name}.{key}", ranges, error)
+    elif kind is tuple:
+        if Ellipsis not in arguments and len(value) != len(arguments):
+            raise error(f"{name} has {len(value)} entries: expected {len(arguments)}")
         for item in value:
-            check_form(item, kinds[0], name, ranges, error)
-    elif origin in (int, float):
-        usual = Range(0, 2**40) if origin is int else Range(-1e30, 1e30, whole=False)
-        ranges.get(name.rpartition(".")[2], usual).check(name, value, error)
+            check_form(item, arguments[0], name, ranges, error)

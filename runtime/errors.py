@@ -1,6 +1,7 @@
-"""What can go wrong because of what was given to us: each message names it, what was expected and the remedy.
+"""Errors caused by input, files or the machine.
 
-Commands print the message and exit with 2; libraries let it rise. Faults of our own stay ordinary exceptions.
+Each message names the input, what was expected and the remedy. Commands print it and exit with 2;
+libraries let it rise. Our own bugs stay ordinary exceptions.
 """
 
 
@@ -17,7 +18,7 @@ class BundleError(TinyAlignError):
 
 
 class UserError(TinyAlignError):
-    """A person's projector that is absent or does not belong to this bundle."""
+    """A user's projector that is absent or does not belong to this bundle."""
 
 
 class DataError(TinyAlignError):

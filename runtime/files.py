@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and their hashes."""
+"""Write files and folders whole or not at all, and hash them."""
 
 import contextlib
 import ctypes
@@ -9,13 +9,16 @@ import shutil
 import tempfile
 import tokenize
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tiny_align.runtime.errors import TinyAlignError
 
-HERE, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux's <fcntl.h> and <stdio.h>
+AT_FDCWD = -100  # Linux's <fcntl.h>
+RENAME_EXCHANGE = 2  # Linux's <stdio.h>
 
-NO_ARRAY = (  # what numpy.load raises of a file that is damaged, or none of its own
+ARRAY_ERRORS = (  # numpy.load raises them for a file that is damaged, or not one of its own
     ValueError,
     EOFError,
     SyntaxError,
@@ -36,33 +39,36 @@ def sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def read_errors(source: Path, kind: type[TinyAlignError] = TinyAlignError):
-    """Turns the system's refusal to read into one sentence: about the file that it names, or else about `source`."""
+def read_errors(source: Path, kind: type[TinyAlignError] = TinyAlignError) -> Iterator[None]:
+    """Turn an OSError of reading into `kind`, in one sentence about its file, or else `source`."""
     try:
         yield
     except OSError as error:
         raise kind(
-            f"{error.filename or source} cannot be read ({error.strerror or error}): check the path, and that you may "
-            "read it"
+            f"{error.filename or source} cannot be read ({error.strerror or error}): "
+            "check the path, and that you may read it"
         ) from error
 
 
 @contextlib.contextmanager
-def write_errors(target: Path):
-    """Turns the system's refusal to write (a full disk, no permission) into one sentence about `target`."""
+def write_errors(target: Path) -> Iterator[None]:
+    """Turn an OSError of writing (a full disk, no permission) into one sentence about `target`."""
     try:
         yield
-    except BrokenPipeError:  # of somebody who reads what we say
+    except BrokenPipeError:  # the reader of our output is gone
         raise
-    except OSError as error:  # numpy gives its own for a full disk, without a number
+    except OSError as error:  # numpy raises its own for a full disk, without a number
         raise TinyAlignError(
-            f"{target} cannot be written ({error.strerror or error}): make room, or give a folder you may write to"
+            f"{target} cannot be written ({error.strerror or error}): "
+            "make room, or give a folder you may write to"
         ) from error
 
 
 @contextlib.contextmanager
-def written_file(target: Path):
-    """Yields a temporary path beside `target`; on success it becomes `target`. What a killed process left is replaced.
+def written_file(target: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `target`; on success it becomes `target`.
+
+    What a killed process left behind is replaced.
 
     Raises:
         TinyAlignError: the folder cannot be written.
@@ -79,8 +85,8 @@ def written_file(target: Path):
 
 
 @contextlib.contextmanager
-def written_folder(target: Path):
-    """Yields a temporary folder beside `target`; on success it becomes `target`, replacing an old one."""
+def written_folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `target`; on success it replaces `target`."""
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -96,11 +102,11 @@ def written_folder(target: Path):
 def replace_folder(new: Path, target: Path) -> None:
     """Rename `new` to `target`, in one step where the system can exchange two folders.
 
-    Elsewhere an old `target` is renamed first, and put back if the second step fails.
+    On other systems an old `target` is renamed first, and put back if the second step fails.
     """
     old = new.with_name(new.name + "-old")
     if target.exists() and _exchange(new, target):
-        shutil.rmtree(new, ignore_errors=True)  # what was `target`
+        shutil.rmtree(new, ignore_errors=True)  # the old `target`
         return
     if target.exists():
         target.rename(old)
@@ -114,24 +120,24 @@ def replace_folder(new: Path, target: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Give two folders each other's name at once; False where that cannot be done."""
+    """Give two folders each other's name at once; False if the system cannot."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)  # Linux, glibc 2.28
-    return (
-        rename is not None
-        and rename(HERE, os.fsencode(one), HERE, os.fsencode(other), EXCHANGE) == 0
-    )
+    if rename is None:
+        return False
+    paths = (AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other))
+    return rename(*paths, RENAME_EXCHANGE) == 0
 
 
 def link_tree(source: Path, target: Path) -> None:
-    """The files of `source` in the folder `target` as well, without copies where the file system has hard links.
+    """Put the files of `source` into the folder `target` as well, as hard links if possible.
 
     A linked file must be replaced, never written into.
     """
     shutil.copytree(source, target, symlinks=True, dirs_exist_ok=True, copy_function=link_file)
 
 
-def link_file(source, target) -> None:
-    """The file under a second name, or a copy where the file system has no hard links."""
+def link_file(source: str | Path, target: str | Path) -> None:
+    """Give a file a second name, or copy it if the file system has no hard links."""
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError:
@@ -139,7 +145,7 @@ def link_file(source, target) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write under a temporary name, then rename."""
+    """Write a text file under a temporary name, then rename it."""
     temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -149,5 +155,6 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
-def write_json(path: Path, value) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

@@ -13,7 +13,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from tiny_align.runtime.backends.base import Decoder, Scores
-from tiny_align.runtime.bundle.budget import require_cache
+from tiny_align.runtime.backends.budget import require_cache
 from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.bundle.manifest import PromptSpec
 from tiny_align.runtime.checks import Range, check_fields
@@ -179,7 +179,7 @@ class LanguageModel:
             cache.memory = self._decoder.open_cache(self.capacity)
         for start in range(0, len(embeddings), CHUNK):
             chunk = embeddings[start : start + CHUNK]
-            logits = self._decoder.read(chunk, cache.memory, cache.length)
+            logits = self._decoder.run(chunk, cache.memory, cache.length)
             cache.length += len(chunk)
         return logits
 

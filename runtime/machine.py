@@ -1,19 +1,25 @@
-"""What this machine has: its GPU's compute capability, its memory, its name, and what a Jetson tells of itself.
+"""What this machine has: GPU, memory, name, and the state of a Jetson.
 
-Asked of the CUDA driver and read from the kernel's files, so that nothing has to be installed and no CUDA context is
-made. It does not judge: doctor.py does, and the builder decides whether a build will fit. What reads files takes
-`root`, under which a recorded machine may lie. Where the paths are documented:
+Asked of the CUDA driver and read from the kernel's files, so that nothing has to be installed and
+no CUDA context is made. It does not judge: the doctor does, and the builder decides whether a
+build will fit. A function that reads files takes `root`, the folder of a recorded machine in
+tests. Where the paths are documented:
 
-    /etc/nv_tegra_release, /etc/nvpmodel.conf, nvpmodel -q      Jetson Linux Developer Guide (r36.4, r39.2)
-    /var/lib/nvpmodel/status                                    what nvpmodel writes: "pmode:0002"
-    /sys/class/devfreq/*gpu*, /sys/devices/system/cpu           kernel, ABI/testing/sysfs-class-devfreq, admin-guide
-    /sys/class/thermal/thermal_zone*                            kernel, driver-api/thermal/sysfs-api
-    /sys/class/hwmon/hwmon*/oc*_event_cnt                       Jetson Linux Developer Guide, throttling
-    /sys/kernel/mm/transparent_hugepage                         kernel, admin-guide/mm/transhuge
-    /proc/meminfo, /proc/swaps, /proc/loadavg, /proc/asound     proc(5); ALSA's designs/procfile
-    /proc/self/cgroup, /sys/fs/cgroup                           cgroups(7); kernel, admin-guide/cgroup-v2 and -v1/memory
-    /proc/device-tree/model                                     the board's device tree
-    /usr/local/cuda/version.json, /usr/lib/*/libnvinfer.so.*    files of NVIDIA's Debian packages
+    /etc/nv_tegra_release, /etc/nvpmodel.conf, nvpmodel -q
+                                              Jetson Linux Developer Guide (r36.4, r39.2)
+    /var/lib/nvpmodel/status                  what nvpmodel writes: "pmode:0002"
+    /sys/class/devfreq/*gpu*, /sys/devices/system/cpu
+                                              kernel, ABI/testing/sysfs-class-devfreq, admin-guide
+    /sys/class/thermal/thermal_zone*          kernel, driver-api/thermal/sysfs-api
+    /sys/class/hwmon/hwmon*/oc*_event_cnt     Jetson Linux Developer Guide, throttling
+    /sys/kernel/mm/transparent_hugepage       kernel, admin-guide/mm/transhuge
+    /proc/meminfo, /proc/swaps, /proc/loadavg, /proc/asound
+                                              proc(5); ALSA's designs/procfile
+    /proc/self/cgroup, /sys/fs/cgroup         cgroups(7); kernel, admin-guide/cgroup-v2 and
+                                              -v1/memory
+    /proc/device-tree/model                   the board's device tree
+    /usr/local/cuda/version.json, /usr/lib/*/libnvinfer.so.*
+                                              files of NVIDIA's Debian packages
 """
 
 import contextlib
@@ -27,16 +33,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
-STACK_BYTES, ARENA_BYTES = (
-    8 << 20,
-    64 << 20,
-)  # that a thread reserves: its stack, and where glibc's malloc serves it
+COMPUTE_CAPABILITY_MAJOR = 75  # CUdevice_attribute
+COMPUTE_CAPABILITY_MINOR = 76
+STACK_BYTES = 8 << 20  # that a thread reserves
+ARENA_BYTES = 64 << 20  # that glibc's malloc reserves for a thread
 ROOT = Path("/")
-MEMINFO, CPUINFO, SWAPS = Path("/proc/meminfo"), Path("/proc/cpuinfo"), Path("/proc/swaps")
-STATUS, CGROUPS = Path("/proc/self/status"), Path("/proc/self/cgroup")
-JETSON_MODEL, L4T_RELEASE = Path("/proc/device-tree/model"), Path("/etc/nv_tegra_release")
-NVPMODEL, NVPMODEL_CONFIG = Path("/usr/sbin/nvpmodel"), Path("/etc/nvpmodel.conf")
+MEMINFO = Path("/proc/meminfo")
+CPUINFO = Path("/proc/cpuinfo")
+SWAPS = Path("/proc/swaps")
+STATUS = Path("/proc/self/status")
+CGROUPS = Path("/proc/self/cgroup")
+JETSON_MODEL = Path("/proc/device-tree/model")
+L4T_RELEASE = Path("/etc/nv_tegra_release")
+NVPMODEL = Path("/usr/sbin/nvpmodel")
+NVPMODEL_CONFIG = Path("/etc/nvpmodel.conf")
 NVPMODEL_STATUS = Path("/var/lib/nvpmodel/status")
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 DEFAULT_TARGETS = (
@@ -60,28 +70,31 @@ JETPACKS = {  # Jetson Linux -> JetPack: NVIDIA's JetPack archive
 
 def gpu_compute_capability() -> int | None:
     """Compute capability of the first GPU, 87 for 8.7; None without a GPU or without its driver."""
+    cuda = _cuda_driver()
+    if cuda is None:
+        return None
+    major = _attribute(cuda, COMPUTE_CAPABILITY_MAJOR)
+    minor = _attribute(cuda, COMPUTE_CAPABILITY_MINOR)
+    return None if major is None or minor is None else 10 * major + minor
+
+
+def _cuda_driver() -> ctypes.CDLL | None:
+    """The CUDA driver's library, initialised; None without a driver or a GPU."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return None
-    if cuda.cuInit(0) != 0:
-        return None
-    major, minor = (
-        _attribute(cuda, COMPUTE_CAPABILITY_MAJOR),
-        _attribute(cuda, COMPUTE_CAPABILITY_MINOR),
-    )
-    return None if major is None or minor is None else 10 * major + minor
+    return cuda if cuda.cuInit(0) == 0 else None
 
 
-def _attribute(cuda, attribute: int) -> int | None:
-    value, device = ctypes.c_int(), ctypes.c_int()
+def _attribute(cuda: ctypes.CDLL, attribute: int) -> int | None:
+    """A number about the first GPU; None if the driver refuses."""
+    value = ctypes.c_int()
+    device = ctypes.c_int()
     if cuda.cuDeviceGet(ctypes.byref(device), 0) != 0:
         return None
-    return (
-        value.value
-        if cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device) == 0
-        else None
-    )
+    status = cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+    return value.value if status == 0 else None
 
 
 def under(root: Path, path: Path) -> Path:
@@ -90,10 +103,10 @@ def under(root: Path, path: Path) -> Path:
 
 
 def read(path: Path) -> str:
-    """The text of a file of the kernel's; "" where it is missing or refuses to be read.
+    """The text of one of the kernel's files; "" if it is missing or cannot be read.
 
-    Unbuffered: the thermal zones of an Orin's idle engines answer EAGAIN, on which Python's text files fail with a
-    TypeError.
+    Unbuffered: the thermal zones of an Orin's idle engines answer EAGAIN, at which Python's text
+    files raise a TypeError.
     """
     try:
         with open(path, "rb", buffering=0) as file:
@@ -107,30 +120,38 @@ def _number(path: Path) -> int | None:
     return int(text) if re.fullmatch(r"-?\d+", text) else None
 
 
+def _fields(path: Path) -> dict[str, str]:
+    """A file of lines "name: value"."""
+    fields = {}
+    for line in read(path).splitlines():
+        name, colon, value = line.partition(":")
+        if colon:
+            fields[name] = value
+    return fields
+
+
 def gpu() -> dict[str, str]:
-    """The first GPU's name ("gpu") and the CUDA version its driver is for ("cuda", "12.6"); empty without a driver."""
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
+    """The first GPU's name ("gpu") and the driver's CUDA version ("cuda", "12.6"); or empty."""
+    cuda = _cuda_driver()
+    device = ctypes.c_int()
+    if cuda is None or cuda.cuDeviceGet(ctypes.byref(device), 0) != 0:
         return {}
-    version, device, name = ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(256)
-    if cuda.cuInit(0) != 0 or cuda.cuDeviceGet(ctypes.byref(device), 0) != 0:
-        return {}
+    version = ctypes.c_int()
+    name = ctypes.create_string_buffer(256)
     cuda.cuDriverGetVersion(ctypes.byref(version))
     cuda.cuDeviceGetName(name, len(name), device)
-    return {
-        "gpu": name.value.decode(),
-        "cuda": f"{version.value // 1000}.{version.value % 1000 // 10}",
-    }
+    major, minor = version.value // 1000, version.value % 1000 // 10
+    return {"gpu": name.value.decode(), "cuda": f"{major}.{minor}"}
 
 
 def memory(
     names: tuple[str, ...] = ("MemTotal", "MemAvailable", "SwapFree", "CmaFree"), root: Path = ROOT
 ) -> dict[str, int]:
-    """Bytes of each of /proc/meminfo's fields that the kernel tells; CmaFree is a Jetson's contiguous memory."""
-    fields = dict(
-        line.split(":", 1) for line in read(under(root, MEMINFO)).splitlines() if ":" in line
-    )
+    """Bytes of each field of /proc/meminfo that there is.
+
+    CmaFree is a Jetson's contiguous memory.
+    """
+    fields = _fields(under(root, MEMINFO))
     return {name: int(fields[name].split()[0]) * 1024 for name in names if name in fields}
 
 
@@ -139,13 +160,13 @@ class Room:
     """How much memory may still be taken, by one of the limits there are."""
 
     free: int  # bytes
-    limit: str  # for people: "under ulimit -v", "in the control group /app (memory.max)"
-    thread_bytes: int = 0  # what each thread reserves and seldom uses, where the limit counts it
+    limit: str  # for a message: "under ulimit -v", "in the control group /app (memory.max)"
+    thread_bytes: int = 0  # what each thread reserves and seldom uses, if the limit counts it
 
 
 @dataclass(frozen=True)
 class _Cgroups:
-    """Where a version of control groups keeps what it knows of memory."""
+    """The files in which a version of control groups has what it knows of memory."""
 
     mount: Path
     limit: str
@@ -168,31 +189,28 @@ CGROUP_1 = _Cgroups(
 
 
 def memory_limits(root: Path = ROOT) -> list[Room]:
-    """What this process's control groups and ulimit leave it, where they limit memory; a container is such a group."""
+    """What this process's control groups (a container is one) and ulimit leave it, if they limit
+    memory."""
     return [*_control_group_rooms(root), *_ulimit_rooms(root)]
 
 
 def _control_group_rooms(root: Path) -> Iterator[Room]:
-    """The process's own group and all above it, as far as they are seen from here: a container sees its own as /."""
-    for controllers, path in re.findall(
-        r"^\d+:([^:]*):(/.*)$", read(under(root, CGROUPS)), re.MULTILINE
-    ):
-        if not controllers or "memory" in controllers.split(","):
-            version = CGROUP_1 if controllers else CGROUP_2
-            for group in (Path(path), *Path(path).parents):
-                yield from _group_room(
-                    under(root, version.mount) / group.relative_to("/"), group, version
-                )
-
-
-def _group_room(folder: Path, group: Path, version: _Cgroups) -> Iterator[Room]:
-    limit, used = _number(folder / version.limit), _number(folder / version.usage)
-    if limit is not None and used is not None:
-        told = dict(re.findall(r"^(\w+) (\d+)$", read(folder / "memory.stat"), re.MULTILINE))
-        cached = sum(int(told.get(name, 0)) for name in version.caches)
-        yield Room(
-            max(0, limit - max(0, used - cached)), f"in the control group {group} ({version.limit})"
-        )
+    """Of the process's own group and all above it that it sees: a container sees its own as /."""
+    groups = re.findall(r"^\d+:([^:]*):(/.*)$", read(under(root, CGROUPS)), re.MULTILINE)
+    for controllers, path in groups:
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        version = CGROUP_1 if controllers else CGROUP_2
+        for group in (Path(path), *Path(path).parents):
+            folder = under(root, version.mount) / group.relative_to("/")
+            limit = _number(folder / version.limit)
+            usage = _number(folder / version.usage)
+            if limit is not None and usage is not None:
+                text = read(folder / "memory.stat")
+                statistics = dict(re.findall(r"^(\w+) (\d+)$", text, re.MULTILINE))
+                cached = sum(int(statistics.get(name, 0)) for name in version.caches)
+                used = max(0, usage - cached)
+                yield Room(max(0, limit - used), f"in the control group {group} ({version.limit})")
 
 
 def _ulimit_rooms(root: Path) -> Iterator[Room]:
@@ -200,9 +218,7 @@ def _ulimit_rooms(root: Path) -> Iterator[Room]:
         import resource  # Unix's
     except ImportError:
         return
-    status = dict(
-        line.split(":", 1) for line in read(under(root, STATUS)).splitlines() if ":" in line
-    )
+    status = _fields(under(root, STATUS))
     for kind, field, option, thread_bytes in (
         (resource.RLIMIT_AS, "VmSize", "-v", STACK_BYTES + ARENA_BYTES),
         (resource.RLIMIT_DATA, "VmData", "-d", STACK_BYTES),
@@ -214,29 +230,31 @@ def _ulimit_rooms(root: Path) -> Iterator[Room]:
 
 
 def free_memory_line() -> str:
-    """For people: 'MemAvailable 5120 MiB, CmaFree 200 MiB'."""
-    told = [
-        f"{name} {size >> 20} MiB" for name, size in memory(("MemAvailable", "CmaFree")).items()
-    ]
-    return ", ".join(told) or "free memory unknown"
+    """For a message: 'MemAvailable 5120 MiB, CmaFree 200 MiB'."""
+    sizes = memory(("MemAvailable", "CmaFree"))
+    parts = [f"{name} {size >> 20} MiB" for name, size in sizes.items()]
+    return ", ".join(parts) or "free memory unknown"
 
 
 def describe(root: Path = ROOT) -> dict[str, str | int]:
-    """System, cores, processor and, on a Jetson, its model, L4T release and JetPack: the stamp of a measurement."""
-    described = {
+    """The stamp of a measurement: system, cores, processor; a Jetson's model, L4T and JetPack."""
+    stamp: dict[str, str | int] = {
         "system": platform.platform(),
-        "cores": os.cpu_count(),
+        "cores": os.cpu_count() or 1,
         "python": platform.python_version(),
     }
     models = re.findall(r"^model name\s*: (.*)", read(under(root, CPUINFO)), re.MULTILINE)
     release = l4t_release(root)
-    told = {
+    found = {
         "processor": models[0] if models else None,
         "jetson": jetson_model(root),
         "l4t": release,
-        "jetpack": JETPACKS.get(release),
+        "jetpack": JETPACKS.get(release) if release else None,
     }
-    return described | {name: value for name, value in told.items() if value}
+    for name, value in found.items():
+        if value:
+            stamp[name] = value
+    return stamp
 
 
 # --- a Jetson ---
@@ -259,36 +277,37 @@ class PowerMode:
     """nvpmodel's mode, and the one with the fewest limits."""
 
     name: str  # "25W", "MAXN_SUPER"
-    fastest: str | None  # None: not told
+    fastest: str | None  # None: not known
     fastest_id: int | None
 
 
 def power_mode(root: Path = ROOT) -> PowerMode | None:
-    """What nvpmodel says, or else what it has written; None where there is neither."""
-    modes = {int(number): name for number, name in _power_modes(root)}
-    name = _asked_power_mode(under(root, NVPMODEL))
+    """What nvpmodel says, or else what it has written; None if there is neither."""
+    config = read(under(root, NVPMODEL_CONFIG))
+    modes = {}
+    for number, mode in re.findall(r"<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)\s*>", config):
+        modes[int(number)] = mode
+    name = _current_power_mode(under(root, NVPMODEL))
     written = re.match(r"pmode:(\d+)", read(under(root, NVPMODEL_STATUS)))
     if name is None and written:
         name = modes.get(int(written[1]), written[1])
     if name is None:
         return None
-    fastest = max(modes, key=lambda number: _watts(modes[number]), default=None)
-    return PowerMode(name, modes.get(fastest), fastest)
-
-
-def _power_modes(root: Path) -> list[tuple[str, str]]:
-    return re.findall(
-        r"<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)\s*>", read(under(root, NVPMODEL_CONFIG))
-    )
+    if not modes:
+        return PowerMode(name, None, None)
+    fastest = max(modes, key=lambda number: _watts(modes[number]))
+    return PowerMode(name, modes[fastest], fastest)
 
 
 def _watts(mode: str) -> float:
-    """A mode's budget; MAXN has none."""
+    """A mode's power budget, by its name; MAXN has no limit."""
     found = re.search(r"(\d+)W", mode)
-    return float(found[1]) if found else float("inf") if mode.startswith("MAXN") else 0.0
+    if found:
+        return float(found[1])
+    return float("inf") if mode.startswith("MAXN") else 0.0
 
 
-def _asked_power_mode(nvpmodel: Path) -> str | None:
+def _current_power_mode(nvpmodel: Path) -> str | None:
     try:
         done = subprocess.run(
             [nvpmodel, "-q"], capture_output=True, text=True, timeout=10, check=False
@@ -304,36 +323,43 @@ class Clock:
     """A clock and the range that it may take, in Hz."""
 
     now: int
-    least: int
-    greatest: int
+    min: int
+    max: int
 
     @property
     def locked(self) -> bool:
-        return self.least == self.greatest
+        return self.min == self.max
 
 
 def gpu_clock(root: Path = ROOT) -> Clock | None:
-    """The GPU's, where the kernel scales it (a Jetson)."""
+    """The GPU's, if the kernel scales it (a Jetson)."""
     for device in sorted(under(root, Path("/sys/class/devfreq")).glob("*gpu*")):
-        told = [_number(device / name) for name in ("cur_freq", "min_freq", "max_freq")]
-        if None not in told:
-            return Clock(*told)
+        now = _number(device / "cur_freq")
+        min_ = _number(device / "min_freq")
+        max_ = _number(device / "max_freq")
+        if now is not None and min_ is not None and max_ is not None:
+            return Clock(now, min_, max_)
     return None
 
 
 def cpu_mhz(root: Path = ROOT) -> float | None:
-    """The mean of the cores' clocks at this moment; None where the kernel does not tell."""
-    told = re.findall(r"^cpu MHz\s*: ([\d.]+)", read(under(root, CPUINFO)), re.MULTILINE)
+    """The mean of the cores' clocks at this moment; None if the kernel does not have it."""
     paths = under(root, Path("/sys/devices/system/cpu")).glob("cpu[0-9]*/cpufreq/scaling_cur_freq")
-    scaled = [khz / 1000 for path in paths if (khz := _number(path))]
-    clocks = scaled or [float(mhz) for mhz in told]
+    clocks = []
+    for path in paths:
+        khz = _number(path)
+        if khz:
+            clocks.append(khz / 1000)
+    if not clocks:
+        listed = re.findall(r"^cpu MHz\s*: ([\d.]+)", read(under(root, CPUINFO)), re.MULTILINE)
+        clocks = [float(mhz) for mhz in listed]
     return round(sum(clocks) / len(clocks), 1) if clocks else None
 
 
 def load(root: Path = ROOT) -> float | None:
-    """How many processes wanted to run, over the last minute."""
-    told = read(under(root, Path("/proc/loadavg"))).split()
-    return float(told[0]) if told else None
+    """The mean number of processes that wanted to run, over the last minute."""
+    averages = read(under(root, Path("/proc/loadavg"))).split()
+    return float(averages[0]) if averages else None
 
 
 def cores(root: Path = ROOT) -> tuple[str, str]:
@@ -348,38 +374,42 @@ class Temperature:
 
     zone: str
     celsius: float
-    limit: float  # where the kernel begins to slow the machine down
+    limit: float  # at which the kernel begins to slow the machine down
 
 
 def temperatures(root: Path = ROOT, default_limit: float = 95.0) -> list[Temperature]:
     """Every zone that can be read; one of an engine that is off cannot."""
-    told = []
+    found = []
     for zone in sorted(under(root, Path("/sys/class/thermal")).glob("thermal_zone*")):
         value = _number(zone / "temp")
         if value is not None and value > 0:
-            trips = [_number(trip) or 0 for trip in zone.glob("trip_point_*_temp") if _slows(trip)]
-            limit = min(
-                (trip / 1000 for trip in trips if trip >= 60_000), default=default_limit
-            )  # others are fans'
-            told.append(Temperature(read(zone / "type"), value / 1000, limit))
-    return told
+            limit = min(_slowing_trips(zone), default=default_limit)
+            found.append(Temperature(read(zone / "type"), value / 1000, limit))
+    return found
 
 
-def _slows(trip: Path) -> bool:
-    return read(trip.with_name(trip.name.replace("_temp", "_type"))) in (
-        "passive",
-        "hot",
-        "critical",
-    )
+def _slowing_trips(zone: Path) -> list[float]:
+    """Temperatures at which the kernel slows the machine down; those below 60 degrees are fans'."""
+    trips = []
+    for path in zone.glob("trip_point_*_temp"):
+        kind = read(path.with_name(path.name.replace("_temp", "_type")))
+        value = _number(path) or 0
+        if kind in ("passive", "hot", "critical") and value >= 60_000:
+            trips.append(value / 1000)
+    return trips
 
 
 def power_shortages(root: Path = ROOT) -> int | None:
-    """How often a Jetson has slowed down since its start for under-voltage or over-current; None elsewhere."""
-    counts = [
-        _number(p) for p in under(root, Path("/sys/class/hwmon")).glob("hwmon*/oc*_event_cnt")
-    ]
-    known = [count for count in counts if count is not None]
-    return sum(known) if known else None
+    """How often a Jetson has slowed down since its start; None elsewhere.
+
+    The causes are under-voltage and over-current.
+    """
+    counts = []
+    for path in under(root, Path("/sys/class/hwmon")).glob("hwmon*/oc*_event_cnt"):
+        count = _number(path)
+        if count is not None:
+            counts.append(count)
+    return sum(counts) if counts else None
 
 
 # --- memory, sound and NVIDIA's software, anywhere ---
@@ -406,18 +436,17 @@ def starts_a_desktop(root: Path = ROOT) -> bool | None:
 
 
 def microphones(root: Path = ROOT) -> list[str]:
-    """Names of the sound cards that record; a Jetson's own ones record from its pins only and do not count."""
+    """Names of the sound cards that record. A Jetson's own record from its pins only: left out."""
     folder = under(root, Path("/proc/asound"))
+    recording = set()
+    for number in re.findall(r"^(\d+)-\d+: .*capture", read(folder / "pcm"), re.MULTILINE):
+        recording.add(int(number))
     cards = re.findall(r"^\s*(\d+) \[\S*\s*\]: (\S+) - (.*)", read(folder / "cards"), re.MULTILINE)
-    records = {
-        int(found[1])
-        for found in re.finditer(r"^(\d+)-\d+: .*capture", read(folder / "pcm"), re.MULTILINE)
-    }
-    return [
-        name
-        for number, driver, name in cards
-        if int(number) in records and not driver.startswith("tegra")
-    ]
+    names = []
+    for number, driver, name in cards:
+        if int(number) in recording and not driver.startswith("tegra"):
+            names.append(name)
+    return names
 
 
 def cuda_toolkit(root: Path = ROOT) -> str | None:
@@ -438,12 +467,14 @@ class SystemTensorRT:
 
 def system_tensorrt(root: Path = ROOT) -> SystemTensorRT | None:
     """What JetPack's Debian packages have installed, whether or not this Python sees it."""
-    libraries = under(root, Path("/usr/lib")).glob("*-linux-gnu/libnvinfer.so.*.*")
-    versions = {
-        found[1] for p in libraries if (found := re.search(r"\.so\.(\d+\.\d+\.\d+)", p.name))
-    }
+    versions = []
+    for library in under(root, Path("/usr/lib")).glob("*-linux-gnu/libnvinfer.so.*.*"):
+        found = re.search(r"\.so\.(\d+\.\d+\.\d+)", library.name)
+        if found:
+            versions.append(found[1])
     if not versions:
         return None
-    bindings = under(root, Path("/usr/lib")).glob("python3*/dist-packages/tensorrt")
     newest = max(versions, key=lambda version: [int(part) for part in version.split(".")])
-    return SystemTensorRT(newest, tuple(sorted(p.parents[1].name for p in bindings)))
+    bindings = under(root, Path("/usr/lib")).glob("python3*/dist-packages/tensorrt")
+    pythons = sorted(path.parents[1].name for path in bindings)
+    return SystemTensorRT(newest, tuple(pythons))

@@ -85,7 +85,7 @@ class Cutter:
     def finish(self) -> list[tuple[np.ndarray, slice]]:
         """The last windows, and which of their vectors remain, if the audio ends here; nothing is changed."""
         waiting = np.concatenate([self._kept[:0], *self._waiting])
-        rest = self._pauses.judge(waiting, last=True)[0] if self._pauses else waiting
+        rest = self._pauses.shorten(waiting, last=True)[0] if self._pauses else waiting
         audio, first, windows = np.concatenate([self._kept, rest]), self._first, []
         if not len(audio):
             audio = (
@@ -108,7 +108,7 @@ class Cutter:
         )  # hours, uncopied
         kept, n_judged = waiting[:n], n
         if self._pauses:
-            kept, n_judged, self._pauses = self._pauses.judge(waiting[:n], last=False)
+            kept, n_judged, self._pauses = self._pauses.shorten(waiting[:n], last=False)
         self._kept = np.concatenate([self._kept, kept])
         self._waiting, self._n_waiting = [waiting[n_judged:]], len(waiting) - n_judged
 

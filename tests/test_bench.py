@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from tiny_align.benchmarks import (
+from tiny_align.benchmarks.standard import (
     command,
     diff,
     growth,
@@ -14,12 +14,12 @@ from tiny_align.benchmarks import (
     pipelines,
     results,
     stages,
-    standard,
     tables,
 )
-from tiny_align.benchmarks.counting import Cost, count
-from tiny_align.benchmarks.limits import against
-from tiny_align.benchmarks.processes import Served
+from tiny_align.benchmarks.standard import parts as standard
+from tiny_align.benchmarks.standard.counting import Cost, count
+from tiny_align.benchmarks.standard.limits import against
+from tiny_align.benchmarks.standard.processes import Served
 from tiny_align.runtime.errors import DataError
 
 SECONDS = {

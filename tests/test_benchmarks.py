@@ -8,15 +8,8 @@ import numpy as np
 import pytest
 
 from tiny_align.align.model.users import load_projector
-from tiny_align.benchmarks import (
-    alignment,
-    encoder,
-    families,
-    quantisation,
-    report,
-    swap,
-    training_cost,
-)
+from tiny_align.benchmarks.standard import training_cost
+from tiny_align.benchmarks.studies import alignment, encoder, families, quantisation, report, swap
 from tiny_align.runtime.bundle.bundle import Bundle
 
 
@@ -53,11 +46,11 @@ def test_a_recorded_command_names_what_was_chosen_and_no_folder(tmp_path, monkey
     assert alignment.main(["--parts", "curves", *given.split()]) == 0
     recorded = json.loads((tmp_path / "alignment-curves.json").read_text())["command"]
     assert recorded == (
-        "python -m benchmarks.alignment --parts curves --digits FOLDER --objectives ctc --seeds 1 --few 25 100"
+        "python -m benchmarks.studies.alignment --parts curves --digits FOLDER --objectives ctc --seeds 1 --few 25 100"
     )
     assert alignment.main(["--parts", "table", "--out", str(tmp_path)]) == 0
     recorded = json.loads((tmp_path / "alignment-table.json").read_text())["command"]
-    assert recorded == "python -m benchmarks.alignment --parts table"
+    assert recorded == "python -m benchmarks.studies.alignment --parts table"
 
 
 def test_what_pools_is_measured_without_windows(bundle_path):
@@ -118,7 +111,7 @@ def test_tokens_after_the_first_difference_are_not_equal():
 def test_the_table_of_families_is_whole():
     """Every family has its row, and what it says holds: equal to the last token."""
     pytest.importorskip("transformers", reason="the families are transformers'")
-    from tiny_align.benchmarks import tiny_encoders, tiny_llms
+    from tests.support import tiny_encoders, tiny_llms
 
     measured = json.loads(families.RESULTS.read_text(encoding="utf-8"))
     assert measured["encoders"].keys() == tiny_encoders.MAKERS.keys()

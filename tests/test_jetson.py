@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tiny_align.benchmarks import jetson
+from tiny_align.benchmarks.studies import jetson
 from tiny_align.runtime.commands.cli import COMMANDS
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "jetson.sh"
@@ -26,7 +26,7 @@ case "$*" in
     *"can tensorrt"*) exit 0 ;;
     *"measure --backend"*) cat {recorded}/$5.json; cp {recorded}/$5.npz {out} ;;
     *"runtime.commands.cli doctor"*) {doctor} ;;
-    *"benchmarks.swap"*) echo '{{"build_s": 0.5}}' ;;
+    *"benchmarks.studies.swap"*) echo '{{"build_s": 0.5}}' ;;
     *) exec {python} "$@" ;;
 esac
 """

@@ -1,6 +1,6 @@
 """The shipped bundle is good enough: typed answers exact, and a new person's projector learnt in a minute.
 
-The thresholds are the project's own; benchmarks/quality.py measures more voices and people.
+The thresholds are the project's own; benchmarks/studies/quality.py measures more voices and people.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import pytest
 
 from tiny_align.align.data.datasets import load_dataset, split_of
 from tiny_align.align.data.non_speech import non_speech
-from tiny_align.benchmarks import robustness
+from tiny_align.benchmarks.studies import robustness
 from tiny_align.reference import corpus
 from tiny_align.runtime import Assistant
 from tiny_align.runtime.errors import AudioError

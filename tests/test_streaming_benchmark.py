@@ -5,7 +5,7 @@ import pytest
 
 pytest.importorskip("torch", reason="the benchmark measures quality too")
 
-from tiny_align.benchmarks import streaming
+from tiny_align.benchmarks.standard import streaming
 from tiny_align.runtime.bundle.bundle import Bundle
 
 

@@ -47,15 +47,21 @@ def test_the_wheel_holds_stages_and_reference(wheel):
         "engines/build.py",
         "reference/corpus.py",
     )
-    for name in (*stages, "benchmarks/command.py"):
+    for name in (*stages, "benchmarks/standard/command.py"):
         assert f"tiny_align/{name}" in names
     manifest = json.loads((ROOT / "reference/bundle/manifest.json").read_text())
     for name in ("manifest.json", *manifest["files"]):
         assert f"tiny_align/reference/bundle/{name}" in names
     assert "tiny_align/reference/voice/metadata.jsonl" in names
     assert "tiny_align_telemetry_off.pth" in names  # executed at Python's start: setup.py
+    for stage in ("runtime", "align", "export", "engines"):
+        assert f"tiny_align/{stage}/py.typed" in names
     assert not any(
-        "weights/" in n or "/users/" in n or "/results/" in n or n.startswith("tests/")
+        "weights/" in n
+        or "/studies/" in n
+        or "/users/" in n
+        or "/results/" in n
+        or n.startswith("tests/")
         for n in names
     )
 

@@ -21,7 +21,7 @@ from tiny_align.align.data.datasets import Utterance
 from tiny_align.align.data.non_speech import non_speech
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.errors import AudioError
-from tiny_align.runtime.files import NO_ARRAY, written_file
+from tiny_align.runtime.files import ARRAY_ERRORS, written_file
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def _is_whole(path: Path) -> bool:
     """Whether the file is an array as long as its header says, as far as that is known without reading it."""
     try:
         np.load(path, mmap_mode="r", allow_pickle=False).shape  # noqa: B018 - an archive has none
-    except (*NO_ARRAY, OSError, AttributeError) as error:
+    except (*ARRAY_ERRORS, OSError, AttributeError) as error:
         log.warning("%s is damaged (%s): it is made again", path, error)
         return False
     return True

@@ -12,7 +12,7 @@ import numpy as np
 from tiny_align.align.data.examples import Example
 from tiny_align.align.data.feature_cache import array_of
 from tiny_align.runtime.errors import BundleError
-from tiny_align.runtime.files import NO_ARRAY
+from tiny_align.runtime.files import ARRAY_ERRORS
 
 
 def write_rehearsal(path: Path, examples: list[Example]) -> None:
@@ -38,7 +38,7 @@ def read_rehearsal(path: Path) -> list[Example]:
         return []
     try:
         return _read(path)
-    except (*NO_ARRAY, OSError, KeyError, AttributeError, TypeError, zlib.error) as error:
+    except (*ARRAY_ERRORS, OSError, KeyError, AttributeError, TypeError, zlib.error) as error:
         raise BundleError(
             f"{path} is damaged ({error}): copy the bundle again, or train its projector"
         ) from error

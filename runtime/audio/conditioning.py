@@ -1,6 +1,7 @@
-"""What a microphone did to a window of speech, undone before the front end: clipping, an offset, a low level.
+"""A window of speech before the front end: undo clipping, a constant offset and a low level.
 
-Speech as encoders are trained on passes as it is, sample by sample. The limits are our choices.
+Speech like that which encoders are trained on passes unchanged, sample by sample. The limits are
+our choices.
 """
 
 import numpy as np
@@ -18,7 +19,8 @@ def condition(audio: np.ndarray, sample_rate: int) -> np.ndarray:
     if not len(audio):
         return audio
     audio = declip(audio)
-    mean, deviation = float(audio.mean()), float(audio.std())
+    mean = float(audio.mean())
+    deviation = float(audio.std())
     if abs(mean) > OFFSET_SHARE * deviation:
         audio = audio - np.float32(mean)
     loudest_db = frame_levels(audio, sample_rate, FRAME_MS).max(initial=-np.inf)

@@ -1,8 +1,8 @@
-"""Recordings: files of any rate, channels and format -> checked float32 mono at the rate the encoder wants.
+"""Recordings of any format, rate and channels to checked float32 mono at the encoder's rate.
 
-A file is read whole or refused (decoding.py, containers.py); channels.py says what several channels become.
-`check_audio` is also for arrays that an embedder passes in. Nothing here records from a microphone, finds the speech
-in a recording or computes features.
+decoding.py reads a file, or refuses it if it is not whole; channels.py mixes its channels.
+`check_audio` is also for arrays that an embedder passes in. Nothing here records from a
+microphone, finds the speech in a recording or computes features.
 """
 
 import logging
@@ -27,14 +27,17 @@ END_SLACK_S = 0.5  # rounded time marks may point this far past the end of a fil
 
 @dataclass(frozen=True)
 class Recording:
-    """What was read, and what its owner should know about it."""
+    """The samples of a file, and what its owner should know about it."""
 
     samples: np.ndarray  # (S,) float32
     notes: tuple[str, ...]  # each begins with the file's name
 
 
+# --- files ---
+
+
 def read_recording(path: Path | str, sample_rate: int, max_s: float | None = None) -> Recording:
-    """The whole of a file (WAV, FLAC, OGG, MP3 and whatever else libsndfile knows).
+    """Read the whole of a file (WAV, FLAC, OGG, MP3 and whatever else libsndfile reads).
 
     Args:
         path: the file, a pipe, or "-" for standard input.
@@ -48,8 +51,8 @@ def read_recording(path: Path | str, sample_rate: int, max_s: float | None = Non
 
 
 def read_audio(path: Path | str, sample_rate: int, max_s: float | None = None) -> np.ndarray:
-    """`read_recording`'s samples, (S,) float32 at `sample_rate`; its notes are logged."""
-    return _logged(read_recording(path, sample_rate, max_s))
+    """Return `read_recording`'s samples, (S,) float32 at `sample_rate`; log its notes."""
+    return _log_notes(read_recording(path, sample_rate, max_s))
 
 
 def read_segment(
@@ -59,28 +62,77 @@ def read_segment(
     end_s: float | None,
     max_s: float | None = None,
 ) -> np.ndarray:
-    """The part of a file from `start_s` to `end_s` seconds (None: to the end); only that part is read.
+    """Read the part of a file from `start_s` to `end_s` seconds (None: to the end), no more.
 
     Returns:
         (S,) float32 at `sample_rate`, its channels mixed; notes are logged.
 
     Raises:
-        AudioError: as `read_recording`, and for a segment that is empty or not in the file; an end at most
-            END_SLACK_S past the end of the file is taken as the end.
+        AudioError: as `read_recording`, and for a segment that is empty or not in the file; an end
+            at most END_SLACK_S past the end of the file is taken as the end.
     """
-    return _logged(_read(Path(path), sample_rate, start_s, end_s, max_s))
+    return _log_notes(_read(Path(path), sample_rate, start_s, end_s, max_s))
 
 
-def _logged(recording: Recording) -> np.ndarray:
+def _log_notes(recording: Recording) -> np.ndarray:
     for note in recording.notes:
         log.warning("%s", note)
     return recording.samples
 
 
+def _read(
+    path: Path, sample_rate: int, start_s: float, end_s: float | None, max_s: float | None
+) -> Recording:
+    is_whole = start_s == 0.0 and end_s is None
+    name = file_name(path) if is_whole else f"{path} [{start_s} s to {end_s} s]"
+
+    def bounds(n_samples: int, rate: int) -> tuple[int, int]:
+        if is_whole:
+            first, last = 0, n_samples
+        else:
+            first, last = _segment_bounds(n_samples, rate, name, start_s, end_s)
+        _check_seconds((last - first) / rate, name, max_s)  # before decoding what may be hours
+        return first, last
+
+    decoded = decode(path, bounds)
+    _check_values(decoded.samples, name)
+    mono, notes = channels.mix(decoded.samples, decoded.sample_rate)
+    audio = soxr.resample(mono, decoded.sample_rate, sample_rate, quality="HQ")
+    check_audio(audio, sample_rate, name, max_s)
+    if not decoded.has_length:
+        notes.append(
+            "its header does not say how long it is: read to its end, "
+            "a part cut off could not be noticed"
+        )
+    notes += levels.notes(mono, decoded.sample_rate)
+    return Recording(audio, tuple(f"{name}: {note}" for note in notes))
+
+
+def _segment_bounds(
+    n_samples: int, rate: int, name: str, start_s: float, end_s: float | None
+) -> tuple[int, int]:
+    """First sample of a segment and the one after its last, at the file's rate."""
+    length_s = n_samples / rate
+    end = length_s if end_s is None else end_s
+    if not 0 <= start_s < end:  # NaN fails too
+        raise AudioError(
+            f"{name}: is not a segment; expected 0 <= start < end in a file of {length_s:.2f} s."
+        )
+    if start_s >= length_s or end > length_s + END_SLACK_S:
+        raise AudioError(
+            f"{name}: reaches past the end, the file lasts {length_s:.2f} s; "
+            "correct the time marks."
+        )
+    return round(start_s * rate), min(round(end * rate), n_samples)
+
+
+# --- arrays ---
+
+
 def check_audio(
     audio: np.ndarray, sample_rate: int, name: str = "audio", max_s: float | None = None
 ) -> None:
-    """Accept (S,) float32 samples in [-1, 1] in which something can be heard.
+    """Accept (S,) float32 samples in [-1, 1] that are not silent.
 
     Args:
         audio: the samples.
@@ -89,12 +141,19 @@ def check_audio(
         max_s: longest accepted, seconds; None: any.
 
     Raises:
-        AudioError: another type or shape, empty, NaN or infinite samples, out of range, too short or long, silence.
+        AudioError: another type or shape, empty, NaN or infinite samples, out of range, too short
+            or long, silence.
     """
     _check_array(audio, name)
     _check_seconds(len(audio) / sample_rate, name, max_s)
     _check_values(audio, name)
-    _check_level(audio, sample_rate, name)
+    loudest_db = levels.frame_levels(audio, sample_rate, SILENCE_FRAME_MS).max()
+    if loudest_db < SILENCE_DB:
+        raise AudioError(
+            f"{name}: nothing was heard, the loudest {SILENCE_FRAME_MS} ms are at "
+            f"{loudest_db:.0f} dBFS, expected at least {SILENCE_DB:.0f}; "
+            "check that the microphone is on, unmuted and selected."
+        )
 
 
 def check_chunk(chunk: np.ndarray) -> None:
@@ -103,17 +162,42 @@ def check_chunk(chunk: np.ndarray) -> None:
     Raises:
         AudioError: another type or shape, NaN or infinite samples, out of range.
     """
-    if not isinstance(chunk, np.ndarray) or chunk.ndim != 1 or chunk.dtype != np.float32:
-        given = (
-            f"{chunk.dtype} {chunk.shape}"
-            if isinstance(chunk, np.ndarray)
-            else type(chunk).__name__
-        )
-        raise AudioError(
-            f"a chunk must be a float32 array of shape (S,), given was {given}: convert it"
-        )
+    is_array = isinstance(chunk, np.ndarray)
+    if not is_array or chunk.ndim != 1 or chunk.dtype != np.float32:
+        got = f"{chunk.dtype} {chunk.shape}" if is_array else type(chunk).__name__
+        raise AudioError(f"a chunk must be a float32 array of shape (S,), got {got}: convert it")
     if len(chunk):
         _check_values(chunk, "a chunk")
+
+
+def _check_array(audio: np.ndarray, name: str) -> None:
+    expected = "expected a one-dimensional float32 numpy array in [-1, 1]"
+    if not isinstance(audio, np.ndarray):
+        raise AudioError(
+            f"{name}: got {type(audio).__name__}, {expected}; use np.asarray(samples, np.float32)."
+        )
+    if audio.dtype != np.float32:
+        remedy = "use .astype(np.float32)"
+        if np.issubdtype(audio.dtype, np.integer):
+            remedy = f"divide by {np.iinfo(audio.dtype).max + 1} as float32"
+        raise AudioError(f"{name}: got {audio.dtype} samples, {expected}; {remedy}.")
+    if audio.ndim != 1:
+        raise AudioError(f"{name}: got shape {audio.shape}, {expected}; average the channels.")
+
+
+def _check_seconds(seconds: float, name: str, max_s: float | None) -> None:
+    if seconds == 0:
+        raise AudioError(f"{name}: is empty, it holds no samples; record it again.")
+    if seconds < MIN_SECONDS:
+        raise AudioError(
+            f"{name}: lasts {seconds:.3f} s, expected at least {MIN_SECONDS} s; "
+            "record a longer one."
+        )
+    if max_s is not None and seconds > max_s:
+        raise AudioError(
+            f"{name}: lasts {seconds:.2f} s, expected at most {max_s:g} s; "
+            "cut it into shorter parts."
+        )
 
 
 def _check_values(audio: np.ndarray, name: str) -> None:
@@ -126,84 +210,3 @@ def _check_values(audio: np.ndarray, name: str) -> None:
         raise AudioError(
             f"{name}: samples reach {peak:.0f}, expected [-1, 1]; divide 16-bit samples by 32768."
         )
-
-
-def _check_array(audio: np.ndarray, name: str) -> None:
-    expected = "expected a one-dimensional float32 numpy array in [-1, 1]"
-    if not isinstance(audio, np.ndarray):
-        raise AudioError(
-            f"{name}: got {type(audio).__name__}, {expected}; use np.asarray(samples, np.float32)."
-        )
-    if audio.dtype != np.float32:
-        integer = np.issubdtype(audio.dtype, np.integer)
-        fix = (
-            f"divide by {np.iinfo(audio.dtype).max + 1} as float32"
-            if integer
-            else "use .astype(np.float32)"
-        )
-        raise AudioError(f"{name}: got {audio.dtype} samples, {expected}; {fix}.")
-    if audio.ndim != 1:
-        raise AudioError(f"{name}: got shape {audio.shape}, {expected}; average the channels.")
-
-
-def _check_seconds(seconds: float, name: str, max_s: float | None) -> None:
-    if seconds == 0:
-        raise AudioError(f"{name}: is empty, it holds no samples; record it again.")
-    if seconds < MIN_SECONDS:
-        raise AudioError(
-            f"{name}: lasts {seconds:.3f} s, expected at least {MIN_SECONDS} s; record a longer one."
-        )
-    if max_s is not None and seconds > max_s:
-        raise AudioError(
-            f"{name}: lasts {seconds:.2f} s, expected at most {max_s:g} s; cut it into shorter parts."
-        )
-
-
-def _check_level(audio: np.ndarray, sample_rate: int, name: str) -> None:
-    loudest = levels.frame_levels(audio, sample_rate, SILENCE_FRAME_MS).max()
-    if loudest < SILENCE_DB:
-        raise AudioError(
-            f"{name}: nothing was heard, the loudest {SILENCE_FRAME_MS} ms are at {loudest:.0f} dBFS, expected "
-            f"at least {SILENCE_DB:.0f}; check that the microphone is on, unmuted and selected."
-        )
-
-
-def _read(
-    path: Path, sample_rate: int, start_s: float, end_s: float | None, max_s: float | None
-) -> Recording:
-    is_whole = (start_s, end_s) == (0.0, None)
-    name = file_name(path) if is_whole else f"{path} [{start_s} s to {end_s} s]"
-
-    def bounds(n_samples: int, rate: int) -> tuple[int, int]:
-        first, last = (0, n_samples) if is_whole else _bounds(n_samples, rate, name, start_s, end_s)
-        _check_seconds((last - first) / rate, name, max_s)  # before decoding what may be hours
-        return first, last
-
-    decoded = decode(path, bounds)
-    _check_values(decoded.samples, name)
-    mono, notes = channels.mix(decoded.samples, decoded.sample_rate)
-    audio = soxr.resample(mono, decoded.sample_rate, sample_rate, quality="HQ")
-    check_audio(audio, sample_rate, name, max_s)
-    if not decoded.has_length:
-        notes.append(
-            "its header does not say how long it is: read to its end, a part cut off could not be noticed"
-        )
-    notes += levels.notes(mono, decoded.sample_rate)
-    return Recording(audio, tuple(f"{name}: {note}" for note in notes))
-
-
-def _bounds(
-    n_samples: int, rate: int, name: str, start_s: float, end_s: float | None
-) -> tuple[int, int]:
-    """First sample of a segment and the one after its last, at the file's rate."""
-    length_s = n_samples / rate
-    end = length_s if end_s is None else end_s
-    if not 0 <= start_s < end:  # NaN fails too
-        raise AudioError(
-            f"{name}: is not a segment; expected 0 <= start < end in a file of {length_s:.2f} s."
-        )
-    if start_s >= length_s or end > length_s + END_SLACK_S:
-        raise AudioError(
-            f"{name}: reaches past the end, the file lasts {length_s:.2f} s; correct the time marks."
-        )
-    return round(start_s * rate), min(round(end * rate), n_samples)

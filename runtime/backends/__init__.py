@@ -1,4 +1,5 @@
-"""Backends: what executes graphs. `base` is their contract; each backend is one file.
+"""Backends: what executes graphs. base.py is their contract, registry.py lists them.
 
-May import the bundle; a backend's library is imported inside the functions that need it.
+Each backend is one file that ends with its `BACKEND`. The library that it needs is imported
+inside the functions that need it. May import the bundle.
 """

@@ -1,25 +1,47 @@
-"""What every backend fulfils: `Runner`, a graph on named arrays, and `Decoder`, an LLM with its cache.
+"""The contract of a backend: `Backend` describes one, `Runner` and `Decoder` are what it loads.
 
-`Runner.__call__` checks names, types and sizes once, here; a backend implements `_run`. A `Chain` is two of them, and a
-backend may leave what is between them where it is. A decoder's cache is memory of the backend's own, laid out once for
-the whole context: nothing of it is copied through numpy. What a decoder gives is `Scores`.
+`Runner`    one graph on named arrays: `Runner.__call__` checks names, types and sizes, and a
+            backend implements `_run`.
+`Chain`     two runners, one after the other: a backend may keep on its device what passes between
+            them.
+`Decoder`   the LLM with a KV cache: the cache is the backend's own memory, laid out once for the
+            whole context, and is never copied through numpy.
+`Scores`    what a decoder returns: the logits that the next token is chosen by.
+
+registry.py lists the backends, and loads a graph with the one that is asked for.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from tiny_align.runtime.bundle.bundle import Bundle
-from tiny_align.runtime.bundle.manifest import GraphSpec, TensorSpec
+from tiny_align.runtime.bundle.manifest import GraphSpec
 from tiny_align.runtime.errors import BackendError
+from tiny_align.runtime.findings import Finding, Subject
 
-BACKENDS = ("onnxruntime", "tensorrt")
-TOPK_LOGITS, TOPK_TOKENS = (
-    "best_logits",
-    "best_tokens",
-)  # outputs of an LLM's graph that picks the best few itself
+# outputs of an LLM's graph that picks the top k tokens itself (export/topk.py)
+TOPK_LOGITS = "best_logits"
+TOPK_TOKENS = "best_tokens"
+
+Arrays = dict[str, np.ndarray]  # name of an input or output -> its array
+LoadedT = TypeVar("LoadedT", bound="Loaded")
+CacheT = TypeVar("CacheT")  # the class of a decoder's caches
+
+
+@dataclass(frozen=True)
+class GraphFile:
+    """A graph to load, and what it belongs to."""
+
+    path: Path  # the ONNX file, or what the manifest has in its place for the backend
+    spec: GraphSpec
+    bundle: Bundle | None = None  # None: a graph by itself, as in an export
+    name: str = ""  # in the bundle's manifest: "encoder", "projector" or "llm"
+    user: Path | None = None  # folder of the user whose projector it is
 
 
 class Loaded:
@@ -30,10 +52,10 @@ class Loaded:
     def close(self) -> None:
         """Free what the graph holds."""
 
-    def __enter__(self):
+    def __enter__(self: LoadedT) -> LoadedT:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -43,7 +65,7 @@ class Runner(Loaded, ABC):
     def __init__(self, spec: GraphSpec):
         self.spec = spec
 
-    def __call__(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def __call__(self, feed: Arrays) -> Arrays:
         """Run the graph: input name -> array to output name -> array.
 
         Raises:
@@ -52,33 +74,39 @@ class Runner(Loaded, ABC):
         self._check(feed)
         return self._run(feed)
 
-    def _check(self, feed: dict) -> None:
-        expected = [t.name for t in self.spec.inputs]
+    def _check(self, feed: Arrays) -> None:
+        expected = [tensor.name for tensor in self.spec.inputs]
         if sorted(feed) != sorted(expected):
             raise BackendError(
-                f"{self.spec.file} takes the inputs {expected}, given were {sorted(feed)}"
+                f"{self.spec.file}: expected the inputs {expected}, got {sorted(feed)}"
             )
         for tensor in self.spec.inputs:
             value = feed[tensor.name]
-            if not _fits(value, tensor):
+            if value.dtype.name != tensor.dtype or not _fits(value.shape, tensor.shape):
                 raise BackendError(
-                    f"{self.spec.file}: input {tensor.name} must be {tensor.dtype} {list(tensor.shape)}, "
-                    f"given was {value.dtype} {list(value.shape)}"
+                    f"{self.spec.file}: expected input {tensor.name} as {tensor.dtype} "
+                    f"{list(tensor.shape)}, got {value.dtype} {list(value.shape)}"
                 )
 
     @abstractmethod
-    def _run(self, feed: dict) -> dict: ...
+    def _run(self, feed: Arrays) -> Arrays: ...
 
-    def into(
-        self, other: "Runner", feed: dict[str, np.ndarray], rows: int | None = None
-    ) -> dict[str, np.ndarray]:
-        """See Chain; a backend may do it without numpy between the two."""
-        return other({name: value[:, :rows] for name, value in self(feed).items()})
+    def run_into(self, other: "Runner", feed: Arrays, rows: int | None = None) -> Arrays:
+        """Chain.__call__, `other` being the second graph; a backend may do it without numpy."""
+        between = {name: value[:, :rows] for name, value in self(feed).items()}
+        return other(between)
+
+
+def _fits(shape: tuple[int, ...], expected: tuple[int | str, ...]) -> bool:
+    """Whether a shape has the expected sizes; a named dimension may have any."""
+    if len(shape) != len(expected):
+        return False
+    return all(isinstance(want, str) or size == want for size, want in zip(shape, expected))
 
 
 @dataclass(frozen=True)
 class Chain:
-    """Two graphs, one after the other: the second takes what the first gives. It owns neither of them.
+    """Two graphs, one after the other: the second takes what the first returns. It owns neither.
 
     Raises:
         BackendError: the second takes something else.
@@ -87,133 +115,96 @@ class Chain:
     first: Runner
     second: Runner
 
-    def __post_init__(self):
-        given, taken = self.first.spec.outputs, self.second.spec.inputs
-        if [(t.name, t.dtype) for t in given] != [(t.name, t.dtype) for t in taken]:
-            takes, gives = (
-                ", ".join(f"{t.name} {t.dtype}" for t in side) for side in (taken, given)
-            )
+    def __post_init__(self) -> None:
+        outputs = [f"{t.name} {t.dtype}" for t in self.first.spec.outputs]
+        inputs = [f"{t.name} {t.dtype}" for t in self.second.spec.inputs]
+        if outputs != inputs:
             raise BackendError(
-                f"{self.second.spec.file} takes {takes}, {self.first.spec.file} gives {gives}: export the bundle again"
+                f"{self.second.spec.file} takes {', '.join(inputs)}, {self.first.spec.file} gives "
+                f"{', '.join(outputs)}: export the bundle again"
             )
 
-    def __call__(
-        self, feed: dict[str, np.ndarray], rows: int | None = None
-    ) -> dict[str, np.ndarray]:
+    def __call__(self, feed: Arrays, rows: int | None = None) -> Arrays:
         """Run both: the first one's inputs to the second one's outputs.
 
         Args:
-            rows: the second gets so many rows of the first one's (1, N, Da), from the start; None: all of them.
+            rows: how many rows of the first one's (1, N, Da) the second gets, from the start;
+                None: all.
         """
-        return self.first.into(self.second, feed, rows)
+        return self.first.run_into(self.second, feed, rows)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a token is chosen by: the logits of every token, or those of the few best and which they are."""
+    """What a token is chosen by: the logits of all tokens, or the top k logits and their tokens."""
 
-    logits: np.ndarray  # (V,) float32; or (K,), best first
-    tokens: np.ndarray | None = None  # (K,) whose they are; None: every token's, in order
+    logits: np.ndarray  # (V,) float32; or (K,), greatest first
+    tokens: np.ndarray | None = None  # (K,) the tokens of the logits; None: all, in order
 
     def topk(self, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """The `n` best tokens, best first, and their logits; of fewer tokens all of them.
+        """The `n` tokens with the highest logits, highest first, and their logits.
+
+        Fewer than `n` if the vocabulary is smaller.
 
         Raises:
-            BackendError: the graph gives fewer than that.
+            BackendError: the LLM's graph gives fewer.
         """
         if self.tokens is None:
-            best = _best(self.logits, n)
-            return best, self.logits[best]
+            tokens = _topk(self.logits, n)
+            return tokens, self.logits[tokens]
         if n > len(self.tokens):
             raise BackendError(
-                f"the {n} best tokens were asked for, the LLM's graph gives {len(self.tokens)}: ask for a top_k of at "
-                f"most {len(self.tokens)}"
+                f"expected a top_k of at most {len(self.tokens)}, as many tokens as the LLM's "
+                f"graph gives, got {n}: ask for fewer"
             )
         return self.tokens[:n], self.logits[:n]
 
 
-def _best(logits: np.ndarray, n: int) -> np.ndarray:
-    """Which `n` of (V,) are the greatest, the greatest first; of equals the first."""
-    if n == 1:  # greedy, at every token: no partition
-        return logits.argmax(keepdims=True)
-    some = np.argpartition(logits, -n)[-n:] if n < len(logits) else np.arange(len(logits))
-    return some[np.argsort(-logits[some], kind="stable")]
+def _topk(logits: np.ndarray, n: int) -> np.ndarray:
+    """Indices of the `n` greatest of (V,), the greatest first; of equals the first."""
+    if n == 1:  # greedy decoding, at every token: no partition
+        return logits.argmax(axis=0, keepdims=True)
+    candidates = np.argpartition(logits, -n)[-n:] if n < len(logits) else np.arange(len(logits))
+    return candidates[np.argsort(-logits[candidates], kind="stable")]
 
 
-class Decoder(Loaded, ABC):
+class Decoder(Loaded, ABC, Generic[CacheT]):
     """A loaded LLM. It holds no conversation: a cache does, and there may be many."""
 
     @abstractmethod
-    def open_cache(self, capacity: int):
+    def open_cache(self, capacity: int) -> CacheT:
         """Memory for the keys and values of `capacity` positions."""
 
     @abstractmethod
-    def read(self, embeddings: np.ndarray, cache, past: int) -> Scores:
-        """Read embeddings (T, D) float32 after the first `past` positions of the cache.
+    def run(self, embeddings: np.ndarray, cache: CacheT, past: int) -> Scores:
+        """Run the LLM over embeddings (T, D) float32, after the cache's first `past` positions.
 
         Returns:
-            The last position's, to be used before the next call with this cache.
+            The last position's scores; the next call with this cache may overwrite them.
         """
 
     @abstractmethod
-    def rewind(self, cache, length: int) -> None:
-        """Forget all but the first `length` positions of the cache; what is read next follows them."""
+    def rewind(self, cache: CacheT, length: int) -> None:
+        """Forget all but the cache's first `length` positions; the next call goes on from there."""
 
 
-def _fits(value: np.ndarray, tensor: TensorSpec) -> bool:
-    return value.dtype.name == tensor.dtype and len(value.shape) == len(tensor.shape) and all(
-        isinstance(want, str) or have == want for have, want in zip(value.shape, tensor.shape)
-    )  # fmt: skip
+@dataclass(frozen=True)
+class Backend:
+    """What the rest of the runtime has to know about a backend.
 
-
-def load_runner(
-    path: Path,
-    spec: GraphSpec,
-    backend: str,
-    threads: int | None = None,
-    bundle: Bundle | None = None,
-) -> Runner:
-    """Load one graph with the named backend; never another one in its place.
-
-    Args:
-        path: the ONNX file; with TensorRT, whose weights the bundle's engine is to have.
-        threads: CPU threads, of ONNX Runtime; None: all cores.
-        bundle: whose graph it is; TensorRT takes its engines.
+    A loader takes a graph and the number of CPU threads (None: all cores); it raises BackendError.
+    A backend that runs the LLM only takes another one's `load_runner`, and names that one in
+    `runner_graphs`.
     """
-    if backend == "onnxruntime":
-        from tiny_align.runtime.backends.onnxruntime import OrtRunner
 
-        return OrtRunner(path, spec, threads)
-    if backend == "tensorrt":
-        from tiny_align.runtime.backends.tensorrt import TrtRunner
-
-        return TrtRunner(path, spec, bundle)
-    raise _unknown(backend)
-
-
-def load_decoder(
-    path: Path,
-    spec: GraphSpec,
-    backend: str,
-    threads: int | None = None,
-    bundle: Bundle | None = None,
-) -> Decoder:
-    """Load the LLM's graph for the named backend; never another one in its place."""
-    if backend == "onnxruntime":
-        from tiny_align.runtime.backends.onnxruntime import OrtDecoder
-
-        return OrtDecoder(path, spec, threads)
-    if backend == "tensorrt":
-        from tiny_align.runtime.backends.tensorrt import TrtDecoder
-
-        return TrtDecoder(path, spec, bundle)
-    raise _unknown(backend)
+    name: str  # as --backend takes it, and the manifest has it if it has a graph for this backend
+    load_runner: Callable[[GraphFile, int | None], Runner]  # encoder and projector
+    load_decoder: Callable[[GraphFile, int | None], Decoder]  # the LLM
+    check: Callable[[Subject], Iterator[Finding]]  # what `tiny-align doctor` says about it
+    cache_sets: int = 1  # sets of keys and values that a conversation takes
+    runner_graphs: str = ""  # the backend whose graphs `load_runner` takes; "": this one
 
 
 def closed(spec: GraphSpec) -> BackendError:
-    """What a backend says where it is used after `close`."""
+    """The error of a graph that is used after `close`."""
     return BackendError(f"{spec.file} is closed: load the bundle again")
-
-
-def _unknown(backend: str) -> BackendError:
-    return BackendError(f"there is no backend {backend!r}: choose one of {', '.join(BACKENDS)}")

@@ -1,40 +1,60 @@
-"""The ONNX Runtime backend, on the CPU."""
+"""The ONNX Runtime backend, on the CPU.
+
+The KV cache (`OrtCache`) is one set of numpy arrays (1, H, capacity, size) that are bound as the
+LLM graph's inputs and outputs at once: a layer writes new keys and values where it reads the old
+ones.
+"""
 
 import contextlib
+from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tiny_align.runtime.backends.base import Decoder, Runner, Scores, closed
+from tiny_align.runtime.backends.base import (
+    Arrays,
+    Backend,
+    Decoder,
+    GraphFile,
+    Runner,
+    Scores,
+    closed,
+)
 from tiny_align.runtime.backends.huge_pages import on_huge_pages
 from tiny_align.runtime.bundle.manifest import GraphSpec, TensorSpec
 from tiny_align.runtime.errors import BackendError
+from tiny_align.runtime.findings import Finding, Subject, judged
 
-INT8_PRODUCTS = "4"  # accuracy level of MatMulNBits: activations of block-quantised weights in int8
-EXACT_INT8 = (
-    "1"  # where x86 lacks VNNI: sums of products of uint8 and int8 overflow their 16 bits there
-)
-SMALL_INT8 = b"DynamicQuantizeLinear"  # of what is multiplied by 7-bit codes (export/int8.py), where nothing overflows
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession, OrtValue
+
+# Accuracy level of MatMulNBits: the activations of block-quantised weights are multiplied in INT8.
+INT8_PRODUCTS = "4"
+# Where x86 lacks VNNI, sums of products of uint8 and int8 overflow their 16 bits. This session
+# option avoids it, and is slower. Products with 7-bit codes (export/int8.py) do not overflow.
+EXACT_INT8 = "1"
 
 
-def _session(path: Path, threads: int | None, spinning: bool):
+def open_session(
+    path: Path, threads: int | None, *, spinning: bool, activations: str | None = None
+) -> "InferenceSession":
     """A graph in an ONNX Runtime session.
 
     Args:
         threads: of its operators; None: all cores.
-        spinning: whether they wait for work by spinning: faster for what runs all the time, slower for all else.
+        spinning: whether they wait for work by spinning: faster for what runs all the time, slower
+            for all else.
+        activations: the manifest's `quantised_activations`; None: found out from the graph.
     """
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.log_severity_level = 4  # it raises what it would say
+    options.log_severity_level = 4  # it raises its errors too
+    options.enable_mem_pattern = False  # it would keep a plan for every length that has occurred
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", INT8_PRODUCTS)
-    options.enable_mem_pattern = (
-        False  # ONNX Runtime would keep a plan for every length there has been
-    )
-    if b"QuantizeLinear" in path.read_bytes().replace(
-        SMALL_INT8, b""
-    ):  # DequantizeLinear has a small q
+    if (activations or quantised_activations(path)) == "static":
         options.add_session_config_entry("session.x64quantprecision", EXACT_INT8)
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     if threads:
@@ -43,22 +63,28 @@ def _session(path: Path, threads: int | None, spinning: bool):
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
+def quantised_activations(path: Path) -> str:
+    """The manifest's field of that name, for a graph whose manifest lacks it: by its operators."""
+    graph = path.read_bytes()
+    dynamic = b"DynamicQuantizeLinear"
+    if b"QuantizeLinear" in graph.replace(dynamic, b""):  # DequantizeLinear has a small q
+        return "static"
+    return "dynamic" if dynamic in graph else "none"
+
+
 @contextlib.contextmanager
-def _explained(what: str):
-    """Turns what ONNX Runtime raises into one sentence."""
+def _explained(what: str) -> Iterator[None]:
+    """Turn what ONNX Runtime raises into one sentence."""
     try:
         yield
     except Exception as error:  # onnxruntime has no common base class
         import onnxruntime as ort
 
-        remedy = (
-            ": memory ran out, close other programs or raise its limit"
-            if "bad_alloc" in str(error)
-            else ""
-        )
-        raise BackendError(
-            f"ONNX Runtime {ort.__version__} {what} ({' '.join(str(error).split())}){remedy}"
-        ) from error
+        reason = " ".join(str(error).split())
+        message = f"ONNX Runtime {ort.__version__} {what} ({reason})"
+        if "bad_alloc" in str(error):
+            message += ": memory ran out, close other programs or raise its limit"
+        raise BackendError(message) from error
 
 
 class OrtRunner(Runner):
@@ -68,10 +94,12 @@ class OrtRunner(Runner):
 
     def __init__(self, path: Path, spec: GraphSpec, threads: int | None = None):
         super().__init__(spec)
-        self._session = _session(path, threads, spinning=False)
-        self._outputs = [o.name for o in self._session.get_outputs()]
+        self._session: InferenceSession | None = open_session(
+            path, threads, spinning=False, activations=spec.quantised_activations
+        )
+        self._outputs = [output.name for output in self._session.get_outputs()]
 
-    def _run(self, feed: dict) -> dict:
+    def _run(self, feed: Arrays) -> Arrays:
         if self._session is None:
             raise closed(self.spec)
         with _explained(f"cannot run {self.spec.file}"):
@@ -81,25 +109,28 @@ class OrtRunner(Runner):
         self._session = None
 
 
-class OrtDecoder(Decoder):
+class OrtDecoder(Decoder["OrtCache"]):
     """The LLM's fused graph (export/llm_ort.py) on a cache that ONNX Runtime writes in place.
 
-    Its logits lie in this process's memory anyway, so that they are given whole: the best of 128,256 is found sooner
-    than the graph would pick the best few.
+    It returns all logits, since they are in this process's memory anyway: numpy finds the top k of
+    128,256 sooner than the graph would.
     """
 
     name = "onnxruntime"
 
     def __init__(self, path: Path, spec: GraphSpec, threads: int | None = None):
+        self._spec = spec
         with on_huge_pages():
-            self._spec, self._session = spec, _session(path, threads, spinning=True)
+            self._session: InferenceSession | None = open_session(
+                path, threads, spinning=True, activations=spec.quantised_activations
+            )
 
-    def open_cache(self, capacity: int) -> "_OrtCache":
+    def open_cache(self, capacity: int) -> "OrtCache":
         if self._session is None:
             raise closed(self._spec)
-        return _OrtCache(self._session, self._spec, capacity)
+        return OrtCache(self._session, self._spec, capacity)
 
-    def read(self, embeddings: np.ndarray, cache: "_OrtCache", past: int) -> Scores:
+    def run(self, embeddings: np.ndarray, cache: "OrtCache", past: int) -> Scores:
         if self._session is None:
             raise closed(self._spec)
         cache.prepare(embeddings, past)
@@ -107,44 +138,94 @@ class OrtDecoder(Decoder):
             self._session.run_with_iobinding(cache.binding)
         return cache.scores
 
-    def rewind(self, cache: "_OrtCache", length: int) -> None:
-        """Nothing to do: what lies beyond the length that the next reading gives is not looked at."""
+    def rewind(self, cache: "OrtCache", length: int) -> None:
+        """Nothing to do: the graph ignores positions beyond the length that it gets."""
 
     def close(self) -> None:
         self._session = None
 
 
-class _OrtCache:
-    """Memory for one conversation, bound as the graph's inputs and outputs: what a layer writes lies where it reads."""
+class OrtCache:
+    """Keys and values of one conversation, bound as inputs and outputs of the LLM's graph.
 
-    def __init__(self, session, spec: GraphSpec, capacity: int):
-        self.binding, self._alive = session.io_binding(), {}
-        self._length, *memory = (_zeros(tensor, capacity) for tensor in spec.inputs[1:])
+    The graph's inputs are embeddings, length, then keys and values; its outputs are logits, then
+    the same keys and values.
+    """
+
+    def __init__(self, session: "InferenceSession", spec: GraphSpec, capacity: int):
+        self.binding = session.io_binding()
+        self._alive: dict[str, OrtValue] = {}  # a binding does not keep its arrays alive
         logits = _zeros(spec.outputs[0], capacity)
         self.scores = Scores(logits[0, 0])
-        for tensor, array in zip(spec.inputs[1:], (self._length, *memory), strict=True):
-            self._bind(self.binding.bind_ortvalue_input, tensor.name, array)
-        for tensor, array in zip(spec.outputs, (logits, *memory), strict=True):
-            self._bind(self.binding.bind_ortvalue_output, tensor.name, array)
+        self._bind(self.binding.bind_ortvalue_output, spec.outputs[0].name, logits)
+        length, *past = spec.inputs[1:]
+        self._length = _zeros(length, capacity)
+        self._bind(self.binding.bind_ortvalue_input, length.name, self._length)
+        for before, after in zip(past, spec.outputs[1:], strict=True):
+            array = _zeros(before, capacity)
+            self._bind(self.binding.bind_ortvalue_input, before.name, array)
+            self._bind(self.binding.bind_ortvalue_output, after.name, array)
 
-    def _bind(self, bind, name: str, array: np.ndarray) -> None:
-        """Bind the array itself, not a copy; a binding does not keep it alive."""
+    def _bind(self, bind: Callable[[str, "OrtValue"], None], name: str, array: np.ndarray) -> None:
+        """Bind the array itself, not a copy of it."""
         import onnxruntime as ort
 
         self._alive[name] = ort.OrtValue.ortvalue_from_numpy(array)
         bind(name, self._alive[name])
 
     def prepare(self, embeddings: np.ndarray, past: int) -> None:
-        """What a step changes: the embeddings (T, D), and how many positions are in use after them."""
-        self._bind(
-            self.binding.bind_ortvalue_input,
-            "inputs_embeds",
-            np.ascontiguousarray(embeddings[None]),
-        )
+        """Set what a step changes: the embeddings (T, D), and the length after them."""
+        rows = np.ascontiguousarray(embeddings[None])
+        self._bind(self.binding.bind_ortvalue_input, "inputs_embeds", rows)
         self._length[0] = past + len(embeddings)
 
 
 def _zeros(tensor: TensorSpec, capacity: int) -> np.ndarray:
-    return np.zeros(
-        [capacity if size == "capacity" else size for size in tensor.shape], tensor.dtype
+    shape = [capacity if isinstance(size, str) else size for size in tensor.shape]
+    return np.zeros(shape, tensor.dtype)
+
+
+# --- the doctor ---
+
+
+def check(subject: Subject) -> Iterator[Finding]:
+    """Whether exactly one build of ONNX Runtime is installed, and for which devices."""
+    builds = {}
+    for name in ("onnxruntime", "onnxruntime-gpu"):
+        found = subject.package(name)
+        if found:
+            builds[name] = found
+    if not builds:
+        yield Finding("ONNX Runtime", "not installed", False, "pip install tiny-align")
+        return
+    versions = ", ".join(f"{name} {build.version}" for name, build in builds.items())
+    providers = ", ".join(_providers(next(iter(builds.values()))))
+    remedy = (
+        "the two overwrite each other's files: pip uninstall onnxruntime onnxruntime-gpu, then "
+        "install one of them"
     )
+    yield judged("ONNX Runtime", f"{versions}: {providers}", len(builds) == 1, remedy)
+
+
+def _providers(distribution: metadata.Distribution) -> list[str]:
+    """The devices a build is for, by the libraries in the package's folder; all builds share it."""
+    folder = Path(str(distribution.locate_file("onnxruntime/capi")))
+    providers = []
+    for device, part in (("TensorRT", "tensorrt"), ("CUDA", "cuda")):
+        if any(folder.glob(f"*onnxruntime_providers_{part}.*")):
+            providers.append(device)
+    return [*providers, "CPU"]  # the CPU's is built in
+
+
+# --- the backend ---
+
+
+def load_runner(graph: GraphFile, threads: int | None) -> OrtRunner:
+    return OrtRunner(graph.path, graph.spec, threads)
+
+
+def load_decoder(graph: GraphFile, threads: int | None) -> OrtDecoder:
+    return OrtDecoder(graph.path, graph.spec, threads)
+
+
+BACKEND = Backend("onnxruntime", load_runner, load_decoder, check)

@@ -1,251 +1,109 @@
-"""The TensorRT backend: engines of a bundle on device memory of our own, through TensorRT 10.3 and later or -RTX.
+"""The TensorRT backend: a bundle's engines on the GPU, by TensorRT 10.3 and later or TensorRT-RTX.
 
-Built by `tiny-align build-engines` and checked by engines.py; nothing is built here. Device buffers are laid out once,
-for the greatest shapes of the engine's profile. A person's projector is an engine of their own, in engines/ of their
-folder (`Bundle.person`), or else the bundle's, refitted with their weights when it is loaded.
+    tensorrt_engine.py   one engine: found, loaded, checked, run
+    cuda_memory.py       device memory, copies, streams
+    this file            what the runtime wants of them: `TrtRunner`, `TrtDecoder` and its cache
 
-In a Chain what the encoder gives is what the projector reads, where it lies. What the projector gives comes to the CPU,
-kilobytes of it: there the readout makes soft tokens (readout.py), and the instruction's embeddings are put around them.
-Of a step of the LLM only its embeddings and the graph's few best tokens (export/topk.py) cross, on a Jetson without a
-copy (cuda_memory.exchange); where a graph picks none, as its manifest tells, every logit does.
+Device buffers are laid out once, for the max shapes of an engine's profile.
 
-The LLM's keys and values stay on the device, in two sets of buffers: what a step writes is what the next one reads. A
-set is laid out for the whole context, but TensorRT takes (1, H, past, size) without gaps, so that it is filled from its
-start, and every position moves when one is added. Hence no CUDA graph for a step: its shapes are other ones every time,
-and a captured graph would go on computing the first. A cache of one shape, masked beyond its length, could be captured,
-but this TensorRT writes into no tensor that it reads: every step would copy the whole capacity and look through it, at
-4,096 positions of Llama-3.2-1B's shape 268 MB, read twice and written once, beside 0.8 GB of weights. What that would
-save is the time of launches, which a model of that size hides: they are made while earlier kernels still read weights.
+What crosses between CPU and GPU. In a Chain the encoder's features stay on the device: the
+projector reads them there. The projector's vectors come to the CPU, kilobytes of them, because
+the readout (readout.py) makes soft tokens there and puts the prompt's embeddings around them. A
+step of the LLM sends its embeddings and fetches the top k logits and tokens, which the graph
+picks itself (export/topk.py); on a Jetson neither is copied (cuda_memory.exchange). A graph that
+picks none, as its manifest tells, has all logits fetched.
+
+The KV cache. A conversation has two sets of buffers on the device (`CacheMemory`), one buffer for
+each tensor (1, H, past, size) of keys or values, each large enough for the whole context. A step
+reads one set and writes the other, longer by its positions; then they change places:
+
+    a step of          reads (`current`)     writes (`next`)
+    a prompt, 7        set A: nothing        set B: 7 positions
+    a token, 1         set B: 7 positions    set A: 8 positions
+    a token, 1         set A: 8 positions    set B: 9 positions
+
+TensorRT takes tensors without gaps, so that a buffer is filled from its start, and a head's
+positions lie elsewhere after every step. `rewind` moves what remains of each head to the other
+set.
+
+Why no CUDA graph. A captured graph repeats the shapes of its first step, and here they change at
+every step. A cache of one shape, masked beyond its length, could be captured. But this TensorRT
+writes into no tensor that it reads: every step would copy the whole capacity and attend to all of
+it. At 4,096 positions of Llama-3.2-1B's shape that is 268 MB, read twice and written once, beside
+0.8 GB of weights. It would save the time of launches, which a model of that size hides: they are
+made while earlier kernels still read weights.
 """
 
-import functools
-import mmap
 import weakref
-from collections import deque
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
 
+from tiny_align.runtime import machine
 from tiny_align.runtime.backends import cuda_memory
 from tiny_align.runtime.backends.base import (
     TOPK_LOGITS,
     TOPK_TOKENS,
+    Arrays,
+    Backend,
     Decoder,
+    GraphFile,
     Runner,
     Scores,
     closed,
 )
-from tiny_align.runtime.bundle.bundle import Bundle
-from tiny_align.runtime.bundle.engines import (
-    PACKAGES,
-    build_command,
-    check_engine,
-    import_tensorrt,
-    machine_facts,
-)
-from tiny_align.runtime.bundle.manifest import GraphSpec, TensorSpec
+from tiny_align.runtime.backends.cuda_memory import Buffer, Copied, Mapped, Stream
+from tiny_align.runtime.backends.tensorrt_engine import Engine
+from tiny_align.runtime.bundle.manifest import TensorSpec
+from tiny_align.runtime.bundle.profile import Shape
 from tiny_align.runtime.errors import BackendError
+from tiny_align.runtime.findings import (
+    DOCS,
+    Finding,
+    Subject,
+    judged,
+    optional,
+    version_numbers,
+)
 
-PROFILE, GREATEST = 0, 2  # an engine has one profile: least, usual and greatest shapes
-LAST_WORDS = 4  # of TensorRT's errors, told to people
-
-
-def _package():
-    """TensorRT, or TensorRT-RTX where only that is installed."""
-    for name in PACKAGES:
-        if module := import_tensorrt(name, "Runtime"):
-            return module
-    raise BackendError(
-        "the backend 'tensorrt' needs TensorRT, which is not installed for this Python. On a Jetson it comes with "
-        "JetPack: make the venv with --system-site-packages. Or choose --backend onnxruntime"
-    )
-
-
-@functools.cache
-def _log(trt):
-    """TensorRT's logger, the same for everything, as TensorRT wants; it keeps the last errors in `words`."""
-
-    class Log(trt.ILogger):
-        def __init__(self):
-            trt.ILogger.__init__(self)
-            self.words = deque(maxlen=LAST_WORDS)
-
-        def log(self, severity, msg):
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.words.append(msg)
-
-    return Log()
-
-
-class _Engine:
-    """An engine that is ready to run: its execution context and its stream.
-
-    Raises:
-        BackendError: what TensorRT refuses, in its own words.
-    """
-
-    def __init__(self, bundle: Bundle, spec: GraphSpec, graph: Path):
-        self._trt, self.spec = _package(), spec
-        self._log = _log(self._trt)
-        self.file, fits = _engine_file(
-            bundle, spec, graph, machine_facts(self._trt.__name__, self._trt.__version__)
-        )
-        self.stream = cuda_memory.Stream()
-        self._runtime = self._made(self._trt.Runtime, self._log)
-        self._engine = self._deserialised()
-        self._check_tensors()
-        if not fits:
-            self._refit(bundle, graph)
-        self._context = self._given(
-            self._engine.create_execution_context(), "make an execution context"
-        )
-
-    def _given(self, value, what: str):
-        """TensorRT says no with None or False, and why in its log."""
-        if value is None or value is False:
-            words = " ".join(self._log.words) or "it does not say why"
-            raise BackendError(
-                f"{self._trt.__name__} {self._trt.__version__} cannot {what} for {self.file}: {words}"
-            )
-        return value
-
-    def _made(self, kind, *given):
-        try:
-            return kind(*given)
-        except TypeError:  # pybind11's word for nothing
-            return self._given(None, f"make a {kind.__name__}")
-
-    def _deserialised(self):
-        self._log.words.clear()
-        try:  # mapped, so that an 8 GB board does not hold it a second time
-            with (
-                open(self.file, "rb") as file,
-                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
-            ):
-                return self._given(self._runtime.deserialize_cuda_engine(data), "load the engine")
-        except (OSError, ValueError) as error:  # ValueError: an empty file
-            raise BackendError(
-                f"{self.file} cannot be read ({error}): build the engines again"
-            ) from error
-
-    def _refit(self, bundle: Bundle, graph: Path) -> None:
-        """Give the engine the weights of a graph that differs in nothing else."""
-        trt = self._trt
-        if not self._engine.refittable:
-            raise BackendError(
-                f"{self.file} was built without REFIT and {graph} has other weights: build an engine of it with "
-                f"`{build_command(bundle.for_user(graph.parent))}`"
-            )
-        self._log.words.clear()
-        refitter = self._made(trt.Refitter, self._engine, self._log)
-        parser = self._made(trt.OnnxParserRefitter, refitter, self._log)
-        what = f"take the weights of {graph}"
-        if not parser.refit_from_file(str(graph)):
-            self._log.words.extend(parser.get_error(i).desc() for i in range(parser.num_errors))
-            self._given(False, what)
-        self._given(refitter.refit_cuda_engine(), what)
-
-    def _check_tensors(self) -> None:
-        """Names, directions, types and places: those of the manifest, and all on the device."""
-        engine, trt = self._engine, self._trt
-        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
-        found = {
-            (
-                n,
-                engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT,
-                np.dtype(trt.nptype(engine.get_tensor_dtype(n))),
-            )
-            for n in names
-        }
-        wanted = {
-            (t.name, t in self.spec.inputs, np.dtype(t.dtype))
-            for t in self.spec.inputs + self.spec.outputs
-        }
-        if found != wanted:
-            odd = ", ".join(sorted(f"{name} {dtype}" for name, _, dtype in found ^ wanted))
-            raise BackendError(
-                f"{self.file} and the bundle's manifest differ in {odd}: build the engines again"
-            )
-        if host := [n for n in names if engine.get_tensor_location(n) != trt.TensorLocation.DEVICE]:
-            raise BackendError(
-                f"{self.file} wants {', '.join(host)} in host memory: export the bundle again"
-            )
-
-    def greatest(self, name: str) -> tuple[int, ...]:
-        """The greatest shape of an input."""
-        return tuple(self._engine.get_tensor_profile_shape(name, PROFILE)[GREATEST])
-
-    def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        if not self._context.set_input_shape(name, shape):
-            least, _, greatest = (
-                list(s) for s in self._engine.get_tensor_profile_shape(name, PROFILE)
-            )
-            raise BackendError(
-                f"{self.file} takes {name} from {least} to {greatest}, given was {list(shape)}"
-            )
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """An output's shape for the inputs' shapes that are set."""
-        shape = tuple(self._context.get_tensor_shape(name))
-        if any(size < 0 for size in shape):
-            raise BackendError(
-                f"{self.file} gives {name} a size that is known only when it has run: {list(shape)}"
-            )
-        return shape
-
-    def set_address(
-        self, name: str, memory: cuda_memory.Buffer | cuda_memory.Copied | cuda_memory.Mapped
-    ) -> None:
-        self._given(
-            self._context.set_tensor_address(name, memory.address), f"take the address of {name}"
-        )
-
-    def run(self, stream: cuda_memory.Stream) -> None:
-        """Start the work; `stream.synchronise` waits for it."""
-        self._log.words.clear()
-        self._given(self._context.execute_async_v3(stream.handle), "run the graph")
-
-
-def _engine_file(bundle: Bundle, spec: GraphSpec, graph: Path, facts: dict) -> tuple[Path, bool]:
-    """A graph's engine, checked, and whether it has the weights of `graph` already."""
-    name = next(name for name, g in bundle.manifest.graphs.items() if g.on(TrtRunner.name) == spec)
-    if not graph.parent.samefile(bundle.path) and (graph.parent / "engines").is_dir():
-        return check_engine(bundle.for_user(graph.parent), name, facts), True
-    return check_engine(bundle, name, facts), graph.samefile(bundle.graph(name, TrtRunner.name))
+CACHE_SETS = 2  # of keys and values: one is read, the other is written
+MIN_VERSION = (10, 3)
 
 
 class TrtRunner(Runner):
-    """An engine on arrays: what comes in is copied to the device, what goes out is a new array."""
+    """An engine on arrays: inputs are copied to the device, outputs are new arrays."""
 
     name = "tensorrt"
 
-    def __init__(self, path: Path, spec: GraphSpec, bundle: Bundle):
-        super().__init__(spec)
-        self._engine = _Engine(bundle, spec, path)
-        for tensor in spec.inputs:
-            self._engine.set_shape(tensor.name, self._engine.greatest(tensor.name))
-        shapes = {t: self._engine.greatest(t.name) for t in spec.inputs}
-        shapes |= {t: self._engine.shape(t.name) for t in spec.outputs}
-        self._buffers = {tensor.name: _buffer(tensor, shape) for tensor, shape in shapes.items()}
-        for tensor in spec.outputs:
-            self._engine.set_address(tensor.name, self._buffers[tensor.name])
+    def __init__(self, graph: GraphFile):
+        super().__init__(graph.spec)
+        engine = Engine(graph)
+        self._engine: Engine | None = engine
+        self._buffers: dict[str, Buffer] = {}
+        for tensor in self.spec.inputs:
+            shape = engine.max_shape(tensor.name)
+            engine.set_shape(tensor.name, shape)
+            self._buffers[tensor.name] = make_buffer(tensor, shape)
+        for tensor in self.spec.outputs:
+            self._buffers[tensor.name] = make_buffer(tensor, engine.shape(tensor.name))
+            engine.set_address(tensor.name, self._buffers[tensor.name])
 
-    def _run(self, feed: dict) -> dict:
-        feed = _contiguous(feed)  # stays until the copies are made
+    def _run(self, feed: Arrays) -> Arrays:
+        feed = _contiguous(feed)  # referenced until the copies are made
         return self._finish(self._start(feed))
 
-    def into(self, other: Runner, feed: dict, rows: int | None = None) -> dict:
-        """The other graph reads this one's output where it lies, after it in its stream."""
+    def run_into(self, other: Runner, feed: Arrays, rows: int | None = None) -> Arrays:
+        """The other graph reads this one's output on the device, after it in the same stream."""
         if not isinstance(other, TrtRunner):
-            return super().into(other, feed, rows)
+            return super().run_into(other, feed, rows)
         self._check(feed)
-        feed = _contiguous(feed)
+        feed = _contiguous(feed)  # referenced until the copies are made
         stream = self._start(feed)
         other._follow(self, rows, stream)
         return other._finish(stream)
 
-    def _start(self, feed: dict) -> cuda_memory.Stream:
-        """Have the inputs copied to the device and the graph run on them; the stream in which that happens."""
+    def _start(self, feed: Arrays) -> Stream:
+        """Have the inputs copied and the graph run; the stream in which that happens."""
         engine = self._opened()
         for name, value in feed.items():
             engine.set_shape(name, value.shape)
@@ -254,163 +112,252 @@ class TrtRunner(Runner):
         engine.run(engine.stream)
         return engine.stream
 
-    def _follow(self, before: "TrtRunner", rows: int | None, stream: cuda_memory.Stream) -> None:
-        """Run on the first `rows` rows of the output of another graph, which runs before in this stream."""
-        engine, (own,), (given,) = self._opened(), self.spec.inputs, before.spec.outputs
-        batch, n_rows, *row = before._opened().shape(given.name)
-        engine.set_shape(own.name, (batch, n_rows if rows is None else min(rows, n_rows), *row))
-        engine.set_address(own.name, before._buffers[given.name])
+    def _follow(self, before: "TrtRunner", rows: int | None, stream: Stream) -> None:
+        """Run on the first `rows` rows of the output of a graph that runs before in this stream."""
+        engine = self._opened()
+        (tensor,) = self.spec.inputs
+        (source,) = before.spec.outputs
+        batch, n_rows, *size = before._opened().shape(source.name)
+        if rows is not None:
+            n_rows = min(rows, n_rows)
+        engine.set_shape(tensor.name, (batch, n_rows, *size))
+        engine.set_address(tensor.name, before._buffers[source.name])
         engine.run(stream)
 
-    def _finish(self, stream: cuda_memory.Stream) -> dict:
-        """The outputs, once the stream has come to its end."""
-        out = {t.name: np.empty(self._opened().shape(t.name), t.dtype) for t in self.spec.outputs}
-        for name, value in out.items():
-            stream.download(self._buffers[name], value)
+    def _finish(self, stream: Stream) -> Arrays:
+        """The outputs, when the stream has come to its end."""
+        engine = self._opened()
+        outputs = {}
+        for tensor in self.spec.outputs:
+            array = np.empty(engine.shape(tensor.name), tensor.dtype)
+            stream.download(self._buffers[tensor.name], array)
+            outputs[tensor.name] = array
         stream.synchronise()
-        return out
+        return outputs
 
-    def _opened(self) -> _Engine:
+    def _opened(self) -> Engine:
         if self._engine is None:
             raise closed(self.spec)
         return self._engine
 
     def close(self) -> None:
-        self._engine, self._buffers = None, {}
+        self._engine = None
+        self._buffers = {}
 
 
-class TrtDecoder(Decoder):
-    """The LLM's plain graph; keys and values stay on the device."""
+class TrtDecoder(Decoder["TrtCache"]):
+    """The LLM's plain graph; keys and values stay on the device.
+
+    The graph's inputs are the embeddings, then keys and values; its outputs are scores, then the
+    same keys and values, longer by the new positions.
+    """
 
     name = "tensorrt"
 
-    def __init__(self, path: Path, spec: GraphSpec, bundle: Bundle):
-        self._spec, self._engine = spec, _Engine(bundle, spec, path)
-        self._embeddings, n_kept = spec.inputs[0], len(spec.inputs) - 1
-        scores, self._kept = spec.outputs[:-n_kept], spec.outputs[-n_kept:]
-        self._given = _exchange(self._embeddings, self._engine.greatest(self._embeddings.name))
-        self._told = {t.name: _exchange(t, t.shape) for t in _told(scores)}
-        self._untold = {t.name: _buffer(t, t.shape) for t in scores if t.name not in self._told}
-        for name, memory in {
-            self._embeddings.name: self._given,
-            **self._told,
-            **self._untold,
-        }.items():
-            self._engine.set_address(name, memory)
-        self._spare: list[_Memory] = []  # of conversations that are over
+    def __init__(self, graph: GraphFile):
+        self._spec = graph.spec
+        self._embeddings, *self._past = graph.spec.inputs
+        n_scores = len(graph.spec.outputs) - len(self._past)
+        self._present = graph.spec.outputs[n_scores:]
+        scores = graph.spec.outputs[:n_scores]
+        self._step: Step | None = Step(Engine(graph), self._embeddings, scores)
+        self._spare: list[CacheMemory] = []  # of conversations that are over
 
-    def open_cache(self, capacity: int) -> "_TrtCache":
-        if self._engine is None:
-            raise closed(self._spec)
+    def open_cache(self, capacity: int) -> "TrtCache":
+        self._opened()
         fitting = [memory for memory in self._spare if memory.capacity == capacity]
-        memory = fitting[0] if fitting else _Memory(self._kept, capacity)
         if fitting:
+            memory = fitting[0]
             self._spare.remove(memory)
-        cache = _TrtCache(memory)
+        else:
+            memory = CacheMemory(self._present, capacity)
+        cache = TrtCache(memory)
         weakref.finalize(cache, self._spare.append, memory)
         return cache
 
-    def read(self, embeddings: np.ndarray, cache: "_TrtCache", past: int) -> Scores:
-        if (engine := self._engine) is None:
-            raise closed(self._spec)
+    def run(self, embeddings: np.ndarray, cache: "TrtCache", past: int) -> Scores:
+        step = self._opened()
         total = cache.checked_total(past, len(embeddings))
-        self._bind(cache, past, total, len(embeddings))
-        self._given.array[: embeddings.size] = embeddings.ravel()
-        self._given.send(engine.stream, embeddings.size)
-        engine.run(engine.stream)
-        for memory in self._told.values():
-            memory.fetch(engine.stream)
-        engine.stream.synchronise()
-        cache.turn(total)
-        told = {
-            name: memory.array.copy() for name, memory in self._told.items()
-        }  # other conversations use it too
-        return Scores(*told.values())
+        self._bind(step.engine, cache, past, total)
+        scores = step.run(embeddings)
+        cache.swap(total)
+        return scores
 
-    def rewind(self, cache: "_TrtCache", length: int) -> None:
-        """Fewer positions without gaps lie elsewhere: what stays of each head moves to the other set of buffers."""
-        if (engine := self._engine) is None:
-            raise closed(self._spec)
+    def rewind(self, cache: "TrtCache", length: int) -> None:
+        """Move what remains of each head to the other set: without gaps it lies elsewhere."""
+        stream = self._opened().engine.stream
         if length >= cache.length:
             return
-        for tensor, origin, to in zip(self._kept, cache.read, cache.write, strict=True):
-            _, heads, _, size = tensor.shape
+        for tensor, origin, to in zip(self._present, cache.current, cache.next, strict=True):
+            _, heads, _, size = _sized(tensor, cache.length)
             position = size * np.dtype(tensor.dtype).itemsize
-            engine.stream.shorten(origin, to, heads, cache.length * position, length * position)
-        engine.stream.synchronise()
-        cache.turn(length)
+            stream.shorten(origin, to, heads, cache.length * position, length * position)
+        stream.synchronise()
+        cache.swap(length)
 
-    def _bind(self, cache: "_TrtCache", past: int, total: int, new: int) -> None:
-        """Shapes of this step, and the two sets of buffers in the places they have in this step."""
-        engine, spec = self._engine, self._spec
-        engine.set_shape(self._embeddings.name, _sized(self._embeddings, new))
-        for tensor, buffer in zip(spec.inputs[1:], cache.read, strict=True):
+    def _bind(self, engine: Engine, cache: "TrtCache", past: int, total: int) -> None:
+        """Set the shapes of this step, and the places that the two sets of buffers have in it."""
+        engine.set_shape(self._embeddings.name, _sized(self._embeddings, total - past))
+        for tensor, buffer in zip(self._past, cache.current, strict=True):
             engine.set_shape(tensor.name, _sized(tensor, past))
             engine.set_address(tensor.name, buffer)
-        for tensor, buffer in zip(self._kept, cache.write, strict=True):
+        for tensor, buffer in zip(self._present, cache.next, strict=True):
             engine.set_address(tensor.name, buffer)
-        grown = self._kept[0]  # one for all of them
-        if engine.shape(grown.name) != _sized(grown, total):  # it would write beyond the buffer
+        first = self._present[0]  # as long as all of them
+        if engine.shape(first.name) != _sized(first, total):  # it would write beyond the buffer
             raise BackendError(
-                f"{engine.file} does not give {grown.name} for {total} positions: build it again"
+                f"{engine.file} does not give {first.name} for {total} positions: build it again"
             )
 
+    def _opened(self) -> "Step":
+        if self._step is None:
+            raise closed(self._spec)
+        return self._step
+
     def close(self) -> None:
-        self._engine, self._given, self._told, self._untold, self._spare = None, None, {}, {}, []
+        self._step = None
+        self._spare = []
 
 
-class _Memory:
+class Step:
+    """One run of the LLM's engine: memory for what is sent to the device and fetched from it.
+
+    The shapes and addresses of keys and values are the decoder's to set.
+    """
+
+    def __init__(self, engine: Engine, embeddings: TensorSpec, scores: tuple[TensorSpec, ...]):
+        self.engine = engine
+        self._sent = _exchanged(embeddings, engine.max_shape(embeddings.name))
+        engine.set_address(embeddings.name, self._sent)
+        self._fetched: list[Copied | Mapped] = []  # in the order of Scores' fields
+        fetched = _chosen_by(scores)
+        for tensor in fetched:
+            memory = _exchanged(tensor, _sized(tensor, 1))
+            engine.set_address(tensor.name, memory)
+            self._fetched.append(memory)
+        self._unread: list[Buffer] = []  # the graph writes these scores too
+        for tensor in scores:
+            if tensor not in fetched:
+                buffer = make_buffer(tensor, _sized(tensor, 1))
+                engine.set_address(tensor.name, buffer)
+                self._unread.append(buffer)
+
+    def run(self, embeddings: np.ndarray) -> Scores:
+        """Send embeddings (T, D), run, and fetch the scores."""
+        stream = self.engine.stream
+        self._sent.array[: embeddings.size] = embeddings.ravel()
+        self._sent.send(stream, embeddings.size)
+        self.engine.run(stream)
+        for memory in self._fetched:
+            memory.fetch(stream)
+        stream.synchronise()
+        # copies: other conversations use this memory too
+        return Scores(*(memory.array.copy() for memory in self._fetched))
+
+
+class CacheMemory:
     """Two sets of buffers, each for the keys and values of `capacity` positions."""
 
     def __init__(self, tensors: tuple[TensorSpec, ...], capacity: int):
         self.capacity = capacity
-        self.sets = [[_buffer(t, _sized(t, capacity)) for t in tensors] for _ in range(2)]
+        self.sets: list[list[Buffer]] = []
+        for _ in range(CACHE_SETS):
+            self.sets.append([make_buffer(t, _sized(t, capacity)) for t in tensors])
 
 
-class _TrtCache:
-    """One conversation's keys and values: what was read lies in the set `read`."""
+class TrtCache:
+    """One conversation's keys and values: `length` positions in the set `current`."""
 
-    def __init__(self, memory: _Memory):
-        self._capacity, self.length = memory.capacity, 0
-        self.read, self.write = memory.sets
+    def __init__(self, memory: CacheMemory):
+        self._capacity = memory.capacity
+        self.length = 0
+        self.current, self.next = memory.sets
 
     def checked_total(self, past: int, new: int) -> int:
-        """Positions after this step; a cache can be read on from its end, or anew."""
+        """Positions after this step, which goes on from the cache's end or starts anew."""
         if past not in (0, self.length) or past + new > self._capacity:
             raise BackendError(
-                f"a cache of {self._capacity} positions, {self.length} of them read, cannot take {new} after {past}: "
-                "read on from its end, or open another"
+                f"a cache of {self._capacity} positions, {self.length} of them in use, cannot take "
+                f"{new} after {past}: go on from its end, or open another"
             )
         return past + new
 
-    def turn(self, length: int) -> None:
-        """What was written is read from now on."""
-        self.read, self.write, self.length = self.write, self.read, length
+    def swap(self, length: int) -> None:
+        """The set that was written, `length` positions, is read from now on."""
+        self.current, self.next = self.next, self.current
+        self.length = length
 
 
-def _sized(tensor: TensorSpec, size: int) -> tuple[int, ...]:
-    """The shape of a tensor whose one dynamic dimension is `size`."""
-    return tuple(size if isinstance(dim, str) else dim for dim in tensor.shape)
+def make_buffer(tensor: TensorSpec, shape: Shape) -> Buffer:
+    """Device memory for a tensor of this shape."""
+    return Buffer(int(np.prod(shape)) * np.dtype(tensor.dtype).itemsize)
 
 
-def _contiguous(feed: dict) -> dict:
-    return {name: np.ascontiguousarray(value) for name, value in feed.items()}
-
-
-def _told(scores: tuple[TensorSpec, ...]) -> list[TensorSpec]:
-    """Of a graph's outputs those that a token is chosen by, as Scores has them: the best few, or every logit."""
-    named = {tensor.name: tensor for tensor in scores}
-    wanted = (
-        (TOPK_LOGITS, TOPK_TOKENS) if {TOPK_LOGITS, TOPK_TOKENS} <= named.keys() else ("logits",)
-    )
-    return [named[name] for name in wanted]
-
-
-def _exchange(
-    tensor: TensorSpec, shape: tuple[int, ...]
-) -> cuda_memory.Copied | cuda_memory.Mapped:
+def _exchanged(tensor: TensorSpec, shape: Shape) -> Copied | Mapped:
     return cuda_memory.exchange(int(np.prod(shape)), tensor.dtype)
 
 
-def _buffer(tensor: TensorSpec, shape: tuple[int, ...]) -> cuda_memory.Buffer:
-    return cuda_memory.Buffer(int(np.prod(shape)) * np.dtype(tensor.dtype).itemsize)
+def _sized(tensor: TensorSpec, size: int) -> Shape:
+    """The shape of a tensor whose dynamic dimension, if it has one, is `size`."""
+    return tuple(size if isinstance(dim, str) else dim for dim in tensor.shape)
+
+
+def _contiguous(feed: Arrays) -> Arrays:
+    return {name: np.ascontiguousarray(value) for name, value in feed.items()}
+
+
+def _chosen_by(scores: tuple[TensorSpec, ...]) -> list[TensorSpec]:
+    """The outputs that a token is chosen by, in Scores' order: top k logits and tokens, or all
+    logits."""
+    by_name = {tensor.name: tensor for tensor in scores}
+    if TOPK_LOGITS in by_name and TOPK_TOKENS in by_name:
+        return [by_name[TOPK_LOGITS], by_name[TOPK_TOKENS]]
+    return [by_name["logits"]]
+
+
+# --- the doctor ---
+
+
+def check(subject: Subject) -> Iterator[Finding]:
+    """Whether TensorRT is installed for this Python; off a Jetson, also TensorRT-RTX."""
+    package = subject.package("tensorrt")
+    system = machine.system_tensorrt(subject.root)
+    if package:
+        remedy = f"engines need 10.3 or later: flash JetPack 6.2 or 7.2, see {DOCS}"
+        new_enough = version_numbers(package.version) >= MIN_VERSION
+        yield judged("TensorRT", package.version, new_enough, remedy)
+    elif system:
+        yield _hidden(system, "python" + ".".join(subject.python.split(".")[:2]))
+    elif subject.jetson:
+        yield Finding("TensorRT", "not installed", False, "sudo apt install nvidia-jetpack")
+    else:
+        remedy = "to build engines: pip install tensorrt-rtx"
+        yield optional(subject, "TensorRT-RTX", ("tensorrt-rtx",), remedy)
+
+
+def _hidden(system: machine.SystemTensorRT, python: str) -> Finding:
+    """Why this Python does not see the system's TensorRT."""
+    if not system.pythons:
+        why = "has no Python bindings"
+        remedy = "sudo apt install python3-libnvinfer"
+    elif python not in system.pythons:
+        why = f"is for {', '.join(system.pythons)}, this is {python}"
+        remedy = f"use {system.pythons[-1]}"
+    else:
+        why = "is not seen by this Python"
+        remedy = "make the venv with `python3 -m venv --system-site-packages`"
+    return Finding("TensorRT", f"the system's {system.version} {why}", False, remedy)
+
+
+# --- the backend ---
+
+
+def load_runner(graph: GraphFile, threads: int | None) -> TrtRunner:
+    return TrtRunner(graph)
+
+
+def load_decoder(graph: GraphFile, threads: int | None) -> TrtDecoder:
+    return TrtDecoder(graph)
+
+
+BACKEND = Backend("tensorrt", load_runner, load_decoder, check, cache_sets=CACHE_SETS)

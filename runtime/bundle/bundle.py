@@ -15,7 +15,7 @@ from tiny_align.runtime.bundle.manifest import MANIFEST, Manifest, read_manifest
 from tiny_align.runtime.bundle.users import GENERAL, check_user
 from tiny_align.runtime.checks import is_utf8
 from tiny_align.runtime.errors import BundleError, UserError
-from tiny_align.runtime.files import NO_ARRAY, read_errors, sha256
+from tiny_align.runtime.files import ARRAY_ERRORS, read_errors, sha256
 
 SPEECH_TOKENS = "speech_tokens.npy"
 
@@ -192,7 +192,7 @@ def _load_array(path: Path, **options) -> np.ndarray:
     try:
         with read_errors(path, BundleError):
             array = np.load(path, allow_pickle=False, **options)
-    except NO_ARRAY as error:
+    except ARRAY_ERRORS as error:
         raise BundleError(f"{path} is damaged ({error}): copy, export or train it again") from error
     if not isinstance(array, np.ndarray):  # an archive
         raise BundleError(f"{path} is damaged (no single array): copy, export or train it again")

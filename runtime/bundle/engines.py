@@ -1,18 +1,21 @@
-"""Engines on disk: the file that belongs to a graph on this machine, or the one sentence why it is refused.
+"""Engines on disk: the file that belongs to a graph on this machine, or why it is refused.
 
-An engine is code for one version of TensorRT on one GPU, and TensorRT says little where it does not fit. So everything
-is compared here, before it is deserialised, with what the builder wrote beside it (engine.json, described in
-engines/build.py). Neither TensorRT nor a GPU is needed, and nothing is ever built here.
+An engine is code for one version of TensorRT on one GPU, and TensorRT says little if it does not
+fit. So everything is compared here, before it is deserialised, with what the builder wrote beside
+it (engine.json, described in engines/build.py). Neither TensorRT nor a GPU is needed, and nothing
+is ever built here.
 """
 
 import importlib
 import json
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.bundle.manifest import MANIFEST
-from tiny_align.runtime.bundle.profile import graph_profile
+from tiny_align.runtime.bundle.profile import Shape, graph_profile
 from tiny_align.runtime.bundle.users import USER_RECORD
 from tiny_align.runtime.errors import BackendError
 from tiny_align.runtime.files import sha256
@@ -20,7 +23,7 @@ from tiny_align.runtime.machine import gpu_compute_capability, l4t_release
 
 PACKAGES = ("tensorrt", "tensorrt_rtx")  # TensorRT's names in Python, in order of preference
 RECORD = "engine.json"
-FACTS = {  # what an engine is bound to -> its name for people
+FACTS = {  # what an engine is bound to -> what messages call it
     "package": "package",
     "version": "version",
     "compute_capability": "compute capability",
@@ -28,8 +31,11 @@ FACTS = {  # what an engine is bound to -> its name for people
 }
 
 
-def import_tensorrt(package: str, part: str):
-    """The module of that name, or None where it is not installed: a folder that merely has its name lacks the `part`.
+def import_tensorrt(package: str, part: str) -> ModuleType | None:
+    """The module of that name; None if it is not installed.
+
+    Args:
+        part: a name in it, which a mere folder of the package's name lacks.
 
     Raises:
         BackendError: it is installed and cannot be imported.
@@ -53,8 +59,8 @@ def machine_facts(package: str, version: str) -> dict:
         version: its `__version__`.
 
     Returns:
-        "package", "version", "compute_capability" (87 for 8.7; None without a GPU) and "jetpack" (the L4T release,
-        "36.4.3"; None off a Jetson).
+        "package", "version", "compute_capability" (87 for 8.7; None without a GPU) and "jetpack"
+        (the L4T release, "36.4.3"; None off a Jetson).
     """
     return {
         "package": package,
@@ -75,18 +81,18 @@ def engines_path(bundle: Bundle, facts: dict) -> Path:
 
 
 def check_engine(bundle: Bundle, graph: str, facts: dict) -> Path:
-    """The engine of a graph, after checking that it is whole and made for this machine, graph and bundle.
+    """The engine of a graph, after checking that it is whole and made for this machine and bundle.
 
     Every byte of it is read once, for its hash; the bundle's own files were hashed by Bundle.open.
 
     Args:
-        bundle: the bundle, or a person of it (`Bundle.person`).
+        bundle: the bundle, or a user's folder as one (`Bundle.for_user`).
         graph: its name in the manifest, "encoder", "projector" or "llm".
-        facts: as machine_facts gives them.
+        facts: as machine_facts returns them.
 
     Raises:
-        BackendError: an engine that is absent, damaged, made for something else, or too small for the manifest's
-            dims; it ends with the command that builds it.
+        BackendError: an engine that is absent, damaged, made for something else, or too small for
+            the manifest's dims; it ends with the command that builds it.
         BundleError: a graph that the bundle does not have.
     """
     bundle.graph(graph)
@@ -101,63 +107,64 @@ def check_engine(bundle: Bundle, graph: str, facts: dict) -> Path:
 
 
 def build_command(bundle: Bundle) -> str:
-    """What to type to have every engine that is absent or does not fit built: the bundle's, or a person's."""
-    where = ["--bundle", str(bundle.path)]
-    if (bundle.path / USER_RECORD).is_file():
-        users = bundle.path.parent
-        own = (users.parent / MANIFEST).is_file() and users.name == "users"
-        where = (
-            ["--bundle", str(users.parent)]
-            if own
-            else ["--bundle", "BUNDLE", "--users", str(users)]
-        )
-        where += ["--user", bundle.path.name]
-    return shlex.join(["tiny-align", "build-engines", *where])
+    """The command that builds all engines that are absent or do not fit: a bundle's or a user's."""
+    command = ["tiny-align", "build-engines", "--bundle"]
+    if not (bundle.path / USER_RECORD).is_file():
+        return shlex.join([*command, str(bundle.path)])
+    users = bundle.path.parent
+    if users.name == "users" and (users.parent / MANIFEST).is_file():
+        command.append(str(users.parent))
+    else:
+        command += ["BUNDLE", "--users", str(users)]
+    return shlex.join([*command, "--user", bundle.path.name])
 
 
-def _faults(bundle: Bundle, graph: str, facts: dict, engine: Path):
-    """Why the engine is refused, the plainest reason first; each check may rely on those before it."""
+def _faults(bundle: Bundle, graph: str, facts: dict, engine: Path) -> Iterator[str]:
+    """Why the engine is refused, the simplest reason first; a check relies on those before it."""
     if not engine.parent.is_dir():
-        yield _absent(bundle, facts)
+        records = bundle.path.glob(f"engines/[!.]*/{RECORD}")
+        found = ", ".join(sorted(record.parent.name for record in records)) or "none"
+        yield f"{bundle.path} has no engines for {engines_key(facts)} (found: {found})"
     if not engine.with_name(RECORD).is_file():
-        yield f"{engine.parent} has no {RECORD}, so nobody knows what its engines were made from"
+        yield f"{engine.parent} has no {RECORD}: it is unknown what its engines were made from"
     record = json.loads(engine.with_name(RECORD).read_text(encoding="utf-8"))
     for fact, name in FACTS.items():
         if record[fact] != facts[fact]:
-            built, here = record[fact] or "none", facts[fact] or "none"
-            yield f"the engines in {engine.parent} were built for {name} {built}, this machine has {here}"
+            yield (
+                f"the engines in {engine.parent} were built for {name} {record[fact] or 'none'}, "
+                f"this machine has {facts[fact] or 'none'}"
+            )
     if graph not in record["graphs"] or not engine.is_file():
         yield f"{engine.parent} has no engine of the graph {graph!r}"
     yield from _entry_faults(bundle, graph, record["graphs"][graph], engine)
 
 
-def _absent(bundle: Bundle, facts: dict) -> str:
-    found = sorted(p.parent.name for p in bundle.path.glob(f"engines/[!.]*/{RECORD}"))
-    return f"{bundle.path} has no engines for {engines_key(facts)} (found: {', '.join(found) or 'none'})"
-
-
-def _entry_faults(bundle: Bundle, graph: str, entry: dict, engine: Path):
+def _entry_faults(bundle: Bundle, graph: str, entry: dict, engine: Path) -> Iterator[str]:
+    """What speaks against one engine, by its entry in engine.json."""
     manifest = bundle.manifest
-    sources = {manifest.graphs[graph].file: entry["graph_sha256"], **entry["files"]}
-    if changed := [name for name, digest in sources.items() if manifest.files.get(name) != digest]:
-        yield f"{engine} was built from another {changed[0]} than this bundle's"
-    for name, (least, _, greatest) in graph_profile(manifest.graphs[graph], manifest.dims).items():
+    spec = manifest.graphs[graph]
+    sources = {spec.file: entry["graph_sha256"], **entry["files"]}
+    for file, digest in sources.items():
+        if manifest.files.get(file) != digest:
+            yield f"{engine} was built from another {file} than this bundle's"
+    for name, needed in graph_profile(spec, manifest.dims).items():
         built = entry["profile"][name]
-        if not _covers(built, least, greatest):
+        if not _covers(built, needed.min, needed.max):
             yield (
                 f"{engine} takes {name} from {built['min']} to {built['max']}, "
-                f"this bundle needs {list(least)} to {list(greatest)}"
+                f"this bundle needs {list(needed.min)} to {list(needed.max)}"
             )
-    if (size := engine.stat().st_size) != entry["bytes"]:
+    size = engine.stat().st_size
+    if size != entry["bytes"]:
         yield f"{engine} has {size} bytes, not the {entry['bytes']} that were built"
     if sha256(engine) != entry["engine_sha256"]:
         yield f"{engine} has changed since it was built"
 
 
-def _covers(built: dict, least: tuple, greatest: tuple) -> bool:
-    """Whether a profile's shapes enclose the ones needed."""
+def _covers(built: dict, min_: Shape, max_: Shape) -> bool:
+    """Whether the shapes of an engine's profile enclose the ones needed."""
     return (
-        len(built["min"]) == len(built["max"]) == len(least)
-        and all(b <= n for b, n in zip(built["min"], least))
-        and all(b >= n for b, n in zip(built["max"], greatest))
+        len(built["min"]) == len(built["max"]) == len(min_)
+        and all(size <= needed for size, needed in zip(built["min"], min_))
+        and all(size >= needed for size, needed in zip(built["max"], max_))
     )

@@ -40,6 +40,7 @@ SIZES = {  # what a number of the manifest may be, by the name of its field
     "frame_s": Range(1e-4, 60, whole=False),
 }
 READOUTS = ("ctc", "pooled")
+QUANTISED_ACTIVATIONS = ("none", "dynamic", "static")
 DTYPES = ("float32", "float16", "int64", "int32", "bool")  # of a graph's inputs and outputs
 PROJECTOR_SIZE = Range(0, 2**20)  # of the sizes that align.build_projector takes
 
@@ -75,6 +76,9 @@ class GraphSpec:
     backends: dict[str, "GraphSpec"] = field(
         default_factory=dict
     )  # backend -> its graph; the others take this one
+    # which activations the graph rounds to 8 bits: "none", or "dynamic" by the range that they have in
+    # the call, or "static" by a calibrated range; None: written by an earlier version, not known
+    quantised_activations: str | None = None
 
     def __post_init__(self):
         for name in ("inputs", "outputs"):
@@ -277,6 +281,12 @@ def _check_tensors(name: str, graph: GraphSpec, dims: dict) -> None:
         raise BundleError(
             f"graphs.{name} has no inputs or no outputs: expected at least one of each"
         )
+    for spec in (graph, *graph.backends.values()):
+        if spec.quantised_activations not in (None, *QUANTISED_ACTIVATIONS):
+            raise BundleError(
+                f"graphs.{name}: quantised_activations is {spec.quantised_activations!r}: expected "
+                f"{', '.join(QUANTISED_ACTIVATIONS)}"
+            )
     for tensor in (*graph.inputs, *graph.outputs):
         if tensor.dtype not in DTYPES:
             raise BundleError(

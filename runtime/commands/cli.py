@@ -55,7 +55,7 @@ COMMANDS = {  # name -> (module, what it does, the extra that installs what it n
     ),
     "chat": ("tiny_align.runtime.commands.chat", "talk with it in typed turns", None),
     "bench": (
-        "tiny_align.benchmarks.command",
+        "tiny_align.benchmarks.standard.command",
         "measure this machine, beside what would be used instead",
         "bench",
     ),

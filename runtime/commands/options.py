@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from tiny_align.runtime.backends import registry
 from tiny_align.runtime.checks import Range
 
 
@@ -17,7 +18,9 @@ def add_arguments(parser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0: always the best token")
     parser.add_argument("--seed", type=int, default=0, help="of sampling, with a temperature")
     parser.add_argument(
-        "--backend", default="onnxruntime", help="onnxruntime (default) or tensorrt"
+        "--backend",
+        default=registry.DEFAULT,
+        help=f"{' or '.join(registry.names())} (default: {registry.DEFAULT})",
     )
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument(
@@ -56,9 +59,9 @@ def load(args, bundle=None):
 
 def load_for_long(args, bundle):
     """`load`, what it will take of memory said before it does."""
-    from tiny_align.runtime.bundle.budget import CACHE_SETS, budget
+    from tiny_align.runtime.backends.budget import budget
 
-    if not args.json and args.backend in CACHE_SETS:  # another is refused by `load`
+    if not args.json:
         need = budget(bundle, args.backend, args.context or bundle.manifest.llm.max_context)
         print(f"tiny-align: about {need}", file=sys.stderr)
     return load(args, bundle)

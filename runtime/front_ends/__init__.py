@@ -1,4 +1,4 @@
 """Front ends in numpy: audio to the encoder's input, one file per family of encoders.
 
-`base` knows them all by kind. Imports nothing but numpy.
+base.py lists them by kind. Imports nothing but numpy.
 """

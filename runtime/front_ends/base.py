@@ -1,28 +1,36 @@
-"""What an encoder is given, by kind: every front end that a manifest can name.
+"""Every front end that a manifest can name, by its kind.
 
 A front end is a frozen dataclass of numbers with
     kind          its name in the manifest,
     sample_rate   Hz,
     row_samples   samples of audio per row of its output,
-    row_size      M, where a row is a frame,
-    __call__      (S,) float32 audio in [-1, 1] -> (rows, M) float32, or (rows,) where a row is a sample.
-Each equals the feature extractor of transformers that its file names, in numpy.
+    row_size      M, if a row is a frame,
+    __call__      (S,) float32 audio in [-1, 1] -> (rows, M) float32, or (rows,) if a row is a
+                  sample.
+Each equals, in numpy, the feature extractor of transformers that its file names.
+
+To add one for a new family of encoders, write the dataclass in a file of its own here, and add it
+to `AnyFrontEnd` below. For the export, export/encoders.py makes it from a checkpoint's
+preprocessor_config.json (`FRONT_ENDS`).
 """
 
-from tiny_align.runtime.front_ends.nemo import FrontEnd
+from typing import Any, get_args
+
+from tiny_align.runtime.front_ends.nemo import NemoMel
 from tiny_align.runtime.front_ends.seamless import FilterBank
 from tiny_align.runtime.front_ends.wav2vec2 import Waveform
 from tiny_align.runtime.front_ends.whisper import WhisperMel
 
-KINDS = {kind.kind: kind for kind in (FrontEnd, Waveform, WhisperMel, FilterBank)}
-AnyFrontEnd = FrontEnd | Waveform | WhisperMel | FilterBank
+AnyFrontEnd = NemoMel | Waveform | WhisperMel | FilterBank
+KINDS: dict[str, type[AnyFrontEnd]] = {cls.kind: cls for cls in get_args(AnyFrontEnd)}
 
 
-def front_end_from(value: dict) -> AnyFrontEnd:
-    """A manifest's front end; one without a kind is NeMo's, as in bundles from before there were others.
+def front_end_from(value: dict[str, Any]) -> AnyFrontEnd:
+    """Make the front end that a manifest describes; without a kind, as in old bundles, NeMo's.
 
     Raises:
         KeyError, TypeError: no such kind, or no such parameter.
     """
-    parameters = {name: given for name, given in value.items() if name != "kind"}
-    return KINDS[value.get("kind", FrontEnd.kind)](**parameters)
+    parameters = dict(value)
+    kind = parameters.pop("kind", NemoMel.kind)
+    return KINDS[kind](**parameters)

@@ -1,10 +1,10 @@
-"""NeMo's log-mel front end in numpy: waveform -> (frames, mel bins). The other front ends: front_end.py.
+"""NeMo's log-mel front end in numpy: waveform -> (frames, mel bins).
 
 The arithmetic is that of transformers' ParakeetFeatureExtractor (NeMo's FastConformer front end):
-pre-emphasis, centred Hann window, power spectrum, Slaney mel filters, log, per-bin normalisation over
-the utterance. Two additions, off by default: levels far below the loudest are raised to a floor, and the
-normalisation is that of the loud frames, so that it does not depend on how much silence stands around the speech.
-It reads no files and resamples nothing; audio.py does.
+pre-emphasis, centred Hann window, power spectrum, Slaney mel filters, log, per-bin normalisation
+over the utterance. There are two additions, off by default: levels far below the loudest are
+raised to a floor, and the normalisation is that of the loud frames, so that it does not depend on
+the silence around the speech. It reads no files and resamples nothing; the audio room does.
 """
 
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ QUIET_SHARE = 0.05  # of the frames lie below the quiet level
 
 
 @dataclass(frozen=True)
-class FrontEnd:
+class NemoMel:
     """Parameters of the front end, stored in the bundle's manifest."""
 
     kind: str = field(default="nemo", init=False)
@@ -32,9 +32,8 @@ class FrontEnd:
     hop_samples: int = 160  # 10 ms
     preemphasis: float = 0.97
     floor_db: float | None = None  # below the loudest mel level; None: no floor
-    speech_share: float | None = (
-        None  # a frame is loud above this share of the range of levels; None: all are
-    )
+    # A frame is loud above this share of the range of levels; None: all frames are.
+    speech_share: float | None = None
 
     @property
     def row_samples(self) -> int:
@@ -43,6 +42,10 @@ class FrontEnd:
     @property
     def row_size(self) -> int:
         return self.n_mels
+
+    def __call__(self, audio: np.ndarray) -> np.ndarray:
+        """(S,) float32 in [-1, 1] -> (S // hop_samples, n_mels) float32, normalised."""
+        return self.finish(self.log_mel(audio))
 
     def log_mel(self, audio: np.ndarray) -> np.ndarray:
         """(S,) float32 -> (S // hop_samples, n_mels) float32 log power, not normalised."""
@@ -54,36 +57,36 @@ class FrontEnd:
         filters = slaney_filters(self.sample_rate, self.n_fft, self.n_mels).astype(np.float32)
         return np.log(power @ filters + LOG_GUARD).astype(np.float32)
 
+    def finish(self, log_mel: np.ndarray) -> np.ndarray:
+        """What follows the logarithm: floor, then normalisation."""
+        return self.normalise(self.raise_to_floor(log_mel)).astype(np.float32)
+
     def raise_to_floor(self, log_mel: np.ndarray) -> np.ndarray:
         """(frames, M) -> the same, nothing further than `floor_db` below the loudest."""
         if self.floor_db is None:
             return log_mel
         return np.maximum(log_mel, log_mel.max() - self.floor_db * np.log(10) / 10)
 
-    def loud(self, log_mel: np.ndarray) -> np.ndarray:
-        """(frames, M) -> (frames,) bool: what is speech rather than silence, the MIN_LOUD loudest in any case."""
-        level = np.sort(log_mel.max(axis=1))
-        quiet = level[int(QUIET_SHARE * (len(level) - 1))]
-        edge = quiet + self.speech_share * (level[-1] - quiet)
-        return log_mel.max(axis=1) >= min(edge, level[-min(MIN_LOUD, len(level))])
-
     def normalise(self, log_mel: np.ndarray) -> np.ndarray:
-        """(frames, M): zero mean and unit variance of every bin over the utterance, or over its loud frames."""
-        counted = log_mel if self.speech_share is None else log_mel[self.loud(log_mel)]
-        return (log_mel - counted.mean(axis=0)) / (counted.std(axis=0, ddof=1) + STD_GUARD)
+        """(frames, M): give each bin zero mean and unit variance over the utterance.
 
-    def __call__(self, audio: np.ndarray) -> np.ndarray:
-        """(S,) float32 in [-1, 1] -> (S // hop_samples, n_mels) float32, normalised."""
-        return self.finish(self.log_mel(audio))
-
-    def finish(self, log_mel: np.ndarray) -> np.ndarray:
-        """What follows the logarithm: floor, then normalisation."""
-        return self.normalise(self.raise_to_floor(log_mel)).astype(np.float32)
+        With a `speech_share`, over its loud frames: speech rather than silence, and the MIN_LOUD
+        loudest frames in any case.
+        """
+        loud = log_mel
+        if self.speech_share is not None:
+            level = log_mel.max(axis=1)  # (frames,)
+            ordered = np.sort(level)
+            quiet = ordered[int(QUIET_SHARE * (len(ordered) - 1))]
+            threshold = quiet + self.speech_share * (ordered[-1] - quiet)
+            loud = log_mel[level >= min(threshold, ordered[-min(MIN_LOUD, len(ordered))])]
+        return (log_mel - loud.mean(axis=0)) / (loud.std(axis=0, ddof=1) + STD_GUARD)
 
 
 @lru_cache
-def _window(front: FrontEnd) -> np.ndarray:
+def _window(front_end: NemoMel) -> np.ndarray:
     """The symmetric Hann window, centred in n_fft samples."""
-    side = (front.n_fft - front.window_samples) // 2
-    hann = np.hanning(front.window_samples)
-    return np.pad(hann, (side, front.n_fft - front.window_samples - side)).astype(np.float32)
+    n_missing = front_end.n_fft - front_end.window_samples
+    n_before = n_missing // 2
+    hann = np.hanning(front_end.window_samples)
+    return np.pad(hann, (n_before, n_missing - n_before)).astype(np.float32)

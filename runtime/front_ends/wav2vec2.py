@@ -1,4 +1,4 @@
-"""The front end of encoders that hear samples: wav2vec2, HuBERT, WavLM, Data2Vec-Audio, Moonshine.
+"""The front end of encoders that take samples: wav2vec2, HuBERT, WavLM, Data2Vec-Audio, Moonshine.
 
 The arithmetic is that of transformers' Wav2Vec2FeatureExtractor for one recording.
 """

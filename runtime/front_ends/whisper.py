@@ -1,11 +1,13 @@
 """Whisper's front end: a recording, padded with silence to its 30 s -> (3000, mel bins).
 
-The arithmetic is that of transformers' WhisperFeatureExtractor. Whisper's encoder was trained on windows of 30 s only:
-it has a position for every frame of one, and every frame sees the silence after the speech. So the window is kept
-as it is and the encoder's graph has a fixed size; what we save is the work on the silence here, and whatever comes
-after the encoder, for the runtime drops the features of the padding. Where a device cannot afford 30 s of encoder for
-3 s of speech, a smaller `chunk_length` in the preprocessor_config.json given to `tiny-align export` makes a shorter
-window (the encoder then uses its first positions): another encoder, near the first; train the projector with it.
+The arithmetic is that of transformers' WhisperFeatureExtractor. Whisper's encoder was trained on
+windows of 30 s only: it has a position for every frame of one, and every frame sees the silence
+after the speech. So the window keeps its size, and so does the encoder's graph. We save the work
+on the silence here, and everything after the encoder, because the runtime drops the features of
+the padding. If a device cannot afford 30 s of encoder for 3 s of speech, set a smaller
+`chunk_length` in the preprocessor_config.json for `tiny-align export`: it makes a shorter window,
+for which the encoder uses its first positions. That is another encoder, close to the first; train
+the projector with it.
 """
 
 from dataclasses import dataclass, field
@@ -43,18 +45,16 @@ class WhisperMel:
 
     def __call__(self, audio: np.ndarray) -> np.ndarray:
         """(S,) float32 in [-1, 1], S <= padded_samples -> (n_rows, n_mels) float32."""
-        log_mel = np.full((self.n_rows, self.n_mels), np.log10(MIN_POWER))
-        heard = self._power(audio)
-        log_mel[: len(heard)] = np.log10(np.maximum(heard, MIN_POWER))
-        log_mel = np.maximum(log_mel, log_mel.max() - RANGE)
-        return ((log_mel + 4) / 4).astype(np.float32)
-
-    def _power(self, audio: np.ndarray) -> np.ndarray:
-        """(S,) -> (frames that the speech reaches into, n_mels) float64."""
-        side = self.n_fft // 2
-        padded = np.pad(np.pad(audio, (0, self.padded_samples - len(audio))), side, mode="reflect")
-        n_frames = min(-(-(len(audio) + side) // self.hop_samples), self.n_rows)
+        margin = self.n_fft // 2
+        full = np.pad(audio, (0, self.padded_samples - len(audio)))
+        padded = np.pad(full, margin, mode="reflect")
+        # Only frames that the speech reaches into; the others hold silence.
+        n_frames = min(-(-(len(audio) + margin) // self.hop_samples), self.n_rows)
         frames = cut(padded, self.n_fft, self.hop_samples, n_frames)
         window = np.hanning(self.n_fft + 1)[:-1]  # periodic
         power = np.abs(np.fft.rfft(frames * window, axis=-1)) ** 2  # (N, n_fft // 2 + 1)
-        return power @ slaney_filters(self.sample_rate, self.n_fft, self.n_mels)
+        mel = power @ slaney_filters(self.sample_rate, self.n_fft, self.n_mels)
+        log_mel = np.full((self.n_rows, self.n_mels), np.log10(MIN_POWER))
+        log_mel[: len(mel)] = np.log10(np.maximum(mel, MIN_POWER))
+        log_mel = np.maximum(log_mel, log_mel.max() - RANGE)
+        return ((log_mel + 4) / 4).astype(np.float32)

@@ -1,13 +1,15 @@
-"""A microphone (sounddevice): blocks of audio while a person speaks, or all that is said until they say so.
+"""A microphone (sounddevice): blocks of audio as they arrive, or one recording until told to stop.
 
-What nobody takes is dropped after BACKLOG_S and said; the callback never waits. A microphone that lacks the rate that
-is wanted records at its own and is resampled.
+The callback never waits: audio that is not read within BACKLOG_S is dropped and reported. If a
+microphone does not have the wanted rate, it records at its own and is resampled.
 """
 
 import queue
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import soxr
@@ -15,61 +17,70 @@ import soxr
 from tiny_align.runtime.errors import AudioError
 
 BLOCK_S = 0.032
-BACKLOG_S = 20.0  # audio kept for a reader that is late
-GONE_S = 2.0  # without a block: the microphone has been pulled out
+BACKLOG_S = 20.0  # of audio buffered for a reader that is late
+GONE_S = 2.0  # without a block: the microphone was unplugged
 POLL_S = 0.1
 
 
 @dataclass(frozen=True)
 class Notice:
-    """Something a person should know about the audio."""
+    """Something the user should know about the audio."""
 
     text: str
-    dropped_s: float = 0.0  # audio that was lost
+    dropped_s: float = 0.0  # of audio that was lost
 
 
 class Microphone:
-    """Mono float32 at `sample_rate`; a context manager. Iterate to listen on, or `record` one utterance."""
+    """Mono float32 at `sample_rate`; a context manager.
+
+    Iterate to read until `stop`, or `record` one utterance.
+    """
 
     live = True  # time passes whether it is read or not
 
     def __init__(self, sample_rate: int, device: str | None = None):
-        """
+        """Open the device.
+
         Args:
             sample_rate: Hz wanted.
             device: its number or a part of its name; None: the system's.
+
         Raises:
             AudioError: no PortAudio, no such device, or one that does not record.
         """
-        self.sample_rate, self._stopped = sample_rate, False
-        self._blocks: queue.Queue = queue.Queue(round(BACKLOG_S / BLOCK_S))
-        self._dropped = 0  # samples
-        self._stream, self._rate = _opened(sample_rate, device, self._take)
+        self.sample_rate = sample_rate
+        self._stopped = False
+        # Each block (S,) with the number of samples that were lost before it.
+        self._blocks: queue.Queue[tuple[np.ndarray, int]] = queue.Queue(round(BACKLOG_S / BLOCK_S))
+        self._n_dropped = 0  # samples since the last block in the queue
+        self._stream, self._rate = _open_stream(sample_rate, device, self._on_block)
 
-    def _take(self, block: np.ndarray, _frames, _time, status) -> None:
-        """PortAudio's thread: never waits, never raises."""
-        lost = self._dropped + (len(block) if status and status.input_overflow else 0)
+    def _on_block(self, block: np.ndarray, _frames: int, _time: Any, status: Any) -> None:
+        """Queue a block (S, 1). Runs on PortAudio's thread: never waits, never raises."""
+        overflowed = status and status.input_overflow
+        n_lost = self._n_dropped + (len(block) if overflowed else 0)
         try:
-            self._blocks.put_nowait((block[:, 0].copy(), lost))
-            self._dropped = 0
+            self._blocks.put_nowait((block[:, 0].copy(), n_lost))
+            self._n_dropped = 0
         except queue.Full:
-            self._dropped = lost + len(block)
+            self._n_dropped = n_lost + len(block)
 
-    def record(self, wait) -> np.ndarray:
-        """(S,) float32: what is said until `wait()` returns, BACKLOG_S at most."""
+    def record(self, wait: Callable[[], object]) -> np.ndarray:
+        """Record until `wait()` returns, BACKLOG_S at most: (S,) float32."""
         self._blocks.queue.clear()
         self._start()
         try:
             wait()
         finally:
             self._stream.stop()
-        taken = [self._blocks.get_nowait()[0] for _ in range(self._blocks.qsize())]
-        return soxr.resample(
-            np.concatenate([np.zeros(0, np.float32), *taken]), self._rate, self.sample_rate
-        )
+        blocks = [np.zeros(0, np.float32)]
+        for _ in range(self._blocks.qsize()):
+            block, _ = self._blocks.get_nowait()
+            blocks.append(block)
+        return soxr.resample(np.concatenate(blocks), self._rate, self.sample_rate)
 
     def __iter__(self) -> Iterator[np.ndarray | Notice]:
-        """Blocks (S,) float32 until `stop`, and what there is to say about them.
+        """Give blocks (S,) float32 until `stop`, and notices about them.
 
         Raises:
             AudioError: the microphone is gone.
@@ -80,28 +91,24 @@ class Microphone:
             )
         resampler = soxr.ResampleStream(self._rate, self.sample_rate, 1, dtype="float32")
         self._start()
-        while (item := self._next()) is not None:
-            block, lost = item
-            if lost:
-                seconds = lost / self._rate
-                yield Notice(
-                    f"{seconds:.1f} s of audio dropped: this machine or its reader is too slow",
-                    seconds,
-                )
-            yield resampler.resample_chunk(block)
-
-    def _next(self) -> tuple[np.ndarray, int] | None:
-        """The next block; None once stopped."""
-        began = time.monotonic()
+        asked_s = time.monotonic()
         while not self._stopped:
             try:
-                return self._blocks.get(timeout=POLL_S)
+                block, n_lost = self._blocks.get(timeout=POLL_S)
             except queue.Empty:
-                if not self._stream.active or time.monotonic() - began > GONE_S:
+                if not self._stream.active or time.monotonic() - asked_s > GONE_S:
                     raise AudioError(
                         "the microphone is gone: plug it in and start again, or give --device"
                     ) from None
-        return None
+                continue
+            if n_lost:
+                lost_s = n_lost / self._rate
+                yield Notice(
+                    f"{lost_s:.1f} s of audio dropped: this machine or its reader is too slow",
+                    lost_s,
+                )
+            yield resampler.resample_chunk(block)
+            asked_s = time.monotonic()
 
     def _start(self) -> None:
         try:
@@ -118,11 +125,11 @@ class Microphone:
     def __enter__(self) -> "Microphone":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stream.close()
 
 
-def _sounddevice():
+def _sounddevice() -> ModuleType:
     try:
         import sounddevice
     except OSError as error:  # its library, not the package
@@ -132,34 +139,35 @@ def _sounddevice():
     return sounddevice
 
 
-def _opened(sample_rate: int, device, take) -> tuple:
-    """The stream and its rate: the one that is wanted, or the device's own."""
+def _open_stream(
+    sample_rate: int, device: str | None, on_block: Callable[..., None]
+) -> tuple[Any, int]:
+    """A sounddevice.InputStream and its rate in Hz: the wanted one, or the device's own."""
     sounddevice = _sounddevice()
-    device = int(device) if device and device.isdigit() else device
-    refused = (sounddevice.PortAudioError, ValueError)
-    try:
-        return _stream(sounddevice, sample_rate, device, take), sample_rate
-    except refused:
-        pass  # its own rate, then
-    try:
-        own = round(sounddevice.query_devices(device, "input")["default_samplerate"])
-        return _stream(sounddevice, own, device, take), own
-    except refused as error:
-        known = (
-            ", ".join(d["name"] for d in sounddevice.query_devices() if d["max_input_channels"])
-            or "none"
+    device_id = int(device) if device and device.isdigit() else device
+    refusals = (sounddevice.PortAudioError, ValueError)
+
+    def open_at(rate: int) -> Any:
+        return sounddevice.InputStream(
+            samplerate=rate,
+            blocksize=round(rate * BLOCK_S),
+            channels=1,
+            dtype="float32",
+            device=device_id,
+            callback=on_block,
         )
+
+    try:
+        return open_at(sample_rate), sample_rate
+    except refusals:
+        pass  # try its own rate
+    try:
+        own_rate = round(sounddevice.query_devices(device_id, "input")["default_samplerate"])
+        return open_at(own_rate), own_rate
+    except refusals as error:
+        microphones = [d["name"] for d in sounddevice.query_devices() if d["max_input_channels"]]
+        known = ", ".join(microphones) or "none"
         raise AudioError(
-            f"no microphone {device or 'of the system'!r} ({error}); known: {known}. Give --device, or recordings"
+            f"no microphone {device_id or 'of the system'!r} ({error}); known: {known}. "
+            "Give --device, or recordings"
         ) from error
-
-
-def _stream(sounddevice, rate: int, device, take):
-    return sounddevice.InputStream(
-        samplerate=rate,
-        blocksize=round(rate * BLOCK_S),
-        channels=1,
-        dtype="float32",
-        device=device,
-        callback=take,
-    )

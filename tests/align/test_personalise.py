@@ -22,7 +22,7 @@ from tiny_align.align.model.projector import build_projector
 from tiny_align.align.model.users import load_projector, write_user
 from tiny_align.align.training.trainer import JUDGEMENT, Trainer
 from tiny_align.runtime.assistant import Assistant
-from tiny_align.runtime.backends.base import load_runner
+from tiny_align.runtime.backends.registry import load_runner
 from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.bundle.users import check_user
 from tiny_align.runtime.commands.cli import main

@@ -1,4 +1,4 @@
-"""The engines stage: profiles, choice of builder, and real builds with TensorRT-RTX (no GPU is needed to build)."""
+"""Profiles, choice of builder, and builds, real ones with TensorRT-RTX (no GPU is needed)."""
 
 import argparse
 import dataclasses
@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 
 from tiny_align.engines import build as build_module
-from tiny_align.engines import build_one, preflight
+from tiny_align.engines import build_one, command, engine_folder, preflight
 from tiny_align.engines import builder as builder_module
-from tiny_align.engines import command
 from tiny_align.engines import process as process_module
-from tiny_align.engines.build import build_engines, graph_files
+from tiny_align.engines.build import build_engines, graph_files, graph_source, make_job
 from tiny_align.engines.builder import find_builder
 from tiny_align.engines.progress import Phases, make_monitor
 from tiny_align.runtime import machine
@@ -36,7 +35,7 @@ from tiny_align.runtime.bundle.manifest import (
 from tiny_align.runtime.bundle.profile import graph_profile
 from tiny_align.runtime.errors import BackendError, BundleError
 from tiny_align.runtime.files import sha256
-from tiny_align.runtime.front_ends.nemo import FrontEnd
+from tiny_align.runtime.front_ends.nemo import NemoMel
 from tiny_align.runtime.readout import Readout
 
 onnx = pytest.importorskip("onnx", reason="the graphs to build are made with onnx")
@@ -54,10 +53,9 @@ def rtx():
 
 
 def spec(file, precision, inputs, outputs) -> GraphSpec:
-    tensors = [
-        tuple(TensorSpec(n, "float32", s) for n, s in side.items()) for side in (inputs, outputs)
-    ]
-    return GraphSpec(file, precision, *tensors)
+    input_specs = tuple(TensorSpec(name, "float32", shape) for name, shape in inputs.items())
+    output_specs = tuple(TensorSpec(name, "float32", shape) for name, shape in outputs.items())
+    return GraphSpec(file, precision, input_specs, output_specs)
 
 
 CACHED = spec(
@@ -70,20 +68,23 @@ INT4 = spec("int4.onnx", "int4", {"x": (1, "new", SIZE)}, {"y": (1, "new", SIZE)
 UNSUPPORTED = spec("unsupported.onnx", "fp32", {"x": (SIZE,)}, {"y": ("found",), "z": (SIZE,)})
 
 
+def float_info(tensor: TensorSpec):
+    return onnx.helper.make_tensor_value_info(tensor.name, onnx.TensorProto.FLOAT, tensor.shape)
+
+
 def save(folder: Path, graph: GraphSpec, nodes, weights, **options) -> None:
-    infos = [
-        [onnx.helper.make_tensor_value_info(t.name, onnx.TensorProto.FLOAT, t.shape) for t in side]
-        for side in (graph.inputs, graph.outputs)
-    ]
-    made = onnx.helper.make_graph(nodes, "graph", *infos, weights)
+    infos = []
+    for side in (graph.inputs, graph.outputs):
+        infos.append(list(map(float_info, side)))
+    onnx_graph = onnx.helper.make_graph(nodes, "graph", *infos, weights)
     model = onnx.helper.make_model(
-        made, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10
+        onnx_graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10
     )
     onnx.save(model, folder / graph.file, **options)
 
 
 def save_cached(folder: Path) -> None:
-    """Concatenation with a cache that may be empty, then a matrix kept in external data."""
+    """Concatenation with a cache that may be empty, then a matrix in external data."""
     weight = onnx.numpy_helper.from_array(np.eye(SIZE, dtype=np.float32), "w")
     nodes = [
         onnx.helper.make_node("Concat", ["cache", "x"], ["all"], axis=1),
@@ -127,7 +128,7 @@ def make_bundle(path: Path, *names: str) -> Bundle:
         SAVERS[name](path)
     manifest = Manifest(
         name="test",
-        front_end=FrontEnd(),
+        front_end=NemoMel(),
         encoder=EncoderSpec(SIZE, 0.04),
         llm=LlmSpec(100, SIZE, 1, 1, SIZE, (0,), 64),
         prompt=PromptSpec("", "", "", "", ""),
@@ -167,7 +168,7 @@ def test_profile_names_a_dimension_without_values():
 
 @pytest.mark.parametrize("values", [(5, 4, 32), (1, 40, 32), (-1, 4, 32)])
 def test_profile_refuses_values_out_of_order(values):
-    with pytest.raises(BundleError, match="least <= usual <= greatest"):
+    with pytest.raises(BundleError, match="min <= opt <= max"):
         graph_profile(CACHED, {**DIMS, "new": values})
 
 
@@ -186,7 +187,7 @@ def fake(version: str, *capabilities: str) -> types.SimpleNamespace:
     return types.SimpleNamespace(__version__=version, Builder=object, ComputeCapability=members)
 
 
-def test_no_builder_says_how_to_get_one(monkeypatch):
+def test_error_without_a_builder_tells_how_to_install_one(monkeypatch):
     pretend(monkeypatch, None, tensorrt=None, tensorrt_rtx=None)
     with pytest.raises(
         BackendError,
@@ -208,7 +209,7 @@ def test_tensorrt_is_preferred_and_builds_for_this_gpu(monkeypatch):
 
 def test_tensorrt_refuses_another_gpu(monkeypatch):
     pretend(monkeypatch, 87, tensorrt=fake("10.3.0"))
-    with pytest.raises(BackendError, match=r"compute capability 86 is not this machine's.*here 87"):
+    with pytest.raises(BackendError, match="expected compute capability 87, got 86"):
         find_builder(86)
 
 
@@ -227,7 +228,7 @@ def test_rtx_target(monkeypatch, gpu, wanted, target):
 
 
 @pytest.mark.parametrize(("gpu", "wanted"), [(90, None), (None, 87)])
-def test_rtx_names_the_targets_it_has(monkeypatch, gpu, wanted):
+def test_rtx_error_lists_its_targets(monkeypatch, gpu, wanted):
     pretend(monkeypatch, gpu, tensorrt=None, tensorrt_rtx=fake("1.7.1", "SM86", "SM120"))
     with pytest.raises(
         BackendError, match=f"{gpu or wanted}: give --compute-capability with one of 86, 120"
@@ -235,7 +236,7 @@ def test_rtx_names_the_targets_it_has(monkeypatch, gpu, wanted):
         find_builder(wanted)
 
 
-def test_missing_tools_are_named(monkeypatch):
+def test_missing_tools_are_listed(monkeypatch):
     pretend(monkeypatch, None, tensorrt=None, tensorrt_rtx=fake("1.7.1", "SM86"))
     monkeypatch.setattr(builder_module, "TOOLS", ("onnx", "no_such_tool"))
     with pytest.raises(BackendError, match=r"needs no_such_tool: `pip install tiny-align\[trt\]`"):
@@ -331,7 +332,8 @@ def test_build_reports_and_records_every_engine(rtx, built):
 @pytest.mark.parametrize("name", ["cached", "int4"])
 def test_entry_describes_graph_and_engine(built, name):
     bundle, result = built
-    entry, engine = result["engines"][name], Path(result["path"]) / f"{name}.engine"
+    entry = result["engines"][name]
+    engine = Path(result["path"]) / f"{name}.engine"
     assert entry["bytes"] == engine.stat().st_size > SIZE * SIZE // 2
     assert entry["engine_sha256"] == sha256(engine)
     assert entry["graph_sha256"] == bundle.manifest.files[f"{name}.onnx"]
@@ -354,14 +356,11 @@ def test_entry_has_external_data_and_profile(built):
 
 def test_largest_graph_comes_first(built):
     bundle, result = built
-    sizes = [
-        sum((bundle.path / f).stat().st_size for f in e["files"])
-        for e in result["engines"].values()
-    ]
-    assert sizes == sorted(sizes, reverse=True) and list(bundle.manifest.graphs) == [
-        "int4",
-        "cached",
-    ]
+    sizes = []
+    for entry in result["engines"].values():
+        sizes.append(sum((bundle.path / file).stat().st_size for file in entry["files"]))
+    assert sizes == sorted(sizes, reverse=True)
+    assert list(bundle.manifest.graphs) == ["int4", "cached"]
 
 
 def test_bundle_with_engines_is_unchanged(built):
@@ -376,7 +375,7 @@ def test_unsupported_operators_are_all_named_and_nothing_is_left(rtx, tmp_path):
     assert not (tmp_path / "engines").exists()
 
 
-def test_what_the_builder_says_is_passed_on(rtx, tmp_path):
+def test_errors_of_the_builder_are_passed_on(rtx, tmp_path):
     """The manifest disagrees with the graph: no parser error, the builder's own."""
     bundle = make_bundle(tmp_path, "int4")
     wrong = dataclasses.replace(INT4, inputs=(TensorSpec("x", "float32", (1, "new", SIZE + 1)),))
@@ -388,7 +387,7 @@ def test_what_the_builder_says_is_passed_on(rtx, tmp_path):
         build_engines(bundle, compute_capability=86)
 
 
-# ---- the same without a builder: what happens around the build process ----
+# ---- without a builder: what happens around the build process ----
 
 FAKE_BUILD = """
 import json, pathlib, sys
@@ -412,14 +411,14 @@ def child(monkeypatch):
     )
 
 
-def test_killed_build_says_so_and_leaves_nothing(child, tmp_path):
+def test_killed_build_is_reported_and_leaves_nothing(child, tmp_path):
     child("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     with pytest.raises(BackendError, match=r"'int4'.*was killed.*memory ran out.*MemAvailable"):
         build_engines(make_bundle(tmp_path, "int4"), compute_capability=None)
     assert not (tmp_path / "engines").exists()
 
 
-def test_crashed_build_passes_on_its_last_words(child, tmp_path):
+def test_crashed_build_passes_on_its_stderr(child, tmp_path):
     child("raise SystemExit('last words')")
     with pytest.raises(
         BackendError, match=r"(?s)crashed on the graph 'int4'.*exit status 1.*last words"
@@ -447,7 +446,7 @@ def test_one_graph_rebuilt_keeps_the_others(child, tmp_path):
     assert (tmp_path / "engines/tensorrt_rtx-1.7.1-sm86/cached.engine").is_file()
 
 
-def test_an_engine_of_changed_weights_is_not_kept(child, tmp_path):
+def test_engine_of_changed_weights_is_not_taken_over(child, tmp_path):
     child(FAKE_BUILD)
     bundle = make_bundle(tmp_path, "int4", "cached")
     build_engines(bundle)
@@ -458,7 +457,7 @@ def test_an_engine_of_changed_weights_is_not_kept(child, tmp_path):
     assert not (tmp_path / "engines/tensorrt_rtx-1.7.1-sm86/cached.engine").exists()
 
 
-def test_a_damaged_engine_is_not_kept(child, tmp_path):
+def test_damaged_engine_is_not_taken_over(child, tmp_path):
     child(FAKE_BUILD)
     bundle = make_bundle(tmp_path, "int4", "cached")
     build_engines(bundle)
@@ -471,7 +470,7 @@ def test_a_damaged_engine_is_not_kept(child, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"package": "tensorrt_rtx"}', None])
-def test_engines_without_a_sound_record_are_built_again(child, tmp_path, text):
+def test_engines_without_a_valid_record_are_built_again(child, tmp_path, text):
     child(FAKE_BUILD)
     bundle = make_bundle(tmp_path, "int4", "cached")
     entries = build_engines(bundle)
@@ -484,7 +483,7 @@ def test_engines_without_a_sound_record_are_built_again(child, tmp_path, text):
 
 
 def test_another_jetpack_builds_everything_again(child, monkeypatch, tmp_path):
-    """Its folder has the same name: the key is TensorRT and GPU."""
+    """The folder has the same name: the key is of TensorRT and the GPU."""
     child(FAKE_BUILD)
     bundle = make_bundle(tmp_path, "int4")
     build_engines(bundle)
@@ -519,20 +518,20 @@ def test_missing_external_data_is_named(tmp_path):
         graph_files(tmp_path / "cached.onnx")
 
 
-def test_no_graph_is_named(tmp_path):
+def test_file_that_is_no_graph_is_named(tmp_path):
     (tmp_path / "text.onnx").write_text("not a graph")
     with pytest.raises(BundleError, match=r"text\.onnx is not an ONNX graph"):
         graph_files(tmp_path / "text.onnx")
 
 
-def test_unwritable_bundle_says_so(child, tmp_path):
+def test_unwritable_bundle_is_an_error(child, tmp_path):
     bundle = make_bundle(tmp_path, "int4")
     (tmp_path / "engines").write_text("a file in the way")
     with pytest.raises(BackendError, match="cannot write engines to"):
         build_engines(bundle)
 
 
-def test_command_prints_for_people(child, tmp_path, capsys):
+def test_command_prints_engines_and_progress(child, tmp_path, capsys):
     child(FAKE_BUILD)
     make_bundle(tmp_path, "int4")
     parser = argparse.ArgumentParser()
@@ -555,18 +554,18 @@ def pretend_memory(monkeypatch, tmp_path, **megabytes: int) -> None:
     monkeypatch.setattr(machine, "MEMINFO", meminfo)
 
 
-def test_too_little_memory_is_refused_with_the_remedy(child, monkeypatch, tmp_path):
+def test_too_little_memory_is_refused_with_remedies(child, monkeypatch, tmp_path):
     child(FAKE_BUILD)
     bundle = make_bundle(tmp_path, "int4")
     pretend_memory(monkeypatch, tmp_path, MemAvailable=300, SwapFree=10, CmaFree=20)
-    remedy = r"(?s)'int4' takes about 476 MiB.*MemAvailable 292 MiB.*CmaFree 19 MiB.*add swap.*cma=950M.*--force"
-    with pytest.raises(BackendError, match=remedy):
+    memory = r"'int4' takes about 476 MiB.*MemAvailable 292 MiB.*CmaFree 19 MiB"
+    with pytest.raises(BackendError, match=rf"(?s){memory}.*add swap.*cma=950M.*--force"):
         build_engines(bundle)
     assert not (tmp_path / "engines").exists() and not (tmp_path / "built").exists()
     assert list(build_engines(bundle, force=True)) == ["int4"]
 
 
-def test_swap_counts_where_it_helps(child, monkeypatch, tmp_path):
+def test_swap_counts_for_tensorrt_rtx_only(child, monkeypatch, tmp_path):
     """TensorRT builds in the GPU's memory, which cannot be swapped; TensorRT-RTX needs no GPU."""
     child(FAKE_BUILD)
     bundle = make_bundle(tmp_path, "int4")
@@ -578,7 +577,7 @@ def test_swap_counts_where_it_helps(child, monkeypatch, tmp_path):
     assert "add swap" not in str(refused.value)
 
 
-def test_only_tensorrt_has_a_timing_cache_and_it_stays(child, monkeypatch, tmp_path):
+def test_only_tensorrt_has_a_timing_cache_and_it_is_used_again(child, monkeypatch, tmp_path):
     child(
         FAKE_BUILD
         + "cache = job['timing_cache']\nif cache: open(cache, 'a').write(graph.stem + ' ')"
@@ -592,65 +591,70 @@ def test_only_tensorrt_has_a_timing_cache_and_it_stays(child, monkeypatch, tmp_p
     assert next(tmp_path.rglob("timing.cache")).read_text() == "cached int4 " * 2
 
 
+BUILD_TWICE = """
+import json, sys
+from tiny_align.engines.build_one import build
+job = json.loads(sys.argv[1])
+build(job)
+first = open(job["timing_cache"], "rb").read()
+build(job)
+assert first
+"""
+
+
 def test_the_builder_reads_and_writes_its_timing_cache(rtx, tmp_path):
-    """TensorRT-RTX takes the calls, but times nothing while it builds: only the way through is seen here."""
+    """TensorRT-RTX accepts the calls but times nothing while it builds: only a test of the path."""
     save_int4(tmp_path)
     shapes = [(1, n, SIZE) for n in (1, 4, 32)]
     job = {
         "graph": str(tmp_path / "int4.onnx"),
+        "engine": str(tmp_path / "e"),
         "package": "tensorrt_rtx",
         "compute_capability": 86,
-    }
-    job |= {"refittable": False}
-    job |= {
         "profile": {"x": shapes},
-        "engine": str(tmp_path / "e"),
+        "refittable": False,
         "timing_cache": str(tmp_path / "cache"),
     }
-    script = (
-        "import json, sys; from tiny_align.engines import build_one as b; job = json.loads(sys.argv[1]); "
-        "b.build(job); first = open(job['timing_cache'], 'rb').read(); b.build(job); assert first"
-    )
-    subprocess.run([sys.executable, "-c", script, json.dumps(job)], check=True, capture_output=True)
+    line = [sys.executable, "-c", BUILD_TWICE, json.dumps(job)]
+    subprocess.run(line, check=True, capture_output=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "e", "int4.onnx"]
 
 
 @pytest.mark.parametrize(("gpu", "refittable"), [(87, [False, True]), (None, [False, False])])
-def test_a_projector_takes_other_weights_where_a_gpu_can_build_that(
-    monkeypatch, tmp_path, gpu, refittable
-):
+def test_projector_is_refittable_if_there_is_a_gpu(monkeypatch, tmp_path, gpu, refittable):
     monkeypatch.setattr(build_module, "gpu_compute_capability", lambda: gpu)
     builder = builder_module.Builder("tensorrt", "10.3.0", 87)
     jobs = [
-        build_module._job(tmp_path, name, builder, tmp_path, {"profile": {}})
-        for name in ("llm", "projector")
+        make_job(tmp_path, name, builder, tmp_path, profile={}) for name in ("llm", "projector")
     ]
     assert [job["refittable"] for job in jobs] == refittable
 
 
 KILLED_AT = """
 import os, signal, sys
-from tiny_align.engines import build, builder, process
+from tiny_align.engines import build, builder, engine_folder, process
 from tiny_align.runtime.bundle.bundle import Bundle
 path, stage, child = sys.argv[1:]
 build.find_builder = lambda _target: builder.Builder("tensorrt_rtx", "1.7.1", 86)
 process.COMMAND = (sys.executable, "-c", child)
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-write, replace = build._write_record, build.replace_folder
+write = build.write_record
+replace = engine_folder.replace_folder
 if stage == "first": build.run_build = die
-if stage == "unrecorded": build._write_record = die
-if stage == "recorded": build._write_record = lambda *a: (write(*a), die())
-if stage == "unpublished": build.replace_folder = die
-if stage == "published": build.replace_folder = lambda *a: (replace(*a), die())
+if stage == "unrecorded": build.write_record = die
+if stage == "recorded": build.write_record = lambda *a: (write(*a), die())
+if stage == "unpublished": engine_folder.replace_folder = die
+if stage == "published": engine_folder.replace_folder = lambda *a: (replace(*a), die())
 build.build_engines(Bundle.open(path))
 """
 BUILT_AGAIN = {"first": 2, "unrecorded": 2, "recorded": 1, "unpublished": 0, "published": 0}
 
 
 @pytest.mark.parametrize("stage", BUILT_AGAIN)
-def test_a_build_killed_at_any_stage_goes_on(child, tmp_path, stage):
+def test_build_killed_at_any_stage_continues(child, tmp_path, stage):
     child(FAKE_BUILD)
-    bundle, log = make_bundle(tmp_path, "int4", "cached"), tmp_path / "built"
+    bundle = make_bundle(tmp_path, "int4", "cached")
+    log = tmp_path / "built"
     killed = subprocess.run(
         [sys.executable, "-c", KILLED_AT, tmp_path, stage, FAKE_BUILD], check=False
     )
@@ -666,7 +670,7 @@ def test_a_build_killed_at_any_stage_goes_on(child, tmp_path, stage):
     assert [p.name for p in (tmp_path / "engines").iterdir()] == ["tensorrt_rtx-1.7.1-sm86"]
 
 
-def test_what_a_failed_build_had_finished_is_not_built_again(child, tmp_path):
+def test_finished_engines_of_a_failed_build_are_not_built_again(child, tmp_path):
     bundle = make_bundle(tmp_path, "int4", "cached")
     child(FAKE_BUILD + "if graph.stem == 'int4': raise SystemExit(4)")
     with pytest.raises(BackendError, match="crashed on the graph 'int4'"):
@@ -695,7 +699,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_the_build_process_dies_with_the_command():
-    """A real one, which waits for its job."""
+    """A real build process, which waits for its job."""
     command = [sys.executable, "-c", KILLED_PARENT, WAITING_CHILD]
     pid = int(subprocess.run(command, capture_output=True, check=False).stdout)
     for _ in range(100):
@@ -703,20 +707,20 @@ def test_the_build_process_dies_with_the_command():
         if not state.exists() or state.read_text().split()[2] == "Z":
             return
         time.sleep(0.05)
-    pytest.fail("it is still there")
+    pytest.fail("the build process is still running")
 
 
-def test_two_builds_do_not_meet(child, tmp_path):
+def test_second_build_of_the_same_engines_is_refused(child, tmp_path):
     bundle = make_bundle(tmp_path, "int4")
     child(FAKE_BUILD)
     folder = tmp_path / "engines/.tensorrt_rtx-1.7.1-sm86.partial"
-    with build_module._unfinished(folder.with_name("tensorrt_rtx-1.7.1-sm86")):
+    with engine_folder.unfinished_folder(folder.with_name("tensorrt_rtx-1.7.1-sm86")):
         with pytest.raises(BackendError, match="another build is at work in"):
             build_engines(bundle)
         assert folder.is_dir()
 
 
-def test_a_full_disk_says_so_and_loses_nothing(rtx, tmp_path, full_disk):
+def test_full_disk_is_reported_and_finished_engines_stay(rtx, tmp_path, full_disk):
     bundle = make_bundle(tmp_path, "int4", "cached")
     build_engines(bundle, graphs=["int4"])
     with (
@@ -734,7 +738,7 @@ def test_a_full_disk_says_so_and_loses_nothing(rtx, tmp_path, full_disk):
 
 
 class Stream:
-    """A builder that gives its engine in two pieces, or none, or that stops when a piece is not taken."""
+    """A builder that streams its engine in pieces, or none; it stops if one is not written."""
 
     IStreamWriter = type("IStreamWriter", (), {})
 
@@ -746,7 +750,7 @@ class Stream:
 
 
 class Whole:
-    """The builder of a TensorRT that cannot stream, as 10.3's."""
+    """The builder of a TensorRT that cannot stream, such as 10.3."""
 
     def __init__(self, *pieces: bytes):
         self.pieces = pieces
@@ -758,11 +762,11 @@ class Whole:
 @pytest.mark.parametrize("builder", [Stream, Whole])
 def test_the_engine_is_written_in_pieces_or_whole(tmp_path, full_disk, builder):
     write = functools.partial(
-        build_one._build_into, tmp_path / "engine", Stream, network=None, config=None
+        build_one.write_engine, tmp_path / "engine", Stream, network=None, config=None
     )
     write(builder=builder(b"first ", b"second"))
     assert (tmp_path / "engine").read_bytes() == b"first second"
-    with pytest.raises(build_one._NotBuilt):
+    with pytest.raises(build_one.NotBuiltError):
         write(builder=builder())
     with full_disk(4), pytest.raises(OSError, match="File too large"):
         write(builder=builder(b"first " * 10_000, b"second"))
@@ -771,39 +775,42 @@ def test_the_engine_is_written_in_pieces_or_whole(tmp_path, full_disk, builder):
 # ---- progress ----
 
 
-def test_progress_is_that_of_nested_phases():
-    phases, seen = Phases(), []
+def test_progress_of_nested_phases():
+    phases = Phases()
+    fractions = []
     phases.start("all", None, 2)
     for phase in ("parse", "optimise"):
         phases.start(phase, "all", 4)
         for step in range(4):
             phases.step(phase, step)
-            seen.append(phases.fraction)
+            fractions.append(phases.fraction)
         phases.finish(phase)
         phases.step("all", 0 if phase == "parse" else 1)
-    assert seen == [0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0]
+    assert fractions == [0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0]
 
 
-def test_the_real_builder_tells_its_progress(rtx, tmp_path):
-    bundle, told = make_bundle(tmp_path, "int4"), []
-    job = build_module._job(
-        bundle.graph("int4"), "int4", find_builder(), tmp_path, build_module._source(bundle, "int4")
-    )
-    assert process_module.run_build("int4", job, lambda *step: told.append(step))["seconds"] > 0
-    fractions = [fraction for fraction, _ in told]
-    assert len(told) > 5 and fractions == sorted(fractions) and fractions[-1] > 0.8
-    assert len({phase for _, phase in told}) > 1
+def test_real_builder_reports_its_progress(rtx, tmp_path):
+    bundle = make_bundle(tmp_path, "int4")
+    profile = graph_source(bundle, "int4")["profile"]
+    job = make_job(bundle.graph("int4"), "int4", find_builder(), tmp_path, profile)
+    reports = []
+    result = process_module.run_build("int4", job, lambda *report: reports.append(report))
+    assert result["seconds"] > 0
+    fractions = [fraction for fraction, _ in reports]
+    assert len(fractions) > 5 and fractions == sorted(fractions) and fractions[-1] > 0.8
+    assert len({phase for _, phase in reports}) > 1
 
 
-def test_a_tensorrt_without_a_monitor_is_no_hindrance():
+def test_no_monitor_for_a_tensorrt_without_the_interface():
     assert make_monitor(types.SimpleNamespace(), print) is None
 
 
 def test_help_needs_nothing_heavy():
-    """The modules the dispatcher imports for --help load no builder."""
+    """The modules that the dispatcher imports for --help load no builder."""
     heavy = ("torch", "transformers", "tensorrt", "tensorrt_rtx", "polygraphy", "onnx", "tqdm")
     script = (
         "import sys, argparse; from tiny_align.engines import command; "
-        f"command.add_arguments(argparse.ArgumentParser()); print([name for name in {heavy} if name in sys.modules])"
+        "command.add_arguments(argparse.ArgumentParser()); "
+        f"print([name for name in {heavy} if name in sys.modules])"
     )
     assert subprocess.check_output([sys.executable, "-c", script], text=True).strip() == "[]"

@@ -1,6 +1,7 @@
-"""Engines that do not fit are refused in one sentence with the command that rebuilds them, before anything loads them.
+"""Engines that do not match are refused before anything loads them.
 
-The engines are real ones of TensorRT-RTX; checking needs neither it nor a GPU.
+The message ends with the command that rebuilds them. The engines are real, built by TensorRT-RTX;
+the check needs neither it nor a GPU.
 """
 
 import argparse
@@ -31,7 +32,7 @@ def built(tmp_path_factory):
 
 @pytest.fixture
 def bundle(built, tmp_path) -> Bundle:
-    """The same, to be changed."""
+    """A copy of it, to be changed."""
     shutil.copytree(built.path, tmp_path / "a bundle")
     return Bundle.open(tmp_path / "a bundle")
 
@@ -42,17 +43,20 @@ def facts() -> dict:
 
 
 def refusal(bundle: Bundle, facts: dict, graph: str = "cached") -> str:
-    """What is said, after checking that it is one sentence whose command is one of ours and names this bundle."""
+    """The message of the refusal.
+
+    Asserts that it is one sentence that ends in a valid command for this bundle.
+    """
     with pytest.raises(BackendError) as refused:
         check_engine(bundle, graph, facts)
-    said = str(refused.value)
-    assert "\n" not in said and said.endswith("`")
-    program, name, *arguments = shlex.split(said.split("`")[-2])
+    message = str(refused.value)
+    assert "\n" not in message and message.endswith("`")
+    program, name, *arguments = shlex.split(message.split("`")[-2])
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     assert (program, name) == ("tiny-align", "build-engines")
     assert parser.parse_args(arguments).bundle == bundle.path
-    return said
+    return message
 
 
 def folder_of(bundle: Bundle):
@@ -61,22 +65,22 @@ def folder_of(bundle: Bundle):
 
 
 def rename_to(bundle: Bundle, facts: dict):
-    """What somebody does who wants it to fit: the folder's name says this machine, the record another one."""
+    """Give the folder the name for this machine, while its record names another one."""
     key = f"{facts['package']}-{facts['version']}-sm{facts['compute_capability']}"
     folder_of(bundle).rename(bundle.path / "engines" / key)
 
 
-def exported_again(bundle: Bundle, **changes) -> Bundle:
+def export_again(bundle: Bundle, **changes) -> Bundle:
     write_manifest(bundle.path, dataclasses.replace(bundle.manifest, **changes))
     return Bundle.open(bundle.path)
 
 
 @pytest.mark.parametrize("graph", ["int4", "cached"])
-def test_an_engine_that_fits_is_given(bundle, facts, graph):
+def test_matching_engine_is_found(bundle, facts, graph):
     assert check_engine(bundle, graph, facts) == folder_of(bundle) / f"{graph}.engine"
 
 
-def test_the_facts_of_this_machine_are_those_of_its_builder(built):
+def test_facts_of_this_machine_are_those_of_its_builder(built):
     builder = find_builder()
     facts = machine_facts(builder.package, builder.version)
     assert {**facts, "compute_capability": facts["compute_capability"] or 86} == builder.facts
@@ -91,13 +95,11 @@ def test_the_facts_of_this_machine_are_those_of_its_builder(built):
         ("compute_capability", None),
     ],
 )
-def test_another_version_or_gpu(bundle, facts, fact, value):
+def test_engines_for_another_version_or_gpu_are_refused(bundle, facts, fact, value):
     here = {**facts, fact: value}
-    said = refusal(bundle, here)
-    assert (
-        f"has no engines for {here['package']}-{here['version']}-sm" in said
-        and folder_of(bundle).name in said
-    )
+    message = refusal(bundle, here)
+    assert f"has no engines for {here['package']}-{here['version']}-sm" in message
+    assert folder_of(bundle).name in message
 
 
 @pytest.mark.parametrize(
@@ -108,60 +110,57 @@ def test_another_version_or_gpu(bundle, facts, fact, value):
         ("jetpack", "36.4.3", "JetPack"),
     ],
 )
-def test_another_machine_under_this_ones_name(bundle, facts, fact, value, name):
+def test_renamed_engines_of_another_machine_are_refused(bundle, facts, fact, value, name):
     here = {**facts, fact: value}
     rename_to(bundle, here)
-    assert f"were built for {name}" in (said := refusal(bundle, here))
-    assert f"{facts[fact] or 'none'}, this machine has {value}" in said
+    message = refusal(bundle, here)
+    assert f"were built for {name}" in message
+    assert f"{facts[fact] or 'none'}, this machine has {value}" in message
 
 
 @pytest.mark.parametrize("file", ["cached.onnx", "cached.onnx.data"])
-def test_another_graph_or_other_weights(bundle, facts, file):
+def test_engine_of_another_graph_or_weights_is_refused(bundle, facts, file):
     with open(bundle.path / file, "r+b") as changed:
         changed.seek(-1, 2)
         changed.write(b"\1")
     assert f"was built from another {file} than this bundle's" in refusal(
-        exported_again(bundle), facts
+        export_again(bundle), facts
     )
 
 
 @pytest.mark.parametrize("past", [(0, 16, 65), (0, 64, 640)])
-def test_a_profile_too_small_for_the_manifest(bundle, facts, past):
-    said = refusal(exported_again(bundle, dims={**bundle.manifest.dims, "past": past}), facts)
-    assert (
-        f"takes cache from [1, 0, 64] to [1, 64, 64], this bundle needs [1, 0, 64] to [1, {past[2]}, 64]"
-        in said
-    )
+def test_profile_too_small_for_the_manifest_is_refused(bundle, facts, past):
+    changed = export_again(bundle, dims={**bundle.manifest.dims, "past": past})
+    message = refusal(changed, facts)
+    assert "takes cache from [1, 0, 64] to [1, 64, 64]" in message
+    assert f", this bundle needs [1, 0, 64] to [1, {past[2]}, 64]" in message
 
 
-def test_a_profile_that_is_larger_than_needed_will_do(bundle, facts):
-    smaller = exported_again(bundle, dims={**bundle.manifest.dims, "past": (1, 8, 32)})
+def test_profile_larger_than_needed_is_accepted(bundle, facts):
+    smaller = export_again(bundle, dims={**bundle.manifest.dims, "past": (1, 8, 32)})
     assert check_engine(smaller, "cached", facts).is_file()
 
 
-def test_an_input_that_the_engine_does_not_have(bundle, facts):
+def test_input_that_the_engine_lacks_is_refused(bundle, facts):
     graph = GraphSpec(
         CACHED.file, "fp32", (*CACHED.inputs, TensorSpec("mask", "float32", (1,))), CACHED.outputs
     )
-    said = refusal(
-        exported_again(bundle, graphs={**bundle.manifest.graphs, "cached": graph}), facts
-    )
-    assert "engine.json is damaged (KeyError: 'mask')" in said
+    changed = export_again(bundle, graphs={**bundle.manifest.graphs, "cached": graph})
+    assert "engine.json is damaged (KeyError: 'mask')" in refusal(changed, facts)
 
 
-@pytest.mark.parametrize("kept", [0, 1000])
-def test_a_truncated_engine(bundle, facts, kept):
+@pytest.mark.parametrize("n_bytes", [0, 1000])
+def test_truncated_engine_is_refused(bundle, facts, n_bytes):
     engine = folder_of(bundle) / "cached.engine"
     size = engine.stat().st_size
     with open(engine, "r+b") as file:
-        file.truncate(kept)
-    assert f"cached.engine has {kept} bytes, not the {size} that were built" in refusal(
-        bundle, facts
-    )
+        file.truncate(n_bytes)
+    expected = f"cached.engine has {n_bytes} bytes, not the {size} that were built"
+    assert expected in refusal(bundle, facts)
 
 
 @pytest.mark.parametrize("place", [0, -1, 5000])
-def test_a_changed_byte(bundle, facts, place):
+def test_engine_with_a_changed_byte_is_refused(bundle, facts, place):
     engine = folder_of(bundle) / "cached.engine"
     content = bytearray(engine.read_bytes())
     content[place] ^= 1
@@ -170,45 +169,45 @@ def test_a_changed_byte(bundle, facts, place):
     assert check_engine(bundle, "int4", facts).is_file()
 
 
-def test_a_missing_record(bundle, facts):
+def test_missing_record_is_refused(bundle, facts):
     (folder_of(bundle) / "engine.json").unlink()
     assert "has no engine.json" in refusal(bundle, facts)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}"])
-def test_a_damaged_record(bundle, facts, text):
+def test_damaged_record_is_refused(bundle, facts, text):
     (folder_of(bundle) / "engine.json").write_text(text)
     assert "engine.json is damaged" in refusal(bundle, facts)
 
 
 @pytest.mark.parametrize("field", ["bytes", "engine_sha256", "graph_sha256", "files", "profile"])
-def test_a_record_that_lacks_something(bundle, facts, field, edit_json):
+def test_record_without_a_field_is_refused(bundle, facts, field, edit_json):
     edit_json(
         folder_of(bundle) / "engine.json", lambda record: record["graphs"]["cached"].pop(field)
     )
     assert f"engine.json is damaged (KeyError: '{field}')" in refusal(bundle, facts)
 
 
-def test_an_absent_engine(bundle, facts, edit_json):
+def test_missing_engine_is_refused(bundle, facts, edit_json):
     (folder_of(bundle) / "cached.engine").unlink()
     assert "has no engine of the graph 'cached'" in refusal(bundle, facts)
     edit_json(folder_of(bundle) / "engine.json", lambda record: record["graphs"].pop("int4"))
     assert "has no engine of the graph 'int4'" in refusal(bundle, facts, "int4")
 
 
-def test_no_engines_at_all(bundle, facts):
+def test_bundle_without_engines_is_refused(bundle, facts):
     shutil.rmtree(bundle.path / "engines")
     assert "(found: none)" in refusal(bundle, facts)
 
 
-def test_a_graph_that_the_bundle_does_not_have(bundle, facts):
+def test_unknown_graph_is_refused(bundle, facts):
     with pytest.raises(BundleError, match="has no graph 'decoder'"):
         check_engine(bundle, "decoder", facts)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "record", "graph"])
-def test_the_command_that_was_named_mends_it(bundle, facts, damage, run_cli):
-    """And builds nothing that fits."""
+def test_the_command_in_the_message_rebuilds_the_engine(bundle, facts, damage, run_cli):
+    """And builds nothing that matches."""
     if damage == "truncated":
         (folder_of(bundle) / "cached.engine").write_bytes(b"half")
     elif damage == "record":
@@ -216,21 +215,21 @@ def test_the_command_that_was_named_mends_it(bundle, facts, damage, run_cli):
     else:
         with open(bundle.path / "cached.onnx.data", "r+b") as weights:
             weights.write(b"\1")
-        bundle = exported_again(bundle)
+        bundle = export_again(bundle)
     inode = (folder_of(bundle) / "int4.engine").stat().st_ino
-    said = refusal(bundle, facts)
-    done = run_cli(*shlex.split(said.split("`")[-2])[1:], "--json")
+    command_line = refusal(bundle, facts).split("`")[-2]
+    done = run_cli(*shlex.split(command_line)[1:], "--json")
     assert done.status == 0, done.stderr
     assert check_engine(bundle, "cached", facts).is_file()
     assert ((folder_of(bundle) / "int4.engine").stat().st_ino == inode) == (damage != "record")
 
 
-def test_the_engine_is_of_the_plain_graph(bundle, facts):
-    """Another backend's graph is of no concern."""
+def test_engine_is_built_from_the_plain_graph(bundle, facts):
+    """Another backend's graph makes no difference."""
     plain = bundle.manifest.graphs["cached"]
-    fused = dataclasses.replace(plain, file="int4.onnx", inputs=())
-    other = dataclasses.replace(plain, backends={"onnxruntime": fused})
-    changed = exported_again(bundle, graphs={**bundle.manifest.graphs, "cached": other})
+    llm_ort = dataclasses.replace(plain, file="int4.onnx", inputs=())
+    other = dataclasses.replace(plain, backends={"onnxruntime": llm_ort})
+    changed = export_again(bundle, graphs={**bundle.manifest.graphs, "cached": other})
     assert check_engine(changed, "cached", facts).is_file()
     assert build_engines(changed, graphs=["cached"])["cached"]["files"].keys() == {
         "cached.onnx",

@@ -1,4 +1,4 @@
-"""The shipped bundle through `tiny-align build-engines`: a real NVIDIA builder takes every graph, without a GPU."""
+"""`tiny-align build-engines` for the shipped bundle: a real NVIDIA builder, without a GPU."""
 
 import importlib.util
 import json
@@ -31,10 +31,8 @@ def test_every_graph_of_the_reference_bundle_builds(rtx, run_cli, bundle_copy):
     done = run_cli("build-engines", "--bundle", bundle_copy, "--compute-capability", 86, "--json")
     assert done.status == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1
-    manifest, engines = (
-        Bundle.open(bundle_copy).manifest,
-        done.document["engines"],
-    )  # the bundle is still whole
+    manifest = Bundle.open(bundle_copy).manifest  # the bundle is unchanged
+    engines = done.document["engines"]
     assert set(engines) == set(GRAPHS)
     folder = bundle_copy / "engines" / done.document["key"]
     assert done.document["key"].endswith("-sm86") and str(folder) == done.document["path"]
@@ -48,18 +46,15 @@ def test_every_graph_of_the_reference_bundle_builds(rtx, run_cli, bundle_copy):
     assert json.loads((folder / "engine.json").read_text())["graphs"] == engines
 
 
-def test_a_persons_engine_is_theirs_alone(rtx, run_cli, bundle_copy, make_user):
+def test_engine_of_a_user_is_refused_for_another_user(rtx, run_cli, bundle_copy, make_user):
     bundle = Bundle.open(bundle_copy)
-    ana, ben = (
-        make_user(bundle, bundle_copy / "users" / name, shift)
-        for name, shift in (("ana", 0.3), ("ben", 0.1))
-    )
+    ana = make_user(bundle, bundle_copy / "users" / "ana", 0.3)
+    ben = make_user(bundle, bundle_copy / "users" / "ben", 0.1)
     done = run_cli("build-engines", "--bundle", bundle_copy, "--user", "ana", "--json")
     assert done.status == 0, done.stderr
     facts = find_builder().facts
-    assert check_engine(bundle.for_user(ana), "projector", facts).parent == Path(
-        done.document["path"]
-    )
+    engine = check_engine(bundle.for_user(ana), "projector", facts)
+    assert engine.parent == Path(done.document["path"])
     shutil.copytree(ana / "engines", ben / "engines")
     with pytest.raises(
         BackendError, match=r"from another projector\.onnx\.data.*--bundle \S+ --user ben`"

@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers", reason="models are exported f
 from conftest import make_tokenizer  # noqa: E402 - needs the packages above
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 
-from tiny_align.benchmarks.tiny_llms import CHATML, IM, LLAMA3, NO_SYSTEM, SMOLLM3, fast  # noqa: E402
+from tests.support.tiny_llms import CHATML, IM, LLAMA3, NO_SYSTEM, SMOLLM3, fast  # noqa: E402
 from tiny_align.export.llms import load_tokenizer  # noqa: E402
 from tiny_align.export.prompts import choose_template, prompt_spec, turn_end  # noqa: E402
 from tiny_align.runtime.errors import TinyAlignError  # noqa: E402

@@ -1,6 +1,6 @@
 """Every family of encoders, from a tiny checkpoint through the command to features, against transformers.
 
-Each family's model (benchmarks/tiny_encoders.py) is random and small and lies on disk as the hub has it: config.json,
+Each family's model (tests/support/tiny_encoders.py) is random and small and lies on disk as the hub has it: config.json,
 weights, and the preprocessor_config.json of its own feature extractor. The LLM and the projector beside it are
 traced once.
 """
@@ -24,8 +24,7 @@ torch = pytest.importorskip("torch", reason="models are exported from torch")
 transformers = pytest.importorskip("transformers", reason="models are exported from transformers")
 onnx = pytest.importorskip("onnx", reason="exported graphs are read with onnx")
 
-from tiny_align.benchmarks.families import traced_once  # noqa: E402 - needs the packages above
-from tiny_align.benchmarks.tiny_encoders import (  # noqa: E402  # noqa: E402
+from tests.support.tiny_encoders import (  # noqa: E402  # noqa: E402
     LAYERS,
     MAKERS,
     SIZE,
@@ -37,6 +36,7 @@ from tiny_align.benchmarks.tiny_encoders import (  # noqa: E402  # noqa: E402
     wave,
     whisper,
 )
+from tiny_align.benchmarks.studies.families import traced_once  # noqa: E402 - needs the packages above
 from tiny_align.export.encoders import FAMILIES, MIN_FEATURES, load_encoder  # noqa: E402
 from tiny_align.export.graphs import OPSET  # noqa: E402
 from tiny_align.export.parity import TOLERANCE  # noqa: E402

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from tiny_align.runtime import Assistant, Decoding
-from tiny_align.runtime.backends.base import TOPK_TOKENS, load_runner
+from tiny_align.runtime.backends.base import TOPK_TOKENS
+from tiny_align.runtime.backends.registry import load_runner
 from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.errors import TinyAlignError
 

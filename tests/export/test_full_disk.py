@@ -11,7 +11,7 @@ pytest.importorskip("onnx", reason="exported graphs are written with onnx")
 
 from test_export import make_encoder  # noqa: E402 - needs the packages above
 
-from tiny_align.benchmarks.families import traced_once  # noqa: E402
+from tiny_align.benchmarks.studies.families import traced_once  # noqa: E402
 from tiny_align.export import bundle as exporter  # noqa: E402
 from tiny_align.export.graphs import Graph  # noqa: E402
 from tiny_align.runtime.bundle.bundle import Bundle  # noqa: E402

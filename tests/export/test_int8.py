@@ -8,13 +8,14 @@ import pytest
 from tiny_align.engines.build import build_engines
 from tiny_align.runtime import Assistant
 from tiny_align.runtime.audio.samples import read_audio
+from tiny_align.runtime.backends.onnxruntime import quantised_activations
 from tiny_align.runtime.bundle.bundle import Bundle
 
 onnx = pytest.importorskip("onnx", reason="exported graphs are read with onnx")
 pytest.importorskip("transformers", reason="models are exported from transformers")
 
-from tiny_align.benchmarks.families import traced_once  # noqa: E402 - needs the packages above
-from tiny_align.benchmarks.tiny_encoders import features, make_encoder  # noqa: E402
+from tests.support.tiny_encoders import features, make_encoder  # noqa: E402
+from tiny_align.benchmarks.studies.families import traced_once  # noqa: E402 - needs the packages above
 
 RATE = 16_000  # Hz
 FAMILIES = ("wav2vec2", "parakeet")
@@ -70,6 +71,19 @@ def test_the_manifest_says_what_it_costs(case):
         assert exact.keys() == cost.keys() and max(exact.values()) < 1e-3
         assert all(MIN_COSINE < figure < MAX_COSINE for figure in cost.values())
     assert plain.parity != ort.parity
+
+
+def test_the_manifest_says_how_activations_are_quantised(case):
+    """And what it says is what is found in a graph whose manifest does not say it."""
+    bundle = case[2]
+    specs = bundle.manifest.graphs
+    assert specs["projector"].quantised_activations == "none"
+    for spec, activations in (
+        (specs["encoder"], "none"),
+        (specs["encoder"].on("onnxruntime"), "dynamic"),
+    ):
+        assert spec.quantised_activations == activations
+        assert quantised_activations(bundle.path / spec.file) == activations
 
 
 def test_weights_are_stored_once_in_int8(case, graphs):

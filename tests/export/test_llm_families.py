@@ -1,6 +1,6 @@
 """`tiny-align export --llm` for every supported family: the runtime says what transformers says, token by token.
 
-Each family's tiny model (benchmarks/tiny_llms.py) is exported once, through the command, in FP32. The reference is
+Each family's tiny model (tests/support/tiny_llms.py) is exported once, through the command, in FP32. The reference is
 transformers' own `generate` on the saved folder, where a sliding layer forgets; the runtime's cache is whole.
 """
 
@@ -16,7 +16,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from tiny_align.runtime import Assistant, Decoding
-from tiny_align.runtime.backends.base import load_decoder
+from tiny_align.runtime.backends.registry import load_decoder
 from tiny_align.runtime.errors import TinyAlignError
 from tiny_align.runtime.llm import Cache, LanguageModel, TextStream, encode_in_place
 
@@ -26,8 +26,7 @@ onnx = pytest.importorskip("onnx", reason="exported graphs are read with onnx")
 
 from test_export import make_encoder  # noqa: E402
 
-from tiny_align.benchmarks.families import traced_once  # noqa: E402 - needs the packages above
-from tiny_align.benchmarks.tiny_llms import (  # noqa: E402
+from tests.support.tiny_llms import (  # noqa: E402
     CONTEXT,
     ENDED_TEXT,
     FAMILIES,
@@ -39,6 +38,7 @@ from tiny_align.benchmarks.tiny_llms import (  # noqa: E402
     make_model,
     typed,
 )
+from tiny_align.benchmarks.studies.families import traced_once  # noqa: E402 - needs the packages above
 from tiny_align.export.llms import LLMS, embedding_table, end_tokens, load_llm  # noqa: E402
 from tiny_align.export.parity import TOLERANCE, llm_lengths  # noqa: E402
 from tiny_align.export.prompts import prompt_spec  # noqa: E402

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tiny_align.export.llm_ort import llm_ort_graph
 from tiny_align.export.llms import load_llm
 from tiny_align.export.packing import pack_products, share_weights
-from tiny_align.runtime.backends.base import load_decoder
+from tiny_align.runtime.backends.registry import load_decoder
 from tiny_align.runtime.errors import TinyAlignError
 
 
@@ -130,7 +130,7 @@ def test_conversations_do_not_disturb_each_other(tiny_llm, tmp_path):
         caches = [decoder.open_cache(16) for _ in rows]
         for position in range(9):
             read = [
-                decoder.read(row[position : position + 1], c, position)
+                decoder.run(row[position : position + 1], c, position)
                 for row, c in zip(rows, caches)
             ]
         got = [scores.logits for scores in read]
@@ -146,10 +146,10 @@ def test_going_back_in_a_cache_reads_over_what_was_there(tiny_llm, tmp_path):
     rows = np.random.default_rng(0).standard_normal((12, llm.config.hidden_size)).astype(np.float32)
     with load_decoder(tmp_path / "llm.onnx", spec, "onnxruntime", 1) as decoder:
         cache, fresh = decoder.open_cache(16), decoder.open_cache(16)
-        decoder.read(rows, cache, 0)
-        got = decoder.read(rows[:2], cache, 5).logits
-        decoder.read(rows[:5], fresh, 0)
-        np.testing.assert_allclose(got, decoder.read(rows[:2], fresh, 5).logits, atol=1e-5)
+        decoder.run(rows, cache, 0)
+        got = decoder.run(rows[:2], cache, 5).logits
+        decoder.run(rows[:5], fresh, 0)
+        np.testing.assert_allclose(got, decoder.run(rows[:2], fresh, 5).logits, atol=1e-5)
 
 
 def test_heads_that_onnx_runtime_does_not_take_are_refused(tiny_llm):

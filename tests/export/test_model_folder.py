@@ -197,7 +197,7 @@ def test_a_pickled_vocabulary_is_never_run(folder, tmp_path, name):
 
 
 def test_a_local_folder_is_loaded_without_the_network(folder, tmp_path, monkeypatch):
-    from tiny_align.benchmarks.tiny_encoders import make_encoder
+    from tests.support.tiny_encoders import make_encoder
 
     asked = []
     monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **_: asked.append(given) or [])
@@ -384,7 +384,7 @@ def test_a_file_in_place_of_a_folder_is_named(tmp_path):
 
 
 def test_a_quantised_encoder_is_refused_too(tmp_path):
-    from tiny_align.benchmarks.tiny_encoders import make_encoder
+    from tests.support.tiny_encoders import make_encoder
 
     make_encoder("whisper", tmp_path / "encoder")
     edit(tmp_path / "encoder/config.json", quantization_config={"quant_method": "bitsandbytes"})
@@ -410,7 +410,7 @@ def test_a_weight_that_is_no_number_is_named(folder, value):
 
 
 def test_a_weight_of_an_encoder_counts_where_it_is_used(tmp_path):
-    from tiny_align.benchmarks.tiny_encoders import make_encoder
+    from tests.support.tiny_encoders import make_encoder
 
     folder = make_encoder("whisper", tmp_path / "encoder")
     with_value(folder, "model.decoder.layers.0.fc1.weight", float("nan"))

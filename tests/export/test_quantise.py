@@ -6,7 +6,7 @@ import importlib.util
 import numpy as np
 import pytest
 
-from tiny_align.runtime.backends.base import load_runner
+from tiny_align.runtime.backends.registry import load_runner
 from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.bundle.manifest import write_manifest
 from tiny_align.runtime.bundle.onnx_weights import quantise_columns

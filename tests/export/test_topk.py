@@ -6,7 +6,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from tiny_align.export.topk import TOPK, add_topk
-from tiny_align.runtime.backends.base import load_runner
+from tiny_align.runtime.backends.registry import load_runner
 from tiny_align.runtime.bundle.manifest import GraphSpec, TensorSpec
 
 

@@ -197,7 +197,7 @@ def test_a_chunk_of_another_kind_is_refused(assistant, speech, chunk, given):
     session = assistant.listen(decoding=DECODING)
     session.push(speech)
     with pytest.raises(
-        AudioError, match=rf"must be a float32 array of shape \(S,\), given was {given}: convert it"
+        AudioError, match=rf"must be a float32 array of shape \(S,\), got {given}: convert it"
     ):
         session.push(chunk)
     assert tokens(session.finish()) == tokens(

@@ -1,4 +1,4 @@
-"""What a bundle takes is known before it is loaded, and too little memory is refused with what to change."""
+"""What a bundle takes of memory, before it is loaded; too little is refused with what to change."""
 
 import os
 import subprocess
@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from tiny_align.runtime import Assistant, machine
-from tiny_align.runtime.bundle import budget as budget_module
-from tiny_align.runtime.bundle.budget import BASE_BYTES, budget, cache_bytes
+from tiny_align.runtime.backends import budget as budget_module
+from tiny_align.runtime.backends.budget import BASE_BYTES, budget, cache_bytes
 from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.bundle.manifest import MANIFEST
 from tiny_align.runtime.errors import BundleError, TinyAlignError
@@ -28,11 +28,11 @@ def bundle(bundle_path):
     return Bundle.open(bundle_path, verify=False)
 
 
-def test_a_conversation_takes_its_keys_and_values(bundle):
+def test_cache_bytes_are_keys_and_values_times_the_backends_sets(bundle):
     spec = bundle.manifest.llm
     one = 2 * spec.n_layers * spec.n_kv_heads * spec.head_size * 4  # bytes of a position
-    assert cache_bytes(bundle.manifest.graphs["llm"], "onnxruntime", 100) == 100 * one
-    assert cache_bytes(bundle.manifest.graphs["llm"], "tensorrt", 100) == 2 * 100 * one
+    assert cache_bytes(bundle, "onnxruntime", 100) == 100 * one
+    assert cache_bytes(bundle, "tensorrt", 100) == 2 * 100 * one
 
 
 def test_the_weights_are_those_of_the_backends_graphs(bundle):
@@ -42,19 +42,14 @@ def test_the_weights_are_those_of_the_backends_graphs(bundle):
         assert budget(bundle, backend, 64).weights["llm"] > shared
 
 
-def test_it_is_enough(bundle, voice_path):
-    """The peak of a process that loads the bundle and answers lies below, and above half of it."""
-    line = [
-        sys.executable,
-        "-c",
-        LOADED,
-        str(bundle.path),
-        str(sorted(voice_path.glob("test-*.flac"))[0]),
-    ]
+def test_a_process_takes_between_half_of_the_budget_and_all_of_it(bundle, voice_path):
+    """The peak of a process that loads the bundle and answers."""
+    recording = min(voice_path.glob("test-*.flac"))
+    line = [sys.executable, "-c", LOADED, str(bundle.path), str(recording)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     peak = int(subprocess.run(line, capture_output=True, text=True, check=True, env=env).stdout)
-    assert budget(bundle, "onnxruntime", bundle.manifest.llm.max_context).total / 2 < peak
-    assert peak < budget(bundle, "onnxruntime", bundle.manifest.llm.max_context).total
+    total = budget(bundle, "onnxruntime", bundle.manifest.llm.max_context).total
+    assert total / 2 < peak < total
 
 
 def test_a_conversation_without_memory_is_refused_and_others_go_on(assistant, speech, monkeypatch):
@@ -103,7 +98,7 @@ def group_1(path: str, limit: int, used: int, stat: str = "") -> dict[str, str]:
 
 CACHES_2 = "anon 1\nfile 900\ninactive_file 200\nactive_file 100\nslab_reclaimable 50\n"
 CACHES_1 = "cache 900\ntotal_inactive_file 200\ntotal_active_file 150\n"
-GROUPS = {  # the process's line, the groups -> bytes left in the tightest, what it is called
+GROUPS = {  # the process's line, the groups, bytes left in the tightest, its name
     "v2": ("0::/a/b\n", group_2("/a/b", "1000", 600, CACHES_2), 750, "/a/b (memory.max)"),
     "v2, a parent's": (
         "0::/a/b\n",
@@ -135,7 +130,7 @@ GROUPS = {  # the process's line, the groups -> bytes left in the tightest, what
 
 
 @pytest.mark.parametrize(("line", "files", "free", "name"), GROUPS.values(), ids=GROUPS)
-def test_a_control_group_leaves_its_limit_less_what_cannot_be_taken_back(
+def test_a_control_groups_room_is_its_limit_without_what_cannot_be_taken_back(
     tmp_path, line, files, free, name
 ):
     rooms = machine.memory_limits(recorded(tmp_path, {"proc/self/cgroup": line, **files}))
@@ -144,13 +139,9 @@ def test_a_control_group_leaves_its_limit_less_what_cannot_be_taken_back(
 
 
 @pytest.mark.parametrize("line", ["", "0::/a\n", "no line at all", "3:memory:/a\n"])
-def test_without_a_limit_there_is_none(tmp_path, line):
-    assert (
-        machine.memory_limits(
-            recorded(tmp_path, {"proc/self/cgroup": line, **group_2("/a", "max", 5)})
-        )
-        == []
-    )
+def test_without_a_limit_there_is_no_room_to_report(tmp_path, line):
+    root = recorded(tmp_path, {"proc/self/cgroup": line, **group_2("/a", "max", 5)})
+    assert machine.memory_limits(root) == []
 
 
 def test_the_tightest_limit_is_named(bundle, monkeypatch):
@@ -166,8 +157,9 @@ def test_the_tightest_limit_is_named(bundle, monkeypatch):
         Assistant.load(bundle)
 
 
-def test_what_threads_reserve_counts_where_a_limit_counts_it(bundle, monkeypatch):
-    need, per_thread = budget(bundle, "onnxruntime", 64, threads=4), 64 << 20
+def test_what_threads_reserve_counts_only_if_the_limit_counts_it(bundle, monkeypatch):
+    need = budget(bundle, "onnxruntime", 64, threads=4)
+    per_thread = 64 << 20
     monkeypatch.setattr(
         budget_module, "memory_limits", lambda: [machine.Room(2 * need.total, "here")]
     )

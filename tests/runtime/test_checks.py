@@ -1,4 +1,4 @@
-"""runtime/checks.py: a number from outside is in its range, or one sentence gives the range and the number."""
+"""runtime/checks.py: a number out of its range is refused in one sentence with number and range."""
 
 import argparse
 
@@ -13,34 +13,34 @@ NAN = float("nan")
 
 
 @pytest.mark.parametrize("value", [1, 8, np.int64(3)])
-def test_both_ends_of_a_range_are_in_it(value):
+def test_a_range_includes_both_ends(value):
     Range(1, 8).check("--threads", value)
 
 
 @pytest.mark.parametrize("value", [0, 9, -1, 10**30])
-def test_a_number_outside_is_named_with_its_range(value):
+def test_a_number_outside_is_refused_with_its_range(value):
     with pytest.raises(TinyAlignError, match=rf"^--threads is {value}: expected 1 to 8$"):
         Range(1, 8).check("--threads", value)
 
 
 @pytest.mark.parametrize("value", [1.0, "4", True, None, NAN, [1]])
-def test_what_is_no_whole_number_is_refused(value):
+def test_a_value_that_is_no_whole_number_is_refused(value):
     with pytest.raises(BundleError, match=r"n is .*: expected a whole number from 1 to 8"):
         Range(1, 8).check("n", value, BundleError)
 
 
 @pytest.mark.parametrize("value", [NAN, float("inf"), -float("inf"), 0, 1.5])
-def test_a_fraction_is_finite_and_within(value):
+def test_a_fraction_outside_or_not_finite_is_refused(value):
     with pytest.raises(TinyAlignError, match=r"expected 0\.1 to 1$"):
         Range(0.1, 1, whole=False).check("share", value)
 
 
-def test_none_stands_for_a_default():
+def test_none_is_accepted_as_a_default():
     check("threads", None)
 
 
-def test_threads_are_a_few_per_core():
-    assert RANGES["threads"].least == 1 <= RANGES["threads"].most < 10_000
+def test_the_range_of_threads_depends_on_the_cores():
+    assert RANGES["threads"].min == 1 <= RANGES["threads"].max < 10_000
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_threads_are_a_few_per_core():
         ("loop_tokens", -1),
     ],
 )
-def test_a_decoding_that_makes_no_sense_is_refused_where_it_is_made(name, value):
+def test_a_decoding_out_of_range_is_refused(name, value):
     with pytest.raises(TinyAlignError, match=f"^{name} is "):
         Decoding(**{name: value})
 
@@ -73,7 +73,7 @@ def test_an_assistant_refuses_numbers_before_it_loads(bundle_path, monkeypatch, 
         Assistant.load(bundle_path, **{name: value})
 
 
-def test_options_are_named_as_they_are_typed():
+def test_messages_name_options_as_they_are_typed():
     with pytest.raises(TinyAlignError, match=r"^--max-seconds is 0: expected "):
         check_options(argparse.Namespace(max_seconds=0, data=None))
 
@@ -85,7 +85,8 @@ def test_a_text_that_is_not_utf8_is_refused(value):
 
 
 EXPORT = ("--encoder", "e", "--llm", "l", "--out", "o")
-CALLS = {  # what is refused before a model, a bundle or a data set is opened: none of those named here is there
+# refused before a model, a bundle or a data set is opened: none of those named here exists
+CALLS = {
     "--threads": ("eval", "--bundle", "b", "--data", "d", "--threads", 10_000),
     "--seed": ("align", "--bundle", "b", "--data", "d", "--general", "--seed", 2**40),
     "--max-seconds": ("demo", "--max-seconds", "1e300"),
@@ -101,7 +102,7 @@ CALLS = {  # what is refused before a model, a bundle or a data set is opened: n
 
 
 @pytest.mark.parametrize("option", CALLS)
-def test_every_command_refuses_numbers_before_it_opens_anything(run_cli, option):
+def test_every_command_refuses_numbers_before_it_opens_a_file(run_cli, option):
     done = run_cli(*CALLS[option])
     assert (done.status, done.stdout) == (2, "")
     assert done.stderr.startswith(f"tiny-align: {option} is ") and ": expected " in done.stderr

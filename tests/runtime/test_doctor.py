@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from tiny_align.runtime import machine
-from tiny_align.runtime.commands.doctor import Finding, Subject, examine
+from tiny_align.runtime.commands.doctor import examine
+from tiny_align.runtime.findings import Finding, Subject
 
 MACHINES = Path(__file__).parent / "machines"
 PYTHONS = {"jetpack-6.2": "3.10.12", "jetpack-7.2": "3.12.3"}
@@ -52,7 +53,7 @@ def wrong(subject: Subject) -> dict[str, Finding]:
     return {what: f for what, f in found(subject).items() if f.ok is False}
 
 
-def test_a_board_as_flashed(recorded):
+def test_findings_of_a_board_as_flashed(recorded):
     findings = found(recorded("jetpack-6.2"))
     assert findings["JetPack"].value == "6.2 (Jetson Linux 36.4.3)" and findings["JetPack"].ok
     assert findings["GPU"].value == "compute capability 8.7"
@@ -67,7 +68,7 @@ def test_a_board_as_flashed(recorded):
     assert findings["microphone"].value == "none"
 
 
-def test_what_is_wrong_with_a_board_as_flashed_and_how_to_mend_it(recorded):
+def test_each_fault_of_a_board_as_flashed_has_its_remedy(recorded):
     remedies = {
         "TensorRT": "--system-site-packages",
         "power mode": "sudo nvpmodel -m 2",
@@ -93,7 +94,7 @@ def test_nothing_is_wrong_with_a_board_set_up_as_advised(recorded):
     assert findings["PyTorch"].ok is None and "docs/jetson.md" in findings["PyTorch"].remedy
 
 
-FAULTS = {  # path -> what is written there, what is then wrong, words of the remedy
+FAULTS = {  # path, what is written there, what is then wrong, words of the remedy
     "an old JetPack": (
         "/etc/nv_tegra_release",
         "# R35 (release), REVISION: 4.1",
@@ -167,13 +168,13 @@ def test_tensorrt_for_another_python_is_found(recorded):
     assert "is for python3.10, this is python3.11" in wrong(subject)["TensorRT"].value
 
 
-def test_tensorrt_that_jetpack_left_out_is_found(recorded):
+def test_a_jetson_without_tensorrt_gets_the_command_that_installs_it(recorded):
     subject = recorded("jetpack-6.2")
     next((subject.root / "usr/lib").glob("*/libnvinfer*")).unlink()
     assert wrong(subject)["TensorRT"].remedy == "sudo apt install nvidia-jetpack"
 
 
-def test_tensorrt_is_seen_where_the_venv_shares_the_systems_packages(recorded):
+def test_tensorrt_is_found_if_the_venv_shares_the_systems_packages(recorded):
     subject = recorded("jetpack-6.2")
     system = str(subject.root / "usr/lib/python3.10/dist-packages")
     assert found(replace(subject, packages=(*subject.packages, system)))["TensorRT"] == Finding(
@@ -181,7 +182,7 @@ def test_tensorrt_is_seen_where_the_venv_shares_the_systems_packages(recorded):
     )
 
 
-def test_a_gpu_that_the_driver_does_not_find_is_a_fault_of_a_jetson_only(recorded, tmp_path):
+def test_a_missing_gpu_is_a_fault_on_a_jetson_only(recorded, tmp_path):
     assert (
         "--runtime nvidia"
         in wrong(replace(recorded("jetpack-7.2"), compute_capability=None))["GPU"].remedy
@@ -189,7 +190,7 @@ def test_a_gpu_that_the_driver_does_not_find_is_a_fault_of_a_jetson_only(recorde
     assert found(Subject(None, tmp_path / "elsewhere"))["GPU"].ok is None
 
 
-def test_a_container_on_a_board_is_not_blamed_for_what_it_does_not_see(recorded):
+def test_a_container_on_a_board_has_no_faults_for_files_it_does_not_see(recorded):
     subject = recorded("jetpack-7.2")
     for folder in ("etc", "var"):
         shutil.rmtree(subject.root / folder)
@@ -197,19 +198,19 @@ def test_a_container_on_a_board_is_not_blamed_for_what_it_does_not_see(recorded)
     assert found(subject)["JetPack"].value.startswith("unknown")
 
 
-def test_the_libraries_of_onnx_runtime_tell_its_providers(recorded):
+def test_onnx_runtimes_providers_are_found_by_its_libraries(recorded):
     subject = recorded("jetpack-6.2")
     write(subject.root, "/venv/onnxruntime/capi/libonnxruntime_providers_cuda.so", "")
     assert found(subject)["ONNX Runtime"].value == "onnxruntime 1.23.0: CUDA, CPU"
 
 
-def test_a_machine_that_tells_nothing_is_examined_all_the_same(tmp_path):
+def test_a_machine_without_any_of_the_files_is_examined(tmp_path):
     findings = found(Subject(None, tmp_path, (str(tmp_path),)))
     assert [what for what, f in findings.items() if f.ok is False] == ["ONNX Runtime"]
     assert not {"JetPack", "power mode", "memory", "contiguous memory"} & set(findings)
 
 
-def test_a_laptop_is_not_held_to_what_a_board_needs(tmp_path):
+def test_what_a_board_needs_is_no_fault_of_a_laptop(tmp_path):
     for path, content in {
         "/proc/cpuinfo": "processor\t: 0\nmodel name\t: Some CPU @ 2.4 GHz\n",
         "/proc/meminfo": "MemTotal: 8000000 kB\nMemAvailable: 4000000 kB\nCmaTotal: 0 kB\n",
@@ -228,7 +229,7 @@ def test_a_laptop_is_not_held_to_what_a_board_needs(tmp_path):
     assert findings["temperature"].ok and findings["swap"].ok is None
 
 
-def test_a_zone_of_an_engine_that_is_off_is_passed_over(monkeypatch, recorded):
+def test_a_thermal_zone_that_cannot_be_read_is_left_out(monkeypatch, recorded):
     """The kernel answers EAGAIN there, and an unbuffered read then returns None."""
     root = recorded("jetpack-6.2").root
     off = contextlib.nullcontext(SimpleNamespace(read=lambda: None))
@@ -237,7 +238,7 @@ def test_a_zone_of_an_engine_that_is_off_is_passed_over(monkeypatch, recorded):
     assert machine.temperatures(root) == []
 
 
-def test_this_machine_is_stamped(recorded):
+def test_a_machine_is_described(recorded):
     stamp = machine.describe(recorded("jetpack-6.2").root)
     assert (stamp["l4t"], stamp["jetpack"]) == ("36.4.3", "6.2")
     assert stamp["jetson"].startswith("NVIDIA Jetson Orin Nano")

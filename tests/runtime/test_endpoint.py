@@ -1,4 +1,4 @@
-"""Where speech begins and ends: against known answers, whatever the chunks, and on real speech and noise."""
+"""Where speech begins and ends: known answers, chunks of any size, real speech and noise."""
 
 import json
 
@@ -26,35 +26,40 @@ LIMITS = Endpointing(
     post_roll_s=2 * FRAME_S,
     hangover_s=10 * FRAME_S,
 )
-LOUD, SOFT = 0.1, 1e-2  # a detector that hears the one only; the gate lets both pass
+LOUD = 0.1  # level that the detector below takes for speech
+SOFT = 1e-2  # and one that it does not; both pass the gate
 
 
 class LoudOnly:
-    """A detector with a known answer; counts how often it is asked."""
+    """A detector with a known answer, which counts its calls."""
 
     def __init__(self):
-        self.asked = 0
+        self.n_calls = 0
 
     def __call__(self, frame):
-        self.asked += 1
+        self.n_calls += 1
         return float(np.sqrt((frame**2).mean()) > (LOUD + SOFT) / 2)
 
     def reset(self):
-        self.asked = 0
+        self.n_calls = 0
 
 
-def frames(*plan):
-    """(level, n_frames) pairs -> noise of these levels; every sample differs, so that equal audio is the same audio."""
+def make_frames(*plan):
+    """(level, n_frames) pairs -> noise of these levels, every sample another."""
     rng = np.random.default_rng(0)
     levels = np.concatenate([np.full(n * FRAME_SAMPLES, level) for level, n in plan])
-    return (levels * rng.choice([-1, 1], len(levels)) * rng.uniform(0.9, 1, len(levels))).astype(
-        np.float32
-    )
+    signs = rng.choice([-1, 1], len(levels))
+    return (levels * signs * rng.uniform(0.9, 1, len(levels))).astype(np.float32)
 
 
 @pytest.fixture
-def endpointer():
-    return Endpointer(SAMPLE_RATE, LIMITS, LoudOnly())
+def detector():
+    return LoudOnly()
+
+
+@pytest.fixture
+def endpointer(detector):
+    return Endpointer(SAMPLE_RATE, LIMITS, detector)
 
 
 @pytest.fixture(scope="module")
@@ -62,21 +67,25 @@ def silero():
     return Endpointer(SAMPLE_RATE)
 
 
-def heard(endpointer, audio, cuts=()):
+def find_turns(endpointer, audio, cuts=()):
+    """[(first sample, audio, end)] of the audio, pushed in chunks."""
     endpointer.reset()
-    events = [
-        e for chunk in np.split(audio, cuts) for e in endpointer.push(chunk)
-    ] + endpointer.flush()
-    return turns(events)
+    events = []
+    for chunk in np.split(audio, cuts):
+        events += endpointer.push(chunk)
+    return turns(events + endpointer.flush())
 
 
 def turns(events):
-    """[(first sample, audio, end)] of a sequence of events that is well formed."""
-    found, parts, first = [], [], None
+    """[(first sample, audio, end)] of events, which must be well formed."""
+    found = []
+    parts = []
+    first = None
     for event in events:
         if isinstance(event, SpeechBegan):
             assert first is None
-            first, parts = event.at_sample, [event.audio]
+            first = event.at_sample
+            parts = [event.audio]
         elif isinstance(event, Speech):
             assert first is not None
             parts.append(event.audio)
@@ -90,98 +99,108 @@ def turns(events):
     return found
 
 
-def at(samples):
+def in_frames(samples):
     return samples / FRAME_SAMPLES
 
 
 # --- known answers ---
 
 
-def test_a_turn_is_the_speech_with_a_little_before_and_after(endpointer):
-    audio = frames((SOFT, 20), (LOUD, 12), (SOFT, 30))
-    [(first, speech, ended)] = heard(endpointer, audio)
-    assert (at(first), at(ended.at_sample), at(ended.noticed_at_sample)) == (20 - 3, 32, 42)
+def test_a_turn_is_the_speech_with_pre_roll_and_post_roll(endpointer):
+    audio = make_frames((SOFT, 20), (LOUD, 12), (SOFT, 30))
+    [(first, speech, ended)] = find_turns(endpointer, audio)
+    assert (in_frames(first), in_frames(ended.at_sample), in_frames(ended.noticed_at_sample)) == (
+        20 - 3,
+        32,
+        42,
+    )
     assert ended.hangover_s == pytest.approx(LIMITS.hangover_s)
     assert np.array_equal(speech, audio[first : (32 + 2) * FRAME_SAMPLES])
 
 
 def test_speech_at_the_very_beginning_has_no_pre_roll(endpointer):
-    [(first, speech, ended)] = heard(endpointer, frames((LOUD, 12), (SOFT, 30)))
-    assert first == 0 and at(len(speech)) == 12 + 2 and at(ended.at_sample) == 12
+    [(first, speech, ended)] = find_turns(endpointer, make_frames((LOUD, 12), (SOFT, 30)))
+    assert first == 0 and in_frames(len(speech)) == 12 + 2 and in_frames(ended.at_sample) == 12
 
 
-def test_the_first_event_comes_with_the_least_speech(endpointer):
-    audio = frames((SOFT, 20), (LOUD, 12))
+def test_a_turn_begins_once_the_minimum_of_speech_is_there(endpointer):
+    audio = make_frames((SOFT, 20), (LOUD, 12))
     assert not endpointer.push(audio[: 24 * FRAME_SAMPLES - 1])
     [began] = endpointer.push(audio[24 * FRAME_SAMPLES - 1 : 24 * FRAME_SAMPLES])
-    assert isinstance(began, SpeechBegan) and at(len(began.audio)) == 3 + 4
+    assert isinstance(began, SpeechBegan) and in_frames(len(began.audio)) == 3 + 4
 
 
 @pytest.mark.parametrize("loud", [1, 2, 3])
-def test_a_short_sound_is_no_speech(endpointer, loud):
-    assert not heard(endpointer, frames((SOFT, 20), *[(LOUD, loud), (SOFT, 4)] * 9, (SOFT, 20)))
-
-
-def test_a_beginning_may_have_a_gap(endpointer):
-    [(first, _, _)] = heard(
-        endpointer, frames((SOFT, 20), (LOUD, 3), (SOFT, 1), (LOUD, 12), (SOFT, 20))
+def test_short_sounds_begin_no_turn(endpointer, loud):
+    assert not find_turns(
+        endpointer, make_frames((SOFT, 20), *[(LOUD, loud), (SOFT, 4)] * 9, (SOFT, 20))
     )
-    assert at(first) == 20 - 3
+
+
+def test_a_gap_of_a_frame_does_not_delay_the_beginning(endpointer):
+    [(first, _, _)] = find_turns(
+        endpointer, make_frames((SOFT, 20), (LOUD, 3), (SOFT, 1), (LOUD, 12), (SOFT, 20))
+    )
+    assert in_frames(first) == 20 - 3
 
 
 @pytest.mark.parametrize("pause", [1, 2, 3, 9])
-def test_a_pause_belongs_to_the_turn_and_is_whole(endpointer, pause):
-    audio = frames((SOFT, 20), (LOUD, 12), (SOFT, pause), (LOUD, 6), (SOFT, 30))
-    [(first, speech, ended)] = heard(endpointer, audio)
-    assert at(ended.at_sample) == 38 + pause
+def test_a_pause_within_the_hangover_is_part_of_the_turn(endpointer, pause):
+    audio = make_frames((SOFT, 20), (LOUD, 12), (SOFT, pause), (LOUD, 6), (SOFT, 30))
+    [(first, speech, ended)] = find_turns(endpointer, audio)
+    assert in_frames(ended.at_sample) == 38 + pause
     assert np.array_equal(speech, audio[first : (38 + pause + 2) * FRAME_SAMPLES])
 
 
 @pytest.mark.parametrize("pause", [10, 11, 12, 13, 40])
-def test_a_hangover_ends_the_turn_and_no_sample_is_in_two(endpointer, pause):
-    audio = frames((SOFT, 20), (LOUD, 12), (SOFT, pause), (LOUD, 6), (SOFT, 30))
-    (one, speech, _), (two, more, _) = heard(endpointer, audio)
+def test_a_hangover_ends_the_turn_and_turns_share_no_sample(endpointer, pause):
+    audio = make_frames((SOFT, 20), (LOUD, 12), (SOFT, pause), (LOUD, 6), (SOFT, 30))
+    (one, speech, _), (two, more, _) = find_turns(endpointer, audio)
     assert np.array_equal(speech, audio[one : 34 * FRAME_SAMPLES])
-    assert at(two) == 32 + pause - 3 >= 34
+    assert in_frames(two) == 32 + pause - 3 >= 34
     assert np.array_equal(more, audio[two : (38 + pause + 2) * FRAME_SAMPLES])
 
 
-def test_a_stream_that_ends_ends_the_turn(endpointer):
-    audio = np.concatenate([frames((SOFT, 20), (LOUD, 12)), frames((LOUD, 1))[:100]])
-    [(first, speech, ended)] = heard(endpointer, audio)
-    assert np.array_equal(speech, audio[first:]) and at(ended.at_sample) == 32
-    [(first, speech, _)] = heard(endpointer, frames((SOFT, 20), (LOUD, 12), (SOFT, 7)))
-    assert at(len(speech)) == 3 + 12 + 2
+def test_flush_ends_the_turn(endpointer):
+    audio = np.concatenate([make_frames((SOFT, 20), (LOUD, 12)), make_frames((LOUD, 1))[:100]])
+    [(first, speech, ended)] = find_turns(endpointer, audio)
+    assert np.array_equal(speech, audio[first:]) and in_frames(ended.at_sample) == 32
+    [(first, speech, _)] = find_turns(endpointer, make_frames((SOFT, 20), (LOUD, 12), (SOFT, 7)))
+    assert in_frames(len(speech)) == 3 + 12 + 2
 
 
-def test_below_the_gate_the_detector_is_not_asked(endpointer):
-    audio = frames((LOUD, 60)) * 10 ** (-60 / 20)  # -80 dBFS
-    assert not heard(endpointer, audio) and endpointer._detector.asked == 0
+def test_below_the_gate_the_detector_is_not_asked(endpointer, detector):
+    audio = make_frames((LOUD, 60)) * 10 ** (-60 / 20)  # -80 dBFS
+    assert not find_turns(endpointer, audio) and detector.n_calls == 0
     assert endpointer.level_db == pytest.approx(-80, abs=1)
-    assert not heard(
+    assert not find_turns(
         endpointer, np.full(60 * FRAME_SAMPLES, 0.5, np.float32)
     )  # an offset is no sound
 
 
-def test_nothing_grows_while_nobody_speaks(endpointer):
+def test_silence_does_not_accumulate(endpointer):
     endpointer.reset()
     for _ in range(200):
-        endpointer.push(frames((LOUD, 2), (SOFT, 1), (LOUD, 1), (SOFT, 1), (LOUD, 1), (SOFT, 3)))
-    assert len(endpointer._recent) <= 3 + 2 * 4 and not endpointer._held and not endpointer.speaking
+        endpointer.push(
+            make_frames((LOUD, 2), (SOFT, 1), (LOUD, 1), (SOFT, 1), (LOUD, 1), (SOFT, 3))
+        )
+    assert (
+        len(endpointer._recent) <= 3 + 2 * 4 and not endpointer._paused and not endpointer.speaking
+    )
 
 
-# --- what cannot be heard ---
+# --- what cannot be find_turns ---
 
 
-def test_another_rate_is_refused():
-    with pytest.raises(AudioError, match="16000 Hz only and the bundle's encoder hears 8000 Hz"):
+def test_a_rate_other_than_the_detectors_is_refused():
+    with pytest.raises(AudioError, match="16000 Hz only and the bundle's encoder takes 8000 Hz"):
         Endpointer(8_000, detector=LoudOnly())
 
 
 @pytest.mark.parametrize(
     "chunk", [[0.0], np.zeros(9), np.zeros((9, 1), np.float32), np.array([0, np.nan], np.float32)]
 )
-def test_what_is_no_audio_is_refused(endpointer, chunk):
+def test_a_chunk_that_is_no_audio_is_refused(endpointer, chunk):
     with pytest.raises(AudioError):
         endpointer.push(chunk)
 
@@ -195,19 +214,19 @@ def recordings(voice_path):
     return [read_audio(voice_path / row["file_name"], SAMPLE_RATE) for row in rows[::20]]
 
 
-def room(seconds, rng):
-    """A quiet room."""
+def room_noise(seconds, rng):
+    """A quiet room_noise."""
     return (2e-3 * rng.standard_normal(round(seconds * SAMPLE_RATE))).astype(np.float32)
 
 
-def test_each_recording_is_one_turn_and_hardly_any_silence_is_passed_on(silero, recordings):
+def test_each_recording_is_one_turn_with_hardly_any_silence(silero, recordings):
     rng = np.random.default_rng(0)
-    parts = [
-        part for recording in recordings for part in (room(rng.uniform(1.2, 3), rng), recording)
-    ]
-    audio = np.concatenate([*parts, room(2, rng)])
+    parts = []
+    for recording in recordings:
+        parts += [room_noise(rng.uniform(1.2, 3), rng), recording]
+    audio = np.concatenate([*parts, room_noise(2, rng)])
     starts = np.cumsum([0, *map(len, parts)])[1::2]
-    found = heard(silero, audio)
+    found = find_turns(silero, audio)
     assert len(found) == len(recordings)
     for (first, speech, ended), start, recording in zip(found, starts, recordings):
         assert (
@@ -219,13 +238,14 @@ def test_each_recording_is_one_turn_and_hardly_any_silence_is_passed_on(silero, 
 
 
 @pytest.mark.parametrize("gain_db", [-42, -30, -15, 0])  # to an RMS of -57 dBFS
-def test_a_quiet_microphone_is_heard_as_a_loud_one(silero, recordings, gain_db):
+def test_a_quiet_microphone_gives_the_turns_of_a_loud_one(silero, recordings, gain_db):
     rng = np.random.default_rng(0)
-    audio = np.concatenate(
-        [part for recording in recordings for part in (recording, 0.1 * room(2, rng))]
-    )
-    loud = [(first, len(speech)) for first, speech, _ in heard(silero, audio)]
-    quiet = heard(silero, audio * np.float32(10 ** (gain_db / 20)))
+    parts = []
+    for recording in recordings:
+        parts += [recording, 0.1 * room_noise(2, rng)]
+    audio = np.concatenate(parts)
+    loud = [(first, len(speech)) for first, speech, _ in find_turns(silero, audio)]
+    quiet = find_turns(silero, audio * np.float32(10 ** (gain_db / 20)))
     assert len(loud) == len(recordings)
     for (first, length), (start, speech, _) in zip(loud, quiet, strict=True):
         assert (
@@ -233,30 +253,35 @@ def test_a_quiet_microphone_is_heard_as_a_loud_one(silero, recordings, gain_db):
         )
 
 
-def test_speech_after_a_bang_is_heard(silero, recordings):
+def test_quiet_speech_after_a_bang_is_found(silero, recordings):
     quiet, bang = recordings[0] * 0.02, np.float32(0.9) * np.sign(recordings[0][:1600])
     audio = np.concatenate([bang, np.zeros(4 * SAMPLE_RATE, np.float32), quiet])
-    assert any(first > 2 * SAMPLE_RATE for first, _, _ in heard(silero, audio))
+    assert any(first > 2 * SAMPLE_RATE for first, _, _ in find_turns(silero, audio))
 
 
-@pytest.mark.parametrize("largest", [40, 700, 50_000])
-def test_how_the_audio_is_cut_changes_nothing(silero, recordings, largest):
-    rng = np.random.default_rng(largest)
-    audio = np.concatenate([room(1, rng), recordings[0], room(1.5, rng), recordings[1][:20_001]])
-    cuts = np.cumsum(rng.integers(0, largest, 2 * len(audio) // largest))
-    whole, cut = heard(silero, audio), heard(silero, audio, cuts[cuts < len(audio)])
+@pytest.mark.parametrize("max_chunk", [40, 700, 50_000])
+def test_chunks_of_any_size_give_the_same_turns(silero, recordings, max_chunk):
+    rng = np.random.default_rng(max_chunk)
+    audio = np.concatenate(
+        [room_noise(1, rng), recordings[0], room_noise(1.5, rng), recordings[1][:20_001]]
+    )
+    cuts = np.cumsum(rng.integers(0, max_chunk, 2 * len(audio) // max_chunk))
+    whole, cut = find_turns(silero, audio), find_turns(silero, audio, cuts[cuts < len(audio)])
     assert len(whole) == len(cut) == 2
     for (first, speech, ended), (other_first, other, other_ended) in zip(whole, cut):
         assert (first, ended) == (other_first, other_ended) and np.array_equal(speech, other)
 
 
-def test_noise_hardly_ever_begins_a_turn(silero):
-    """What does is refused by the projector (test_listen.py)."""
-    clips = [non_speech(np.random.default_rng(seed), SAMPLE_RATE) for seed in range(20)]
-    assert len([turn for clip in clips for turn in heard(silero, clip)]) < 6
+def test_noise_rarely_begins_a_turn(silero):
+    """In the rest the projector finds no word (test_listen.py)."""
+    n_turns = 0
+    for seed in range(20):
+        clip = non_speech(np.random.default_rng(seed), SAMPLE_RATE)
+        n_turns += len(find_turns(silero, clip))
+    assert n_turns < 6
 
 
-def test_a_pause_is_told_once_before_its_end_is():
+def test_a_pause_gives_one_event_before_the_end():
     sound, quiet = (level * np.ones(FRAME_SAMPLES * 40, np.float32) for level in (0.3, 0.0))
     sound[::2] *= -1
     endpointer = Endpointer(SAMPLE_RATE, detector=LoudOnly())

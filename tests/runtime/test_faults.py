@@ -261,7 +261,7 @@ def test_a_person_who_cannot_be_written_is_one_sentence_before_the_training(
 @pytest.mark.parametrize(("option", "kib"), [("-v", 400_000), ("-d", 150_000)])
 @pytest.mark.parametrize("threads", [1, 8])
 def test_a_bundle_that_ulimit_leaves_no_room_for_is_refused(answer, option, kib, threads):
-    threads = min(threads, cli.import_module("tiny_align.runtime.checks").RANGES["threads"].most)
+    threads = min(threads, cli.import_module("tiny_align.runtime.checks").RANGES["threads"].max)
     done = call(*answer, "--threads", str(threads), shell=f'ulimit {option} {kib}; "$@"')
     assert_refused(done, "the bundle takes about ", f"under ulimit {option} ", "raise that limit")
 

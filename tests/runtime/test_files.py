@@ -1,4 +1,4 @@
-"""Files and folders appear whole or not at all, and what they replace is never missing in between."""
+"""Files and folders appear whole or not at all; what they replace is never missing."""
 
 import errno
 import threading
@@ -19,12 +19,14 @@ def names(folder):
     return sorted(p.name for p in folder.iterdir())
 
 
-def test_a_folder_that_is_replaced_is_never_missing(tmp_path):
-    """Somebody looks at it all the time, as one does who opens a bundle, or who kills the process."""
+def test_a_folder_is_never_missing_while_it_is_replaced(tmp_path):
+    """A thread reads it all the time, like a process that opens a bundle."""
     replace(tmp_path / "b", "old")
     if not files._exchange(tmp_path / "b", tmp_path / "b"):
         pytest.skip("this system cannot exchange two folders")
-    over, missing, looks = threading.Event(), [], []
+    over = threading.Event()
+    missing = []
+    looks = []
 
     def look():
         while not over.is_set():
@@ -44,14 +46,14 @@ def test_a_folder_that_is_replaced_is_never_missing(tmp_path):
     assert len(looks) > 100 and not missing
 
 
-def test_without_an_exchange_a_folder_is_replaced_in_two_steps(tmp_path, monkeypatch):
+def test_a_folder_is_replaced_without_an_exchange_too(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_exchange", lambda *_: False)
     replace(tmp_path / "b", "old")
     replace(tmp_path / "b", "new")
     assert (tmp_path / "b/what").read_text() == "new" and names(tmp_path) == ["b"]
 
 
-def test_a_folder_that_fails_leaves_the_old_one_and_nothing_else(tmp_path):
+def test_a_failed_folder_leaves_the_old_one_and_nothing_else(tmp_path):
     replace(tmp_path / "b", "old")
     with pytest.raises(KeyboardInterrupt), written_folder(tmp_path / "b") as folder:
         (folder / "what").write_text("half")
@@ -59,7 +61,7 @@ def test_a_folder_that_fails_leaves_the_old_one_and_nothing_else(tmp_path):
     assert (tmp_path / "b/what").read_text() == "old" and names(tmp_path) == ["b"]
 
 
-def test_a_file_that_does_not_fit_leaves_the_old_one_and_nothing_else(tmp_path, full_disk):
+def test_a_file_on_a_full_disk_leaves_the_old_one_and_nothing_else(tmp_path, full_disk):
     (tmp_path / "f").write_text("old")
     refused = pytest.raises(
         TinyAlignError, match=r"cannot be written \(File too large\): make room"
@@ -70,7 +72,7 @@ def test_a_file_that_does_not_fit_leaves_the_old_one_and_nothing_else(tmp_path, 
 
 
 @pytest.mark.parametrize("hard_links", [True, False])
-def test_a_linked_tree_is_the_same_without_the_source(tmp_path, monkeypatch, hard_links):
+def test_a_linked_tree_outlives_its_source(tmp_path, monkeypatch, hard_links):
     def refuse(*_, **__):
         raise OSError(errno.EPERM, "no hard links here")
 

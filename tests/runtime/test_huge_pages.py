@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tiny_align.runtime.backends import huge_pages
-from tiny_align.runtime.backends.huge_pages import COLLAPSE, LEAST, PAGE, on_huge_pages
+from tiny_align.runtime.backends.huge_pages import COLLAPSE, MIN_BYTES, PAGE, on_huge_pages, without
 
 
 def kernel_collapses() -> bool:
@@ -22,45 +22,44 @@ def kernel_collapses() -> bool:
 
 def on_huge() -> int:
     """Bytes of this process that lie on huge pages."""
-    said = Path("/proc/self/smaps_rollup").read_text()
-    return int(re.search(r"AnonHugePages:\s*(\d+)", said)[1]) * 1024
+    rollup = Path("/proc/self/smaps_rollup").read_text()
+    return int(re.search(r"AnonHugePages:\s*(\d+)", rollup)[1]) * 1024
 
 
-def settle() -> None:
+def join_collapsing_threads() -> None:
     for thread in threading.enumerate():
         if thread.name == "huge pages":
             thread.join()
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux only")
-def test_what_is_allocated_in_the_block_comes_to_lie_on_huge_pages():
+def test_memory_that_is_allocated_in_the_block_moves_to_huge_pages():
     if not kernel_collapses():
         pytest.skip("this kernel does not collapse memory on request")
-    settle()
+    join_collapsing_threads()
     before = on_huge()
     with on_huge_pages():
-        held = np.arange(2 * LEAST // 8)
-    settle()
-    assert on_huge() - before >= LEAST and held[-1] == len(held) - 1
+        array = np.arange(2 * MIN_BYTES // 8)
+    join_collapsing_threads()
+    assert on_huge() - before >= MIN_BYTES and array[-1] == len(array) - 1
 
 
-def test_memory_that_was_there_is_not_asked_for():
-    assert huge_pages._without([(0, 10), (20, 40)], [(0, 10), (25, 30)]) == [(20, 25), (30, 40)]
-    assert huge_pages._without([(5, 9)], [(0, 100)]) == [] and huge_pages._without(
-        [(5, 9)], []
-    ) == [(5, 9)]
+def test_memory_that_was_there_before_is_left_out():
+    assert without([(0, 10), (20, 40)], [(0, 10), (25, 30)]) == [(20, 25), (30, 40)]
+    assert without([(5, 9)], [(0, 100)]) == []
+    assert without([(5, 9)], []) == [(5, 9)]
 
 
 def test_small_memory_is_left_alone(monkeypatch):
-    asked = []
-    monkeypatch.setattr(huge_pages, "_collapse", asked.append)
+    collapsed = []
+    monkeypatch.setattr(huge_pages, "_collapse", collapsed.append)
     with on_huge_pages():
-        held = np.ones(LEAST // 32)
-    assert asked == [] and len(held)
+        array = np.ones(MIN_BYTES // 32)
+    assert collapsed == [] and len(array)
 
 
 def test_a_system_without_maps_is_left_alone(monkeypatch):
     monkeypatch.setattr(huge_pages, "MAPS", Path("/nowhere/maps"))
     with on_huge_pages():
-        held = np.ones(LEAST // 4)
-    assert len(held)
+        array = np.ones(MIN_BYTES // 4)
+    assert len(array)

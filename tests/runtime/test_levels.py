@@ -1,4 +1,4 @@
-"""runtime/audio/levels.py: clipped and quiet recordings are named with their figures, others are not."""
+"""runtime/audio/levels.py: clipped and quiet recordings are noted with their figures."""
 
 import io
 import json
@@ -20,13 +20,12 @@ def clipped(audio, db):
 
 @pytest.mark.parametrize("gain", [1.0, 0.5, 0.05])
 @pytest.mark.parametrize("db", [3, 12, 20])
-def test_a_clipped_recording_is_named_also_after_a_change_of_gain(speech, db, gain):
+def test_a_clipped_recording_is_noted_after_a_change_of_gain_too(speech, db, gain):
     loud = clipped(speech, db)
     [note] = notes(gain * loud, RATE)
     share = float((np.abs(loud) == 1).mean())
-    assert note.startswith("clipped: ") and float(
-        note.split()[1].rstrip("%")
-    ) / 100 == pytest.approx(share, rel=0.3)
+    assert note.startswith("clipped: ")
+    assert float(note.split()[1].rstrip("%")) / 100 == pytest.approx(share, rel=0.3)
     assert ("at full scale" in note) == (gain == 1.0) and ("cut flat at" in note) == (gain != 1.0)
 
 
@@ -47,7 +46,7 @@ def test_a_clipped_recording_at_another_rate_or_from_a_lossy_codec_is_noted(tmp_
     "subtype", ["PCM_U8", "PCM_16", "ULAW", "ALAW", "IMA_ADPCM", "MS_ADPCM", "GSM610", "FLOAT"]
 )
 @pytest.mark.parametrize("peak", [0.99, 0.3, 0.1])
-def test_a_codec_is_not_taken_for_clipping(speech, subtype, peak):
+def test_a_codec_does_not_count_as_clipping(speech, subtype, peak):
     file = io.BytesIO()
     soundfile.write(file, peak * speech / np.abs(speech).max(), RATE, format="WAV", subtype=subtype)
     file.seek(0)
@@ -58,12 +57,12 @@ def test_floats_beyond_full_scale_are_not_clipped(speech):
     assert clipped_share(3 * speech / np.abs(speech).max()) == 0
 
 
-def test_the_shipped_recordings_need_no_note(voice_path):
+def test_the_shipped_recordings_have_no_note(voice_path):
     for line in (voice_path / "metadata.jsonl").read_text().splitlines()[::10]:
         assert read_recording(voice_path / json.loads(line)["file_name"], RATE).notes == ()
 
 
-def test_a_quiet_recording_is_named_however_long_the_silence_around_it(speech):
+def test_a_quiet_recording_is_noted_whatever_silence_is_around_it(speech):
     silence = 1e-5 * np.random.default_rng(0).standard_normal(20 * RATE).astype(np.float32)
     good = np.concatenate([speech, silence])
     assert measure(good, RATE).speech_db == pytest.approx(measure(speech, RATE).speech_db, abs=0.1)

@@ -1,4 +1,4 @@
-"""The loop: turns in order, barge-in, a reader that stops, a source that fails; a session that only echoes."""
+"""The loop with a session that only echoes: turns in order, barge-in, sources that fail."""
 
 import threading
 import time
@@ -16,8 +16,8 @@ from tiny_align.runtime.listening.endpoint import (
 )
 from tiny_align.runtime.listening.loop import (
     BLOCK_S,
+    MAX_QUEUE,
     PAUSE_S,
-    WAITING,
     Level,
     Recordings,
     Text,
@@ -32,7 +32,10 @@ LOUD = 0.1
 
 
 class Echo:
-    """Answers with `n_tokens` tokens that say how many samples were pushed; a word is heard if they are loud."""
+    """Answers with `n_tokens` tokens, the first of which tells how many samples were pushed.
+
+    No word is recognised if the samples are quiet.
+    """
 
     def __init__(self, n_tokens=3, token_s=0.0):
         self.n_tokens, self.token_s = n_tokens, token_s
@@ -74,7 +77,7 @@ class AnySound:
 
 
 class Source:
-    """Chunks and notices one by one; `live`, and a source that raises what it is given."""
+    """Chunks and notices one by one; calls functions and raises exceptions among them."""
 
     def __init__(self, items, live=False):
         self.items, self.live, self.taken = items, live, 0
@@ -107,35 +110,33 @@ def endpointer():
     return Endpointer(SAMPLE_RATE, detector=AnySound())
 
 
-def heard(events):
+def without_levels(events):
     return [event for event in events if not isinstance(event, Level)]
 
 
 @pytest.fixture(autouse=True)
-def no_thread_is_left():
+def no_thread_remains():
     before = set(threading.enumerate())
     yield
-    assert not [t for t in threading.enumerate() if t not in before and t.name == "listening"]
+    assert not [t for t in threading.enumerate() if t not in before and t.name == "audio-reader"]
 
 
 # --- turns ---
 
 
-def test_each_turn_is_answered_in_its_order(endpointer):
+def test_turns_are_answered_in_order(endpointer):
     session = Echo()
     recordings = Recordings([sound(1), sound(2), sound(0.5, LOUD / 4)], SAMPLE_RATE, live=False)
-    events = heard(listen(session, recordings, endpointer))
+    events = without_levels(listen(session, recordings, endpointer))
     kinds = [TurnBegan, Text, Text, Text, TurnEnded]
     assert [type(e) for e in events] == [*kinds, *kinds, TurnBegan, TurnEnded]
     assert [e.turn for e in events] == [1] * 5 + [2] * 5 + [3] * 2
     one, two, three = (e for e in events if isinstance(e, TurnEnded))
     lengths = [len(audio) for audio in session.turns]
-    assert one.text == f"{lengths[0]} more more" and (one.heard, one.tokens, one.cancelled) == (
-        True,
-        3,
-        False,
-    )
-    assert (three.heard, three.text, three.tokens) == (False, "", 0)
+    assert (one.text, one.tokens) == (f"{lengths[0]} more more", 3)
+    assert one.recognised and not one.cancelled
+    assert one.heard and not three.heard  # the older name
+    assert (three.recognised, three.text, three.tokens) == (False, "", 0)
     assert [t.speech_s for t in (one, two, three)] == pytest.approx(
         [n / SAMPLE_RATE for n in lengths]
     )
@@ -146,29 +147,29 @@ def test_each_turn_is_answered_in_its_order(endpointer):
     )
 
 
-def test_silence_never_reaches_the_session(endpointer):
+def test_silence_gives_one_notice_and_no_turn(endpointer):
     session = Echo()
-    [notice] = heard(listen(session, Source([silence(1)] * 30), endpointer))
+    [notice] = without_levels(listen(session, Source([silence(1)] * 30), endpointer))
     assert not session.spoken and not session.turns
     assert notice.text.startswith(
         "nothing louder than -120 dBFS in 10 s, expected speech at -40 or more: check that"
     )
 
 
-def test_a_source_that_was_loud_once_is_not_called_silent(endpointer):
+def test_a_source_with_a_sound_gets_no_notice_of_silence(endpointer):
     source = Source([sound(0.05), *[silence(1)] * 30])
-    assert not heard(listen(Echo(), source, endpointer))
+    assert not without_levels(listen(Echo(), source, endpointer))
 
 
 @pytest.mark.parametrize(("level", "quiet"), [(LOUD, False), (0.004, True)])
-def test_a_quiet_turn_is_named_with_its_level(endpointer, level, quiet):
-    events = heard(listen(Echo(), Source([sound(2, level), silence(2)]), endpointer))
+def test_a_quiet_turn_gets_a_notice_with_its_level(endpointer, level, quiet):
+    events = without_levels(listen(Echo(), Source([sound(2, level), silence(2)]), endpointer))
     assert len([e for e in events if isinstance(e, TurnEnded)]) == 1
     notices = [e.text for e in events if isinstance(e, Notice)]
     assert [text.startswith("turn 1 is quiet: -48 dBFS") for text in notices] == [True] * quiet
 
 
-def test_how_the_audio_is_cut_changes_nothing(endpointer):
+def test_chunks_of_any_size_give_the_same_answers(endpointer):
     audio = np.concatenate(
         [silence(0.5), sound(1), silence(1.2), sound(1.5), silence(0.3), sound(0.4)]
     )
@@ -178,12 +179,12 @@ def test_how_the_audio_is_cut_changes_nothing(endpointer):
         session = Echo()
         cuts = np.sort(rng.integers(0, len(audio), n_cuts))
         endpointer.reset()
-        events = heard(listen(session, Source(np.split(audio, cuts)), endpointer))
+        events = without_levels(listen(session, Source(np.split(audio, cuts)), endpointer))
         answers.append([e.text for e in events if isinstance(e, TurnEnded)])
     assert answers[0] == answers[1] == answers[2] and len(answers[0]) == 2
 
 
-def test_recordings_are_played_as_time_passes(endpointer):
+def test_live_recordings_take_their_time_and_give_levels(endpointer):
     began = time.monotonic()
     source = Recordings([sound(0.5)], SAMPLE_RATE)
     events = list(listen(Echo(), source, endpointer))
@@ -196,57 +197,58 @@ def test_recordings_are_played_as_time_passes(endpointer):
 # --- barge-in ---
 
 
-def test_speech_during_an_answer_ends_it_within_a_token(endpointer):
+def test_speech_during_an_answer_cancels_it_within_a_token(endpointer):
     session = Echo(n_tokens=10**6, token_s=0.01)
-    again = [
+    second_turn = [
         lambda: session.answering.wait(ALIVE_S),
         sound(0.5),
         lambda: setattr(session, "n_tokens", 2),
     ]
-    source = Source([sound(1), silence(1), *again, silence(1)], live=True)
-    events = heard(listen(session, source, endpointer))
+    source = Source([sound(1), silence(1), *second_turn, silence(1)], live=True)
+    events = without_levels(listen(session, source, endpointer))
     one, two = (e for e in events if isinstance(e, TurnEnded))
     assert one.cancelled and 0 <= one.tokens < 100 and not two.cancelled and two.tokens == 2
     assert len(session.turns) == 2 and len(session.turns[1]) < len(session.turns[0])
 
 
-def test_speech_before_an_answer_has_begun_ends_it_too(endpointer):
+def test_speech_before_an_answer_has_begun_cancels_it_too(endpointer):
     session = Echo(n_tokens=10**6)
-    both_said = threading.Event()
-    slow, push = [], session.push
+    both_spoken = threading.Event()
+    waited = []
+    push = session.push
 
-    def slowly(chunk):  # the second turn has begun before the first is answered
-        if not slow:
-            slow.append(both_said.wait(ALIVE_S))
+    def push_late(chunk):  # the second turn has begun before the first is answered
+        if not waited:
+            waited.append(both_spoken.wait(ALIVE_S))
         push(chunk)
 
-    session.push = slowly
+    session.push = push_late
     speech = np.concatenate([sound(0.4), silence(1), sound(0.3)])
     source = Source([speech, lambda: setattr(session, "n_tokens", 1)], live=True)
-    threading.Timer(0.3, both_said.set).start()
-    events = heard(listen(session, source, endpointer))
+    threading.Timer(0.3, both_spoken.set).start()
+    events = without_levels(listen(session, source, endpointer))
     one, two = (e for e in events if isinstance(e, TurnEnded))
-    assert slow == [True] and one.cancelled and one.tokens <= 1 and not two.cancelled
+    assert waited == [True] and one.cancelled and one.tokens <= 1 and not two.cancelled
 
 
-# --- a reader that stops, a source or a session that fails ---
+# --- events that are not read, a source or a session that fails ---
 
 
-def test_a_reader_that_stops_makes_the_source_wait_and_nothing_grow(endpointer):
+def test_the_source_waits_while_no_events_are_read(endpointer):
     source = Source([sound(0.1)] * 2000, live=True)
     events = listen(Echo(), source, endpointer)
     while not isinstance(next(events), TurnBegan):
         pass
-    waiting = settled(source)
-    assert waiting * 3 <= WAITING + 20  # three frames a chunk
-    assert settled(source) == waiting
-    last = [e for e in heard(events) if isinstance(e, TurnEnded)][-1]
+    n_waiting = taken_when_settled(source)
+    assert n_waiting * 3 <= MAX_QUEUE + 20  # three frames a chunk
+    assert taken_when_settled(source) == n_waiting
+    last = [e for e in without_levels(events) if isinstance(e, TurnEnded)][-1]
     assert source.taken == 2000 and last.speech_s == pytest.approx(
         2000 * 3 * FRAME_SAMPLES / SAMPLE_RATE, abs=0.5
     )
 
 
-def settled(source) -> int:
+def taken_when_settled(source) -> int:
     """How much was taken once no more is."""
     before = None
     while before != source.taken:
@@ -255,35 +257,36 @@ def settled(source) -> int:
     return before
 
 
-@pytest.mark.parametrize("read", [0, 1, 2, 4])
-def test_whoever_stops_reading_ends_the_thread(endpointer, read):
+@pytest.mark.parametrize("n_read", [0, 1, 2, 4])
+def test_closing_the_events_ends_the_thread(endpointer, n_read):
     events = listen(Echo(), Source([sound(1), silence(1)] * 50), endpointer)
-    for _ in range(read):
+    for _ in range(n_read):
         next(events)
     events.close()
 
 
-def test_a_source_that_fails_is_said_after_what_was_heard_is_answered(endpointer):
+def test_a_source_that_fails_gives_a_notice_and_its_last_turn_is_answered(endpointer):
     session = Echo()
     source = Source([sound(1), AudioError("the microphone is gone")])
-    *turn, ended = heard(listen(session, source, endpointer))
+    *turn, ended = without_levels(listen(session, source, endpointer))
     assert isinstance(ended, TurnEnded) and ended.tokens == 3
     assert Notice("the microphone is gone") in turn
 
 
-def test_notices_of_the_source_pass(endpointer):
+def test_notices_of_the_source_are_passed_on(endpointer):
     notice = Notice("1.0 s of audio dropped", 1.0)
-    assert heard(listen(Echo(), Source([silence(1), notice, silence(1)]), endpointer)) == [notice]
+    source = Source([silence(1), notice, silence(1)])
+    assert without_levels(listen(Echo(), source, endpointer)) == [notice]
 
 
-def test_a_fault_of_ours_is_raised_where_the_answers_are_read(endpointer):
+def test_other_errors_are_raised_where_the_answers_are_read(endpointer):
     for fault in (ZeroDivisionError(), np.array([np.nan], np.float32)):
         with pytest.raises((ZeroDivisionError, AudioError)):
             list(listen(Echo(), Source([sound(1), fault]), endpointer))
 
 
 @pytest.mark.parametrize("method", ["push", "finish"])
-def test_a_turn_that_is_refused_is_said_and_the_next_one_is_answered(endpointer, method):
+def test_a_refused_turn_gives_a_notice_and_the_next_turn_is_answered(endpointer, method):
     session, refusals = Echo(), [TinyAlignError("there is no room")]
     work = getattr(session, method)
 
@@ -294,10 +297,10 @@ def test_a_turn_that_is_refused_is_said_and_the_next_one_is_answered(endpointer,
 
     setattr(session, method, once)
     source = Source([sound(1), silence(1), sound(1), silence(1)])
-    events = heard(listen(session, source, endpointer))
+    events = without_levels(listen(session, source, endpointer))
     assert [e for e in events if isinstance(e, Notice)] == [Notice("there is no room")]
     one, two = (e for e in events if isinstance(e, TurnEnded))
-    assert (one.heard, one.tokens, one.ttft_s) == (False, 0, None) and two.tokens == 3
+    assert (one.recognised, one.tokens, one.ttft_s) == (False, 0, None) and two.tokens == 3
     assert len(session.turns) == 1
 
 

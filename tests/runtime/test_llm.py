@@ -48,7 +48,7 @@ class Scripted(Decoder):
     def open_cache(self, capacity):
         return capacity
 
-    def read(self, embeddings, cache, past):
+    def run(self, embeddings, cache, past):
         assert past + len(embeddings) <= cache
         self.fed.append(len(embeddings))
         logits = np.zeros(self.n_vocabulary, np.float32)

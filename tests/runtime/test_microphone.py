@@ -1,4 +1,4 @@
-"""A microphone that is late, lacks a rate, is pulled out or was never there: a PortAudio-like module in its place."""
+"""Microphones that are late, lack a rate, are unplugged or absent: a module like PortAudio's."""
 
 import sys
 import threading
@@ -20,15 +20,22 @@ class PortAudioError(Exception):
 
 
 class Stream:
-    """Calls back from a thread of its own, as PortAudio does; `rates` are what its device can do."""
+    """Calls back from a thread of its own, as PortAudio does."""
 
-    rates, own, blocks, fails = (RATE,), RATE, [], False
+    rates = (RATE,)  # that its device has
+    own = RATE  # its device's default
+    blocks = ()
+    fails = False
+    latest = None  # stream that was opened
 
     def __init__(self, samplerate, blocksize, channels, dtype, device, callback):
         if samplerate not in self.rates or device == 7:
             raise PortAudioError("Invalid sample rate")
         assert (channels, dtype) == (1, "float32")
-        self.callback, self.blocksize, self.active, self.closed = callback, blocksize, False, False
+        self.callback = callback
+        self.active = False
+        self.closed = False
+        type(self).latest = self
 
     def start(self):
         if self.fails:
@@ -41,7 +48,7 @@ class Stream:
         for block in self.blocks:
             late = types.SimpleNamespace(input_overflow=block is OVERFLOW)
             self.callback(np.asarray(block, np.float32)[:, None], len(block), None, late)
-        self.active = False  # pulled out
+        self.active = False  # unplugged
 
     def stop(self):
         self.thread.join()
@@ -75,77 +82,73 @@ def portaudio(monkeypatch):
     return streams
 
 
-def taken(microphone, until=10**9):
-    """Blocks and notices until it is gone, and the last words."""
+def read_all(microphone):
+    """(blocks and notices, the error's message) until the microphone is gone."""
     items = []
     try:
         for item in microphone:
             items.append(item)
-            if len(items) == until:
-                microphone.stop()
     except AudioError as error:
         return items, str(error)
     return items, ""
 
 
-def test_blocks_arrive_in_order_until_it_is_gone(portaudio):
+def test_blocks_arrive_in_order_until_the_microphone_is_gone(portaudio):
     portaudio.blocks = [block(n) for n in range(50)]
     with Microphone(RATE) as microphone:
         began = time.monotonic()
-        items, last = taken(microphone)
+        items, last = read_all(microphone)
     assert np.allclose(np.concatenate(items), np.concatenate(portaudio.blocks), atol=1e-4)
     assert "the microphone is gone: plug it in" in last and time.monotonic() - began < 1
-    assert microphone._stream.closed
+    assert portaudio.latest.closed
 
 
-def test_one_that_only_falls_silent_is_gone_too(portaudio, monkeypatch):
+def test_a_microphone_without_blocks_is_gone(portaudio, monkeypatch):
     monkeypatch.setattr(module, "GONE_S", 0.2)
     monkeypatch.setattr(portaudio, "_play", lambda self: None)  # active, and never calls back
     with Microphone(RATE) as microphone:
-        assert "is gone" in taken(microphone)[1]
+        assert "is gone" in read_all(microphone)[1]
 
 
-def test_stop_ends_the_reading(portaudio, monkeypatch):
+def test_stop_ends_an_iteration(portaudio, monkeypatch):
     monkeypatch.setattr(portaudio, "_play", lambda self: None)
     with Microphone(RATE) as microphone:
         threading.Timer(0.1, microphone.stop).start()
-        assert taken(microphone) == ([], "")
+        assert read_all(microphone) == ([], "")
 
 
-def test_what_nobody_takes_is_dropped_and_said(portaudio):
-    kept = round(module.BACKLOG_S / module.BLOCK_S)
-    portaudio.blocks = [block(1)] * (kept + 300)
+def test_audio_beyond_the_backlog_is_dropped_with_a_notice(portaudio):
+    max_blocks = round(module.BACKLOG_S / module.BLOCK_S)
+    portaudio.blocks = [block(1)] * (max_blocks + 300)
     with Microphone(RATE) as microphone:
-        microphone._start()
-        microphone._stream.stop()  # the reader slept meanwhile
-        assert microphone._blocks.qsize() == kept
+        portaudio.latest.start()
+        portaudio.latest.stop()  # all blocks came before the first is read
         portaudio.blocks = []
         first = next(iter(microphone))
         assert isinstance(first, np.ndarray)
-        microphone._take(np.float32(block(2))[:, None], 512, None, None)
-        items, _ = taken(microphone)
+        portaudio.latest.callback(np.float32(block(2))[:, None], 512, None, None)
+        items, _ = read_all(microphone)
     [notice] = [item for item in items if isinstance(item, Notice)]
-    assert (
-        notice.dropped_s == pytest.approx(300 * 512 / RATE)
-        and "9.6 s of audio dropped" in notice.text
-    )
-    assert items[-2] is notice  # where it was lost
+    assert notice.dropped_s == pytest.approx(300 * 512 / RATE)
+    assert "9.6 s of audio dropped" in notice.text
+    assert len(items) == max_blocks - 1 + 2  # the rest of the backlog, the notice, the last block
+    assert items[-2] is notice  # where audio was lost
 
 
-def test_what_the_system_lost_is_said(portaudio):
+def test_an_overflow_of_the_system_gives_a_notice(portaudio):
     portaudio.blocks = [block(1), OVERFLOW, block(2)]
     with Microphone(RATE) as microphone:
-        items, _ = taken(microphone)
+        items, _ = read_all(microphone)
     assert [isinstance(item, Notice) for item in items] == [False, True, False, False]
 
 
 @pytest.mark.parametrize("own", [48_000, 44_100])
-def test_a_rate_it_lacks_is_made_and_said(portaudio, own):
+def test_another_rate_is_resampled_with_a_notice(portaudio, own):
     portaudio.rates, portaudio.own = (own,), own
     time_s = np.arange(own) / own
     portaudio.blocks = np.array_split(np.sin(2 * np.pi * 440 * time_s), 31)
     with Microphone(RATE) as microphone:
-        (notice, *blocks), _ = taken(microphone)
+        (notice, *blocks), _ = read_all(microphone)
     assert notice == Notice(f"the microphone records at {own} Hz: resampled to 16000 Hz")
     audio = np.concatenate(blocks)
     assert audio.dtype == np.float32
@@ -154,28 +157,28 @@ def test_a_rate_it_lacks_is_made_and_said(portaudio, own):
     assert np.abs(audio - expected)[200:].max() < 0.01
 
 
-def test_record_is_what_is_said_until_told(portaudio):
+def test_record_returns_the_audio_until_wait_returns(portaudio):
     portaudio.rates, portaudio.own = (48_000,), 48_000
     portaudio.blocks = [block(100, 1536)] * 40
     with Microphone(RATE) as microphone:
-        audio = microphone.record(lambda: microphone._stream.thread.join())
+        audio = microphone.record(lambda: portaudio.latest.thread.join())
         again = microphone.record(lambda: None)
     assert len(audio) == len(again) == 40 * 512 and audio.dtype == np.float32
     assert np.allclose(audio[1000:-1000], 0.1, atol=1e-3)
 
 
-def test_no_such_device_names_those_there_are(portaudio):
+def test_an_unknown_device_is_refused_with_those_there_are(portaudio):
     with pytest.raises(AudioError, match=r"no microphone 7.*known: USB microphone. Give --device"):
         Microphone(RATE, "7")
 
 
-def test_one_in_use_does_not_start(portaudio):
+def test_a_microphone_in_use_is_refused(portaudio):
     portaudio.fails = True
     with Microphone(RATE) as microphone, pytest.raises(AudioError, match="close what else uses it"):
         next(iter(microphone))
 
 
-def test_no_portaudio_is_said(monkeypatch):
+def test_a_missing_portaudio_is_refused_with_the_remedy(monkeypatch):
     class Broken:
         def find_spec(self, name, path=None, target=None):
             if name == "sounddevice":

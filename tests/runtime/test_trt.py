@@ -1,4 +1,4 @@
-"""runtime/backends/tensorrt.py on an emulation of TensorRT and CUDA that computes (trt_emulation.py)."""
+"""runtime/backends/tensorrt.py on an emulation of TensorRT and CUDA that computes (support/trt_emulation.py)."""
 
 import ctypes
 import dataclasses
@@ -14,26 +14,28 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import trt_emulation
 
+from tests.support import trt_emulation
 from tiny_align.engines.build import build_engines
 from tiny_align.engines.plain_decoder import PlainDecoder
 from tiny_align.runtime import Assistant, Decoding
 from tiny_align.runtime.audio.samples import read_audio
-from tiny_align.runtime.backends import cuda_memory
+from tiny_align.runtime.backends import cuda_memory, tensorrt_engine
 from tiny_align.runtime.backends import tensorrt as trt_module
-from tiny_align.runtime.backends.base import TOPK_LOGITS, Chain, load_decoder, load_runner
+from tiny_align.runtime.backends.base import TOPK_LOGITS, Chain
+from tiny_align.runtime.backends.registry import load_decoder, load_runner
 from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.bundle.manifest import write_manifest
 from tiny_align.runtime.errors import BackendError
 from tiny_align.runtime.llm import Cache, LanguageModel
 
 N_UTTERANCES = 20
-RATE, SIZE = 16_000, 192  # Hz, the bundle's; D of its LLM
+RATE = 16_000  # Hz, the bundle's
+SIZE = 192  # D of its LLM
 
 
 def plain_decoder(bundle: Bundle) -> PlainDecoder:
-    """What TensorRT is compared with: the fused graph rounds elsewhere, so that a near-tie may fall differently."""
+    """What TensorRT is compared with: the fused graph rounds differently, which may decide a near-tie."""
     return PlainDecoder(bundle.graph("llm"), bundle.manifest.graphs["llm"], 1)
 
 
@@ -56,14 +58,14 @@ def bundle(bundle_path, tmp_path_factory, machine):
 
 @pytest.fixture(scope="module")
 def ana(bundle, make_user):
-    """The projector of a person."""
+    """The projector of a user without engines."""
     make_user(bundle, bundle.path / "users/ana")
     return bundle.projector("ana")
 
 
 @pytest.fixture(scope="module")
 def ben(bundle, make_user):
-    """The projector of a person who has an engine of their own."""
+    """The projector of a user with an engine of their own."""
     folder = make_user(bundle, bundle.path / "users/ben", shift=-0.2)
     build_engines(bundle.for_user(folder), graphs=["projector"])
     return bundle.projector("ben")
@@ -71,7 +73,7 @@ def ben(bundle, make_user):
 
 @pytest.fixture(scope="module")
 def onnxruntime(bundle):
-    """ONNX Runtime on the plain graphs."""
+    """ONNX Runtime on the plain graphs, as `plain` has it."""
     with Assistant.load(bundle, threads=1) as assistant:
         assistant.llm = LanguageModel(bundle, plain_decoder(bundle))
         yield assistant
@@ -98,7 +100,9 @@ def recordings(voice_path):
 # --- the same answers ---
 
 
-def test_answers_are_the_same_before_and_after_each_swap(tensorrt, plain, recordings, bundle, ana):
+def test_answers_equal_onnx_runtimes_before_and_after_each_swap(
+    tensorrt, plain, recordings, bundle, ana
+):
     answers = set()
     for n, audio in enumerate(recordings[:8]):
         if n % 2 == 0:  # the general projector, Ana's, the general one, Ana's
@@ -107,110 +111,105 @@ def test_answers_are_the_same_before_and_after_each_swap(tensorrt, plain, record
         got, want = tensorrt.answer(audio), plain.answer(audio)
         assert got.tokens == want.tokens, f"utterance {n}: {got.text!r}, expected {want.text!r}"
         answers.add(got.tokens)
-    assert len(answers) > 4  # they are about what was said
+    assert len(answers) > 4  # they depend on the recording
 
 
-def test_twenty_utterances_in_conversations_with_hot_swaps_are_answered_token_for_token(
+def test_conversations_with_hot_swaps_equal_onnx_runtimes_token_for_token(
     tensorrt, plain, recordings, ana, ben
 ):
-    """Four conversations of five turns, spoken with in turn; the projector is exchanged twice while all are open."""
+    """Four conversations of five turns, taking turns; the projector is swapped twice while all are open."""
     assert len(recordings) == N_UTTERANCES
-    swaps = {7: ana, 14: ben}  # by refit; an engine of his own
+    swaps = {7: ana, 14: ben}  # by refit; an engine of their own
     conversations = {assistant: [Cache() for _ in range(4)] for assistant in (tensorrt, plain)}
     for turn, audio in enumerate(recordings):
-        said = []
+        answers = []
         for assistant, caches in conversations.items():
             if turn in swaps:
                 assistant.swap_projector(swaps[turn])
             prompt = assistant.llm.assemble(assistant.soft_tokens(assistant.features(audio)))
-            said.append(
-                list(assistant.llm.generate(prompt, Decoding(max_tokens=16), caches[turn % 4]))
-            )
-        assert said[0] == said[1], f"turn {turn}"
+            answer = assistant.llm.generate(prompt, Decoding(max_tokens=16), caches[turn % 4])
+            answers.append(list(answer))
+        assert answers[0] == answers[1], f"turn {turn}"
     for got, want in zip(*conversations.values()):
         assert got.length == want.length > 80
 
 
-@pytest.mark.parametrize("person", ["ana", "ben"])
-def test_a_swap_in_the_middle_of_an_answer_changes_nothing_of_it(
-    tensorrt, recordings, person, request
-):
+@pytest.mark.parametrize("user", ["ana", "ben"])
+def test_a_swap_during_an_answer_does_not_change_it(tensorrt, recordings, user, request):
     want = tensorrt.answer(recordings[0]).tokens
     answer = tensorrt.stream(recordings[0])
     begun = [next(answer).token for _ in range(3)]
-    tensorrt.swap_projector(request.getfixturevalue(person))
+    tensorrt.swap_projector(request.getfixturevalue(user))
     assert tuple(begun + [event.token for event in answer]) == want
 
 
-def test_every_stage_gives_what_onnx_runtime_gives(tensorrt, plain, speech):
+def test_every_stage_equals_onnx_runtimes(tensorrt, plain, speech):
     features = tensorrt.features(speech)
     np.testing.assert_array_equal(features, plain.features(speech))
     np.testing.assert_array_equal(tensorrt.soft_tokens(features), plain.soft_tokens(features))
 
 
-def test_the_best_tokens_are_the_plain_graphs_at_every_step(decoder, bundle):
-    np.testing.assert_array_equal(read_in_steps(decoder), read_in_steps(plain_decoder(bundle)))
+def test_the_topk_equals_the_plain_graphs_at_every_step(decoder, bundle):
+    np.testing.assert_array_equal(run_in_steps(decoder), run_in_steps(plain_decoder(bundle)))
 
 
-def test_a_drawn_token_is_the_one_drawn_from_all_logits(tensorrt, plain):
+def test_sampling_from_the_topk_equals_sampling_from_all_logits(tensorrt, plain):
     decoding = Decoding(max_tokens=12, temperature=2.0, top_k=20, seed=3)
     prompt = plain.llm.assemble(plain.llm.embed(plain.llm.encode_words("what time is it")))
     got, want = (list(a.llm.generate(prompt, decoding)) for a in (tensorrt, plain))
     assert got == want != list(plain.llm.generate(prompt, Decoding(max_tokens=12)))
 
 
-def test_more_tokens_than_the_graph_picks_are_not_to_be_had(tensorrt):
+def test_a_top_k_beyond_the_graphs_is_refused(tensorrt):
     hot = Decoding(temperature=1.0, top_k=100)
     with pytest.raises(
         BackendError,
-        match=r"the 100 best .*, the LLM's graph gives 64: ask for a top_k of at most 64",
+        match=r"expected a top_k of at most 64, .* the LLM's graph gives, got 100: ask for fewer",
     ):
         tensorrt.answer_text("what time is it", decoding=hot)
 
 
-def test_a_graph_that_picks_none_gives_every_logit(bundle_path, tmp_path, machine):
-    """A bundle of an earlier export: its manifest tells, and all logits cross."""
+def test_a_graph_without_topk_gives_all_logits(bundle_path, tmp_path, machine):
+    """A bundle of an earlier export: its manifest has no such outputs, and all logits are fetched."""
     target = tmp_path / "bundle"
     shutil.copytree(bundle_path, target, ignore=shutil.ignore_patterns("users", "engines"))
-    bundle = without_best(target)
+    bundle = without_topk(target)
     build_engines(bundle, graphs=["llm"])
-    with load_decoder(
-        bundle.graph("llm"), bundle.manifest.graphs["llm"], "tensorrt", bundle=bundle
-    ) as decoder:
-        np.testing.assert_array_equal(read_in_steps(decoder), read_in_steps(plain_decoder(bundle)))
-        assert decoder.read(
-            np.zeros((1, SIZE), np.float32), decoder.open_cache(8), 0
-        ).logits.shape == (800,)
+    path = bundle.graph("llm")
+    spec = bundle.manifest.graphs["llm"]
+    with load_decoder(path, spec, "tensorrt", bundle=bundle) as decoder:
+        np.testing.assert_array_equal(run_in_steps(decoder), run_in_steps(plain_decoder(bundle)))
+        scores = decoder.run(np.zeros((1, SIZE), np.float32), decoder.open_cache(8), 0)
+        assert scores.logits.shape == (800,)
     shutil.rmtree(target)
 
 
-def without_best(folder: Path) -> Bundle:
-    onnx, bundle = pytest.importorskip("onnx"), Bundle.open(folder)
-    spec = bundle.manifest.graphs["llm"]
+def without_topk(folder: Path) -> Bundle:
+    """Take the top k out of a bundle's LLM."""
+    onnx = pytest.importorskip("onnx")
+    bundle = Bundle.open(folder)
     model = onnx.load(str(bundle.graph("llm")), load_external_data=False)
-    model.graph.node.remove(
-        next(node for node in model.graph.node if node.output[0] == TOPK_LOGITS)
-    )
-    for value in [v for v in model.graph.output if v.name.startswith("best_")]:
+    topk = next(node for node in model.graph.node if node.output[0] == TOPK_LOGITS)
+    model.graph.node.remove(topk)
+    for value in [v for v in model.graph.output if v.name in topk.output]:
         model.graph.output.remove(value)
     onnx.save(model, str(bundle.graph("llm")))
-    left = dataclasses.replace(
-        spec, outputs=tuple(t for t in spec.outputs if not t.name.startswith("best_"))
-    )
-    manifest = dataclasses.replace(bundle.manifest, graphs={**bundle.manifest.graphs, "llm": left})
+    spec = bundle.manifest.graphs["llm"]
+    outputs = tuple(tensor for tensor in spec.outputs if tensor.name not in topk.output)
+    graphs = {**bundle.manifest.graphs, "llm": dataclasses.replace(spec, outputs=outputs)}
+    manifest = dataclasses.replace(bundle.manifest, graphs=graphs)
     return Bundle(folder, write_manifest(folder, manifest))
 
 
 @pytest.fixture
 def runners(bundle):
     """Encoder and projector on TensorRT."""
-    specs = bundle.manifest.graphs
-    load = [
-        load_runner(bundle.graph(n), specs[n], "tensorrt", bundle=bundle)
-        for n in ("encoder", "projector")
-    ]
-    with load[0] as encoder, load[1] as projector:
+    with load(bundle, "encoder") as encoder, load(bundle, "projector") as projector:
         yield encoder, projector
+
+
+def load(bundle: Bundle, name: str):
+    return load_runner(bundle.graph(name), bundle.manifest.graphs[name], "tensorrt", bundle=bundle)
 
 
 FRAMES = {
@@ -219,7 +218,7 @@ FRAMES = {
 
 
 @pytest.mark.parametrize("rows", [None, 20, 10_000])
-def test_in_a_chain_the_features_never_leave_the_device(runners, machine, rows):
+def test_in_a_chain_the_features_stay_on_the_device(runners, machine, rows):
     encoder, projector = runners
     features = encoder(FRAMES)["features"][:, :rows]
     want = projector({"features": features})["soft_tokens"]
@@ -236,14 +235,14 @@ def test_in_a_chain_the_features_never_leave_the_device(runners, machine, rows):
     )  # by itself again
 
 
-def test_a_chain_whose_second_graph_does_not_wait_is_noticed(runners, monkeypatch):
+def test_the_emulation_notices_a_chain_whose_second_graph_does_not_wait(runners, monkeypatch):
     encoder, projector = runners
-    run = trt_module._Engine.run
-    monkeypatch.setattr(trt_module._Engine, "run", lambda self, stream: run(self, self.stream))
+    run = tensorrt_engine.Engine.run
+    monkeypatch.setattr(tensorrt_engine.Engine, "run", lambda self, stream: run(self, self.stream))
     assert np.isnan(Chain(encoder, projector)(FRAMES)["soft_tokens"]).all()
 
 
-def test_what_a_chain_cannot_take_is_refused(runners):
+def test_a_chain_that_does_not_fit_or_is_closed_is_refused(runners):
     encoder, projector = runners
     with pytest.raises(
         BackendError,
@@ -252,7 +251,7 @@ def test_what_a_chain_cannot_take_is_refused(runners):
         Chain(projector, encoder)
     with pytest.raises(
         BackendError,
-        match=r"encoder\.onnx takes the inputs \['input_features'\], given were \['x'\]",
+        match=r"encoder\.onnx: expected the inputs \['input_features'\], got \['x'\]",
     ):
         Chain(encoder, projector)({"x": FRAMES["input_features"]})
     projector.close()
@@ -260,7 +259,7 @@ def test_what_a_chain_cannot_take_is_refused(runners):
         Chain(encoder, projector)(FRAMES)
 
 
-def test_a_chain_of_another_backend_is_one_after_the_other(bundle):
+def test_a_chain_of_onnx_runtime_equals_one_graph_after_the_other(bundle):
     specs = bundle.manifest.graphs
     encoder, projector = (
         load_runner(bundle.graph(n), specs[n], "onnxruntime", 1) for n in ("encoder", "projector")
@@ -288,56 +287,57 @@ def test_a_command_answers_with_tensorrt(bundle, voice_path, run_cli, plain):
 
 # --- what goes wrong in the backend goes wrong on the emulation ---
 
-STEPS = (7, 1, 1, 5, 1)  # positions read at once, one after the other
+STEPS = (7, 1, 1, 5, 1)  # positions of each step
 
 
-def read_in_steps(decoder) -> np.ndarray:
-    """(steps, 2, 64): the best tokens after each step, and their logits."""
-    rng, cache, past, best = np.random.default_rng(0), decoder.open_cache(32), 0, []
+def run_in_steps(decoder) -> np.ndarray:
+    """(steps, 2, 64): the top 64 tokens after each step, and their logits."""
+    rng = np.random.default_rng(0)
+    cache = decoder.open_cache(32)
+    past = 0
+    topk = []
     for n in STEPS:
-        scores = decoder.read(rng.standard_normal((n, SIZE)).astype(np.float32), cache, past)
-        best.append(np.stack(scores.topk(64)))
+        scores = decoder.run(rng.standard_normal((n, SIZE)).astype(np.float32), cache, past)
+        topk.append(np.stack(scores.topk(64)))
         past += n
-    return np.stack(best)
+    return np.stack(topk)
 
 
 @pytest.fixture(params=["1", "0"], ids=["shared", "copied"])
 def decoder(bundle, request, monkeypatch):
-    """The LLM, what crosses at a step shared with the device or copied."""
+    """The LLM; what a step sends and fetches is shared with the device or copied."""
     monkeypatch.setenv(cuda_memory.ZERO_COPY, request.param)
     path, spec = bundle.graph("llm", "tensorrt"), bundle.manifest.graphs["llm"].on("tensorrt")
     with load_decoder(path, spec, "tensorrt", bundle=bundle) as loaded:
         yield loaded
 
 
-def never_turned(patch):
-    patch.setattr(
-        trt_module._TrtCache, "turn", lambda self, length: setattr(self, "length", length)
-    )
+def sets_not_swapped(patch):
+    patch.setattr(trt_module.TrtCache, "swap", lambda self, length: setattr(self, "length", length))
 
 
 def layers_exchanged(patch):
-    turn = trt_module._TrtCache.turn
+    swap = trt_module.TrtCache.swap
 
     def wrong(self, length):
-        turn(self, length)
-        self.read = self.read[2:] + self.read[:2]
+        swap(self, length)
+        self.current = self.current[2:] + self.current[:2]
 
-    patch.setattr(trt_module._TrtCache, "turn", wrong)
+    patch.setattr(trt_module.TrtCache, "swap", wrong)
 
 
 def one_set_only(patch):
     def init(self, tensors, capacity):
         self.capacity = capacity
-        buffers = [trt_module._buffer(t, trt_module._sized(t, capacity)) for t in tensors]
+        buffers = [trt_module.make_buffer(t, trt_module._sized(t, capacity)) for t in tensors]
         self.sets = [buffers, buffers]
 
-    patch.setattr(trt_module._Memory, "__init__", init)
+    patch.setattr(trt_module.CacheMemory, "__init__", init)
 
 
-def spaced_as_the_capacity(patch):
+def gaps_up_to_the_capacity(patch):
     """As if TensorRT took a tensor with gaps: the shape of the whole buffer."""
-    patch.setattr(trt_module._TrtCache, "checked_total", lambda self, past, new: past + new)
+    patch.setattr(trt_module.TrtCache, "checked_total", lambda self, past, new: past + new)
     sized = trt_module._sized
     patch.setattr(
         trt_module,
@@ -347,24 +347,27 @@ def spaced_as_the_capacity(patch):
 
 
 def not_synchronised(patch):
-    patch.setattr(trt_module.cuda_memory.Stream, "synchronise", lambda self: None)
+    patch.setattr(cuda_memory.Stream, "synchronise", lambda self: None)
 
 
 def run_before_the_upload(patch):
     patch.setenv(cuda_memory.ZERO_COPY, "0")
-    upload, run = trt_module.cuda_memory.Stream.upload, trt_module._Engine.run
+    upload = cuda_memory.Stream.upload
+    run = tensorrt_engine.Engine.run
     late = []
-    patch.setattr(trt_module.cuda_memory.Stream, "upload", lambda *given: late.append(given))
+    patch.setattr(cuda_memory.Stream, "upload", lambda *arguments: late.append(arguments))
     patch.setattr(
-        trt_module._Engine, "run", lambda self, stream: (run(self, stream), upload(*late.pop()))
+        tensorrt_engine.Engine,
+        "run",
+        lambda self, stream: (run(self, stream), upload(*late.pop())),
     )
 
 
 def buffers_too_small(patch):
-    buffer = trt_module._buffer
+    buffer = trt_module.make_buffer
     patch.setattr(
         trt_module,
-        "_buffer",
+        "make_buffer",
         lambda t, shape: buffer(t, (3, 8, 32) if "present" in t.name else shape),
     )
 
@@ -372,12 +375,12 @@ def buffers_too_small(patch):
 def address_inside_a_buffer(patch):
     def wrong(self, name, buffer):
         offset = 256 if name == "past.0.key" else 0
-        return self._given(self._context.set_tensor_address(name, buffer.address + offset), "")
+        return self._require(self._context.set_tensor_address(name, buffer.address + offset), "")
 
-    patch.setattr(trt_module._Engine, "set_address", wrong)
+    patch.setattr(tensorrt_engine.Engine, "set_address", wrong)
 
 
-def the_hosts_address(patch):
+def address_of_the_host(patch):
     patch.setenv(cuda_memory.ZERO_COPY, "1")
     patch.setattr(
         cuda_memory.Mapped,
@@ -388,26 +391,26 @@ def the_hosts_address(patch):
 
 
 FAULTS = (
-    never_turned,
+    sets_not_swapped,
     layers_exchanged,
     one_set_only,
-    spaced_as_the_capacity,
+    gaps_up_to_the_capacity,
     not_synchronised,
     run_before_the_upload,
     buffers_too_small,
     address_inside_a_buffer,
-    the_hosts_address,
+    address_of_the_host,
 )
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
-def test_the_emulation_notices(bundle, decoder, fault, monkeypatch):
-    want = read_in_steps(plain_decoder(bundle))
+def test_the_emulation_notices_a_fault(bundle, decoder, fault, monkeypatch):
+    want = run_in_steps(plain_decoder(bundle))
     fault(monkeypatch)
     path, spec = bundle.graph("llm"), bundle.manifest.graphs["llm"]
     try:
         with load_decoder(path, spec, "tensorrt", bundle=bundle) as wrong:
-            got = read_in_steps(wrong)
+            got = run_in_steps(wrong)
     except BackendError as error:
         assert "CUDA refuses" in str(error) or "does not give" in str(error)
     else:
@@ -417,39 +420,39 @@ def test_the_emulation_notices(bundle, decoder, fault, monkeypatch):
 # --- device memory ---
 
 
-def test_a_step_brings_a_few_numbers_and_none_where_memory_is_shared(decoder, machine):
+def test_a_step_fetches_the_topk_and_copies_nothing_if_memory_is_shared(decoder, machine):
     cache, one = decoder.open_cache(8), np.zeros((1, SIZE), np.float32)
     before = {way: len(sizes) for way, sizes in machine.copied.items()}
-    decoder.read(one, cache, 0)
+    decoder.run(one, cache, 0)
     copied = {way: sizes[before[way] :] for way, sizes in machine.copied.items()}
     shared = os.environ[cuda_memory.ZERO_COPY] == "1"
     assert copied[cuda_memory.TO_DEVICE] == ([] if shared else [one.nbytes])
     assert copied[cuda_memory.TO_HOST] == ([] if shared else [64 * 4, 64 * 8])
 
 
-def test_conversations_do_not_disturb_each_others_scores(decoder):
+def test_another_conversation_leaves_scores_unchanged(decoder):
     first, second = decoder.open_cache(8), decoder.open_cache(8)
     rng = np.random.default_rng(0)
-    scores = decoder.read(rng.standard_normal((3, SIZE)).astype(np.float32), first, 0)
-    kept = np.stack(scores.topk(64))
-    decoder.read(rng.standard_normal((3, SIZE)).astype(np.float32), second, 0)
-    np.testing.assert_array_equal(np.stack(scores.topk(64)), kept)
+    scores = decoder.run(rng.standard_normal((3, SIZE)).astype(np.float32), first, 0)
+    before = np.stack(scores.topk(64))
+    decoder.run(rng.standard_normal((3, SIZE)).astype(np.float32), second, 0)
+    np.testing.assert_array_equal(np.stack(scores.topk(64)), before)
 
 
 @pytest.mark.parametrize("length", [0, 5, 9, 12])
-def test_what_is_forgotten_is_as_if_it_had_never_been_read(decoder, bundle, length):
+def test_rewind_then_run_equals_a_run_without_what_was_forgotten(decoder, bundle, length):
     embeddings = np.random.default_rng(0).standard_normal((12, SIZE)).astype(np.float32)
     cache, plain = decoder.open_cache(16), plain_decoder(bundle)
-    decoder.read(embeddings[:9], cache, 0)
+    decoder.run(embeddings[:9], cache, 0)
     decoder.rewind(cache, length)
     left = min(length, 9)
-    got = decoder.read(embeddings[9:], cache, left)
-    want = plain.read(np.concatenate([embeddings[:left], embeddings[9:]]), plain.open_cache(16), 0)
+    got = decoder.run(embeddings[9:], cache, left)
+    want = plain.run(np.concatenate([embeddings[:left], embeddings[9:]]), plain.open_cache(16), 0)
     np.testing.assert_array_equal(got.tokens[:5], want.topk(5)[0])
     np.testing.assert_allclose(got.logits, want.topk(64)[1], atol=1e-3)
 
 
-def test_memory_is_shared_only_with_a_gpu_that_has_none_of_its_own(machine, monkeypatch):
+def test_memory_is_shared_only_with_an_integrated_gpu(machine, monkeypatch):
     monkeypatch.delenv(cuda_memory.ZERO_COPY, raising=False)
     assert isinstance(cuda_memory.exchange(4, "float32"), cuda_memory.Mapped)
     monkeypatch.setattr(machine, "integrated", False)
@@ -459,7 +462,7 @@ def test_memory_is_shared_only_with_a_gpu_that_has_none_of_its_own(machine, monk
     assert isinstance(cuda_memory.exchange(4, "float32"), cuda_memory.Copied)
 
 
-def test_shared_memory_is_given_back(machine):
+def test_shared_memory_is_freed(machine):
     gc.collect()
     before, shared = machine.n_bytes, cuda_memory.Mapped(100, "int64")
     assert (machine.n_bytes - before, shared.array.shape) == (800, (100,))
@@ -468,22 +471,24 @@ def test_shared_memory_is_given_back(machine):
     assert machine.n_bytes == before
 
 
-def test_memory_is_laid_out_once_and_given_back(bundle, recordings, machine, ana):
+def test_memory_is_laid_out_once_and_freed_on_close(bundle, recordings, machine, ana):
     gc.collect()
     before = machine.n_bytes
     with Assistant.load(bundle, backend="tensorrt") as assistant:
         assistant.answer(recordings[0])
-        held, n_mallocs = machine.n_bytes, machine.n_mallocs
+        in_use, n_mallocs = machine.n_bytes, machine.n_mallocs
         for audio in recordings[1:4]:
             assistant.answer(audio)
-        assert (machine.n_bytes, machine.n_mallocs) == (held, n_mallocs)
+        assert (machine.n_bytes, machine.n_mallocs) == (in_use, n_mallocs)
         assistant.swap_projector(ana)
-        assert machine.n_bytes == held
+        assert machine.n_bytes == in_use
     gc.collect()
     assert machine.n_bytes == before
 
 
-def test_a_conversation_takes_two_sets_for_the_whole_context(decoder, machine, bundle):
+def test_a_conversation_takes_two_sets_of_its_own_and_ended_ones_are_reused(
+    decoder, machine, bundle
+):
     llm, before = bundle.manifest.llm, machine.n_bytes
     cache = decoder.open_cache(llm.max_context)
     one_set = 2 * llm.n_layers * llm.n_kv_heads * llm.max_context * llm.head_size * 4
@@ -496,7 +501,7 @@ def test_a_conversation_takes_two_sets_for_the_whole_context(decoder, machine, b
     assert again is not other
 
 
-def test_no_memory_is_one_sentence_and_leaves_none_behind(bundle, monkeypatch):
+def test_too_little_memory_raises_one_sentence_and_frees_everything(bundle, monkeypatch):
     small = trt_emulation.install(monkeypatch, capacity=1_000_000)
     with pytest.raises(
         BackendError, match=r"CUDA refuses cudaMalloc of .* MB: out of memory \(error 2\)"
@@ -506,7 +511,7 @@ def test_no_memory_is_one_sentence_and_leaves_none_behind(bundle, monkeypatch):
     assert small.n_bytes == 0
 
 
-def test_memory_that_was_freed_is_not_there(machine):
+def test_the_emulation_refuses_freed_memory(machine):
     buffer, stream = cuda_memory.Buffer(64), cuda_memory.Stream()
     address = buffer.address
     del buffer
@@ -519,52 +524,52 @@ def test_memory_that_was_freed_is_not_there(machine):
         stream.upload(np.zeros(4, np.float32), stray)
 
 
-def test_an_array_larger_than_its_buffer_is_not_copied():
-    with pytest.raises(BackendError, match="16 bytes do not fit a device buffer of 8"):
+def test_an_array_larger_than_its_buffer_is_refused():
+    with pytest.raises(BackendError, match="for a device buffer of 8 bytes, got one of 16"):
         cuda_memory.Stream().upload(np.zeros(4, np.float32), cuda_memory.Buffer(8))
 
 
 # --- what is refused ---
 
 
-def test_a_shape_outside_the_profile_is_named_with_the_profile(bundle):
+def test_a_shape_outside_the_profile_is_refused_with_the_profile(bundle):
     spec = bundle.manifest.graphs["encoder"]
     with (
         load_runner(bundle.graph("encoder"), spec, "tensorrt", bundle=bundle) as runner,
         pytest.raises(
             BackendError,
-            match=r"takes input_features from \[1, 13, 80\] to \[1, 3000, 80\], given was \[",
+            match=r"takes input_features from \[1, 13, 80\] to \[1, 3000, 80\], got \[",
         ),
     ):
         runner({"input_features": np.zeros((1, 3001, 80), np.float32)})
 
 
-def test_a_cache_is_read_on_from_its_end_and_within_its_memory(decoder):
+def test_a_cache_goes_on_from_its_end_and_within_its_capacity(decoder):
     cache, three = decoder.open_cache(8), np.zeros((3, SIZE), np.float32)
-    decoder.read(three, cache, 0)
+    decoder.run(three, cache, 0)
     for past, n in ((2, 1), (4, 1), (3, 6)):
         with pytest.raises(
             BackendError,
-            match=rf"a cache of 8 positions, 3 of them read, cannot take {n} after {past}",
+            match=rf"a cache of 8 positions, 3 of them in use, cannot take {n} after {past}",
         ):
-            decoder.read(np.zeros((n, SIZE), np.float32), cache, past)
-    decoder.read(three, cache, 3)
-    decoder.read(three, cache, 0)
+            decoder.run(np.zeros((n, SIZE), np.float32), cache, past)
+    decoder.run(three, cache, 3)
+    decoder.run(three, cache, 0)
 
 
-def test_what_is_closed_says_so(bundle, decoder):
+def test_a_closed_decoder_is_refused(bundle, decoder):
     cache = decoder.open_cache(8)
     decoder.close()
     for use in (
         lambda: decoder.open_cache(8),
-        lambda: decoder.read(np.zeros((1, SIZE), np.float32), cache, 0),
+        lambda: decoder.run(np.zeros((1, SIZE), np.float32), cache, 0),
     ):
         with pytest.raises(BackendError, match=r"llm\.onnx is closed"):
             use()
 
 
-def test_without_tensorrt_nothing_takes_its_place(bundle, monkeypatch):
-    monkeypatch.setattr(trt_module, "PACKAGES", ("tensorrt_that_is_not_there",))
+def test_without_tensorrt_no_other_backend_replaces_it(bundle, monkeypatch):
+    monkeypatch.setattr(tensorrt_engine, "PACKAGES", ("tensorrt_that_is_not_there",))
     with pytest.raises(
         BackendError,
         match=r"needs TensorRT, which is not installed.*JetPack.*--backend onnxruntime",
@@ -572,19 +577,19 @@ def test_without_tensorrt_nothing_takes_its_place(bundle, monkeypatch):
         Assistant.load(bundle, backend="tensorrt")
 
 
-def test_a_broken_tensorrt_is_named(bundle, monkeypatch, tmp_path):
+def test_a_tensorrt_that_cannot_be_imported_is_named(bundle, monkeypatch, tmp_path):
     (tmp_path / "broken_tensorrt.py").write_text(
         "raise ImportError('libnvinfer.so.10: no such file')"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(trt_module, "PACKAGES", ("broken_tensorrt",))
+    monkeypatch.setattr(tensorrt_engine, "PACKAGES", ("broken_tensorrt",))
     with pytest.raises(
         BackendError, match=r"cannot be imported \(libnvinfer\.so\.10: no such file\): repair"
     ):
         Assistant.load(bundle, backend="tensorrt")
 
 
-def test_without_cuda_it_says_where_it_comes_from(monkeypatch, run_python):
+def test_without_cuda_the_message_says_where_it_comes_from(monkeypatch, run_python):
     script = (
         "from tiny_align.runtime.backends import cuda_memory; cuda_memory.LIBRARIES = ('libcudart_nowhere.so',)\n"
         "try: cuda_memory.Buffer(8)\n"
@@ -596,7 +601,7 @@ def test_without_cuda_it_says_where_it_comes_from(monkeypatch, run_python):
     )
 
 
-def test_an_engine_that_is_not_there_is_not_built(bundle_path):
+def test_a_missing_engine_is_refused_with_the_command_that_builds_it(bundle_path):
     with pytest.raises(BackendError, match="tiny-align build-engines"):
         Assistant.load(bundle_path, backend="tensorrt")
 
@@ -612,16 +617,16 @@ def test_an_engine_that_is_not_there_is_not_built(bundle_path):
     ],
     ids=["damaged", "empty"],
 )
-def test_what_tensorrt_says_against_an_engine_is_passed_on(
+def test_tensorrts_reason_against_an_engine_is_in_the_message(
     bundle, monkeypatch, tmp_path, content, why
 ):
     (tmp_path / "llm.engine").write_bytes(content)
-    monkeypatch.setattr(trt_module, "check_engine", lambda *_: tmp_path / "llm.engine")
+    monkeypatch.setattr(tensorrt_engine, "check_engine", lambda *_: tmp_path / "llm.engine")
     with pytest.raises(BackendError, match=why):
         Assistant.load(bundle, backend="tensorrt")
 
 
-def test_no_runtime_is_one_sentence(bundle, monkeypatch):
+def test_a_runtime_that_cannot_be_made_raises_one_sentence(bundle, monkeypatch):
     def refuse(self, logger):
         logger.log(
             trt_emulation.ILogger.Severity.ERROR, "CUDA initialization failure with error: 35"
@@ -650,23 +655,23 @@ def test_an_engine_with_other_tensors_than_the_manifest_is_refused(bundle):
         load_runner(bundle.graph("encoder"), other, "tensorrt", bundle=changed)
 
 
-def test_a_size_that_only_the_data_tells_is_refused(bundle, monkeypatch):
+def test_a_size_that_depends_on_the_data_is_refused(bundle, monkeypatch):
     monkeypatch.setattr(
         trt_emulation.IExecutionContext, "get_tensor_shape", lambda self, name: (1, -1, 352)
     )
     with pytest.raises(
         BackendError,
-        match=r"gives features a size that is known only when it has run: \[1, -1, 352\]",
+        match=r"gives features a size that is known only after a run: \[1, -1, 352\]",
     ):
         load_runner(
             bundle.graph("encoder"), bundle.manifest.graphs["encoder"], "tensorrt", bundle=bundle
         )
 
 
-# --- a person's projector ---
+# --- a user's projector ---
 
 
-def test_a_person_is_loaded_by_refit(bundle, ana, plain, speech):
+def test_a_user_without_engines_is_loaded_by_refit(bundle, ana, plain, speech):
     with Assistant.load(bundle, "ana", backend="tensorrt") as assistant:
         features = assistant.features(speech)
         got, general = assistant.soft_tokens(features), plain.soft_tokens(features)
@@ -675,15 +680,15 @@ def test_a_person_is_loaded_by_refit(bundle, ana, plain, speech):
         assert got.shape != general.shape or not np.array_equal(got, general)
 
 
-def test_a_person_is_loaded_from_an_engine_of_their_own(bundle, ben, plain, speech, monkeypatch):
-    monkeypatch.setattr(trt_module._Engine, "_refit", None)
+def test_a_user_with_an_engine_is_loaded_without_refit(bundle, ben, plain, speech, monkeypatch):
+    monkeypatch.setattr(tensorrt_engine.Engine, "_refit", None)
     with Assistant.load(bundle, "ben", backend="tensorrt") as assistant:
         features = assistant.features(speech)
         plain.swap_projector(ben)
         np.testing.assert_array_equal(assistant.soft_tokens(features), plain.soft_tokens(features))
 
 
-def test_an_engine_that_cannot_be_refitted_says_what_to_build(
+def test_an_engine_without_refit_is_refused_with_the_command_that_builds_one(
     bundle, ana, monkeypatch, tensorrt, speech
 ):
     before = tensorrt.answer(speech).tokens
@@ -696,7 +701,7 @@ def test_an_engine_that_cannot_be_refitted_says_what_to_build(
     assert tensorrt.answer(speech).tokens == before
 
 
-def test_weights_of_another_graph_are_refused_and_the_old_ones_stay(
+def test_weights_of_another_graph_are_refused_and_the_old_ones_remain(
     bundle, tensorrt, speech, tmp_path
 ):
     before = tensorrt.answer(speech).tokens
@@ -709,13 +714,13 @@ def test_weights_of_another_graph_are_refused_and_the_old_ones_stay(
     assert tensorrt.answer(speech).tokens == before
 
 
-# --- the API that is used is there, in every version ---
+# --- every version has the API that is used ---
 
 API = json.loads((Path(__file__).parents[1] / "data/tensorrt-api.json").read_text())
 
 
 @pytest.mark.parametrize("version", API["versions"])
-def test_the_emulation_has_nothing_that_tensorrt_lacks(version):
+def test_tensorrt_has_all_of_the_emulation(version):
     """Whatever the backend uses is in the emulation, so it is in this version with these parameters."""
     known = API["versions"][version]
     for kind in trt_emulation.API:
@@ -746,7 +751,7 @@ def parameters(function) -> list[str]:
 
 
 def test_tensorrt_rtx_itself_has_the_api():
-    """The signatures that an installed TensorRT-RTX tells, which follows the newest of the versions."""
+    """The signatures in an installed TensorRT-RTX's docstrings; it follows the newest of the versions."""
     rtx = pytest.importorskip("tensorrt_rtx")
     for name, overloads in API["versions"]["11.0"]["names"].items():
         owner, _, member = name.rpartition(".")
@@ -757,14 +762,14 @@ def test_tensorrt_rtx_itself_has_the_api():
         lines = [
             re.sub("<.*?>", "", line.split(" -> ")[0]) for line in (real.__doc__ or "").splitlines()
         ]
-        told = [[p for p in re.findall(r"(\w+): ", line) if p != "self"] for line in lines]
+        known = []
+        for line in lines:
+            known.append([p for p in re.findall(r"(\w+): ", line) if p != "self"])
         for overload in overloads if owner else ():
-            assert [p.rstrip("=") for p in overload] in told, (
-                f"{name}{overload}, it tells {real.__doc__}"
-            )
+            assert [p.rstrip("=") for p in overload] in known, f"{name}{overload}: {real.__doc__}"
 
 
-def test_another_version_is_told_by_its_number(bundle, monkeypatch):
+def test_engines_of_another_version_are_refused(bundle, monkeypatch):
     monkeypatch.setattr(sys.modules["tensorrt"], "__version__", "11.0.0")
     with pytest.raises(BackendError, match=r"11\.0\.0"):
         Assistant.load(bundle, backend="tensorrt")

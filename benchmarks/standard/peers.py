@@ -1,0 +1,312 @@
+"""One LLM under several engines, each behind the same two calls: read a prompt, and one token more.
+
+A peer is made from the models of benchmarks.full_size and lives in a process of its own (processes.py). Nothing here
+measures quality: weights are random, but for llama.cpp's, which pipelines.py gives real ones.
+"""
+
+import ctypes
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from tiny_align.benchmarks.standard.training_cost import Shape
+from tiny_align.export.pretrained import load_pretrained
+from tiny_align.runtime.backends.onnxruntime import INT8_PRODUCTS
+
+CONTEXT = 512  # positions
+
+
+class Peer:
+    """An LLM: `prefill` reads a prompt's token ids and gives the next token, `step` reads that and gives one more."""
+
+    def measure(self, prompt: np.ndarray, tokens: int) -> dict:
+        """Seconds to read the prompt and, each, of `tokens` tokens."""
+        began = time.perf_counter()
+        token, marks = self.prefill(prompt), [time.perf_counter()]
+        for _ in range(tokens):
+            token = self.step(token)
+            marks.append(time.perf_counter())
+        return {"prefill_s": marks[0] - began, "steps_s": np.diff(marks).tolist()}
+
+
+class TinyAlign(Peer):
+    """The bundle's LLM through the runtime."""
+
+    def __init__(self, work: Path, shape: Shape, threads: int):
+        from tiny_align.runtime.backends.registry import load_decoder
+        from tiny_align.runtime.bundle.bundle import Bundle
+        from tiny_align.runtime.llm import Cache, LanguageModel
+
+        bundle, self._new = Bundle.open(work / "bundle", verify=False), Cache
+        spec = bundle.manifest.graphs["llm"].on("onnxruntime")
+        self._llm = LanguageModel(
+            bundle, load_decoder(bundle.graph("llm", "onnxruntime"), spec, "onnxruntime", threads)
+        )
+
+    def prefill(self, ids: np.ndarray) -> int:
+        self._cache = self._new()
+        return int(self._llm.prefill(self._llm.embed(ids), self._cache).topk(1)[0][0])
+
+    def step(self, token: int) -> int:
+        return int(self._llm.prefill(self._llm.embed([token]), self._cache).topk(1)[0][0])
+
+
+class LlamaCpp(Peer):
+    """llama.cpp on a Q4_0 file of the same shapes; the prompt as embeddings, as ours."""
+
+    def __init__(self, work: Path, shape: Shape, threads: int):
+        path = work / "llm.q4_0.gguf"
+        if not path.exists():
+            write_gguf(path, shape, random_weights())
+        self._llm = Llama(path, shape, threads)
+        self._table = np.load(
+            work / "bundle" / "token_embeddings.npy", mmap_mode="r", allow_pickle=False
+        )
+
+    def prefill(self, ids: np.ndarray) -> int:
+        self._llm.rewind(0)
+        return int(self._llm.read(self._table[ids].astype(np.float32)).argmax())
+
+    def step(self, token: int) -> int:
+        return int(self._llm.read_token(token).argmax())
+
+
+class Llama:
+    """A GGUF file in llama.cpp: embeddings or a token in, logits out."""
+
+    def __init__(self, path: Path, shape: Shape, threads: int):
+        import llama_cpp as api
+
+        self._api = api
+        self._quiet = api.llama_log_callback(lambda *_: None)
+        api.llama_log_set(self._quiet, ctypes.c_void_p(0))
+        api.llama_backend_init()
+        self._model = api.llama_model_load_from_file(
+            str(path).encode(), api.llama_model_default_params()
+        )
+        options = api.llama_context_default_params()
+        options.n_ctx = options.n_batch = options.n_ubatch = CONTEXT
+        options.n_threads = options.n_threads_batch = threads
+        self._context = api.llama_init_from_model(self._model, options)
+        self._vocabulary, self._past = shape.vocabulary, 0
+        self._embeddings = api.llama_batch_init(CONTEXT, shape.hidden, 1)
+        self._token = api.llama_batch_init(1, 0, 1)
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first positions."""
+        self._api.llama_memory_seq_rm(self._api.llama_get_memory(self._context), 0, length, -1)
+        self._past = length
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """(T, D) float32 embeddings -> (V,) float32 logits of the last position."""
+        rows = np.ascontiguousarray(rows)
+        ctypes.memmove(
+            ctypes.addressof(self._embeddings.embd.contents), rows.ctypes.data, rows.nbytes
+        )
+        return self._decode(self._embeddings, len(rows))
+
+    def read_token(self, token: int) -> np.ndarray:
+        self._token.token[0] = token
+        return self._decode(self._token, 1)
+
+    def _decode(self, batch, n: int) -> np.ndarray:
+        batch.n_tokens = n
+        for i in range(n):
+            batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = self._past + i, 1, 0
+            batch.logits[i] = i == n - 1
+        self._past += n
+        if status := self._api.llama_decode(self._context, batch):
+            raise RuntimeError(f"llama_decode returned {status}")
+        return np.ctypeslib.as_array(
+            self._api.llama_get_logits_ith(self._context, -1), (self._vocabulary,)
+        )
+
+
+Weights = Callable[
+    [str, tuple[int, ...]], np.ndarray
+]  # a tensor's name in a GGUF file and its shape -> float32 values
+
+
+def random_weights() -> Weights:
+    rng = np.random.default_rng(0)
+
+    def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if len(shape) == 1:
+            return np.ones(shape, np.float32)
+        return rng.standard_normal(shape, dtype=np.float32) * np.float32(0.02)
+
+    return draw
+
+
+def write_gguf(path: Path, shape: Shape, weights: Weights, rope_theta: float = 500_000.0) -> None:
+    """A llama of this shape whose output layer is its embedding table, every matrix in Q4_0."""
+    import gguf
+
+    writer, kind = gguf.GGUFWriter(path, "llama"), gguf.GGMLQuantizationType.Q4_0
+    writer.add_context_length(4096)
+    writer.add_embedding_length(shape.hidden)
+    writer.add_block_count(shape.layers)
+    writer.add_feed_forward_length(shape.mlp)
+    writer.add_head_count(shape.heads)
+    writer.add_head_count_kv(shape.kv_heads)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(rope_theta)
+    writer.add_rope_dimension_count(shape.head_size)
+    writer.add_vocab_size(shape.vocabulary)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([f"<{i}>".encode() for i in range(shape.vocabulary)])
+    writer.add_token_scores([0.0] * shape.vocabulary)
+    writer.add_token_types([1] * shape.vocabulary)
+
+    def add(name: str, *sizes: int) -> None:
+        values, full = weights(name, sizes), f"{name}.weight"
+        if len(sizes) == 1:
+            writer.add_tensor(full, values)
+        else:
+            writer.add_tensor(full, gguf.quants.quantize(values, kind), raw_dtype=kind)
+
+    add("token_embd", shape.vocabulary, shape.hidden)  # the output layer too
+    add("output_norm", shape.hidden)
+    wide, narrow = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
+    for layer in range(shape.layers):
+        place = f"blk.{layer}"
+        add(f"{place}.attn_norm", shape.hidden)
+        add(f"{place}.ffn_norm", shape.hidden)
+        for name, rows in (("attn_q", wide), ("attn_k", narrow), ("attn_v", narrow)):
+            add(f"{place}.{name}", rows, shape.hidden)
+        add(f"{place}.attn_output", shape.hidden, wide)
+        add(f"{place}.ffn_gate", shape.mlp, shape.hidden)
+        add(f"{place}.ffn_up", shape.mlp, shape.hidden)
+        add(f"{place}.ffn_down", shape.hidden, shape.mlp)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+class Transformers(Peer):
+    """transformers in PyTorch, eager, FP32."""
+
+    def __init__(self, work: Path, shape: Shape, threads: int):
+        import torch
+        from transformers import AutoModelForCausalLM, DynamicCache
+
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(False)
+        self._model = load_pretrained(AutoModelForCausalLM, work / "llm", dtype=torch.float32)
+        self._torch, self._new, self._embed = (
+            torch,
+            DynamicCache,
+            self._model.get_input_embeddings(),
+        )
+
+    def prefill(self, ids: np.ndarray) -> int:
+        self._cache = self._new()
+        return self._read(self._torch.from_numpy(ids))
+
+    def step(self, token: int) -> int:
+        return self._read(self._torch.tensor([token]))
+
+    def _read(self, ids) -> int:
+        out = self._model(
+            inputs_embeds=self._embed(ids)[None],
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return int(out.logits[0, 0].argmax())
+
+
+class Genai(Peer):
+    """onnxruntime-genai on the bundle's own graph, which it gets token ids for: it takes no embeddings."""
+
+    def __init__(self, work: Path, shape: Shape, threads: int):
+        import onnxruntime_genai as genai
+
+        folder = work / "genai"
+        write_genai(folder, work / "bundle", shape, threads)
+        self._api, self._model = genai, genai.Model(str(folder))
+
+    def prefill(self, ids: np.ndarray) -> int:
+        options = self._api.GeneratorParams(self._model)
+        options.set_search_options(max_length=CONTEXT, min_length=CONTEXT, do_sample=False)
+        self._generator = self._api.Generator(self._model, options)
+        self._generator.append_tokens(ids.astype(np.int32))
+        return self.step(0)
+
+    def step(self, token: int) -> int:
+        """Its next token; it remembers the one before."""
+        self._generator.generate_next_token()
+        return int(self._generator.get_next_tokens()[0])
+
+
+def write_genai(folder: Path, bundle: Path, shape: Shape, threads: int) -> None:
+    """Our fused graph with token ids and a mask for inputs, and the configuration that onnxruntime-genai reads."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    folder.mkdir(exist_ok=True)
+    for data in bundle.glob("llm*.data"):
+        (folder / data.name).unlink(missing_ok=True)
+        (folder / data.name).hardlink_to(data)  # a symbolic link is refused
+    table = np.load(bundle / "token_embeddings.npy", mmap_mode="r", allow_pickle=False)
+    table.tofile(folder / "embeddings.data")
+    model = onnx.load(str(bundle / "llm.ort.onnx"), load_external_data=False)
+    graph = model.graph
+    rows = TensorProto(name="embeddings", data_type=TensorProto.FLOAT16, dims=table.shape)
+    rows.data_location = TensorProto.EXTERNAL
+    rows.external_data.add(key="location", value="embeddings.data")
+    graph.initializer.append(rows)
+    kept = [value for value in graph.input if value.name not in ("inputs_embeds", "length")]
+    del graph.input[:]
+    for name in ("input_ids", "attention_mask"):
+        graph.input.append(helper.make_tensor_value_info(name, TensorProto.INT64, [1, name]))
+    graph.input.extend(kept)
+    front = [
+        helper.make_node("Gather", ["embeddings", "input_ids"], ["halves"]),
+        helper.make_node("Cast", ["halves"], ["inputs_embeds"], to=TensorProto.FLOAT),
+        helper.make_node("Shape", ["attention_mask"], ["wide_length"], start=1),
+        helper.make_node("Cast", ["wide_length"], ["length"], to=TensorProto.INT32),
+    ]
+    nodes = [*front, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    onnx.save(model, str(folder / "model.onnx"))
+    session = {
+        "intra_op_num_threads": threads,
+        "session.qdq_matmulnbits_accuracy_level": INT8_PRODUCTS,
+    }
+    names = {"past_key_names": "past.%d.key", "past_value_names": "past.%d.value"}
+    present = {"present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
+    decoder = {
+        "session_options": {**session, "provider_options": []},
+        "filename": "model.onnx",
+        "head_size": shape.head_size,
+        "hidden_size": shape.hidden,
+        "num_attention_heads": shape.heads,
+        "num_hidden_layers": shape.layers,
+        "num_key_value_heads": shape.kv_heads,
+        "inputs": {"input_ids": "input_ids", "attention_mask": "attention_mask", **names},
+        "outputs": {"logits": "logits", **present},
+    }
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    model_part = {
+        "type": "llama",
+        "context_length": CONTEXT,
+        "vocab_size": shape.vocabulary,
+        "decoder": decoder,
+        **ids,
+    }
+    search = {"max_length": CONTEXT, "past_present_share_buffer": True}
+    (folder / "genai_config.json").write_text(json.dumps({"model": model_part, "search": search}))
+
+
+PEERS = {
+    "tiny-align": TinyAlign,
+    "llama.cpp": LlamaCpp,
+    "transformers": Transformers,
+    "onnxruntime-genai": Genai,
+}

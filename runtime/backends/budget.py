@@ -1,0 +1,138 @@
+"""What a loaded bundle takes of memory, computed from its files before anything is loaded.
+
+Everything is laid out at the start: weights, one KV cache per conversation for its whole context,
+and the memory that graphs work in. The last is an estimate: `python -m benchmarks.studies.full_size`
+measured a little less.
+"""
+
+import math
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from tiny_align.runtime.backends import registry
+from tiny_align.runtime.bundle.bundle import Bundle
+from tiny_align.runtime.bundle.manifest import GraphSpec
+from tiny_align.runtime.errors import TinyAlignError
+from tiny_align.runtime.machine import Room, memory, memory_limits
+
+BASE_BYTES = 120_000_000  # the interpreter, numpy and a backend
+WORK_SHARE = 0.6  # of the weights: what graphs work in, and weights that the backend reorders
+SESSION_THREADS = 2  # that encode and prefill, see session.py
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes, by what they are for."""
+
+    weights: dict[str, int]  # graph -> its weights, and what it works in
+    cache: int  # keys and values of one conversation
+    context: int  # positions of it
+    speech: int  # the speech vocabulary's embeddings
+    threads: int  # that are started, of all graphs and a conversation
+
+    @property
+    def total(self) -> int:
+        """With one conversation."""
+        return BASE_BYTES + sum(self.weights.values()) + self.cache + self.speech
+
+    def __str__(self) -> str:
+        parts = [f"{name} {size >> 20} MiB" for name, size in self.weights.items()]
+        parts.append(f"a conversation of {self.context} positions {self.cache >> 20} MiB")
+        return f"{self.total >> 20} MiB ({', '.join(parts)})"
+
+    def require(self) -> None:
+        """
+        Raises:
+            TinyAlignError: less memory is free than that.
+        """
+        short = _short_of(self.total, self.threads)
+        if short is None:
+            return
+        need = f"the bundle takes about {self}"
+        remedy = "or close other programs"
+        if short.thread_bytes:
+            need += f" with what {self.threads} threads reserve"
+            remedy = "raise that limit, or give fewer --threads"
+        raise TinyAlignError(
+            f"{need}, and {short.limit} {short.free >> 20} MiB are available: ask for a smaller "
+            "context, export with fewer bits (--precision int4, --encoder-precision int8), "
+            f"{remedy}"
+        )
+
+
+def _short_of(need: int, threads: int = 0) -> Room | None:
+    """The tightest of the limits on memory, if it is too tight."""
+    rooms = memory_limits()
+    free = memory().get("MemAvailable")
+    if free is not None:
+        rooms = [Room(free, "on this machine"), *rooms]
+    short = [room for room in rooms if room.free < need + threads * room.thread_bytes]
+    return min(short, key=lambda room: room.free, default=None)
+
+
+def budget(bundle: Bundle, backend: str, context: int, threads: int | None = None) -> Budget:
+    """What `bundle` takes on a backend with conversations of `context` positions.
+
+    Args:
+        threads: CPU threads per graph; None: all cores.
+
+    Raises:
+        BackendError: there is no such backend.
+        BundleError: a bundle without an LLM.
+    """
+    bundle.graph("llm")  # refuses a bundle without one
+    weights = {}
+    for name, graph in registry.graph_specs(bundle, backend).items():
+        size = _weight_bytes(bundle, graph, bundle.manifest.graphs[name])
+        weights[name] = round(size * (1 + WORK_SHARE))
+    speech = len(bundle.speech_tokens()) * bundle.manifest.llm.hidden_size * 4
+    helpers = len(weights) * ((threads or os.cpu_count() or 1) - 1)  # beside the calling thread
+    return Budget(
+        weights,
+        cache_bytes(bundle, backend, context),
+        context,
+        speech,
+        helpers + SESSION_THREADS,
+    )
+
+
+def cache_bytes(bundle: Bundle, backend: str, context: int) -> int:
+    """Keys and values of one conversation: the inputs of the LLM's graph that have four dimensions.
+
+    A decoder that is no registered backend's keeps one set of them.
+    """
+    graph = bundle.manifest.graphs["llm"].on(backend)
+    one_set = 0
+    for tensor in graph.inputs:
+        if len(tensor.shape) == 4:
+            shape = [context if isinstance(size, str) else size for size in tensor.shape]
+            one_set += math.prod(shape) * np.dtype(tensor.dtype).itemsize
+    if backend not in registry.names():
+        return one_set
+    return registry.find_backend(backend).cache_sets * one_set
+
+
+def require_cache(bundle: Bundle, backend: str, context: int) -> None:
+    """
+    Raises:
+        TinyAlignError: less memory is free than one more conversation takes.
+    """
+    need = cache_bytes(bundle, backend, context)
+    short = _short_of(need)
+    if short:
+        raise TinyAlignError(
+            f"one more conversation of {context} positions takes {need >> 20} MiB, and "
+            f"{short.limit} {short.free >> 20} MiB are available: end another one, or load the "
+            "bundle with a smaller context"
+        )
+
+
+def _weight_bytes(bundle: Bundle, graph: GraphSpec, plain: GraphSpec) -> int:
+    """A graph's files; a backend's own graph may share its weights with the plain one."""
+    files = bundle.manifest.files
+    data = f"{graph.file}.data"
+    if data not in files:
+        data = f"{plain.file}.data"
+    return sum((bundle.path / name).stat().st_size for name in (graph.file, data) if name in files)

@@ -1,0 +1,1 @@
+"""What tests and studies share: tiny models, emulations, a toy backend."""
