@@ -136,32 +136,6 @@ def _check_out(out: Path) -> None:
         )
 
 
-def _check_speech_tokens(options: ExportOptions, llm: "PreTrainedModel") -> None:
-    """Refuse a trained projector for a large vocabulary without its training texts.
-
-    Speech may produce the tokens that the projector was trained on; its file does not name them.
-    """
-    if options.projector and not options.sentences and _is_large(llm):
-        raise TinyAlignError(
-            f"{options.projector} is a trained projector for a vocabulary of "
-            f"{llm.config.vocab_size} tokens: give its training texts with --sentences, so that "
-            "speech is read as their tokens only"
-        )
-
-
-def _check_end_tokens(
-    path: str, llm: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast"
-) -> None:
-    """Refuse a tokenizer without any end token of the model: it is of another, smaller model."""
-    listed = listed_end_tokens(llm)
-    tokens = set(tokenizer.get_vocab().values())
-    if listed and not tokens.intersection(listed):
-        raise TinyAlignError(
-            f"{path}: its model ends an answer with token {listed[0]}, its tokenizer goes up to "
-            f"token {max(tokens)}: they belong to different models"
-        )
-
-
 def _is_large(llm: "PreTrainedModel") -> bool:
     return input_embedding(llm).num_embeddings > LARGE_VOCABULARY
 
@@ -181,10 +155,23 @@ def load_sources(options: ExportOptions) -> Sources:
     prompt = prompt_spec(tokenizer, options.instruction, options.repeat_instruction)
     encoder = load_encoder(str(encoder_folder), options.encoder_layers)
     llm = load_model(llm_folder, tokenizer)
-    _check_speech_tokens(options, llm)
+    # Speech may produce the tokens that a projector was trained on; its file does not name them.
+    if options.projector and not options.sentences and _is_large(llm):
+        raise TinyAlignError(
+            f"{options.projector} is a trained projector for a vocabulary of "
+            f"{llm.config.vocab_size} tokens: give its training texts with --sentences, so that "
+            "speech is read as their tokens only"
+        )
     projector = make_projector(encoder, llm, options)
     spec = llm_spec(llm, tokenizer, options.max_context)
-    _check_end_tokens(options.llm, llm, tokenizer)
+    # A tokenizer without any end token of the model is of another, smaller model.
+    listed = listed_end_tokens(llm)
+    tokens = set(tokenizer.get_vocab().values())
+    if listed and not tokens.intersection(listed):
+        raise TinyAlignError(
+            f"{options.llm}: its model ends an answer with token {listed[0]}, its tokenizer goes "
+            f"up to token {max(tokens)}: they belong to different models"
+        )
     return Sources(encoder, llm, tokenizer, spec, prompt, projector)
 
 
@@ -207,6 +194,11 @@ def _write(folder: Path, options: ExportOptions, sources: Sources) -> Manifest:
     if options.projector:
         check_binding(options.projector, embeddings_sha256)
     _write_texts(folder, options, sources)
+    if options.soft_tokens:
+        readout = Readout("pooled", merge_cosine=options.merge_cosine)
+    else:
+        table_of_llm = table.astype(np.float32) * spec.embedding_scale  # as the LLM sees it
+        readout = Readout("ctc", scale=ctc_scale(table_of_llm))
     context = spec.max_context
     dims = {
         **encoder.dims,
@@ -224,7 +216,7 @@ def _write(folder: Path, options: ExportOptions, sources: Sources) -> Manifest:
         graphs=graphs,
         dims=dims,
         embeddings_sha256=embeddings_sha256,
-        readout=_readout(options, table.astype(np.float32) * spec.embedding_scale),
+        readout=readout,
         files={},
         windows=_windows(folder, options, encoder, graphs["encoder"]),
         projector_trained=options.projector is not None,
@@ -276,13 +268,6 @@ def _windows(
             return runner({rows.name: window})["features"]
 
         return window_spec(options.window_s, encoder.front_end, encoder.frame_s, encode)
-
-
-def _readout(options: ExportOptions, table: np.ndarray) -> Readout:
-    """How the projector's output becomes soft tokens; table (V, D) as the LLM sees it."""
-    if options.soft_tokens:
-        return Readout("pooled", merge_cosine=options.merge_cosine)
-    return Readout("ctc", scale=ctc_scale(table))
 
 
 # --- graphs ---

@@ -145,7 +145,10 @@ class LayeredEncoder(torch.nn.Module):
         rows_per_s = self.front_end.sample_rate / self.front_end.row_samples
         opt_rows = round(OPT_SPEECH_S * rows_per_s)
         max_rows = round(MAX_SPEECH_S * rows_per_s)
-        return self._min_rows(MIN_FEATURES), opt_rows, max_rows
+        min_rows = MIN_FEATURES
+        for kernel, stride, padding in reversed(self.convolutions):
+            min_rows = (min_rows - 1) * stride + kernel - 2 * padding
+        return min_rows, opt_rows, max_rows
 
     @property
     def input(self) -> TensorSpec:
@@ -171,13 +174,6 @@ class LayeredEncoder(torch.nn.Module):
         """The number of features of `n_rows` input rows."""
         for kernel, stride, padding in self.convolutions:
             n_rows = (n_rows + 2 * padding - kernel) // stride + 1
-        return n_rows
-
-    def _min_rows(self, n_features: int) -> int:
-        """The smallest number of input rows that makes `n_features` features."""
-        n_rows = n_features
-        for kernel, stride, padding in reversed(self.convolutions):
-            n_rows = (n_rows - 1) * stride + kernel - 2 * padding
         return n_rows
 
     def example(self, n_rows: int, seed: int = 0) -> Tensor:
@@ -330,20 +326,36 @@ def load_front_end(path: str, extractor: str) -> AnyFrontEnd:
         )
     numbers = {name: number for name, number in value.items() if isinstance(number, int | float)}
     try:
-        return FRONT_ENDS[extractor](numbers)
+        return _make_front_end(extractor, numbers)
     except (KeyError, TypeError) as error:
         raise TinyAlignError(
             f"{path}: its preprocessor_config.json lacks {error}: use its encoder's"
         ) from error
 
 
-def _waveform(value: dict[str, Any]) -> Waveform:
-    if value.get("feature_size", 1) != 1:
-        raise TypeError("'feature_size' 1")
-    return Waveform(sample_rate=value["sampling_rate"], normalise=value.get("do_normalize", True))
+def _make_front_end(extractor: str, value: dict[str, Any]) -> AnyFrontEnd:
+    """The front end of a preprocessor_config.json.
 
-
-def _nemo_mel(value: dict[str, Any]) -> NemoMel:
+    Raises:
+        KeyError, TypeError: a value is absent or of another type.
+    """
+    if extractor == WAVE:
+        if value.get("feature_size", 1) != 1:
+            raise TypeError("'feature_size' 1")
+        normalise = value.get("do_normalize", True)
+        return Waveform(sample_rate=value["sampling_rate"], normalise=normalise)
+    if extractor == WHISPER:
+        return WhisperMel(
+            sample_rate=value["sampling_rate"],
+            n_mels=value["feature_size"],
+            n_fft=value["n_fft"],
+            hop_samples=value["hop_length"],
+            padded_samples=value["chunk_length"] * value["sampling_rate"],
+        )
+    if extractor == SEAMLESS:
+        return FilterBank(
+            sample_rate=value["sampling_rate"], n_mels=value["num_mel_bins"], stride=value["stride"]
+        )
     ours = {name: value[name] for name in ("floor_db", "speech_share") if name in value}
     return NemoMel(
         sample_rate=value["sampling_rate"],
@@ -354,27 +366,3 @@ def _nemo_mel(value: dict[str, Any]) -> NemoMel:
         preemphasis=value["preemphasis"],
         **ours,
     )
-
-
-def _whisper_mel(value: dict[str, Any]) -> WhisperMel:
-    return WhisperMel(
-        sample_rate=value["sampling_rate"],
-        n_mels=value["feature_size"],
-        n_fft=value["n_fft"],
-        hop_samples=value["hop_length"],
-        padded_samples=value["chunk_length"] * value["sampling_rate"],
-    )
-
-
-def _filter_bank(value: dict[str, Any]) -> FilterBank:
-    return FilterBank(
-        sample_rate=value["sampling_rate"], n_mels=value["num_mel_bins"], stride=value["stride"]
-    )
-
-
-FRONT_ENDS: dict[str, Callable[[dict[str, Any]], AnyFrontEnd]] = {
-    WAVE: _waveform,
-    NEMO: _nemo_mel,
-    WHISPER: _whisper_mel,
-    SEAMLESS: _filter_bank,
-}

@@ -63,7 +63,16 @@ def load_model(folder: Path, tokenizer: "PreTrainedTokenizerFast") -> "PreTraine
     from transformers import AutoModelForCausalLM
 
     model = load_whole(AutoModelForCausalLM, folder, dtype=torch.float32)
-    _check_rows(folder, tokenizer, input_embedding(model).num_embeddings)
+    # Every token of a text needs its row; more rows are padding. Added special tokens may be beyond
+    # the table, as Gemma 3's of an image is: no text contains them, and the runtime refuses them.
+    rows = input_embedding(model).num_embeddings
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    largest = max(set(tokenizer.get_vocab().values()) - special, default=-1)
+    if largest >= rows:
+        raise TinyAlignError(
+            f"{folder}: its tokenizer goes up to token {largest}, its embedding table has {rows} "
+            "rows: they belong to different models"
+        )
     return model
 
 
@@ -87,22 +96,6 @@ def load_tokenizer(folder: Path, chat_template: str | None = None) -> "PreTraine
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.chat_template = choose_template(tokenizer, chat_template)
     return tokenizer
-
-
-def _check_rows(path: Path, tokenizer: "PreTrainedTokenizerFast", rows: int) -> None:
-    """Check that every token of a text has its row in the embedding table.
-
-    More rows than tokens are padding. Added special tokens may be beyond the table, as Gemma 3's of
-    an image is: no text contains them, and the runtime refuses them.
-    """
-    added = tokenizer.added_tokens_decoder
-    special = {i for i, token in added.items() if token.special}
-    largest = max(set(tokenizer.get_vocab().values()) - special, default=-1)
-    if largest >= rows:
-        raise TinyAlignError(
-            f"{path}: its tokenizer goes up to token {largest}, its embedding table has {rows} "
-            "rows: they belong to different models"
-        )
 
 
 # --- what the manifest records ---

@@ -66,7 +66,9 @@ def split_scaled_products(program: ir.Model) -> None:
     """
     graph = program.graph
     for node in list(graph):
-        if node.op_type != "FusedMatMul" or _is_transposed(node):
+        if node.op_type != "FusedMatMul":
+            continue
+        if any(node.attributes.get_int(name, 0) for name in ("transA", "transB")):
             continue
         weight = node.inputs[1]
         if weight is None or weight.const_value is None:
@@ -82,11 +84,6 @@ def split_scaled_products(program: ir.Model) -> None:
         graph.insert_before(node, [product, scaled])
         output.replace_all_uses_with(scaled.outputs[0], replace_graph_outputs=True)
         graph.remove(node, safe=True)
-
-
-def _is_transposed(node: ir.Node) -> bool:
-    names = ("transA", "transB")
-    return any(node.attributes.get_int(name, 0) for name in names)
 
 
 def share_weights(keeper: Path, other: Path) -> None:

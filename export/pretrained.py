@@ -89,7 +89,11 @@ def load_whole(
     if missing:
         more = f" and {len(missing) - 1} more" if missing[1:] else ""
         raise TinyAlignError(f"{folder} lacks the weights of {missing[0]}{more}: download it again")
-    unused = sorted(filter(needed, filter(_is_of_a_layer, report["unexpected_keys"])))
+    unused = []
+    for name in sorted(filter(needed, report["unexpected_keys"])):
+        # A head beside the layers may be left out; older checkpoints keep the rotary frequencies.
+        if "layers." in name and not name.endswith("inv_freq"):
+            unused.append(name)
     if unused:
         raise TinyAlignError(
             f"{folder}: its {unused[0]} has no place in the {type(model).__name__} of its "
@@ -98,14 +102,6 @@ def load_whole(
     tensors = {name: tensor for name, tensor in model.state_dict().items() if needed(name)}
     refuse_not_finite(str(folder), tensors)
     return model.eval()
-
-
-def _is_of_a_layer(name: str) -> bool:
-    """Whether an unexpected tensor shows that the checkpoint is of another model.
-
-    A head beside the layers may be left out, and older checkpoints keep the rotary frequencies.
-    """
-    return "layers." in name and not name.endswith("inv_freq")
 
 
 def refuse_not_finite(path: str, tensors: "dict[str, torch.Tensor]") -> None:

@@ -79,8 +79,10 @@ def quantise(source: Path, target: Path, layers: Form, head: Form) -> None:
         for tensor in list(model.graph.initializer):
             values = read_weight(tensor, source.parent)
             form = form_of.get(tensor.name, Form(32))
-            if form.bits == 32:
-                _store_fp32(tensor, values, data)
+            if form.bits == 32 and values.nbytes < INLINE_BYTES:
+                tensor.CopyFrom(numpy_helper.from_array(np.array(values), tensor.name))
+            elif form.bits == 32:
+                _store(tensor, tensor.data_type, values.shape, [values], data)
             elif form.bits == 16:
                 pieces = _fp16_rows(tensor.name, values)
                 _store(tensor, DTYPES[16], values.shape, pieces, data)
@@ -102,14 +104,6 @@ def output_layer(model: onnx.ModelProto) -> onnx.NodeProto:
         inputs = [producers[name] for name in node.input if name in producers]
         node = next(producer for producer in inputs if producer.op_type != "Constant")
     return node
-
-
-def _store_fp32(tensor: TensorProto, values: np.ndarray, data: BinaryIO) -> None:
-    """Write a tensor as it is to the data file, or into the graph if it is small."""
-    if values.nbytes < INLINE_BYTES:
-        tensor.CopyFrom(numpy_helper.from_array(np.array(values), tensor.name))
-    else:
-        _store(tensor, tensor.data_type, values.shape, [values], data)
 
 
 def _store(
