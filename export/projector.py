@@ -44,7 +44,7 @@ def make_projector(
             "feature_size": encoder.feature_size,
             "embedding_size": llm.config.hidden_size,
             "soft_tokens": options.soft_tokens,
-            "near_size": encoder.config.hidden_size,
+            "shortcut_size": encoder.config.hidden_size,
         }
     ).eval()
     if options.projector:

@@ -25,7 +25,7 @@ CHUNK = 32  # recordings augmented together
 def spoken_examples(assistant: Assistant, work: Path, n: int, seed: int) -> list:
     """`n` recordings of the encoder's training, augmented anew, as examples; encoded once, resumably."""
     from tiny_align.align.commands.align import make_examples
-    from tiny_align.align.data.feature_cache import Stored, kept
+    from tiny_align.align.data.feature_cache import Stored, ensure_array
 
     speak(work, n + n // 10).get()  # held-out sentences are left out
     items = [item for path in shards_of(work, n + n // 10) for item in read_shard(path)]
@@ -39,7 +39,7 @@ def spoken_examples(assistant: Assistant, work: Path, n: int, seed: int) -> list
             for path, features in zip(
                 paths, _encode(assistant, [mel for mel, _ in chunk], seed + start)
             ):
-                kept(path, lambda features=features: features)
+                ensure_array(path, lambda features=features: features)
         stored += [Stored(path) for path in paths]
     return make_examples(assistant.llm, [text for _, text in items], [stored])
 

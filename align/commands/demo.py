@@ -49,7 +49,7 @@ def run(args) -> dict:
 def _stream(bundle: Path, user: str, users: Path, utterances: list, args) -> dict:
     """Answer some of the test recordings aloud -> medians of the time to the first token and the real-time factor."""
     from tiny_align.runtime.assistant import Assistant, collect
-    from tiny_align.runtime.commands.run import shown
+    from tiny_align.runtime.commands.answering import print_events
 
     answers = []
     with Assistant.load(bundle, user, users=users, threads=args.threads) as assistant:
@@ -60,7 +60,7 @@ def _stream(bundle: Path, user: str, users: Path, utterances: list, args) -> dic
             events = assistant.stream(audio)
             answers.append(
                 collect(
-                    shown(events, quiet=args.json or not answers),
+                    print_events(events, quiet=args.json or not answers),
                     len(audio) / assistant.sample_rate,
                 )
             )

@@ -8,105 +8,122 @@ The parts are standard.py's. What takes hours (families, fewer bits, full sizes)
 folder: `make bench-full`.
 """
 
+import argparse
 import os
 import re
 import sys
 import time
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from tiny_align.runtime.commands.options import (
+    ShippedBundleOptions,
+    ShippedDataOptions,
+    ThreadOptions,
+    add_options,
+    option,
+    read_options,
+)
 from tiny_align.runtime.errors import TinyAlignError
 from tiny_align.runtime.files import write_errors
+
+if TYPE_CHECKING:
+    from tiny_align.benchmarks.standard.parts import Setting
 
 NAMES = ("inference", "streaming", "memory", "compare", "limits", "growth", "quality", "training")
 ALL, DIFF = "all", "diff"
 
 
-def add_arguments(parser) -> None:
-    parser.add_argument(
-        "parts",
-        nargs="+",
-        metavar="PART",
-        help=f"{', '.join(NAMES)}, {ALL}; or {DIFF} A.json B.json",
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions(ThreadOptions, ShippedDataOptions, ShippedBundleOptions):
+    parts: tuple[str, ...] = field(
+        metadata=option(
+            f"{', '.join(NAMES)}, {ALL}; or {DIFF} A.json B.json", metavar="PART", positional=True
+        )
     )
-    parser.add_argument("--bundle", type=Path, help="another bundle than the shipped one")
-    parser.add_argument("--data", type=Path, help="other recordings than the shipped ones")
-    parser.add_argument(
-        "--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all cores)"
+    short: bool = field(
+        default=False, metadata=option("a few minutes, to see that everything works")
     )
-    parser.add_argument(
-        "--short", action="store_true", help="a few minutes: to see that everything works"
+    out: Path = field(
+        default=Path("tiny-align-bench"), metadata=option("folder for the results", metavar="DIR")
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path("tiny-align-bench"), help="folder for what is written"
-    )
-    parser.add_argument(
-        "--slow",
-        action="append",
-        default=[],
-        metavar="STAGE=1.2",
-        help="slow a stage down, to see `diff` report it",
+    slow: tuple[str, ...] = field(
+        default=(),
+        metadata=option(
+            "slow a stage down, to see that `diff` reports it", metavar="STAGE=1.2", repeat=True
+        ),
     )
 
 
-def run(args) -> dict:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_options(parser, BenchOptions)
+
+
+def run(args: argparse.Namespace) -> dict:
     """The result, or the differences of two; `exit_status` 1 with a regression.
 
     Raises:
         TinyAlignError: an unknown part, or results that cannot be compared.
     """
-    if args.parts[0] == DIFF:
-        return _diff(args)
-    names = list(NAMES) if ALL in args.parts else list(dict.fromkeys(args.parts))
+    options = read_options(args, BenchOptions)
+    if options.parts[0] == DIFF:
+        return _diff(options, quiet=args.json)
+    names = list(NAMES) if ALL in options.parts else list(dict.fromkeys(options.parts))
     if unknown := [name for name in names if name not in NAMES]:
         raise TinyAlignError(
             f"there is no part {unknown[0]!r}: choose of {', '.join(NAMES)}, {ALL} and {DIFF}"
         )
-    return _measure(args, names)
+    return _measure(options, names, quiet=args.json)
 
 
-def _diff(args) -> dict:
+def _diff(options: BenchOptions, quiet: bool) -> dict:
     from tiny_align.benchmarks.standard import diff, results
 
-    if len(args.parts) != 3:
+    if len(options.parts) != 3:
         raise TinyAlignError(f"{DIFF} takes two results: tiny-align bench {DIFF} A.json B.json")
-    found = diff.compare(*(results.read(Path(path)) for path in args.parts[1:]))
-    if not args.json:
+    found = diff.compare(*(results.read(Path(path)) for path in options.parts[1:]))
+    if not quiet:
         print(diff.table(found))
     return found | {"exit_status": int(bool(found["regressions"]))}
 
 
-def _measure(args, names: list[str]) -> dict:
+def _measure(options: BenchOptions, names: list[str], quiet: bool) -> dict:
     from tqdm import tqdm
 
     from tiny_align.benchmarks.standard import parts as standard
     from tiny_align.benchmarks.standard import results, tables
     from tiny_align.benchmarks.standard.harness import state
 
-    setting = _setting(args)
-    with write_errors(args.out):  # before anything long
-        args.out.mkdir(parents=True, exist_ok=True)
-    result = _stamp(args, names, setting)
+    setting = _setting(options)
+    with write_errors(options.out):  # before anything long
+        options.out.mkdir(parents=True, exist_ok=True)
+    result = _stamp(names, setting)
     began, parts = time.perf_counter(), {}
     for name in (bar := tqdm(names, desc="bench", file=sys.stderr)):
         bar.set_postfix_str(name)
         parts[name] = standard.measure(name, setting)
     result |= {"seconds": time.perf_counter() - began, "after": state(), "parts": parts}
-    path = args.out / f"{results.machine_name(result['machine'])}.json"
-    with write_errors(args.out):
+    path = options.out / f"{results.machine_name(result['machine'])}.json"
+    with write_errors(options.out):
         results.write(path, result)
         tables.write(path, result)
-    if not args.json:
+    if not quiet:
         print(tables.markdown(result))
     return result | {"path": str(path)}
 
 
-def _setting(args):
-    from tiny_align.align.commands.demo import shipped
+def _setting(options: BenchOptions) -> "Setting":
     from tiny_align.benchmarks.standard.parts import Setting
 
-    paths = (str(args.bundle or shipped("bundle")), str(args.data or shipped("voice")))
-    return Setting(*paths, args.threads, args.short, tuple(_slowed(text) for text in args.slow))
+    return Setting(
+        bundle=str(options.bundle),
+        data=str(options.data),
+        threads=options.threads or os.cpu_count() or 1,
+        short=options.short,
+        slow=tuple(_slowed(text) for text in options.slow),
+    )
 
 
 def _slowed(text: str) -> tuple[str, float]:
@@ -120,7 +137,7 @@ def _slowed(text: str) -> tuple[str, float]:
     return name, float(factor)
 
 
-def _stamp(args, names: list[str], setting) -> dict:
+def _stamp(names: list[str], setting: "Setting") -> dict:
     """Where, when and what: everything but what is measured, without paths of this machine."""
     from tiny_align.benchmarks.standard import harness, results
     from tiny_align.runtime.bundle.bundle import Bundle

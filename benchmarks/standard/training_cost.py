@@ -157,7 +157,7 @@ def _train(shape_name: str, form: str, n_steps: int | None) -> tuple[int, dict]:
         objective=objective, shortcut_threshold=0.0, batch=BATCH, held_out=0.0, check_every=10**6
     )  # somebody far: their shortcut is trained too
     soft_tokens = None if objective == "ctc" else SOFT_TOKENS
-    sizes = {"feature_size": FEATURES, "near_size": FEATURES, "embedding_size": shape.hidden}
+    sizes = {"feature_size": FEATURES, "shortcut_size": FEATURES, "embedding_size": shape.hidden}
     sizes |= {"soft_tokens": soft_tokens, "kind": "bridgeformer"}
     projector, examples = build_projector(sizes), utterances(shape, n_tokens)
     target = make_objective(options, shape, getattr(torch, precision), n_tokens)

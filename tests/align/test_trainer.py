@@ -25,7 +25,7 @@ CONFIG = ProjectorConfig(
     hidden_size=32,
     n_layers=1,
     n_heads=2,
-    near_size=12,
+    shortcut_size=12,
 )
 VOCABULARY, FRAMES_PER_TOKEN, LETTERS = 20, 4, 3
 OPTIONS = TrainOptions(

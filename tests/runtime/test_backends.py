@@ -1,4 +1,4 @@
-"""The contract of a backend, on a toy one (support/toy_backend.py), and what the registry makes of it."""
+"""The contract of a backend, on a toy one (tests/support/toy_backend.py), and what the registry makes of it."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ from tiny_align.runtime.errors import BackendError, BundleError
 @pytest.fixture
 def toy(monkeypatch):
     """The toy backend, registered by one line as every other is."""
-    monkeypatch.setitem(registry.MODULES, "toy", "support.toy_backend")
+    monkeypatch.setitem(registry.MODULES, "toy", "tests.support.toy_backend")
     return toy_backend.BACKEND
 
 
@@ -67,7 +67,7 @@ def test_a_backend_for_the_llm_only_takes_the_graphs_of_another(bundle, monkeypa
         runner_graphs="onnxruntime",
     )
     monkeypatch.setattr(toy_backend, "BACKEND", backend)
-    monkeypatch.setitem(registry.MODULES, "toy", "support.toy_backend")
+    monkeypatch.setitem(registry.MODULES, "toy", "tests.support.toy_backend")
     plain = bundle.manifest.graphs
     own = dataclasses.replace(plain["encoder"], file="encoder.ort.onnx")
     graphs = {
@@ -172,13 +172,13 @@ def test_the_field_decides_without_a_look_at_the_graph(options, tmp_path, activa
 def test_a_rungs_graph_is_examined_whatever_the_bundles_own_is(bundle, tmp_path):
     """A rung of an engine's precisions may quantise what the bundle's graph does not."""
     pytest.importorskip("onnx")
-    from tiny_align.engines.select_precision import Graph
+    from tiny_align.engines.measure import SourceGraph
 
     encoder = dataclasses.replace(bundle.manifest.graphs["encoder"], quantised_activations="none")
     graphs = {**bundle.manifest.graphs, "encoder": encoder}
     manifest = dataclasses.replace(bundle.manifest, graphs=graphs)
     exported = dataclasses.replace(bundle, manifest=manifest)
-    assert Graph(exported, "encoder", tmp_path).spec.quantised_activations is None
+    assert SourceGraph(exported, "encoder", tmp_path).spec.quantised_activations is None
 
 
 def test_an_unknown_value_of_the_field_is_refused(bundle_copy, edit_json):
