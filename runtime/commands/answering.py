@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from tiny_align.runtime.assistant import Assistant
     from tiny_align.runtime.audio.samples import Recording
     from tiny_align.runtime.bundle.bundle import Bundle
+    from tiny_align.runtime.events import Event
     from tiny_align.runtime.llm import Decoding
     from tiny_align.runtime.privacy.sealing import Seal
-    from tiny_align.runtime.session import Event
 
 
 def open_bundle(options: AnsweringOptions) -> "Bundle":

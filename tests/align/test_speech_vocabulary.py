@@ -22,11 +22,11 @@ from tiny_align.align.training.limits import TrainingLimits
 from tiny_align.align.training.trainer import Trainer
 from tiny_align.align.training.validation import Score
 from tiny_align.runtime.assistant import Assistant
-from tiny_align.runtime.bundle.bundle import SPEECH_TOKENS, Bundle
+from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.bundle.manifest import write_manifest
 from tiny_align.runtime.errors import UserError
 from tiny_align.runtime.llm import LanguageModel
-from tiny_align.runtime.speech_vocabulary import SpeechVocabulary
+from tiny_align.runtime.speech_vocabulary import SPEECH_TOKENS, SpeechVocabulary
 
 ROWS = 20_000
 WORD = "seven"  # one token; the general projector knows it, the list does not
