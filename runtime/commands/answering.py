@@ -96,8 +96,10 @@ def print_events(events: "Iterable[Event]", *, quiet: bool = False) -> "Iterator
 
     That no word was recognised is said on stderr, with `quiet` too.
     """
+    from tiny_align.runtime.events import NothingHeard
+
     for event in events:
-        if event.token is None:
+        if isinstance(event, NothingHeard):
             print("tiny-align: no word was recognised in the recording", file=sys.stderr)
         elif not quiet:
             print(event.text, end="", flush=True)
