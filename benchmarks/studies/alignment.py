@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from tiny_align.align.commands.demo import shipped
 from tiny_align.align.data.datasets import load_dataset, split_of
-from tiny_align.align.data.examples import embedding_table, make_examples
+from tiny_align.align.data.examples import make_examples
 from tiny_align.align.data.feature_cache import cached_features, non_speech_files
 from tiny_align.align.data.non_speech import hiss
 from tiny_align.align.data.rehearsal import rehearsal_examples
@@ -70,6 +70,13 @@ INSTRUCTED = (
 )  # columns; answers told to are ROUGE-L's
 
 
+def embedding_table(assistant: Assistant):
+    """(K, D): what the LLM sees for every token of the bundle's speech vocabulary."""
+    import torch
+
+    return torch.from_numpy(assistant.speech_vocabulary.table)
+
+
 @dataclass(frozen=True)
 class Setting:
     """What a run is; a result is kept for the same setting only."""
@@ -95,7 +102,7 @@ class Speaking:
             self.assistant.bundle,
             self.assistant.answer_soft_tokens,
         )
-        self.table = self.assistant.llm.speech_table
+        self.table = self.assistant.speech_vocabulary.table
 
     def soft_tokens(self, features: np.ndarray) -> np.ndarray:
         import torch
@@ -184,7 +191,9 @@ def examples_of(assistant: Assistant, folder: Path, n: int | None = None) -> lis
         replace(
             example, answers=tuple((*llm.encode(answer), end) for answer in (replies[text], text))
         )
-        for text, example in zip(texts, make_examples(llm, texts, takes))
+        for text, example in zip(
+            texts, make_examples(llm, assistant.speech_vocabulary, texts, takes)[0]
+        )
     ]
 
 
@@ -416,7 +425,8 @@ class Shipped:
             cached_features(self.assistant, utterances, self.cache, augmentation=k)
             for k in range(AUGMENTATIONS + 1)
         ]
-        return make_examples(self.assistant.llm, [u.text for u in utterances], takes)
+        vocabulary = self.assistant.speech_vocabulary
+        return make_examples(self.assistant.llm, vocabulary, [u.text for u in utterances], takes)[0]
 
     def _measure(self) -> dict:
         general = load_projector(self.assistant.bundle, self.assistant.bundle.graph("projector"))
@@ -451,7 +461,9 @@ class Shipped:
         options = TrainOptions(seed=seed)
         projector = load_projector(self.assistant.bundle, self.assistant.bundle.graph("projector"))
         target = make(
-            options, embedding_table(self.assistant), self.assistant.bundle.manifest.readout.scale
+            options,
+            embedding_table(self.assistant),
+            self.assistant.bundle.manifest.readout.scale,
         )
         trained = Trainer(
             projector,

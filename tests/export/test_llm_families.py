@@ -202,7 +202,10 @@ def test_the_graph_is_plain_and_static_but_for_lengths(exported):
 
 
 def test_the_readouts_scale_is_for_the_table_as_the_llm_sees_it(exported):
-    table, scale = exported.assistant.llm.speech_table, exported.bundle.manifest.readout.scale
+    table, scale = (
+        exported.assistant.speech_vocabulary.table,
+        exported.bundle.manifest.readout.scale,
+    )
     assert scale == pytest.approx(1 / (table.std() * math.sqrt(table.shape[1])), rel=1e-4)
 
 
