@@ -184,23 +184,23 @@ class Stream:
         self._copy(array.ctypes.data, buffer.address, array, buffer, TO_HOST)
 
     def shorten(
-        self, origin: Buffer, to: Buffer, n_rows: int, row_bytes: int, kept_bytes: int
+        self, origin: Buffer, to: Buffer, n_rows: int, row_bytes: int, prefix_bytes: int
     ) -> None:
-        """Copy the first `kept_bytes` of each of `n_rows` rows to another buffer, without gaps."""
-        fits = n_rows * row_bytes <= origin.n_bytes and n_rows * kept_bytes <= to.n_bytes
-        if not fits or kept_bytes > row_bytes:
+        """Copy the first `prefix_bytes` of each of `n_rows` rows to another buffer, without gaps."""
+        fits = n_rows * row_bytes <= origin.n_bytes and n_rows * prefix_bytes <= to.n_bytes
+        if not fits or prefix_bytes > row_bytes:
             raise BackendError(
-                f"cannot shorten {n_rows} rows from {row_bytes} to {kept_bytes} bytes in buffers "
+                f"cannot shorten {n_rows} rows from {row_bytes} to {prefix_bytes} bytes in buffers "
                 f"of {origin.n_bytes} and {to.n_bytes} bytes"
             )
-        if kept_bytes:
+        if prefix_bytes:
             call(
                 "cudaMemcpy2DAsync",
                 to.address,
-                kept_bytes,
+                prefix_bytes,
                 origin.address,
                 row_bytes,
-                kept_bytes,
+                prefix_bytes,
                 n_rows,
                 ON_DEVICE,
                 self.handle,

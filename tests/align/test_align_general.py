@@ -361,7 +361,7 @@ def test_unusable_recordings_are_left_out_and_named(
     assert {entry["count"] for entry in got["data"]["reasons"]} == {1}
 
 
-def test_a_validation_split_judges_the_training_and_test_recordings_are_optional(
+def test_a_validation_split_is_not_trained_on_and_a_test_split_is_optional(
     run_cli, untrained, some_words, change_rows
 ):
     def dev(rows):

@@ -441,7 +441,7 @@ def test_too_few_usable_recordings_are_refused_with_the_reasons(
     assert contents(folder) == old
 
 
-def test_a_validation_split_judges_the_training(align, few_recordings, change_rows, monkeypatch):
+def test_a_validation_split_is_not_trained_on(align, few_recordings, change_rows, monkeypatch):
     trainers = []
     run = Trainer.run
 

@@ -709,7 +709,7 @@ def test_unintelligible_utterances_are_left_out_but_words_with_those_letters_are
         (("test", "Testing", "test_clean"), "test"),
     ],
 )
-def test_splits_by_their_usual_names_in_rows_and_folders(tmp_path, names, split):
+def test_splits_have_several_names_in_rows_and_folders(tmp_path, names, split):
     rows = [{"file_name": "a.wav", "text": "hello", "split": name} for name in names]
     rows += [{"file_name": f"data/{name.strip()}/x/a.wav", "text": "hello"} for name in names]
     found = load_dataset(write_folder(tmp_path, rows))

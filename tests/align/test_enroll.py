@@ -38,7 +38,7 @@ def test_units_are_tokens_and_letter_triples_of_words():
     assert units("go on", lambda text: [1, 2]) == {1, 2, " go", "go ", " on", "on "}
 
 
-def test_the_first_sentence_is_the_one_with_most_units():
+def test_the_first_sentence_has_the_largest_number_of_units():
     chosen = choose(TEXTS, 3, letters)
     gains = {t: len(units(t, letters)) for t in TEXTS}
     assert chosen[0] == max(TEXTS, key=gains.get) and len(set(chosen)) == 3
@@ -213,7 +213,7 @@ def test_each_sentence_is_recorded_until_it_is_good(
     assert [json.loads(line)["transcription"] for line in lines] == chosen
 
 
-def test_recordings_are_kept_if_standard_input_ends(
+def test_recordings_remain_if_standard_input_ends(
     run_cli, bundle_path, microphone, tmp_path, monkeypatch
 ):
     """The input ends after four times Enter: one muted recording and one that is good."""

@@ -90,9 +90,9 @@ def refused(run_cli):
     """Try to export: refused(models, out, *options, encoder=...) -> the sentence."""
 
     def call(models: dict[str, Path], out: Path, *options, **other) -> str:
-        given = {**models, **other}
+        paths = {**models, **other}
         done = run_cli(
-            "export", "--encoder", given["encoder"], "--llm", given["llm"], "--out", out, *options
+            "export", "--encoder", paths["encoder"], "--llm", paths["llm"], "--out", out, *options
         )
         assert done.status == 2 and done.stdout == "" and "Traceback" not in done.stderr
         return next(line for line in done.stderr.splitlines() if line.startswith("tiny-align: "))

@@ -137,16 +137,16 @@ def test_a_template_without_today_in_it_has_no_dates(template):
 
 
 @pytest.mark.parametrize(
-    "said",
+    "expression",
     [
         "strftime_now('%Y') | int + 1",
         "strftime_now('%B') | upper",
         "'Merry' if strftime_now('%m') == '12' else 'Hello'",
     ],
 )
-def test_a_template_that_calculates_with_the_date_is_refused(said):
+def test_a_template_that_calculates_with_the_date_is_refused(expression):
     with pytest.raises(TinyAlignError, match="calculates with the date or changes its letters"):
-        spec_of(TODAY_IN_SYSTEM.replace("TODAY", said))
+        spec_of(TODAY_IN_SYSTEM.replace("TODAY", expression))
 
 
 def test_a_date_that_joins_the_words_on_some_days_only_is_refused():
@@ -290,7 +290,7 @@ def save(folder, how: str, templates: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("how", ["a list", "files"])
-def test_named_templates_are_found_wherever_they_are_kept(tmp_path, how):
+def test_named_templates_are_found_in_a_list_and_in_files(tmp_path, how):
     save(tmp_path / "default", how, {"default": CHATML, "tool_use": NO_SYSTEM})
     assert load_tokenizer(tmp_path / "default").chat_template == CHATML
     save(tmp_path / "none", how, {"rag": CHATML, "tool_use": NO_SYSTEM})

@@ -173,7 +173,8 @@ def test_no_dimension_goes_beyond_the_llms_context(exported):
         "tokens": CONTEXT,
         "past": CONTEXT,
     }
-    assert all(0 <= least <= usual <= greatest for least, usual, greatest in manifest.dims.values())
+    for min_, opt, max_ in manifest.dims.values():
+        assert 0 <= min_ <= opt <= max_
 
 
 # --- the graphs ---
@@ -268,10 +269,10 @@ def test_greedy_generation_is_transformers_own(fp32, models):
             ids = tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, return_tensors="pt"
             )["input_ids"]
-            said = llm.generate(
+            generated = llm.generate(
                 ids, do_sample=False, max_new_tokens=24, attention_mask=torch.ones_like(ids)
             )[0]
-            wanted = [i for i in said[ids.shape[1] :].tolist() if i != tokenizer.eos_token_id]
+            wanted = [i for i in generated[ids.shape[1] :].tolist() if i != tokenizer.eos_token_id]
             got = assistant.answer_text(text, decoding=Decoding(max_tokens=24))
             assert list(got.tokens) == wanted
             assert len(set(wanted)) > 3  # says more than one thing
@@ -312,25 +313,26 @@ def test_the_general_projector_is_the_seeds(fp32, models, general):
     assert_graph_is(fp32.bundle.graph("projector"), fp32.bundle, general)
 
 
-def test_a_persons_weights_reach_the_graph(fp32, general, tmp_path):
+def test_a_users_weights_reach_the_graph(fp32, general, tmp_path):
     from tiny_align.align.model.projector import build_projector
     from tiny_align.align.model.users import load_projector, write_user
 
     torch.manual_seed(5)
-    person, before = build_projector(fp32.bundle.manifest.projector).eval(), data_of(fp32.bundle)
-    for value in person.parameters():
+    projector = build_projector(fp32.bundle.manifest.projector).eval()
+    before = data_of(fp32.bundle)
+    for value in projector.parameters():
         value.data += 0.1 * torch.randn_like(value)
     write_user(
         fp32.bundle,
         tmp_path / "ana",
-        person.state_dict(),
+        projector.state_dict(),
         {"steps": 1},
         fp32.bundle.speech_tokens(),
     )
     path = fp32.bundle.projector("ana", tmp_path)
-    assert_graph_is(path, fp32.bundle, person)
+    assert_graph_is(path, fp32.bundle, projector)
     again = load_projector(fp32.bundle, path).state_dict()
-    assert all(torch.equal(again[name], value) for name, value in person.state_dict().items())
+    assert all(torch.equal(again[name], value) for name, value in projector.state_dict().items())
     assert data_of(fp32.bundle) == before
     assert_graph_is(fp32.bundle.graph("projector"), fp32.bundle, general)
 
@@ -353,7 +355,7 @@ def test_a_trained_projector_is_taken(models, general, tmp_path):
 def test_align_trains_a_general_projector_for_the_new_pair(
     int4, voice_path, make_user, run_cli, tmp_path
 ):
-    """The bundle just exported, with a person in it, and sixty recordings."""
+    """The bundle just exported, with a user in it, and sixty recordings."""
     shutil.copytree(int4.bundle.path, tmp_path / "bundle")
     make_user(int4.bundle, tmp_path / "bundle/users/ana")
     assert not int4.bundle.manifest.projector_trained
@@ -650,7 +652,7 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(refused, models, tmp_path)
     assert (tmp_path / "home/thesis.txt").read_text() == "years of work"
 
 
-def test_a_bundle_with_persons_is_never_replaced(refused, models, bundle_copy, make_user):
+def test_a_bundle_with_users_is_never_replaced(refused, models, bundle_copy, make_user):
     make_user(Bundle.open(bundle_copy), bundle_copy / "users/ana")
     assert "holds the projectors of ana" in refused(models, bundle_copy)
     assert Bundle.open(bundle_copy).projector("ana").is_file()
@@ -666,7 +668,7 @@ def test_a_graph_that_is_not_pytorchs_is_refused():
 # --- loading ---
 
 
-def test_models_kept_in_half_precision_are_exported_in_fp32(models, tmp_path):
+def test_models_in_half_precision_are_exported_in_fp32(models, tmp_path):
     encoder = transformers.ParakeetForCTC.from_pretrained(models["encoder"]).bfloat16()
     encoder.save_pretrained(tmp_path / "half")
     shutil.copyfile(

@@ -105,14 +105,14 @@ def test_typed_text_through_the_chat_template_is_transformers_own(endless, text)
 def test_a_second_turn_is_what_transformers_makes_of_the_whole_conversation(endless):
     llm, few = endless.assistant.llm, Decoding(max_tokens=5, loop_tokens=0)
     session = endless.assistant.listen(INSTRUCTION, few)
-    said = [event.token for event in session.say("Call my mother")]
+    answer = [event.token for event in session.say("Call my mother")]
     again = [event.token for event in session.say("two three four")]
     first, second = (
         endless.template(text)[0].tolist() for text in ("Call my mother", "two three four")
     )
     words = llm.encode_words("two three four")
     after = second[-len(llm.around(INSTRUCTION)[1]) :]
-    whole = [*first, *said, *llm.encode(llm.prompt.next), *words, *after]
+    whole = [*first, *answer, *llm.encode(llm.prompt.next), *words, *after]
     assert again == endless.generate(input_ids=torch.tensor([whole]))[:5]
 
 
@@ -287,12 +287,12 @@ def test_a_word_is_encoded_as_in_its_place(folders):
     assert alone != placed and tokenizer.convert_ids_to_tokens(placed)[0][0] == "w"
 
 
-def test_a_tokenizer_kept_with_truncation_and_padding_goes_without(folders, tmp_path):
+def test_a_tokenizers_truncation_and_padding_are_removed(folders, tmp_path):
     shutil.copytree(folders("smollm2"), tmp_path / "llm")
-    kept = Tokenizer.from_file(str(tmp_path / "llm/tokenizer.json"))
-    kept.enable_truncation(4)
-    kept.enable_padding(length=9)
-    kept.save(str(tmp_path / "llm/tokenizer.json"))
+    saved = Tokenizer.from_file(str(tmp_path / "llm/tokenizer.json"))
+    saved.enable_truncation(4)
+    saved.enable_padding(length=9)
+    saved.save(str(tmp_path / "llm/tokenizer.json"))
     _, tokenizer = load_llm(str(tmp_path / "llm"))
     assert pieces_of(tokenizer) == pieces_of(tokenizer_of(folders, "smollm2"))
     assert (
@@ -438,7 +438,7 @@ def test_what_cannot_be_used_is_one_sentence_and_nothing_is_written(
     done = run_cli(
         "export", "--encoder", encoder, "--llm", tmp_path / "llm", "--out", tmp_path / "out"
     )
-    said = [line for line in done.stderr.splitlines() if line.startswith("tiny-align: ")]
+    sentences = [line for line in done.stderr.splitlines() if line.startswith("tiny-align: ")]
     assert (done.status, done.stdout) == (2, "") and "Traceback" not in done.stderr
-    assert len(said) == 1 and sentence in said[0]
+    assert len(sentences) == 1 and sentence in sentences[0]
     assert [p.name for p in tmp_path.iterdir()] == ["llm"]

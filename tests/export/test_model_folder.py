@@ -200,7 +200,7 @@ def test_a_local_folder_is_loaded_without_the_network(folder, tmp_path, monkeypa
     from tests.support.tiny_encoders import make_encoder
 
     asked = []
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **_: asked.append(given) or [])
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *address, **_: asked.append(address) or [])
     monkeypatch.setattr(socket.socket, "connect", lambda _, address: asked.append(address))
     weights = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()

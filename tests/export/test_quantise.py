@@ -17,11 +17,11 @@ ort = pytest.importorskip("onnxruntime")
 
 from tiny_align.export.quantise import Form, forms, quantise  # noqa: E402
 
-COSTS = {
+COSTS = {  # precision -> min and max error, max share of the bytes
     "fp16": (0, 1e-3, 0.51),
     "int8": (0.005, 0.1, 0.3),
     "int4": (0.1, 0.8, 0.2),
-}  # least and most error, share
+}
 PRODUCTS = 2 * 4 + 1  # of the LLM in conftest.py
 
 
@@ -114,7 +114,9 @@ def test_a_weight_beyond_float16_is_refused(tmp_path):
 @pytest.mark.parametrize("precision", COSTS)
 def test_each_precision_costs_what_it_may(precision, exact, tmp_path):
     """In accuracy and bytes, of the whole LLM, through the runtime's backend."""
-    (path, spec), target, (least, most, share) = exact, tmp_path / "llm.onnx", COSTS[precision]
+    path, spec = exact
+    target = tmp_path / "llm.onnx"
+    min_error, max_error, max_share = COSTS[precision]
     quantise(path, target, *forms(precision))
     rng = np.random.default_rng(0)
     feed = {
@@ -123,10 +125,9 @@ def test_each_precision_costs_what_it_may(precision, exact, tmp_path):
     }
     feed["inputs_embeds"] = 0.2 * rng.standard_normal((1, 9, 64)).astype(np.float32)
     want, got = (load_runner(p, spec, "onnxruntime", 1)(feed)["logits"] for p in (path, target))
-    assert (
-        least <= np.sqrt(np.mean((got - want) ** 2)) / want.std() < most
-    )  # the weights fit float16
-    assert data_bytes(target) < share * data_bytes(path)
+    error = np.sqrt(np.mean((got - want) ** 2)) / want.std()
+    assert min_error <= error < max_error  # the weights fit float16
+    assert data_bytes(target) < max_share * data_bytes(path)
 
 
 def data_bytes(path) -> int:

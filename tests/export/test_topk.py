@@ -50,7 +50,7 @@ def test_the_best_come_first_and_the_other_outputs_stay(write_graph):
         assert (out[tensor.name].dtype.name, out[tensor.name].shape) == (tensor.dtype, tensor.shape)
 
 
-def test_of_a_small_vocabulary_every_logit_is_given(write_graph):
+def test_a_graph_with_a_small_vocabulary_stays_as_it_is(write_graph):
     path, spec = write_graph(TOPK)
     before = path.read_bytes()
     assert add_topk(path, spec) == spec and path.read_bytes() == before

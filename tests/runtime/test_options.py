@@ -52,7 +52,7 @@ def read(group, *words):
     return read_options(parser.parse_args(words), group)
 
 
-def test_an_option_that_is_not_given_has_the_fields_default():
+def test_an_absent_option_has_the_fields_default():
     assert read(Options, "a", "--out", "x", "--voice", "v") == Options(
         parts=("a",), out=Path("x"), voice="v"
     )

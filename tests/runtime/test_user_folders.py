@@ -1,4 +1,4 @@
-"""The directory of users: a given one, in the platform's data folder, or the bundle's own."""
+"""The directory of users: an explicit one, in the platform's data folder, or the bundle's own."""
 
 import dataclasses
 import sys
@@ -70,9 +70,9 @@ def test_a_user_is_found_where_it_is_the_platforms_directory_first(
     assert find_users(bundle, "ana") == platform
 
 
-def test_a_given_directory_is_the_only_one(bundle, platform, inside, make_user, tmp_path):
+def test_an_explicit_directory_is_the_only_one(bundle, platform, inside, make_user, tmp_path):
     make_user(bundle, inside / "ana")
-    assert find_users(bundle, "ana", tmp_path / "given") == tmp_path / "given"
+    assert find_users(bundle, "ana", tmp_path / "elsewhere") == tmp_path / "elsewhere"
 
 
 def test_the_general_projector_needs_no_directory(bundle, platform):
