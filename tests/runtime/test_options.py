@@ -40,9 +40,10 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Either:
-    """Exactly one of two."""
+    """Exactly one of two, and another between them."""
 
     user: str | None = field(default=None, metadata=option("a user", one_of="projector"))
+    out: Path | None = field(default=None, metadata=option("folder to write", metavar="DIR"))
     general: bool = field(default=False, metadata=option("the general one", one_of="projector"))
 
 
@@ -114,6 +115,12 @@ def test_a_wrong_command_line_is_refused(capsys, group, words, message):
     with pytest.raises(SystemExit) as stopped:
         read(group, *words)
     assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_help_shows_alternatives_as_such(capsys):
+    with pytest.raises(SystemExit):
+        read(Either, "--help")
+    assert "(--user USER | --general) [--out DIR]" in capsys.readouterr().out
 
 
 def test_exactly_one_of_two_options_is_read():
