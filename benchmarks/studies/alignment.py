@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from tiny_align.align.commands.demo import shipped
 from tiny_align.align.data.datasets import load_dataset, split_of
 from tiny_align.align.data.examples import embedding_table, make_examples
 from tiny_align.align.data.feature_cache import cached_features, non_speech_files
@@ -49,6 +48,7 @@ from tiny_align.export.pretrained import load_pretrained
 from tiny_align.reference import corpus, recordings, speech
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.bundle.bundle import Bundle
+from tiny_align.runtime.bundle.shipped import shipped
 from tiny_align.runtime.files import write_json
 from tiny_align.runtime.machine import describe
 from tiny_align.runtime.readout import collapse, ctc_scale, merge_similar

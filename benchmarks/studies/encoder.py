@@ -22,7 +22,6 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from tiny_align.align.commands.demo import shipped
 from tiny_align.align.data.datasets import load_dataset
 from tiny_align.align.evaluation.quality import evaluate
 from tiny_align.benchmarks import finish
@@ -36,6 +35,7 @@ from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.backends.registry import load_runner
 from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.bundle.manifest import GraphSpec, write_manifest
+from tiny_align.runtime.bundle.shipped import shipped
 from tiny_align.runtime.files import write_json
 from tiny_align.runtime.machine import describe
 

@@ -15,12 +15,12 @@ import tempfile
 from datetime import date
 from pathlib import Path
 
-from tiny_align.align.commands.demo import shipped
 from tiny_align.engines.build import build_engines, graph_source, make_job
 from tiny_align.engines.builder import Builder, find_builder
 from tiny_align.engines.preflight import build_need_bytes
 from tiny_align.engines.process import run_build
 from tiny_align.runtime.bundle.bundle import Bundle
+from tiny_align.runtime.bundle.shipped import shipped
 from tiny_align.runtime.files import link_tree, write_json
 from tiny_align.runtime.machine import describe
 

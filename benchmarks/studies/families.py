@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from tiny_align.align.commands.demo import shipped
 from tiny_align.benchmarks import finish
 from tiny_align.runtime.assistant import Assistant
+from tiny_align.runtime.bundle.shipped import shipped
 from tiny_align.runtime.llm import Decoding
 from tiny_align.runtime.machine import describe
 

@@ -21,7 +21,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tiny_align.align.commands.demo import shipped
 from tiny_align.align.data.datasets import load_dataset, split_of
 from tiny_align.align.evaluation.quality import EncodedUtterance, encode_utterances, score
 from tiny_align.benchmarks import finish
@@ -39,6 +38,7 @@ from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.backends.onnxruntime import OrtRunner
 from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.bundle.manifest import write_manifest
+from tiny_align.runtime.bundle.shipped import shipped
 from tiny_align.runtime.files import link_tree
 from tiny_align.runtime.llm import LanguageModel
 from tiny_align.runtime.machine import describe

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import soundfile
 
-from tiny_align.align.commands.demo import shipped
 from tiny_align.align.data.datasets import Utterance, load_dataset
 from tiny_align.align.evaluation.quality import evaluate
 from tiny_align.align.training.align_user import align_user
@@ -22,6 +21,7 @@ from tiny_align.align.training.limits import TrainingLimits
 from tiny_align.benchmarks import finish
 from tiny_align.reference import corpus, recordings, speech
 from tiny_align.runtime.assistant import Assistant
+from tiny_align.runtime.bundle.shipped import shipped
 from tiny_align.runtime.machine import describe
 
 RESULTS = Path(__file__).parents[1] / "results" / "quality.json"

@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from tiny_align.align.commands.demo import shipped
 from tiny_align.align.data.datasets import load_dataset, split_of
 from tiny_align.align.evaluation.quality import rouge
 from tiny_align.benchmarks import finish
@@ -32,6 +31,7 @@ from tiny_align.reference import corpus
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.backends.registry import load_runner
 from tiny_align.runtime.bundle.manifest import GraphSpec, TensorSpec
+from tiny_align.runtime.bundle.shipped import shipped
 from tiny_align.runtime.llm import Cache, Decoding, LanguageModel
 from tiny_align.runtime.machine import describe
 

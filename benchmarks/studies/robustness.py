@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from tiny_align.align.commands.demo import shipped
 from tiny_align.align.data.datasets import load_dataset, split_of
 from tiny_align.align.evaluation.word_errors import error_rates
 from tiny_align.align.training.align_user import align_user
 from tiny_align.align.training.limits import TrainingLimits
 from tiny_align.runtime import Assistant, Decoding
 from tiny_align.runtime.audio.samples import read_audio
+from tiny_align.runtime.bundle.shipped import shipped
 from tiny_align.runtime.listening.endpoint import Endpointer
 from tiny_align.runtime.listening.loop import Recordings, TurnEnded, listen
 

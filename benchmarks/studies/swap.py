@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 
-from tiny_align.align.commands.demo import shipped
 from tiny_align.align.model.users import load_projector, write_user
 from tiny_align.benchmarks import finish
 from tiny_align.engines.build import build_engines
 from tiny_align.engines.builder import find_builder
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.bundle.bundle import Bundle
+from tiny_align.runtime.bundle.shipped import shipped
 from tiny_align.runtime.files import link_tree
 from tiny_align.runtime.machine import describe, gpu_compute_capability
 
