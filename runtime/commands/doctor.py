@@ -10,11 +10,14 @@ import argparse
 import platform
 import re
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tiny_align.runtime import machine
 from tiny_align.runtime.backends import registry
+from tiny_align.runtime.bundle.shipped import shipped_bundle, shipped_voice
+from tiny_align.runtime.commands.options import add_options, option, read_options
 from tiny_align.runtime.findings import (
     DOCS,
     Finding,
@@ -221,33 +224,41 @@ CHECKS = (
 # --- the command ---
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--bundle", type=Path, help="check this bundle too")
-    parser.add_argument(
-        "--prove-private",
-        action="store_true",
-        help="answer a recording in a sealed process, and try to get out of it",
+@dataclass(frozen=True, kw_only=True)
+class DoctorOptions:
+    bundle: Path | None = field(
+        default=None,
+        metadata=option("check this bundle too", metavar="DIR"),
+    )
+    prove_private: bool = field(
+        default=False,
+        metadata=option("answer a recording in a sealed process, and try to get out of it"),
     )
 
 
-def run(args: argparse.Namespace) -> dict:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_options(parser, DoctorOptions)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """{"machine", "findings", "wrong"}; with --bundle "bundle", with --prove-private "private".
 
     Raises:
         BundleError: a damaged bundle; whatever else is wrong is in the report.
         TinyAlignError: a process cannot be sealed here.
     """
-    bundle = _bundle(args.bundle) if args.bundle else None
+    options = read_options(args, DoctorOptions)
+    bundle = _bundle(options.bundle) if options.bundle else None
     findings = examine(Subject(machine.gpu_compute_capability()))
     if bundle:
         value = f"{bundle['name']}: every file is there and unchanged"
         findings.append(Finding("bundle", value, True))
-    private = _private(args.bundle) if args.prove_private else None
+    private = _private(options.bundle) if options.prove_private else None
     if private:
         findings.append(_privacy(private))
     if not args.json:
         show(findings)
-    report: dict = {
+    report: dict[str, Any] = {
         "machine": machine.describe(),
         "findings": [asdict(finding) for finding in findings],
         "wrong": [finding.what for finding in findings if finding.ok is False],
@@ -260,27 +271,29 @@ def run(args: argparse.Namespace) -> dict:
     return report
 
 
-def _bundle(path: Path) -> dict:
+def _bundle(path: Path) -> dict[str, Any]:
     """What the document says about a bundle."""
     from tiny_align.runtime.bundle.bundle import Bundle
+    from tiny_align.runtime.bundle.user_folders import users_directories
+    from tiny_align.runtime.bundle.users import user_names
 
-    manifest = Bundle.open(path).manifest
-    users = sorted(record.parent.name for record in path.glob("users/*/user.json"))
+    bundle = Bundle.open(path)
+    users: set[str] = set()
+    for directory in users_directories(bundle):
+        users.update(user_names(directory))
     engines = sorted(record.parent.name for record in path.glob("engines/[!.]*/engine.json"))
-    return {"name": manifest.name, "whole": True, "users": users, "engines": engines}
+    name = bundle.manifest.name
+    return {"name": name, "whole": True, "users": sorted(users), "engines": engines}
 
 
-def _private(bundle: Path | None) -> dict:
+def _private(bundle: Path | None) -> dict[str, Any]:
     """A recording that ships, answered in a sealed process by `bundle` or the one that ships."""
-    from importlib.resources import files
-
     from tiny_align.runtime.commands.proof import prove
 
-    shipped = Path(str(files("tiny_align.reference")))
-    return prove(bundle or shipped / "bundle", shipped / "voice/test-100.flac")
+    return prove(bundle or shipped_bundle(), shipped_voice() / "test-100.flac")
 
 
-def _privacy(private: dict) -> Finding:
+def _privacy(private: dict[str, Any]) -> Finding:
     from tiny_align.runtime.commands.proof import REFUSALS
 
     denied = private["denied"]
