@@ -1,36 +1,42 @@
-"""`tiny-align bench`: how fast, how small and how good, beside what would be used instead and beside the limit.
+"""`tiny-align bench`: how fast, how small and how good, beside its peers and beside the limit.
 
-    tiny-align bench all [--short] [--out DIR]    # every part; writes DIR/MACHINE.json, .md and pictures
+    tiny-align bench all [--short] [--out DIR]    # every part; DIR/MACHINE.json, .md, pictures
     tiny-align bench inference memory             # some of them
     tiny-align bench diff A.json B.json           # exit status 1 on a regression beyond noise
 
-The parts are standard.py's. What takes hours (families, fewer bits, full sizes) are programs of their own in this
-folder: `make bench-full`.
+The parts are those of parts.py. What takes hours (families, fewer bits, full sizes) are programs of
+their own in benchmarks/studies: `make bench-full`.
 """
 
+import argparse
 import os
 import re
 import sys
 import time
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tiny_align.runtime.errors import TinyAlignError
 from tiny_align.runtime.files import write_errors
 
+if TYPE_CHECKING:
+    from tiny_align.benchmarks.standard.parts import Setting
+
 NAMES = ("inference", "streaming", "memory", "compare", "limits", "growth", "quality", "training")
-ALL, DIFF = "all", "diff"
+ALL = "all"
+DIFF = "diff"
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "parts",
         nargs="+",
         metavar="PART",
         help=f"{', '.join(NAMES)}, {ALL}; or {DIFF} A.json B.json",
     )
-    parser.add_argument("--bundle", type=Path, help="another bundle than the shipped one")
-    parser.add_argument("--data", type=Path, help="other recordings than the shipped ones")
+    parser.add_argument("--bundle", type=Path, help="bundle (default: the shipped one)")
+    parser.add_argument("--data", type=Path, help="recordings (default: the shipped ones)")
     parser.add_argument(
         "--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all cores)"
     )
@@ -38,7 +44,7 @@ def add_arguments(parser) -> None:
         "--short", action="store_true", help="a few minutes: to see that everything works"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("tiny-align-bench"), help="folder for what is written"
+        "--out", type=Path, default=Path("tiny-align-bench"), help="folder of the results"
     )
     parser.add_argument(
         "--slow",
@@ -49,49 +55,58 @@ def add_arguments(parser) -> None:
     )
 
 
-def run(args) -> dict:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """The result, or the differences of two; `exit_status` 1 with a regression.
 
     Raises:
         TinyAlignError: an unknown part, or results that cannot be compared.
     """
     if args.parts[0] == DIFF:
-        return _diff(args)
+        return compare_files(args)
     names = list(NAMES) if ALL in args.parts else list(dict.fromkeys(args.parts))
-    if unknown := [name for name in names if name not in NAMES]:
-        raise TinyAlignError(
-            f"there is no part {unknown[0]!r}: choose of {', '.join(NAMES)}, {ALL} and {DIFF}"
-        )
-    return _measure(args, names)
+    for name in names:
+        if name not in NAMES:
+            raise TinyAlignError(
+                f"expected a part of {', '.join(NAMES)}, {ALL} and {DIFF}, got {name!r}"
+            )
+    return measure(args, names)
 
 
-def _diff(args) -> dict:
+def compare_files(args: argparse.Namespace) -> dict[str, Any]:
+    """`tiny-align bench diff`."""
     from tiny_align.benchmarks.standard import diff, results
 
     if len(args.parts) != 3:
         raise TinyAlignError(f"{DIFF} takes two results: tiny-align bench {DIFF} A.json B.json")
-    found = diff.compare(*(results.read(Path(path)) for path in args.parts[1:]))
+    path_a, path_b = args.parts[1:]
+    found = diff.compare(results.read(Path(path_a)), results.read(Path(path_b)))
     if not args.json:
         print(diff.table(found))
     return found | {"exit_status": int(bool(found["regressions"]))}
 
 
-def _measure(args, names: list[str]) -> dict:
+def measure(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
+    """Measure the named parts and write the result, its report and its pictures."""
     from tqdm import tqdm
 
     from tiny_align.benchmarks.standard import parts as standard
     from tiny_align.benchmarks.standard import results, tables
-    from tiny_align.benchmarks.standard.harness import state
+    from tiny_align.benchmarks.standard.harness import machine_state
 
-    setting = _setting(args)
+    setting = make_setting(args)
     with write_errors(args.out):  # before anything long
         args.out.mkdir(parents=True, exist_ok=True)
-    result = _stamp(args, names, setting)
-    began, parts = time.perf_counter(), {}
-    for name in (bar := tqdm(names, desc="bench", file=sys.stderr)):
+    result = stamp(names, setting)
+    began = time.perf_counter()
+    parts = {}
+    bar = tqdm(names, desc="bench", file=sys.stderr)
+    for name in bar:
         bar.set_postfix_str(name)
         parts[name] = standard.measure(name, setting)
-    result |= {"seconds": time.perf_counter() - began, "after": state(), "parts": parts}
+    result["seconds"] = time.perf_counter() - began
+    result["after"] = machine_state()
+    result["parts"] = parts
+
     path = args.out / f"{results.machine_name(result['machine'])}.json"
     with write_errors(args.out):
         results.write(path, result)
@@ -101,26 +116,32 @@ def _measure(args, names: list[str]) -> dict:
     return result | {"path": str(path)}
 
 
-def _setting(args):
+def make_setting(args: argparse.Namespace) -> "Setting":
     from tiny_align.align.commands.demo import shipped
     from tiny_align.benchmarks.standard.parts import Setting
 
-    paths = (str(args.bundle or shipped("bundle")), str(args.data or shipped("voice")))
-    return Setting(*paths, args.threads, args.short, tuple(_slowed(text) for text in args.slow))
+    return Setting(
+        bundle=str(args.bundle or shipped("bundle")),
+        data=str(args.data or shipped("voice")),
+        threads=args.threads,
+        short=args.short,
+        slow=tuple(parse_slow(text) for text in args.slow),
+    )
 
 
-def _slowed(text: str) -> tuple[str, float]:
+def parse_slow(text: str) -> tuple[str, float]:
+    """An argument of `--slow` as stage and factor."""
     from tiny_align.benchmarks.standard.stages import STAGES
 
-    name, _, factor = text.partition("=")
-    if name not in STAGES or not re.fullmatch(r"[1-9]\d*(\.\d+)?", factor):
+    stage, _, factor = text.partition("=")
+    if stage not in STAGES or not re.fullmatch(r"[1-9]\d*(\.\d+)?", factor):
         raise TinyAlignError(
             f"--slow {text} is no STAGE=FACTOR: give one of {', '.join(STAGES)}, and =1.2"
         )
-    return name, float(factor)
+    return stage, float(factor)
 
 
-def _stamp(args, names: list[str], setting) -> dict:
+def stamp(names: list[str], setting: "Setting") -> dict[str, Any]:
     """Where, when and what: everything but what is measured, without paths of this machine."""
     from tiny_align.benchmarks.standard import harness, results
     from tiny_align.runtime.bundle.bundle import Bundle
@@ -129,13 +150,14 @@ def _stamp(args, names: list[str], setting) -> dict:
     from tiny_align.runtime.machine import describe
 
     bundle = Bundle.open(setting.bundle)
-    whole = " ".join([ALL] if tuple(names) == NAMES else names)
+    chosen = ALL if tuple(names) == NAMES else " ".join(names)
+    short = " --short" if setting.short else ""
     return {
         "schema": results.SCHEMA,
         "date": datetime.now().isoformat(timespec="seconds"),
-        "command": f"tiny-align bench {whole}" + " --short" * setting.short,
+        "command": f"tiny-align bench {chosen}{short}",
         "machine": describe(),
-        "versions": harness.versions(),
+        "versions": harness.package_versions(),
         "setting": {
             "threads": setting.threads,
             "short": setting.short,
@@ -144,5 +166,5 @@ def _stamp(args, names: list[str], setting) -> dict:
             "data": Path(setting.data).name,
             "slow": dict(setting.slow),
         },
-        "before": harness.state(),
+        "before": harness.machine_state(),
     }

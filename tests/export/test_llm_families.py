@@ -34,7 +34,7 @@ from tests.support.tiny_llms import (  # noqa: E402
     LONGROPE_CONTEXT,
     N_TOKENS,
     WINDOW,
-    Beside,
+    ModelPair,
     make_model,
     typed,
 )
@@ -65,7 +65,7 @@ def exported(request, encoder, export, tmp_path_factory):
     models = {"encoder": encoder, "llm": folder / "llm"}
     export(models, folder / "out", "--precision", "fp32", "--max-context", CONTEXT)
     with Assistant.load(folder / "out", threads=1) as assistant:
-        yield Beside.load(request.param, folder / "llm", assistant)
+        yield ModelPair.load(request.param, folder / "llm", assistant)
 
 
 @pytest.fixture
