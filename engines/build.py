@@ -173,13 +173,12 @@ def graph_files(path: Path) -> list[Path]:
     Raises:
         BundleError: a file that is missing, or is no ONNX graph.
     """
-    import onnx
     from google.protobuf.message import DecodeError
 
-    from tiny_align.engines.onnx_weights import data_files
+    from tiny_align.runtime.bundle.onnx_weights import data_files, load_graph
 
     try:
-        model = onnx.load(path, load_external_data=False)
+        model = load_graph(path)
     except DecodeError as error:
         raise BundleError(
             f"{path} is not an ONNX graph ({error}): export the bundle again"

@@ -14,10 +14,11 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from tiny_align.engines.onnx_weights import (
+from tiny_align.runtime.bundle.onnx_weights import (
     ReadWeight,
     copy_model,
     drop_unused_weights,
+    quantise_columns,
     weight_products,
 )
 
@@ -128,10 +129,9 @@ def _quantise_weight(
     name: str, weight: np.ndarray
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
     """The node that dequantises a weight (K, N), and its codes, scales and zero-points."""
-    largest = np.abs(weight).max(axis=0)
-    scales = np.where(largest == 0, 1, largest / MAX_CODE).astype(np.float32)
+    codes, scales = quantise_columns(weight, bits=8)
     constants = [
-        numpy_helper.from_array(np.rint(weight / scales).astype(np.int8), f"{name}.codes"),
+        numpy_helper.from_array(codes, f"{name}.codes"),
         numpy_helper.from_array(scales, f"{name}.scales"),
         numpy_helper.from_array(np.zeros(len(scales), np.int8), f"{name}.zeros"),
     ]

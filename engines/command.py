@@ -1,6 +1,7 @@
 """`tiny-align build-engines`: the arguments and what is printed; build.py does the work."""
 
 import argparse
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tiny_align.engines.build import build_engines
@@ -8,61 +9,74 @@ from tiny_align.engines.builder import find_builder
 from tiny_align.engines.ladder import Ladder
 from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.bundle.engines import engines_path
+from tiny_align.runtime.bundle.user_folders import find_users
+from tiny_align.runtime.commands.options import (
+    BundleOptions,
+    UsersOptions,
+    add_options,
+    option,
+    read_options,
+)
 from tiny_align.runtime.machine import free_memory_line
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions(UsersOptions, BundleOptions):
+    compute_capability: int | None = field(
+        default=None,
+        metadata=option(
+            "the GPU to build for, 86 for 8.6 (default: this machine's; TensorRT-RTX without a "
+            "GPU: 86)",
+            metavar="NN",
+        ),
+    )
+    graph: tuple[str, ...] = field(
+        default=(),
+        metadata=option(
+            "build these graphs, even again (default: all without a matching engine)",
+            metavar="NAME",
+        ),
+    )
+    data: Path | None = field(
+        default=None,
+        metadata=option(
+            "recordings of the user: they calibrate INT8 and measure every precision",
+            metavar="DIR",
+        ),
+    )
+    precision: str | None = field(
+        default=None,
+        metadata=option(
+            "what graphs compute in: auto (the fastest within its error bound; default with "
+            "--data), int8, fp16 or fp32 (as exported; default for graphs without an engine)",
+            metavar="NAME",
+        ),
+    )
+    user: str | None = field(
+        default=None,
+        metadata=option("build only an engine of this user's projector", metavar="NAME"),
+    )
+    force: bool = field(
+        default=False, metadata=option("build even if there seems to be too little memory")
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that `run` reads; the dispatcher adds `--json`."""
-    parser.add_argument(
-        "--bundle", type=Path, required=True, metavar="DIR", help="the bundle to build engines for"
-    )
-    parser.add_argument(
-        "--compute-capability",
-        type=int,
-        metavar="NN",
-        help="the GPU to build for, 86 for 8.6 (default: this machine's; TensorRT-RTX without a "
-        "GPU: 86)",
-    )
-    parser.add_argument(
-        "--graph",
-        nargs="+",
-        action="extend",
-        metavar="NAME",
-        help="build these graphs, even again (default: all without a matching engine)",
-    )
-    parser.add_argument(
-        "--data",
-        type=Path,
-        metavar="DIR",
-        help="recordings of the user: they calibrate INT8 and measure every precision",
-    )
-    parser.add_argument(
-        "--precision",
-        metavar="NAME",
-        help="what graphs compute in: auto (the fastest within its error bound; default with "
-        "--data), int8, fp16 or fp32 (as exported; default for graphs without an engine)",
-    )
-    parser.add_argument(
-        "--user", metavar="NAME", help="build only an engine of this user's projector"
-    )
-    parser.add_argument(
-        "--users",
-        type=Path,
-        metavar="DIR",
-        help="directory of user profiles (default: BUNDLE/users)",
-    )
-    parser.add_argument(
-        "--force", action="store_true", help="build even if there seems to be too little memory"
-    )
+    add_options(parser, BuildOptions)
 
 
 def run(args: argparse.Namespace) -> dict:
     """Build, and return {"engines": name -> entry of engine.json, "key", "path"}."""
-    bundle = Bundle.open(args.bundle)
-    if args.user is not None:
-        bundle = bundle.for_user(bundle.user_folder(args.user, args.users))
-    builder = find_builder(args.compute_capability)
-    ladder = Ladder.of(args.data, args.precision) if args.data or args.precision else None
+    options = read_options(args, BuildOptions)
+    bundle = Bundle.open(options.bundle)
+    if options.user is not None:
+        users = find_users(bundle, options.user, options.users)
+        bundle = bundle.for_user(bundle.user_folder(options.user, users))
+    builder = find_builder(options.compute_capability)
+    ladder = None
+    if options.data or options.precision:
+        ladder = Ladder.of(options.data, options.precision)
     if not args.json:
         print(
             f"{builder.package} {builder.version} "
@@ -72,9 +86,9 @@ def run(args: argparse.Namespace) -> dict:
     engines = build_engines(
         bundle,
         compute_capability=builder.compute_capability,
-        graphs=args.graph,
+        graphs=list(options.graph) or None,
         ladder=ladder,
-        force=args.force,
+        force=options.force,
     )
     path = engines_path(bundle, builder.facts)
     if not args.json:

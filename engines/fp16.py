@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from tiny_align.engines.onnx_weights import ReadWeight, copy_model, drop_unused_weights
+from tiny_align.runtime.bundle.onnx_weights import ReadWeight, copy_model, drop_unused_weights
 
 PRODUCTS = {"MatMul", "Gemm", "Conv", "ConvTranspose", "QuantizeLinear", "DequantizeLinear"}
 # fmt: off

@@ -14,11 +14,11 @@ import numpy as np
 import onnx
 
 from tiny_align.engines import calibrate
-from tiny_align.engines.onnx_weights import data_files, read_weight
 from tiny_align.engines.plain_decoder import PlainDecoder
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.backends.onnxruntime import OrtRunner
 from tiny_align.runtime.bundle.bundle import Bundle
+from tiny_align.runtime.bundle.onnx_weights import data_files, load_graph, read_weight
 from tiny_align.runtime.files import link_file, written_file
 from tiny_align.runtime.llm import Cache, Decoding, LanguageModel
 
@@ -37,7 +37,7 @@ class SourceGraph:
         # a rung may quantise activations: its own file says so
         self.spec = dataclasses.replace(bundle.manifest.graphs[name], quantised_activations=None)
         self.path = bundle.graph(name)
-        self.model = onnx.load(self.path, load_external_data=False)
+        self.model = load_graph(self.path)
         self._folder = folder
 
     def read_weight(self, tensor: onnx.TensorProto) -> np.ndarray:

@@ -1,93 +1,68 @@
-"""PyTorch modules -> ONNX graphs with the bundle's names, in FP32; encoders.py and llms.py use it.
+"""PyTorch modules -> ONNX graphs with the bundle's names, in FP32: what every export shares.
 
-Transformers models go through transformers' OnnxExporter. Graphs are plain ONNX (opset 21, batch 1), so that ONNX
-Runtime and TensorRT take the same file; what is static is written as a number. No quantisation here.
+Transformers models go through transformers' OnnxExporter. Graphs are standard ONNX (opset 21, batch
+1), so that ONNX Runtime and TensorRT take the same file; static dimensions are numbers. No
+quantisation here.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import onnx
 import onnx_ir
 import torch
 
 from tiny_align.runtime.bundle.manifest import GraphSpec, TensorSpec
+from tiny_align.runtime.bundle.onnx_weights import load_graph
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 OPSET = 21
 INLINE_BYTES = 128  # shapes and scalars stay in the graph: shape inference reads them
-EXAMPLE_FRAMES = 217  # a size that no other dimension has
 
 
 @dataclass(frozen=True)
 class Graph:
-    """An exported program and the names and shapes its file is to have."""
+    """An exported program, and the names and shapes that its file gets."""
 
     program: onnx_ir.Model
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
     def save(self, path: Path) -> GraphSpec:
-        """Write the graph and, beside it, its weights as external data; the names are the specification's."""
-        _rename(self.program, self.inputs, self.outputs)
+        """Write the graph, with the specification's names, and its weights as external data."""
+        _rename(self.program.graph.inputs, self.inputs)
+        _rename(self.program.graph.outputs, self.outputs)
         onnx_ir.save(
             self.program,
             str(path),
             external_data=f"{path.name}.data",
             size_threshold_bytes=INLINE_BYTES,
         )
-        model = onnx.load(str(path), load_external_data=False)
+        model = load_graph(path)
+        graph = model.graph
         for value, spec in zip(
-            [*model.graph.input, *model.graph.output], [*self.inputs, *self.outputs]
+            [*graph.input, *graph.output], [*self.inputs, *self.outputs], strict=True
         ):
             _set_shape(value, spec.shape)
-        _normalise_by_channel(model)
-        _strip_traces(model)
-        del model.graph.value_info[
-            :
-        ]  # the exporter's guesses at inner shapes, some static ones as symbols
+        _normalise_by_channel(graph)
+        _strip_traces(graph)
+        # The exporter guesses at inner shapes, some static ones as symbols.
+        del graph.value_info[:]
         onnx.save(model, str(path))
         return GraphSpec(path.name, "fp32", self.inputs, self.outputs, quantised_activations="none")
 
 
-def _normalise_by_channel(model: onnx.ModelProto) -> None:
-    """A GroupNormalization of each channel by itself is an InstanceNormalization: ONNX Runtime has a kernel for it."""
-    sizes = {t.name: list(t.dims) for t in model.graph.initializer}
-    for node in model.graph.node:
-        values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-        if node.op_type == "GroupNormalization" and sizes.get(node.input[1]) == [
-            values["num_groups"]
-        ]:
-            made = onnx.helper.make_node(
-                "InstanceNormalization",
-                node.input,
-                node.output,
-                node.name,
-                epsilon=values["epsilon"],
-            )
-            node.CopyFrom(made)
-
-
-def _strip_traces(model: onnx.ModelProto) -> None:
-    """Drop the exporter's notes on every node (stack traces, module paths): half of a small graph's size."""
-    for part in (
-        *model.graph.node,
-        *model.graph.initializer,
-        *model.graph.input,
-        *model.graph.output,
-        model.graph,
-    ):
-        del part.metadata_props[:]
-        part.doc_string = ""
-
-
-def _rename(program: onnx_ir.Model, inputs, outputs) -> None:
-    for values, specs in ((program.graph.inputs, inputs), (program.graph.outputs, outputs)):
-        if len(values) != len(specs):
-            raise RuntimeError(
-                f"the graph has {[v.name for v in values]}, expected were {[s.name for s in specs]}"
-            )
-        for value, spec in zip(values, specs):
-            value.name = spec.name
+def _rename(values: Iterable[onnx_ir.Value], specs: tuple[TensorSpec, ...]) -> None:
+    values = list(values)
+    if len(values) != len(specs):
+        got = [value.name for value in values]
+        raise RuntimeError(f"expected a graph with {[spec.name for spec in specs]}, got {got}")
+    for value, spec in zip(values, specs):
+        value.name = spec.name
 
 
 def _set_shape(value: onnx.ValueInfoProto, shape: tuple[int | str, ...]) -> None:
@@ -99,44 +74,62 @@ def _set_shape(value: onnx.ValueInfoProto, shape: tuple[int | str, ...]) -> None
             dim.dim_value = size
 
 
+def _normalise_by_channel(graph: onnx.GraphProto) -> None:
+    """Write a GroupNormalization of single channels as an InstanceNormalization.
+
+    They compute the same, and ONNX Runtime has a kernel for the latter.
+    """
+    sizes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type != "GroupNormalization":
+            continue
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        scale = node.input[1]
+        if sizes.get(scale) != [attributes["num_groups"]]:
+            continue
+        same = onnx.helper.make_node(
+            "InstanceNormalization",
+            node.input,
+            node.output,
+            node.name,
+            epsilon=attributes["epsilon"],
+        )
+        node.CopyFrom(same)
+
+
+def _strip_traces(graph: onnx.GraphProto) -> None:
+    """Drop the exporter's notes on every node: half of a small graph's size.
+
+    They are stack traces and module paths.
+    """
+    for part in (*graph.node, *graph.initializer, *graph.input, *graph.output, graph):
+        del part.metadata_props[:]
+        part.doc_string = ""
+
+
 def export_program(
-    model,
-    inputs: dict,
+    model: "PreTrainedModel | torch.nn.Module",
+    inputs: dict[str, Any],
     dynamic: bool = True,
-    dynamic_shapes: dict | None = None,
-    ort_fusions: str | None = None,
+    dynamic_shapes: dict[str, Any] | None = None,
+    ort_fusions: Literal["cpu", "cuda"] | None = None,
 ) -> onnx_ir.Model:
     """A transformers model, or a module with its `config`, as ONNX.
 
     Args:
-        dynamic: whether any dimension is; without `dynamic_shapes` (as torch.export takes them) all are.
-        ort_fusions: the ONNX Runtime provider whose own operators are wanted, "cpu" or "cuda"; None: plain ONNX.
+        inputs: tensors, and lists and caches of them, by the name of the argument.
+        dynamic: whether any dimension is; without `dynamic_shapes` all are.
+        dynamic_shapes: as torch.export takes them.
+        ort_fusions: the ONNX Runtime provider whose own operators are wanted; None: plain ONNX.
     """
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
-    options = {"dynamic": dynamic, "dynamic_shapes": dynamic_shapes, "ort_fusions": ort_fusions}
-    config = OnnxConfig(opset_version=OPSET, **options)
-    return OnnxExporter().export(model, inputs, config=config).program
-
-
-def projector_graph(projector) -> Graph:
-    """features (1, features, Da) -> soft_tokens (1, T, D), or (1, moments, D + 1) where nothing is pooled."""
-    config = projector.config
-    example = torch.randn(1, EXAMPLE_FRAMES, config.feature_size)
-    shapes = {"features": {1: torch.export.Dim("n", min=2, max=4096)}}
-    program = torch.onnx.export(
-        projector,
-        (),
-        kwargs={"features": example},
-        dynamic_shapes=shapes,
+    config = OnnxConfig(
         opset_version=OPSET,
-        dynamo=True,
-        verbose=False,
-    ).model
-    inputs = (TensorSpec("features", "float32", (1, "features", config.feature_size)),)
-    outputs = (
-        TensorSpec(
-            "soft_tokens", "float32", (1, config.soft_tokens or "moments", config.output_size)
-        ),
+        dynamic=dynamic,
+        dynamic_shapes=dynamic_shapes,
+        ort_fusions=ort_fusions,
     )
-    return Graph(program, inputs, outputs)
+    exporter = OnnxExporter()
+    # It takes any module with a `config`.
+    return exporter.export(model, inputs, config=config).program  # type: ignore[arg-type]

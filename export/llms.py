@@ -1,13 +1,16 @@
-"""LLMs of the supported families: loading, what the manifest says of them, and their graph.
+"""LLMs of the supported families: loading, what the manifest records of them, and their graph.
 
-A family is not known by its name: what it does differently is in its configuration, its tokenizer or its modules, and
-the graph is traced from transformers' own code.
+No family is known by its name: what it does differently is in its configuration, its tokenizer or
+its modules, and the graph is traced from transformers' own code.
 """
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 
 from tiny_align.export.graphs import Graph, export_program
 from tiny_align.export.model_folder import model_folder
@@ -17,8 +20,11 @@ from tiny_align.export.prompts import choose_template, turn_end
 from tiny_align.runtime.bundle.manifest import LlmSpec, TensorSpec
 from tiny_align.runtime.errors import TinyAlignError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
 LLMS = (
-    "llama",
+    "llama",  # SmolLM2 too
     "qwen2",
     "qwen3",
     "gemma2",
@@ -26,11 +32,18 @@ LLMS = (
     "phi3",
     "stablelm",
     "smollm3",
-)  # SmolLM2 is a llama
-EXAMPLE_PAST, EXAMPLE_TOKENS = 5, 7  # sizes that no other dimension has
+)
+# Sizes that no other dimension has.
+EXAMPLE_PAST = 5
+EXAMPLE_TOKENS = 7
 
 
-def load_llm(path: str, chat_template: str | None = None):
+# --- loading ---
+
+
+def load_llm(
+    path: str, chat_template: str | None = None
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerFast"]:
     """The LLM in FP32 and its tokenizer.
 
     Raises:
@@ -41,25 +54,34 @@ def load_llm(path: str, chat_template: str | None = None):
     return load_model(folder, tokenizer), tokenizer
 
 
-def load_model(folder: Path, tokenizer):
+def load_model(folder: Path, tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedModel":
     """The LLM of a `model_folder` in FP32.
 
     Raises:
         TinyAlignError: as `load_whole`, or a tokenizer of another model.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
     model = load_whole(AutoModelForCausalLM, folder, dtype=torch.float32)
-    _check_rows(folder, tokenizer, len(model.get_input_embeddings().weight))
+    # Every token of a text needs its row; more rows are padding. Added special tokens may be beyond
+    # the table, as Gemma 3's of an image is: no text contains them, and the runtime refuses them.
+    rows = input_embedding(model).num_embeddings
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    largest = max(set(tokenizer.get_vocab().values()) - special, default=-1)
+    if largest >= rows:
+        raise TinyAlignError(
+            f"{folder}: its tokenizer goes up to token {largest}, its embedding table has {rows} "
+            "rows: they belong to different models"
+        )
     return model
 
 
-def load_tokenizer(folder: Path, chat_template: str | None = None):
-    """The tokenizer of a `model_folder`, with one chat template; no text is cut.
+def load_tokenizer(folder: Path, chat_template: str | None = None) -> "PreTrainedTokenizerFast":
+    """The tokenizer of a `model_folder`, with one chat template; it truncates no text.
 
     Args:
-        chat_template: the name of one of its templates, or a file; None: its default or only fitting one.
+        chat_template: the name of one of its templates, or a file; None: its default or only
+            fitting one.
     Raises:
         TinyAlignError: no such template, or a damaged or slow tokenizer.
     """
@@ -76,22 +98,13 @@ def load_tokenizer(folder: Path, chat_template: str | None = None):
     return tokenizer
 
 
-def _check_rows(path: Path, tokenizer, rows: int) -> None:
-    """Every token of a text must have its row in the embedding table.
-
-    More rows than tokens are padding. Added special tokens may be beyond it, as Gemma 3's of an image is: they stand
-    in no words, and the runtime refuses them.
-    """
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    if (largest := max(set(tokenizer.get_vocab().values()) - special, default=-1)) >= rows:
-        raise TinyAlignError(
-            f"{path}: its tokenizer goes up to token {largest}, its embedding table has {rows} rows: "
-            "they belong to different models"
-        )
+# --- what the manifest records ---
 
 
-def llm_spec(llm, tokenizer, max_context: int) -> LlmSpec:
-    """What the runtime must know of the LLM."""
+def llm_spec(
+    llm: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", max_context: int
+) -> LlmSpec:
+    """What the runtime needs to know of the LLM."""
     heads, size = kv_shape(llm.config)
     return LlmSpec(
         vocabulary=llm.config.vocab_size,
@@ -105,15 +118,25 @@ def llm_spec(llm, tokenizer, max_context: int) -> LlmSpec:
     )
 
 
-def end_tokens(llm, tokenizer) -> tuple[int, ...]:
-    """Tokens that end an answer: the generation configuration's, the tokenizer's and the chat template's.
+def listed_end_tokens(llm: "PreTrainedModel") -> list[int]:
+    """The end tokens of the generation configuration, which names one, several or none."""
+    assert llm.generation_config is not None
+    listed = llm.generation_config.eos_token_id
+    if listed is None:
+        return []
+    return listed if isinstance(listed, list) else [listed]
+
+
+def end_tokens(llm: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") -> tuple[int, ...]:
+    """Tokens that end an answer: of the generation configuration, tokenizer and chat template.
 
     Raises:
         TinyAlignError: there is none, so that no answer would ever end.
     """
-    listed = llm.generation_config.eos_token_id
-    listed = listed if isinstance(listed, list) else [listed]
-    found = [i for i in (*listed, tokenizer.eos_token_id, *turn_end(tokenizer)) if i is not None]
+    found = listed_end_tokens(llm)
+    if tokenizer.eos_token_id is not None:
+        found = [*found, tokenizer.eos_token_id]
+    found = [*found, *turn_end(tokenizer)]
     if not found:
         raise TinyAlignError(
             "the LLM has no end token: name one in its generation_config.json (eos_token_id)"
@@ -121,27 +144,32 @@ def end_tokens(llm, tokenizer) -> tuple[int, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def longest_context(config) -> int:
-    """Positions that one set of rotary frequencies is for.
+def longest_context(config: "PreTrainedConfig") -> int:
+    """Positions for which one set of rotary frequencies holds.
 
-    Longrope (Phi-3.5) changes to another set beyond its original context, for the keys in the cache as well: the
-    graph keeps to the first.
+    Longrope (Phi-3.5) changes to another set beyond its original context, for the keys in the cache
+    as well. The graph keeps to the first.
     """
     ropes = config.rope_parameters
-    ropes = (
-        [ropes] if "rope_type" in ropes else ropes.values()
-    )  # one for all layers, or one per kind of layer
-    original = [
-        r["original_max_position_embeddings"] for r in ropes if r["rope_type"] == "longrope"
-    ]
-    return min([config.max_position_embeddings, *original])
+    if "rope_type" in ropes:  # one for all layers; else one per kind of layer
+        ropes = {"all": ropes}
+    longest = config.max_position_embeddings
+    for rope in ropes.values():
+        if rope["rope_type"] == "longrope":
+            longest = min(longest, rope["original_max_position_embeddings"])
+    return longest
 
 
-def embedding_scale(llm) -> float:
-    """What the LLM multiplies a row of its table by when it looks a token up (Gemma: the root of D)."""
-    import torch
-
+def input_embedding(llm: "PreTrainedModel") -> torch.nn.Embedding:
+    """The module that looks up tokens; its weight is the embedding table."""
     embedding = llm.get_input_embeddings()
+    assert isinstance(embedding, torch.nn.Embedding)
+    return embedding
+
+
+def embedding_scale(llm: "PreTrainedModel") -> float:
+    """The factor of a row of the table when the LLM looks a token up (Gemma: the root of D)."""
+    embedding = input_embedding(llm)
     scale = float(getattr(embedding, "embed_scale", 1.0))
     ids = torch.arange(min(8, len(embedding.weight)))
     with torch.no_grad():
@@ -152,14 +180,14 @@ def embedding_scale(llm) -> float:
     return scale
 
 
-def embedding_table(llm) -> np.ndarray:
-    """(V, D) float16: the rows as they are kept, before `embedding_scale`.
+def embedding_table(llm: "PreTrainedModel") -> np.ndarray:
+    """(V, D) float16: the rows as stored, before `embedding_scale`.
 
     Raises:
         TinyAlignError: a value that float16 cannot hold.
     """
     with np.errstate(over="ignore"):
-        table = llm.get_input_embeddings().weight.detach().numpy().astype(np.float16)
+        table = input_embedding(llm).weight.detach().numpy().astype(np.float16)
     if not np.isfinite(table).all():
         raise TinyAlignError(
             "the LLM's embedding table has values beyond float16, or none: download it again"
@@ -167,27 +195,47 @@ def embedding_table(llm) -> np.ndarray:
     return table
 
 
-def kv_shape(config) -> tuple[int, int]:
+# --- the graph ---
+
+
+def kv_shape(config: "PreTrainedConfig") -> tuple[int, int]:
     """(key-value heads, head size) of an LLM's configuration."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_key_value_heads, head
 
 
-def llm_graph(llm) -> Graph:
-    """inputs_embeds (1, tokens, D) and past keys and values -> the last position's logits, and all of them.
+def kv_specs(config: "PreTrainedConfig", prefix: str, length: str) -> tuple[TensorSpec, ...]:
+    """Keys and values (1, heads, length, size) of every layer.
 
-    The past of every layer is whole, also where the layer looks through a sliding window: the mask applies it.
+    Args:
+        prefix: "past" or "present".
+        length: the name of the dimension.
     """
-    import torch
+    heads, size = kv_shape(config)
+    specs = []
+    for layer in range(config.num_hidden_layers):
+        for part in ("key", "value"):
+            name = f"{prefix}.{layer}.{part}"
+            specs.append(TensorSpec(name, "float32", (1, heads, length, size)))
+    return tuple(specs)
+
+
+def llm_graph(llm: "PreTrainedModel") -> Graph:
+    """inputs_embeds (1, tokens, D) and past keys and values -> logits (1, 1, V) and present ones.
+
+    The logits are the last position's. The past of every layer is whole, also where the layer
+    attends to a sliding window: the mask applies it.
+    """
     from transformers import DynamicCache
 
-    config, cache = llm.config, DynamicCache()  # without the configuration: no layer forgets
+    config = llm.config
     heads, size = kv_shape(config)
+    cache = DynamicCache()  # without the configuration, so that no layer drops its past
     for layer in range(config.num_hidden_layers):
-        cache.update(*torch.randn(2, 1, heads, EXAMPLE_PAST, size), layer)
-    embeds = torch.randn(1, EXAMPLE_TOKENS, config.hidden_size)
+        keys, values = torch.randn(2, 1, heads, EXAMPLE_PAST, size)
+        cache.update(keys, values, layer)
     inputs = {
-        "inputs_embeds": embeds,
+        "inputs_embeds": torch.randn(1, EXAMPLE_TOKENS, config.hidden_size),
         "past_key_values": cache,
         "use_cache": True,
         "logits_to_keep": 1,
@@ -197,35 +245,39 @@ def llm_graph(llm) -> Graph:
     pack_products(program)
     return Graph(
         program,
-        (
+        inputs=(
             TensorSpec("inputs_embeds", "float32", (1, "tokens", config.hidden_size)),
             *kv_specs(config, "past", "past"),
         ),
-        (
+        outputs=(
             TensorSpec("logits", "float32", (1, 1, config.vocab_size)),
             *kv_specs(config, "present", "total"),
         ),
     )
 
 
+@runtime_checkable
+class _Rotary(Protocol):
+    """A module with rotary frequencies; of one kind, or of one for each kind of layer."""
+
+    rope_type: str | dict[str, str]
+
+
 @contextlib.contextmanager
-def fixed_frequencies(llm):
-    """Within `longest_context` no rotary frequency changes with the length: do not trace the question whether."""
-    modules = [m for m in llm.modules() if hasattr(m, "rope_type")]
-    kinds = [m.rope_type for m in modules]
-    for module, kind in zip(modules, kinds):
-        module.rope_type = dict.fromkeys(kind, "default") if isinstance(kind, dict) else "default"
+def fixed_frequencies(llm: "PreTrainedModel") -> Iterator[None]:
+    """Keep the test whether rotary frequencies change with the length out of a trace.
+
+    Within `longest_context` they do not.
+    """
+    modules = [module for module in llm.modules() if isinstance(module, _Rotary)]
+    types = [module.rope_type for module in modules]
+    for module, rope_type in zip(modules, types):
+        if isinstance(rope_type, dict):
+            module.rope_type = dict.fromkeys(rope_type, "default")
+        else:
+            module.rope_type = "default"
     try:
         yield
     finally:
-        for module, kind in zip(modules, kinds):
-            module.rope_type = kind
-
-
-def kv_specs(config, prefix: str, length: str) -> tuple[TensorSpec, ...]:
-    heads, size = kv_shape(config)
-    return tuple(
-        TensorSpec(f"{prefix}.{layer}.{part}", "float32", (1, heads, length, size))
-        for layer in range(config.num_hidden_layers)
-        for part in ("key", "value")
-    )
+        for module, rope_type in zip(modules, types):
+            module.rope_type = rope_type

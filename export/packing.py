@@ -1,4 +1,4 @@
-"""Rewrites of an LLM's graphs: sibling products in one, scaled products in two, and equal weights in one file."""
+"""Rewrites of graphs: sibling products joined, scaled products split, equal weights stored once."""
 
 import hashlib
 from pathlib import Path
@@ -7,117 +7,115 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-ALIGNMENT = 64  # bytes; of a tensor in a data file
+from tiny_align.export.program_weights import (
+    WeightProduct,
+    add_weight,
+    read_weight,
+    remove_weight,
+    weight_products,
+)
+from tiny_align.runtime.bundle.onnx_weights import (
+    Place,
+    append_weight,
+    find_place,
+    load_graph,
+    read_bytes,
+    set_place,
+)
 
 
 def pack_products(program: ir.Model) -> None:
-    """Products of one value with several weights become one product and a split: queries, keys and values for one."""
-    graph, siblings = program.graph, {}
-    for node in graph:
-        if (
-            node.op_type == "MatMul"
-            and node.inputs[1].const_value is not None
-            and len(node.inputs[1].uses()) == 1
-        ):
-            siblings.setdefault(node.inputs[0], []).append(node)
-    for nodes in siblings.values():
-        if len(nodes) > 1:
-            _pack(graph, nodes)
+    """Compute products of one value with several weights as one product and a split.
+
+    The queries, keys and values of a layer are such siblings.
+    """
+    siblings: dict[ir.Value, list[WeightProduct]] = {}
+    for product in weight_products(program.graph):
+        if len(product.weight.uses()) == 1:
+            siblings.setdefault(product.factor, []).append(product)
+    for products in siblings.values():
+        if len(products) > 1:
+            _pack(program.graph, products)
 
 
-def _pack(graph: ir.Graph, nodes: list[ir.Node]) -> None:
-    weights = [node.inputs[1] for node in nodes]
-    widths = np.array([weight.shape[1] for weight in weights], np.int64)
-    packed = make_initializer(
-        graph,
-        weights[0].name + ".packed",
-        np.concatenate([w.const_value.numpy() for w in weights], 1),
-    )
-    sizes = make_initializer(graph, weights[0].name + ".widths", widths)
-    product = ir.node("MatMul", [nodes[0].inputs[0], packed])
+def _pack(graph: ir.Graph, products: list[WeightProduct]) -> None:
+    first = products[0]
+    arrays = [read_weight(product.weight) for product in products]
+    widths = np.array([array.shape[1] for array in arrays], np.int64)
+    packed = add_weight(graph, f"{first.weight.name}.packed", np.concatenate(arrays, axis=1))
+    sizes = add_weight(graph, f"{first.weight.name}.widths", widths)
+    product = ir.node("MatMul", [first.factor, packed])
     split = ir.node(
-        "Split", [product.outputs[0], sizes], attributes={"axis": -1}, num_outputs=len(nodes)
+        "Split", [product.outputs[0], sizes], attributes={"axis": -1}, num_outputs=len(products)
     )
     for value in (product.outputs[0], *split.outputs):
-        value.dtype = weights[0].dtype
-    graph.insert_before(nodes[0], [product, split])
-    for node, part, weight in zip(nodes, split.outputs, weights):
-        part.shape = node.outputs[0].shape
-        node.outputs[0].replace_all_uses_with(part)
-        graph.remove(node, safe=True)
-        del graph.initializers[weight.name]
+        value.type = first.weight.type
+    graph.insert_before(first.node, [product, split])
+    for sibling, part in zip(products, split.outputs):
+        output = sibling.node.outputs[0]
+        part.shape = output.shape
+        output.replace_all_uses_with(part)
+        graph.remove(sibling.node, safe=True)
+        remove_weight(graph, sibling.weight)
 
 
 def split_scaled_products(program: ir.Model) -> None:
-    """ONNX Runtime's products with a factor (Gemma 2's output layer and its cap) become a product and a factor.
+    """Replace ONNX Runtime's products with a factor by a product and a multiplication.
 
-    What is quantised is MatMul's weights.
+    Gemma 2's output layer and its cap are fused so, and only the weights of a MatMul are quantised.
     """
     graph = program.graph
     for node in list(graph):
-        turned = any(node.attributes.get_int(f"trans{side}", 0) for side in "AB")
-        if node.op_type != "FusedMatMul" or node.inputs[1].const_value is None or turned:
+        if node.op_type != "FusedMatMul":
             continue
-        out, alpha = node.outputs[0], np.array(node.attributes.get_float("alpha", 1.0), np.float32)
+        if any(node.attributes.get_int(name, 0) for name in ("transA", "transB")):
+            continue
+        weight = node.inputs[1]
+        if weight is None or weight.const_value is None:
+            continue
+        output = node.outputs[0]
+        alpha = np.array(node.attributes.get_float("alpha", 1.0), np.float32)
         product = ir.node("MatMul", node.inputs)
-        factor = make_initializer(graph, f"{out.name}.factor", alpha)
+        factor = add_weight(graph, f"{output.name}.factor", alpha)
         scaled = ir.node("Mul", [product.outputs[0], factor])
         for value in (product.outputs[0], scaled.outputs[0]):
-            value.dtype, value.shape = out.dtype, out.shape
+            value.type = output.type
+            value.shape = output.shape
         graph.insert_before(node, [product, scaled])
-        out.replace_all_uses_with(scaled.outputs[0], replace_graph_outputs=True)
+        output.replace_all_uses_with(scaled.outputs[0], replace_graph_outputs=True)
         graph.remove(node, safe=True)
 
 
-def make_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    """A constant of a graph."""
-    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-    value.dtype, value.shape = ir.DataType.from_numpy(array.dtype), ir.Shape(array.shape)
-    graph.register_initializer(value)
-    return value
-
-
 def share_weights(keeper: Path, other: Path) -> None:
-    """Point the tensors of the graph `other` that are in `keeper`'s data file, byte by byte, to that file.
+    """Store the weights that two graphs have in common once, in the data file of `keeper`.
 
-    Both lie in one folder, each with its external data beside it in <name>.data; what only `other` has stays there.
+    Weights are equal if their bytes are. Both graphs are in one folder, each with its data file
+    <name>.data beside it. Weights that only `other` has stay in its own data file, which is removed
+    if none is left.
     """
-    kept = {
-        _digest(blob): tensor.external_data
-        for tensor, blob in _external(_load(keeper), keeper.parent)
-    }
-    model, path = _load(other), other.with_name(f"{other.name}.data")
+    folder = keeper.parent
+    places: dict[bytes, Place] = {}
+    for tensor in load_graph(keeper).graph.initializer:
+        place = find_place(tensor)
+        if place is not None:
+            places[_digest(place, folder)] = place
+    model = load_graph(other)
+    path = other.with_name(f"{other.name}.data")
     partial = path.with_name(f"{path.name}.partial")
-    with open(partial, "wb") as own:
-        for tensor, blob in _external(model, other.parent):
-            place = kept.get(_digest(blob)) or _append(own, blob, path.name)
-            del tensor.external_data[:]
-            tensor.external_data.extend(place)
+    with open(partial, "wb") as data:
+        for tensor in model.graph.initializer:
+            place = find_place(tensor)
+            if place is None:
+                continue
+            shared = places.get(_digest(place, folder))
+            if shared is None:
+                shared = append_weight([read_bytes(place, folder)], data, path.name)
+            set_place(tensor, shared)
     partial.replace(path)
     if not path.stat().st_size:
         path.unlink()
     onnx.save(model, str(other))
 
 
-def _load(graph: Path) -> onnx.ModelProto:
-    return onnx.load(str(graph), load_external_data=False)
-
-
-def _external(model: onnx.ModelProto, folder: Path):
-    """Every tensor that lies in a data file, and its bytes there."""
-    for tensor in model.graph.initializer:
-        if place := {e.key: e.value for e in tensor.external_data}:
-            offset, length = int(place.get("offset", 0)), int(place["length"])
-            yield tensor, np.memmap(folder / place["location"], np.uint8, "r", offset, (length,))
-
-
-def _digest(blob: np.ndarray) -> bytes:
-    return hashlib.sha256(blob).digest()
-
-
-def _append(file, blob: np.ndarray, name: str) -> list[onnx.StringStringEntryProto]:
-    """Write the bytes to the end of an open data file; where they are now."""
-    file.write(bytes(-file.tell() % ALIGNMENT))
-    place = {"location": name, "offset": file.tell(), "length": len(blob)}
-    file.write(blob.data)
-    return [onnx.StringStringEntryProto(key=key, value=str(value)) for key, value in place.items()]
+def _digest(place: Place, folder: Path) -> bytes:
+    return hashlib.sha256(read_bytes(place, folder).data).digest()

@@ -1,20 +1,29 @@
-"""Transformers' `from_pretrained` on a checked local folder, with one clear error for whatever is wrong with it."""
+"""Transformers' `from_pretrained` on a checked local folder, with one clear error if it fails."""
 
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tiny_align.export.model_folder import damaged, one_line
 from tiny_align.runtime.errors import TinyAlignError
 
-LOCAL = {
-    "trust_remote_code": False,
-    "local_files_only": True,
-}  # no code of a model's own, no network
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+# No code of a model's own, no network.
+LOCAL = {"trust_remote_code": False, "local_files_only": True}
 
 
-def load_pretrained(kind, folder: Path, **options):
-    """`kind.from_pretrained(folder, **options)` of a `model_folder`; `kind` is one of transformers' classes.
+class Pretrained(Protocol):
+    """One of transformers' classes that loads a folder."""
+
+    def from_pretrained(self, pretrained_model_name_or_path: str, **options: Any) -> Any: ...
+
+
+def load_pretrained(kind: Pretrained, folder: Path, **options: Any) -> Any:
+    """`kind.from_pretrained(folder, **options)` of a `model_folder`.
 
     Raises:
         TinyAlignError: a folder that is incomplete or damaged.
@@ -22,34 +31,45 @@ def load_pretrained(kind, folder: Path, **options):
     try:
         return kind.from_pretrained(str(folder), **LOCAL, **options)
     except pickle.UnpicklingError as error:
-        why = "its pytorch_model.bin is a pickle of more than tensors, whose code is never run, or damaged"
+        why = (
+            "its pytorch_model.bin is a pickle of more than tensors, whose code is never run, or "
+            "damaged"
+        )
         raise damaged(folder, why, "Give a checkpoint with model.safetensors") from error
-    except (
-        Exception
-    ) as error:  # transformers, safetensors and tokenizers raise all kinds, a bare Exception too
+    # transformers, safetensors and tokenizers raise all kinds, a bare Exception too.
+    except Exception as error:
         raise damaged(folder, one_line(error)) from error
 
 
-def load_config(folder: Path):
-    """The configuration of a `model_folder`; which attention is used is transformers' choice, not the file's.
+def load_config(folder: Path) -> "PreTrainedConfig":
+    """The configuration of a `model_folder`; transformers chooses the attention, not the file.
 
-    A file may name code of the hub, which transformers fetches where the package `kernels` is installed.
+    A file may name code of the hub, which transformers fetches if the package `kernels` is
+    installed.
     """
     from transformers import AutoConfig
 
     config = load_pretrained(AutoConfig, folder)
-    config._attn_implementation = config._experts_implementation = None
+    config._attn_implementation = None
+    config._experts_implementation = None
     return config
 
 
-def load_whole(kind, folder: Path, needed: Callable[[str], bool] = lambda name: True, **options):
-    """`load_pretrained` for weights, none of which may be absent: transformers would draw them at random.
+def load_whole(
+    kind: Pretrained,
+    folder: Path,
+    needed: Callable[[str], bool] = lambda name: True,
+    **options: Any,
+) -> "PreTrainedModel":
+    """`load_pretrained` for a model, of which no weight may be absent.
+
+    Transformers would draw an absent one at random.
 
     Args:
         needed: whether the parameter of that name is used.
     Raises:
-        TinyAlignError: as `load_pretrained`, or a tensor that the checkpoint lacks, has in another size or has too
-            many, or one that holds NaN or infinity.
+        TinyAlignError: as `load_pretrained`, or a tensor that the checkpoint lacks, has in another
+            size or has too many, or one that holds NaN or infinity.
     """
     model, report = load_pretrained(
         kind,
@@ -60,47 +80,57 @@ def load_whole(kind, folder: Path, needed: Callable[[str], bool] = lambda name: 
         config=load_config(folder),
         **options,
     )
-    for name, given, expected in sorted(report["mismatched_keys"]):
+    for name, got, expected in sorted(report["mismatched_keys"]):
         raise TinyAlignError(
-            f"{folder}: its {name} is {list(given)}, by its config.json it is {list(expected)}: "
+            f"{folder}: its {name} is {list(got)}, by its config.json it is {list(expected)}: "
             "weights and configuration belong to different models"
         )
-    if missing := sorted(name for name in report["missing_keys"] if needed(name)):
+    missing = sorted(filter(needed, report["missing_keys"]))
+    if missing:
         more = f" and {len(missing) - 1} more" if missing[1:] else ""
         raise TinyAlignError(f"{folder} lacks the weights of {missing[0]}{more}: download it again")
-    # A head beside the layers may be left out; older checkpoints keep the rotary frequencies.
-    of_layers = [
-        n for n in report["unexpected_keys"] if "layers." in n and not n.endswith("inv_freq")
-    ]
-    if unused := sorted(filter(needed, of_layers)):
+    unused = []
+    for name in sorted(filter(needed, report["unexpected_keys"])):
+        # A head beside the layers may be left out; older checkpoints keep the rotary frequencies.
+        if "layers." in name and not name.endswith("inv_freq"):
+            unused.append(name)
+    if unused:
         raise TinyAlignError(
-            f"{folder}: its {unused[0]} has no place in the {type(model).__name__} of its config.json: "
-            "weights and configuration belong to different models"
+            f"{folder}: its {unused[0]} has no place in the {type(model).__name__} of its "
+            "config.json: weights and configuration belong to different models"
         )
-    refuse_not_finite(
-        str(folder), {name: t for name, t in model.state_dict().items() if needed(name)}
-    )
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if needed(name)}
+    refuse_not_finite(str(folder), tensors)
     return model.eval()
 
 
-def refuse_not_finite(path: str, tensors: dict) -> None:
-    """Refuse weights of which some value is NaN or infinite."""
+def refuse_not_finite(path: str, tensors: "dict[str, torch.Tensor]") -> None:
+    """Refuse weights of which some value is NaN or infinite.
+
+    Raises:
+        TinyAlignError: there is one.
+    """
     import torch
 
-    broken = [name for name, t in tensors.items() if t.is_floating_point() and not _is_finite(t)]
+    broken = []
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not _is_finite(tensor):
+            broken.append(name)
     if broken:
-        count = int((~torch.isfinite(tensors[broken[0]])).sum())
+        first = tensors[broken[0]]
+        count = int((~torch.isfinite(first)).sum())
         more = f", and so do {len(broken) - 1} more of its tensors" if broken[1:] else ""
         raise TinyAlignError(
-            f"{path}: its {broken[0]} holds NaN or infinity ({count:,} of {tensors[broken[0]].numel():,} values)"
+            f"{path}: its {broken[0]} holds NaN or infinity ({count:,} of {first.numel():,} values)"
             f"{more}. Such a model computes nothing: download it again, or train it again"
         )
 
 
-def _is_finite(tensor) -> bool:
-    """Without a copy of the tensor: NaN goes through a minimum and a maximum."""
+def _is_finite(tensor: "torch.Tensor") -> bool:
+    """Whether every value is, without a copy of the tensor: minimum and maximum propagate NaN."""
     import torch
 
-    return tensor.numel() == 0 or bool(
-        torch.isfinite(torch.stack(torch.aminmax(tensor.float()))).all()
-    )
+    if tensor.numel() == 0:
+        return True
+    extremes = torch.stack(torch.aminmax(tensor.float()))
+    return bool(torch.isfinite(extremes).all())

@@ -1,33 +1,47 @@
-"""An LLM's chat template -> the prompt's pieces. What a template does is found by rendering it, not by its name.
+"""An LLM's chat template -> the prompt's pieces.
 
-Transformers renders it in jinja's sandbox, here only: the runtime puts pieces together.
+No template is known by its name: it is rendered, and the result is taken apart. Transformers
+renders it in jinja's sandbox, here only: the runtime joins pieces.
 """
 
 import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tiny_align.runtime.bundle.manifest import PromptSpec
 from tiny_align.runtime.errors import TinyAlignError
 from tiny_align.runtime.llm import encode_around, encode_in_place
 
-INSTRUCTION, WORDS, ANSWER = "INSTRUCTION-goes-HERE", "SPEECH-goes-HERE", "ANSWER-goes-HERE"
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+Message = dict[str, str]  # role and content
+MakeTurns = Callable[[str, str], list[Message]]  # instruction and words -> messages
+
+# Texts that are rendered in the places of real ones, and found again.
+INSTRUCTION = "INSTRUCTION-goes-HERE"
+WORDS = "SPEECH-goes-HERE"
+ANSWER = "ANSWER-goes-HERE"
 MORE = "MORE-words-go-HERE"
-IN_ONE_TURN = "\n\n"  # between instruction and words where a template takes no system message
-SWITCHES = {
-    "enable_thinking": False
-}  # an answer to speech is said at once; templates without the switch ignore it
-OTHER_USES = ("tool_use", "rag")  # names of templates that are not for a plain chat
-OPEN, CLOSE = "\ue000", "\ue001"  # around the format of a date, while a template is taken apart
+
+IN_ONE_TURN = "\n\n"  # between instruction and words if a template takes no system message
+SWITCHES = {"enable_thinking": False}  # speech is answered at once; other templates ignore it
+OTHER_USES = ("tool_use", "rag")  # names of templates that are not for chat
+
+# The format of a date, marked while a template is taken apart.
+OPEN = "\ue000"
+CLOSE = "\ue001"
 DATE = re.compile(f"{OPEN}(.*?){CLOSE}", re.DOTALL)
 MARKED = "{%- macro strftime_now(format) -%}" + OPEN + "{{ format }}" + CLOSE + "{%- endmacro %}\n"
 ON_A_DAY = "{%- macro strftime_now(format) -%}{{ tiny_align_days[format] }}{%- endmacro %}\n"
 VARIABLE = re.compile(
     r"(?i)(\w*(?:date|today)\w*)(?:\s+is\s+(?:not\s+)?(?:defined|none)|\s*\|\s*default)"
 )
+FORMAT = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?["'](.*?)["']""")
 DATE_FORMATS = (
     "%d %b %Y",
     "%d %B %Y",
@@ -37,154 +51,172 @@ DATE_FORMATS = (
     "%A, %B %d, %Y",
     "%A, %d %B %Y",
 )
-FORMAT = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?["'](.*?)["']""")
-DAYS = [
-    datetime(2024, 1, 1, 0, 1, 2) + n * timedelta(days=37, hours=5, minutes=11, seconds=7)
-    for n in range(100)
-]
-PROBES = (
-    "what is the time",
-    "Call my mother",
-    "3 new e-mails, please!",
-)  # nothing may change at a cut
+
+# Days and words with which the pieces must give the tokens of the whole.
+FIRST_DAY = datetime(2024, 1, 1, 0, 1, 2)
+STEP = timedelta(days=37, hours=5, minutes=11, seconds=7)
+DAYS = [FIRST_DAY + n * STEP for n in range(100)]
+PROBES = ("what is the time", "Call my mother", "3 new e-mails, please!")
 
 
-def choose_template(tokenizer, wanted: str | None = None) -> str:
+# --- which template ---
+
+
+def choose_template(tokenizer: "PreTrainedTokenizerBase", wanted: str | None = None) -> str:
     """One chat template of a tokenizer that may have several.
 
     Args:
-        wanted: the name of one, or a file with another; None: the one named "default", else the only one that takes
-            plain chat messages.
+        wanted: the name of one, or a file with another; None: the one named "default", else the
+            only one that takes ordinary chat messages.
     Raises:
         TinyAlignError: none at all, none of that name and no such file, or several to choose from.
     """
     templates = tokenizer.chat_template or {}
-    templates = {"default": templates} if isinstance(templates, str) else templates
+    if isinstance(templates, str):
+        templates = {"default": templates}
     if wanted is not None:
-        return (
-            templates[wanted] if wanted in templates else _read_template(wanted, sorted(templates))
-        )
+        if wanted in templates:
+            return templates[wanted]
+        return _read_template(wanted, sorted(templates))
     if not templates:
         raise TinyAlignError(
-            "the LLM's tokenizer has no chat template: use an instruction-tuned model, or give the template it was "
-            "trained with as --chat-template FILE"
+            "the LLM's tokenizer has no chat template: use an instruction-tuned model, or give the "
+            "template it was trained with as --chat-template FILE"
         )
     if "default" in templates:
         return templates["default"]
-    fitting = [
-        name
-        for name in templates
-        if name not in OTHER_USES and _takes_chat(tokenizer, templates[name])
-    ]
+    fitting = []
+    for name, template in templates.items():
+        rendered = _Template(tokenizer, template)
+        takes_chat = any(_cut(rendered.marked(turns(INSTRUCTION, WORDS))) for turns in TURNS)
+        if takes_chat and name not in OTHER_USES:
+            fitting.append(template)
     if len(fitting) != 1:
         raise TinyAlignError(
-            f"the LLM's tokenizer has the chat templates {', '.join(sorted(templates))} and none named default: "
-            "choose one with --chat-template NAME, or give a FILE"
+            f"the LLM's tokenizer has the chat templates {', '.join(sorted(templates))} and none "
+            "named default: choose one with --chat-template NAME, or give a FILE"
         )
-    return templates[fitting[0]]
+    return fitting[0]
 
 
 def _read_template(file: str, names: list[str]) -> str:
     try:
         return Path(file).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
         there = f"its chat templates are {', '.join(names)}" if names else "it has no chat template"
         raise TinyAlignError(
-            f"--chat-template is {file}, expected a name or a text file: {there}, and no file can be read there "
-            f"({getattr(error, 'strerror', None) or error})"
+            f"--chat-template is {file}, expected a name or a text file: {there}, and no file can "
+            f"be read there ({why})"
         ) from error
 
 
-def _takes_chat(tokenizer, template: str) -> bool:
-    draft = _Template(tokenizer, template)
-    return any(_cut(draft.marked(turns(INSTRUCTION, WORDS))) for turns in (system_turn, user_turn))
+# --- rendering ---
 
 
-def render(tokenizer, messages: list[dict], **options):
-    """`apply_chat_template` as every prompt here is made: without thinking, ready for the answer."""
-    return tokenizer.apply_chat_template(
-        messages, **{"add_generation_prompt": True, **SWITCHES, **options}
-    )
+def render(tokenizer: "PreTrainedTokenizerBase", messages: list[Message], **options: Any) -> Any:
+    """`apply_chat_template` as for every prompt here: without thinking, ready for the answer."""
+    options = {"add_generation_prompt": True, **SWITCHES, **options}
+    return tokenizer.apply_chat_template(messages, **options)
 
 
-def system_turn(instruction: str, words: str) -> list[dict]:
+def system_turn(instruction: str, words: str) -> list[Message]:
     """The instruction as the system message."""
     return [{"role": "system", "content": instruction}, {"role": "user", "content": words}]
 
 
-def user_turn(instruction: str, words: str) -> list[dict]:
+def user_turn(instruction: str, words: str) -> list[Message]:
     """The instruction in the user's turn, for templates that refuse or drop a system message."""
     return [{"role": "user", "content": f"{instruction}{IN_ONE_TURN}{words}"}]
 
 
-class _Template:
-    """A chat template whose date is not the day on which it is rendered.
+TURNS: tuple[MakeTurns, ...] = (system_turn, user_turn)
 
-    A template asks for the day by strftime_now(format), which transformers provides and which a macro of the same
-    name stands in for here, or takes it as a variable with a date as its default.
+
+class _Template:
+    """A chat template that can be rendered as on any day.
+
+    A template asks for the day by strftime_now(format), which transformers provides and a macro of
+    the same name replaces here, or takes it as a variable with a date as its default.
     """
 
-    def __init__(self, tokenizer, template: str):
-        self._tokenizer, self._template = tokenizer, template
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: str):
+        self._tokenizer = tokenizer
+        self._template = template
         self.formats = set(FORMAT.findall(template))  # in which it may ask for the day
-        self._variables = {}  # name -> strftime format
-        self._variables = dict(self._find_variables())
+        self._variables = self._find_variables()
 
-    def marked(self, messages: list[dict], **options) -> str:
-        """Its text, with a mark around the format where a date stands; empty where it refuses such messages."""
-        given = {name: f"{OPEN}{format_}{CLOSE}" for name, format_ in self._variables.items()}
-        return self._text(MARKED, messages, **{**given, **options})
+    def marked(self, messages: list[Message], **options: Any) -> str:
+        """Its text, with marked formats in place of dates; empty if it refuses such messages."""
+        variables = {}
+        for name, date_format in self._variables.items():
+            variables[name] = f"{OPEN}{date_format}{CLOSE}"
+        return self._render(MARKED, messages, {**variables, **options})
 
-    def on(self, day: datetime, messages: list[dict]) -> str:
+    def on(self, day: datetime, messages: list[Message]) -> str:
         """Its text on a day."""
-        given = {name: day.strftime(format_) for name, format_ in self._variables.items()}
-        given["tiny_align_days"] = {format_: day.strftime(format_) for format_ in self.formats}
-        return self._text(ON_A_DAY, messages, **given)
+        variables: dict[str, Any] = {}
+        for name, date_format in self._variables.items():
+            variables[name] = day.strftime(date_format)
+        days = {date_format: day.strftime(date_format) for date_format in self.formats}
+        return self._render(ON_A_DAY, messages, {**variables, "tiny_align_days": days})
 
-    def _text(self, macro: str, messages: list[dict], **options) -> str:
-        options |= {"chat_template": macro + self._template, "tokenize": False}
+    def _render(self, macro: str, messages: list[Message], options: dict[str, Any]) -> str:
+        options = {**options, "chat_template": macro + self._template, "tokenize": False}
         try:
             return render(self._tokenizer, messages, **options)
         except Exception:  # of jinja or, as templates calculate, of Python
             return ""
 
-    def _find_variables(self) -> Iterator[tuple[str, str]]:
-        """Variables that hold a date unless given, such as Llama's date_string, with the format of that date."""
-        for messages in (system_turn(INSTRUCTION, WORDS), user_turn(INSTRUCTION, WORDS)):
-            if not (usual := self._text(MARKED, messages)):
-                continue
-            for name in sorted(set(VARIABLE.findall(self._template))):
-                pieces = self._text(MARKED, messages, **{name: OPEN + CLOSE}).split(OPEN + CLOSE)
-                default = re.fullmatch("(.+?)".join(map(re.escape, pieces)), usual, re.DOTALL)
-                formats = {_format_of(text) for text in default.groups()} if default else set()
-                if len(formats) == 1 and (format_ := formats.pop()):
-                    yield name, format_
-            return
+    def _find_variables(self) -> dict[str, str]:
+        """Variables whose default is a date, such as Llama's date_string -> that date's format."""
+        for turns in TURNS:
+            messages = turns(INSTRUCTION, WORDS)
+            text = self._render(MARKED, messages, {})
+            if text:
+                break
+        else:
+            return {}
+        variables = {}
+        for name in sorted(set(VARIABLE.findall(self._template))):
+            holes = self._render(MARKED, messages, {name: OPEN + CLOSE}).split(OPEN + CLOSE)
+            default = re.fullmatch("(.+?)".join(map(re.escape, holes)), text, re.DOTALL)
+            formats = {_date_format(date) for date in default.groups()} if default else set()
+            if len(formats) == 1:
+                date_format = formats.pop()
+                if date_format:
+                    variables[name] = date_format
+        return variables
 
 
-def _format_of(text: str) -> str | None:
-    """The strftime format of a date; None of what is none."""
-    for format_ in DATE_FORMATS:
+def _date_format(text: str) -> str | None:
+    """The strftime format of a date; None if it is none."""
+    for date_format in DATE_FORMATS:
         with contextlib.suppress(ValueError):
-            if datetime.strptime(text, format_).strftime(format_) == text:
-                return format_
+            if datetime.strptime(text, date_format).strftime(date_format) == text:
+                return date_format
     return None
 
 
-def prompt_spec(tokenizer, instruction: str, repeat_instruction: str) -> PromptSpec:
+# --- the prompt ---
+
+
+def prompt_spec(
+    tokenizer: "PreTrainedTokenizerFast", instruction: str, repeat_instruction: str
+) -> PromptSpec:
     """The chat template, rendered with marks in its two holes and cut there.
 
     Raises:
-        TinyAlignError: no chat template, one without the two holes, one that calculates with the date, or a tokenizer
-            that joins tokens over a cut.
+        TinyAlignError: no chat template, one without the two holes, one that calculates with the
+            date, or a tokenizer that joins tokens over a cut.
     """
     template = _Template(tokenizer, choose_template(tokenizer))
-    for turns in (system_turn, user_turn):
-        if pieces := _cut(template.marked(turns(INSTRUCTION, WORDS))):
-            spec = _with_dates(
-                PromptSpec(*pieces, instruction, repeat_instruction, _next_turn(template, turns))
-            )
-            _check_cuts(tokenizer, template, spec, turns)
+    for turns in TURNS:
+        pieces = _cut(template.marked(turns(INSTRUCTION, WORDS)))
+        if pieces:
+            following = _next_turn(template, turns)
+            spec = _name_dates(PromptSpec(*pieces, instruction, repeat_instruction, following))
+            _check_pieces(tokenizer, template, spec, turns)
             return spec
     raise TinyAlignError(
         "the LLM's chat template does not take one system and one user message, "
@@ -193,7 +225,7 @@ def prompt_spec(tokenizer, instruction: str, repeat_instruction: str) -> PromptS
 
 
 def _cut(text: str) -> tuple[str, str, str] | None:
-    """What stands before, between and after the marks; None unless each is there once, in order."""
+    """What is before, between and after the marks; None unless each is there once, in order."""
     if text.count(INSTRUCTION) != 1 or text.count(WORDS) != 1:
         return None
     before, _, rest = text.partition(INSTRUCTION)
@@ -201,34 +233,42 @@ def _cut(text: str) -> tuple[str, str, str] | None:
     return (before, between, after) if mark else None
 
 
-def _next_turn(template: _Template, turns) -> str | None:
-    """What stands between an answer and the next turn's words; None where the template takes one turn only.
+def _next_turn(template: _Template, turns: MakeTurns) -> str | None:
+    """What is between an answer and the next turn's words; None if the template takes one turn.
 
-    Some templates insist on a system message, others show it in the last turn only: then it is not in between.
+    Some templates require a system message. Others show it in the last turn only: then it would be
+    in between.
     """
+    more = [{"role": "assistant", "content": ANSWER}, {"role": "user", "content": MORE}]
     for first in ([{"role": "user", "content": WORDS}], turns(INSTRUCTION, WORDS)):
-        more = [{"role": "assistant", "content": ANSWER}, {"role": "user", "content": MORE}]
-        text = template.marked([*first, *more])
-        between, mark, _ = text.partition(ANSWER)[2].partition(MORE)
+        _, _, rest = template.marked([*first, *more]).partition(ANSWER)
+        between, mark, _ = rest.partition(MORE)
         if mark and INSTRUCTION not in between:
             return between
     return None
 
 
-def _with_dates(spec: PromptSpec) -> PromptSpec:
-    """The marks of dates by names that can be read, with their formats beside the pieces."""
-    pieces = {name: getattr(spec, name) for name in ("before", "between", "after", "next")}
-    formats = dict.fromkeys(f for piece in pieces.values() for f in DATE.findall(piece or ""))
-    names = {format_: f"DATE-{n}-goes-HERE" for n, format_ in enumerate(formats)}
-    for name, piece in pieces.items():
-        pieces[name] = piece and DATE.sub(lambda found: names[found[1]], piece)
-    return dataclasses.replace(
-        spec, **pieces, dates={mark: format_ for format_, mark in names.items()}
-    )
+def _name_dates(spec: PromptSpec) -> PromptSpec:
+    """Replace the marks of dates by readable names, with their formats in `dates`."""
+    pieces = {"before": spec.before, "between": spec.between, "after": spec.after}
+    if spec.next is not None:
+        pieces["next"] = spec.next
+    names: dict[str, str] = {}  # by format
+    for piece in pieces.values():
+        for date_format in DATE.findall(piece):
+            names.setdefault(date_format, f"DATE-{len(names)}-goes-HERE")
+    named = {key: DATE.sub(lambda found: names[found[1]], piece) for key, piece in pieces.items()}
+    dates = {name: date_format for date_format, name in names.items()}
+    return dataclasses.replace(spec, **named, dates=dates)
 
 
-def _check_cuts(tokenizer, template: _Template, spec: PromptSpec, turns) -> None:
-    """The pieces, encoded one by one as the runtime does, must give the tokens of the whole, on any day."""
+def _check_pieces(
+    tokenizer: "PreTrainedTokenizerFast", template: _Template, spec: PromptSpec, turns: MakeTurns
+) -> None:
+    """Check that the pieces give the tokens of the whole, on any day.
+
+    They are encoded one by one, as the runtime does.
+    """
     backend = tokenizer.backend_tokenizer
     template.formats |= set(spec.dates.values())
     for day in DAYS if template.formats else DAYS[:1]:
@@ -239,32 +279,30 @@ def _check_cuts(tokenizer, template: _Template, spec: PromptSpec, turns) -> None
             joined = f"{today.before}{today.instruction}{today.between}{words}{today.after}"
             if template.formats and whole != joined:
                 raise TinyAlignError(
-                    "the LLM's chat template calculates with the date or changes its letters, so that no runtime can "
-                    "put in another: give a template without a date with --chat-template FILE"
+                    "the LLM's chat template calculates with the date or changes its letters, so "
+                    "that no runtime can put in another: give a template without a date with "
+                    "--chat-template FILE"
                 )
-            pieces = [*before, *encode_in_place(backend, today, words), *after]
-            if pieces != tokenizer(whole, add_special_tokens=False)["input_ids"]:
+            tokens = [*before, *encode_in_place(backend, today, words), *after]
+            if tokens != tokenizer(whole, add_special_tokens=False)["input_ids"]:
                 raise TinyAlignError(
                     "the LLM's tokenizer joins words and chat template into one token around "
-                    f"{words!r}: there would be no place for speech. Use a template that puts a special token or a "
-                    "line break there"
+                    f"{words!r}: there would be no place for speech. Use a template that puts a "
+                    "special token or a line break there"
                 )
 
 
-def turn_end(tokenizer) -> list[int]:
+def turn_end(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
     """The token that ends an answer in the chat template, if it is a token of its own there."""
-    text = _answered(tokenizer)
-    encoded = tokenizer.backend_tokenizer.encode(
-        text.split(ANSWER)[-1], add_special_tokens=False
-    ).ids
-    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
-    return encoded[:1] if ANSWER in text and encoded and encoded[0] in added else []
-
-
-def _answered(tokenizer) -> str:
     template = _Template(tokenizer, choose_template(tokenizer))
     for first in ([{"role": "user", "content": WORDS}], system_turn(INSTRUCTION, WORDS)):
         messages = [*first, {"role": "assistant", "content": ANSWER}]
-        if text := template.marked(messages, add_generation_prompt=False):
-            return text
-    return ""
+        text = template.marked(messages, add_generation_prompt=False)
+        if text:
+            break
+    if ANSWER not in text:
+        return []
+    backend = tokenizer.backend_tokenizer
+    tokens = backend.encode(text.split(ANSWER)[-1], add_special_tokens=False).ids
+    is_added = tokens and tokens[0] in backend.get_added_tokens_decoder()
+    return tokens[:1] if is_added else []

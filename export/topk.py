@@ -1,6 +1,7 @@
-"""The best few tokens picked by the LLM's graph itself, so that a step brings a few numbers from the device.
+"""Lets the LLM's graph pick the top-k tokens, so that a step copies few logits from the device.
 
-For the plain graph: ONNX Runtime's own leaves its logits where the runtime reads them anyway.
+Only for the graph of every backend: ONNX Runtime's own leaves its logits in memory that the runtime
+reads anyway.
 """
 
 import dataclasses
@@ -11,27 +12,35 @@ from onnx import TensorProto, helper
 
 from tiny_align.runtime.backends.base import TOPK_LOGITS, TOPK_TOKENS
 from tiny_align.runtime.bundle.manifest import GraphSpec, TensorSpec
+from tiny_align.runtime.bundle.onnx_weights import load_graph
 
-TOPK = 64  # the most that a token may be drawn from; TensorRT 10.1 picks up to 3,840
+TOPK = 64  # the most tokens that sampling may draw from; TensorRT 10.1 picks up to 3,840
 
 
 def add_topk(path: Path, spec: GraphSpec) -> GraphSpec:
-    """Rewrite a graph with `logits` (1, 1, V) to give the best of them as well; a small vocabulary stays as it is."""
+    """Rewrite a graph with `logits` (1, 1, V) to give the top-k of them as well.
+
+    A vocabulary of at most TOPK tokens stays as it is.
+    """
     logits, *others = spec.outputs
-    if logits.shape[-1] <= TOPK:
+    vocabulary = logits.shape[-1]
+    assert isinstance(vocabulary, int)
+    if vocabulary <= TOPK:
         return spec
-    best = (
-        TensorSpec(TOPK_LOGITS, "float32", (1, 1, TOPK)),
-        TensorSpec(TOPK_TOKENS, "int64", (1, 1, TOPK)),
-    )
-    model = onnx.load(str(path), load_external_data=False)
-    graph, number = model.graph, helper.make_tensor("best.number", TensorProto.INT64, [1], [TOPK])
+    topk_logits = TensorSpec(TOPK_LOGITS, "float32", (1, 1, TOPK))
+    topk_tokens = TensorSpec(TOPK_TOKENS, "int64", (1, 1, TOPK))
+    model = load_graph(path)
+    graph = model.graph
+    number = helper.make_tensor("best.number", TensorProto.INT64, [1], [TOPK])
     graph.initializer.append(number)
-    names = [tensor.name for tensor in best]
-    graph.node.append(
-        helper.make_node("TopK", [logits.name, number.name], names, axis=-1, largest=1, sorted=1)
-    )
-    for place, (tensor, kind) in enumerate(zip(best, (TensorProto.FLOAT, TensorProto.INT64)), 1):
-        graph.output.insert(place, helper.make_tensor_value_info(tensor.name, kind, tensor.shape))
+    inputs = [logits.name, number.name]
+    outputs = [topk_logits.name, topk_tokens.name]
+    graph.node.append(helper.make_node("TopK", inputs, outputs, axis=-1, largest=1, sorted=1))
+    graph.output.insert(1, _value_info(topk_logits, TensorProto.FLOAT))
+    graph.output.insert(2, _value_info(topk_tokens, TensorProto.INT64))
     onnx.save(model, str(path))
-    return dataclasses.replace(spec, outputs=(logits, *best, *others))
+    return dataclasses.replace(spec, outputs=(logits, topk_logits, topk_tokens, *others))
+
+
+def _value_info(tensor: TensorSpec, dtype: int) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(tensor.name, dtype, tensor.shape)

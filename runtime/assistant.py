@@ -1,9 +1,11 @@
-"""The product: speech in, streamed text out. Loads a bundle once; it is session.py that holds a conversation."""
+"""The product: speech in, streamed text out. A session (session.py) holds a conversation."""
 
+import contextlib
 import logging
 import math
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,18 +13,26 @@ import numpy as np
 
 from tiny_align.runtime.audio.conditioning import condition
 from tiny_align.runtime.audio.samples import MIN_SECONDS, check_audio, read_audio
-from tiny_align.runtime.backends.base import Chain
+from tiny_align.runtime.backends.base import Chain, Runner
 from tiny_align.runtime.backends.budget import budget
 from tiny_align.runtime.backends.registry import graph_specs, load_decoder, load_runner
 from tiny_align.runtime.bundle.bundle import Bundle
+from tiny_align.runtime.bundle.user_folders import find_users
+from tiny_align.runtime.bundle.users import UserProjector
 from tiny_align.runtime.checks import Range, check
 from tiny_align.runtime.errors import AudioError
+from tiny_align.runtime.events import Event, NothingHeard, Token
 from tiny_align.runtime.llm import Decoding, LanguageModel, TextStream
-from tiny_align.runtime.readout import CtcReader, PooledReader, reader
-from tiny_align.runtime.session import Event, Session, Threads
+from tiny_align.runtime.projectors import LoadedProjector, Projectors
+from tiny_align.runtime.queues import InTurn, Queues
+from tiny_align.runtime.readout import Reader, make_reader
+from tiny_align.runtime.session import Session
+from tiny_align.runtime.stages import UNOBSERVED, StageRecorder
 from tiny_align.runtime.windows import cut
 
 log = logging.getLogger(__name__)
+
+User = str | UserProjector | None  # a user's name, what Bundle.user_projector gave, or the default
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,7 @@ class Answer:
     ttft_s: float  # end of speech -> first token
     seconds: float  # end of speech -> last token
     audio_s: float
-    heard: bool = True  # whether there was a word to answer
+    heard: bool = True  # whether a word was recognised
 
     @property
     def rtf(self) -> float:
@@ -43,39 +53,40 @@ class Answer:
 
 
 class Assistant:
-    """Encoder, projector and LLM of one bundle, with one person's projector.
+    """Encoder, projector and LLM of one bundle.
 
-    Shapes: audio (S,) float32 in [-1, 1] at `sample_rate`; features (N, Da); soft tokens (T, D). Features of speech
-    that is longer than a window (windows.py) are those of its windows, one after another.
+    Its projector is the general one or a user's. Each session may speak for another user
+    (`listen(user=...)`).
+
+    Shapes: audio (S,) float32 in [-1, 1] at `sample_rate`; features (N, Da); soft tokens (T, D).
+    Features of speech that is longer than a window (windows.py) are those of its windows, one after
+    another.
     """
 
     def __init__(
         self,
         bundle: Bundle,
-        encoder,
-        projector,
+        encoder: Runner,
+        projector: Runner,
         llm: LanguageModel,
         backend: str,
         n_threads: int | None = None,
-    ):
-        self.bundle, self.backend, self._n_threads = bundle, backend, n_threads
-        self._encoder, self._projector, self.llm = encoder, projector, llm
-        self.threads = Threads()  # of its sessions
+        users: Path | None = None,
+    ) -> None:
+        self.bundle = bundle
+        self.backend = backend
+        self.llm = llm
+        self.queues = Queues()  # of its sessions
         self.windows = bundle.manifest.windows
-        self._front_end, self._readout = bundle.manifest.front_end, bundle.manifest.readout
-        self.sample_rate = self._front_end.sample_rate  # Hz
-        self._rows = bundle.manifest.graphs["encoder"].inputs[0]  # what the front end makes
+        self.sample_rate = bundle.manifest.front_end.sample_rate  # Hz
+        self._users = users
+        self._encoder = encoder
+        self._projectors = Projectors(bundle, backend, n_threads, projector)
+        self._recorder: StageRecorder | None = None
+        self._front_end = bundle.manifest.front_end
+        self._readout = bundle.manifest.readout
+        self._rows = bundle.manifest.graphs["encoder"].inputs[0]  # what the front end gives
         self._row_s = self._front_end.row_samples / self.sample_rate
-
-    @property
-    def max_speech_s(self) -> float:
-        """The longest utterance, in seconds: what the encoder takes, or any that the LLM has room for."""
-        return math.inf if self.windows else self._row_range()[2] * self._row_s
-
-    def _row_range(self) -> tuple[int, int, int]:
-        """Least, usual and greatest number of the encoder's input rows: frames, or samples."""
-        rows = self._rows.shape[1]
-        return (rows,) * 3 if isinstance(rows, int) else self.bundle.manifest.dims[rows]
 
     @classmethod
     def load(
@@ -92,140 +103,207 @@ class Assistant:
 
         Args:
             bundle: its folder, or one that is open already.
-            user: whose projector; None: the general one.
-            users: the folder persons are kept in, if not the bundle's own.
+            user: whose projector is the default; None: the general one.
+            users: directory of user profiles; None: where the user is, in the platform's data
+                folder or in the bundle (bundle/user_folders.py).
             backend: one of `registry.names()`; never replaced by another.
             threads: CPU threads per graph; None: all cores.
-            context: positions of a conversation, prompt and answers together; None: as many as the LLM has.
+            context: positions of a conversation, prompt and answers together; None: as many as the
+                LLM has.
         Raises:
             BundleError, UserError, BackendError: see their messages.
-            TinyAlignError: less memory is free than it takes (budget.py), or a number out of range (checks.py).
+            TinyAlignError: less memory is free than it takes (budget.py), or a number out of range
+                (checks.py).
         """
         check("threads", threads)
         bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        max_context = bundle.manifest.llm.max_context
         if context is not None:
-            Range(1, bundle.manifest.llm.max_context).check("context", context)
-        need = budget(bundle, backend, context or bundle.manifest.llm.max_context, threads)
+            Range(1, max_context).check("context", context)
+        need = budget(bundle, backend, context or max_context, threads)
         log.info("%s takes about %s", bundle.path, need)
         need.require()
-        own = bundle.projector(user, users)
+        own = bundle.user_projector(user, find_users(bundle, user, users))
         specs = graph_specs(bundle, backend)
-        paths = {}
+        graphs = {}
         for name in ("encoder", "llm"):
             bundle.graph(name)  # refuses a bundle without it
-            paths[name] = bundle.path / specs[name].file
+            graphs[name] = bundle.path / specs[name].file
         # the largest first: loading takes more memory
-        llm = LanguageModel(
-            bundle, load_decoder(paths["llm"], specs["llm"], backend, threads, bundle), context
-        )
-        encoder = load_runner(paths["encoder"], specs["encoder"], backend, threads, bundle)
-        projector = load_runner(own, specs["projector"], backend, threads, bundle)
-        assistant = cls(bundle, encoder, projector, llm, backend, threads)
-        assistant.llm.set_speech_tokens(bundle.speech_tokens(own))
+        decoder = load_decoder(graphs["llm"], specs["llm"], backend, threads, bundle)
+        llm = LanguageModel(bundle, decoder, context)
+        encoder = load_runner(graphs["encoder"], specs["encoder"], backend, threads, bundle)
+        projector = load_runner(own.graph, specs["projector"], backend, threads, bundle)
+        assistant = cls(bundle, encoder, projector, llm, backend, threads, users)
+        assistant._projectors.default_source = own
+        llm.set_speech_tokens(own.speech_tokens)
         return assistant
 
+    @property
+    def max_speech_s(self) -> float:
+        """The longest utterance in seconds: what the encoder takes.
+
+        Infinite if speech is cut into windows: then the LLM's context is the limit.
+        """
+        return math.inf if self.windows else self._row_bounds()[2] * self._row_s
+
+    def _row_bounds(self) -> tuple[int, int, int]:
+        """Min, opt and max number of the encoder's input rows: frames, or samples."""
+        rows = self._rows.shape[1]
+        return (rows, rows, rows) if isinstance(rows, int) else self.bundle.manifest.dims[rows]
+
+    # --- stages, one by one ---
+
     def features(self, audio: np.ndarray) -> np.ndarray:
-        """(S,) float32 audio -> (N, Da) float32 encoder features, none of them after the end of the audio."""
+        """(S,) float32 audio -> (N, Da) float32 encoder features, none after the audio's end."""
         check_audio(audio, self.sample_rate, "the audio", max_s=self.max_speech_s)
-        return np.concatenate(
-            [self.encode_window(window) for window, _ in cut(audio, self.windows, self.sample_rate)]
-        )
+        windows = cut(audio, self.windows, self.sample_rate)
+        return np.concatenate([self.encode_window(window) for window, _ in windows])
 
     def encode_window(self, audio: np.ndarray) -> np.ndarray:
-        """A window (S,), or speech that is not cut -> (N, Da) float32, none of them after the end of the audio."""
+        """A window (S,), or speech that is not cut -> (N, Da) float32 features, as `features`."""
         return self.encode(self._rows_of(audio))[: self._n_features(audio)]
 
-    def project_window(self, audio: np.ndarray) -> np.ndarray:
-        """A window (S,), or speech that is not cut -> `vectors`; its features stay where the backend has them."""
-        rows = self._rows_of(audio)
-        chain = Chain(self._encoder, self._projector)
-        return chain({self._rows.name: rows[None]}, self._n_features(audio))["soft_tokens"][0]
+    def project_window(
+        self, audio: np.ndarray, projector: LoadedProjector | None = None
+    ) -> np.ndarray:
+        """A window (S,), or speech that is not cut -> its vectors, for `reader`.
+
+        Args:
+            projector: a user's; None: the default.
+        """
+        with self.stage("front end"):
+            feed = {self._rows.name: self._rows_of(audio)[None]}
+            n_features = self._n_features(audio)
+            runner = projector.runner if projector else self._projectors.default
+            if self._recorder is None:  # the features stay where the backend has them
+                return Chain(self._encoder, runner)(feed, n_features)["soft_tokens"][0]
+            with self.stage("encoder"):
+                features = self._encoder(feed)["features"][:, :n_features]
+            with self.stage("projector"):
+                return runner({"features": features})["soft_tokens"][0]
 
     def _n_features(self, audio: np.ndarray) -> int:
-        """How many features there are up to the end of the audio; an encoder may want silence after it."""
-        return -(-len(audio) // round(self.bundle.manifest.encoder.frame_s * self.sample_rate))
+        """Features up to the audio's end; an encoder may want silence after it."""
+        feature_samples = round(self.bundle.manifest.encoder.frame_s * self.sample_rate)
+        return -(-len(audio) // feature_samples)
 
     def _rows_of(self, audio: np.ndarray) -> np.ndarray:
-        """What the front end makes of a window: (frames, M) or (S,)."""
-        if (
-            len(audio) < MIN_SECONDS * self.sample_rate
-        ):  # some front ends have nothing to make of it
+        """The front end's output for a window: (frames, M) or (S,)."""
+        # some front ends give no row for less
+        if len(audio) < MIN_SECONDS * self.sample_rate:
             seconds = len(audio) / self.sample_rate
             raise AudioError(
                 f"the audio lasts {seconds:.3f} s, expected at least {MIN_SECONDS} s: record longer"
             )
-        least = self._row_range()[0]
         rows = self._front_end(condition(audio, self.sample_rate))
-        if len(rows) < least:
+        min_rows = self._row_bounds()[0]
+        if len(rows) < min_rows:
             raise AudioError(
-                f"the audio has {len(rows) * self._row_s:.3f} s for the encoder, at least {least * self._row_s:.3f} s "
-                "are needed: record longer"
+                f"the audio has {len(rows) * self._row_s:.3f} s for the encoder, "
+                f"at least {min_rows * self._row_s:.3f} s are needed: record longer"
             )
         return np.ascontiguousarray(rows)
 
     def encode(self, rows: np.ndarray) -> np.ndarray:
-        """What the front end made, (frames, M) or (S,) -> (N, Da) float32 encoder features."""
+        """The front end's output, (frames, M) or (S,) -> (N, Da) float32 encoder features."""
         return self._encoder({self._rows.name: rows[None]})["features"][0]
 
     def project(self, features: np.ndarray) -> np.ndarray:
-        """A window's features (N, Da) -> what the projector makes of them, for `reader`."""
-        return self._projector({"features": features[None]})["soft_tokens"][0]
+        """A window's features (N, Da) -> its vectors, for `reader`."""
+        return self._projectors.default({"features": features[None]})["soft_tokens"][0]
 
-    def reader(self) -> CtcReader | PooledReader:
-        """What makes one utterance's soft tokens of its windows' vectors."""
-        return reader(self._readout, self.llm.speech_table)
+    def reader(self, projector: LoadedProjector | None = None) -> Reader:
+        """What makes one utterance's soft tokens of its windows' vectors.
+
+        Args:
+            projector: a user's; None: the default.
+        """
+        vocabulary = projector.vocabulary if projector else self.llm.speech_vocabulary
+        return make_reader(self._readout, vocabulary.table)
 
     def soft_tokens(self, features: np.ndarray) -> np.ndarray:
-        """(N, Da) of an utterance -> (T', D) float32 in the LLM's embedding space; no row where no word was heard."""
-        windows = self.windows.split(features) if self.windows else [features]
-        kept = self.windows.keep_slices(len(windows)) if self.windows else [slice(None)]
-        reading = self.reader()
-        heard = [reading.push(self.project(window)[which]) for window, which in zip(windows, kept)]
-        return np.concatenate([*heard, reading.finish()])
+        """Features (N, Da) of an utterance -> (T, D) float32 in the LLM's embedding space.
+
+        No row where no word is recognised.
+        """
+        windows = [features]
+        slices = [slice(None)]
+        if self.windows:
+            windows = self.windows.split(features)
+            slices = self.windows.keep_slices(len(windows))
+        reader = self.reader()
+        pieces = [reader.push(self.project(window)[keep]) for window, keep in zip(windows, slices)]
+        return np.concatenate([*pieces, reader.finish()])
 
     def swap_projector(self, path: Path) -> None:
-        """Use another person's projector graph, and the tokens they may say, from the next window on.
+        """Make another projector graph the default, with its speech vocabulary.
 
-        The old one goes when no window is in it any more.
+        It holds from the next window on, for open sessions too, but not for those that were opened
+        for a user. The old one goes when no window is in it any more.
+
+        Raises:
+            BackendError, BundleError: the default stays.
         """
-        spec = graph_specs(self.bundle, self.backend)["projector"]
-        self._projector = load_runner(path, spec, self.backend, self._n_threads, self.bundle)
-        self.llm.set_speech_tokens(self.bundle.speech_tokens(path))
+        runner = self._projectors.load(path)
+        tokens = self.bundle.speech_tokens(path)
+        self._projectors.default = runner
+        self._projectors.default_source = None
+        self.llm.set_speech_tokens(tokens)
+
+    # --- answers ---
 
     def stream(
-        self, audio: np.ndarray, instruction: str | None = None, decoding: Decoding = Decoding()
-    ) -> Iterator[Event]:
-        """Answer speech: (S,) float32 mono at `sample_rate` -> events, one per token; one if nothing was heard."""
+        self,
+        audio: np.ndarray,
+        instruction: str | None = None,
+        decoding: Decoding = Decoding(),
+        *,
+        user: User = None,
+    ) -> Iterator[Token | NothingHeard]:
+        """Answer speech: (S,) float32 mono at `sample_rate` -> a Token each, or one NothingHeard.
+
+        Args:
+            user: who speaks; None: the user whom the assistant was loaded for.
+        """
         began = time.perf_counter()
-        check_audio(audio, self.sample_rate, "the audio", max_s=self.max_speech_s)
-        session = self.listen(instruction, decoding)
+        with self.stage("front end"):
+            check_audio(audio, self.sample_rate, "the audio", max_s=self.max_speech_s)
+        session = self.listen(instruction, decoding, user=user)
         session.push(audio)
         yield from session.finish(began)
 
     def stream_text(
         self, text: str, instruction: str | None = None, decoding: Decoding = Decoding()
-    ) -> Iterator[Event]:
+    ) -> Iterator[Token | NothingHeard]:
         """Answer typed text: the upper bound of the spoken path."""
         began = time.perf_counter()
-        yield from self._events(
-            self.llm.embed(self.llm.encode_words(text)), instruction, decoding, began
-        )
+        words = self.llm.embed(self.llm.encode_words(text))
+        yield from self._events(words, instruction, decoding, began)
 
     def _events(
-        self, speech: np.ndarray, instruction, decoding: Decoding, began: float
-    ) -> Iterator[Event]:
+        self, speech: np.ndarray, instruction: str | None, decoding: Decoding, began: float
+    ) -> Iterator[Token | NothingHeard]:
+        """Answer soft tokens, or embeddings of words, (T, D)."""
         if not len(speech):
-            yield Event("", None, time.perf_counter() - began)
+            yield NothingHeard("", time.perf_counter() - began)
             return
-        pieces = TextStream(self.llm.tokenizer)
+        text = TextStream(self.llm.tokenizer)
         for token in self.llm.generate(self.llm.assemble(speech, instruction), decoding):
-            yield Event(pieces.push(token), token, time.perf_counter() - began)
+            piece = text.push(token)
+            yield Token(piece, time.perf_counter() - began, token)
 
     def answer(
-        self, audio: np.ndarray, instruction: str | None = None, decoding: Decoding = Decoding()
+        self,
+        audio: np.ndarray,
+        instruction: str | None = None,
+        decoding: Decoding = Decoding(),
+        *,
+        user: User = None,
     ) -> Answer:
         """`stream`, collected."""
-        return collect(self.stream(audio, instruction, decoding), len(audio) / self.sample_rate)
+        events = self.stream(audio, instruction, decoding, user=user)
+        return collect(events, len(audio) / self.sample_rate)
 
     def answer_text(
         self, text: str, instruction: str | None = None, decoding: Decoding = Decoding()
@@ -238,34 +316,92 @@ class Assistant:
         return collect(self._events(soft_tokens, instruction, Decoding(), time.perf_counter()), 0.0)
 
     def answer_file(
-        self, path, instruction: str | None = None, decoding: Decoding = Decoding()
+        self,
+        path: str | Path,
+        instruction: str | None = None,
+        decoding: Decoding = Decoding(),
+        *,
+        user: User = None,
     ) -> Answer:
         """`answer` for an audio file of any rate, channel count and format that soundfile reads."""
-        return self.answer(
-            read_audio(path, self.sample_rate, self.max_speech_s), instruction, decoding
-        )
+        audio = read_audio(path, self.sample_rate, self.max_speech_s)
+        return self.answer(audio, instruction, decoding, user=user)
 
-    def listen(self, instruction: str | None = None, decoding: Decoding = Decoding()) -> Session:
-        """A conversation: push chunks of audio, then finish; any number of turns, spoken and typed."""
-        return Session(self, instruction, decoding)
+    def listen(
+        self,
+        instruction: str | None = None,
+        decoding: Decoding = Decoding(),
+        *,
+        user: User = None,
+    ) -> Session:
+        """A conversation: push chunks of audio, then finish; any number of turns, spoken and typed.
+
+        Args:
+            user: who speaks, a name or what `Bundle.user_projector` gave; "general": the general
+                projector; None: the user whom the assistant was loaded for. A name is looked up and
+                checked each time. A user's projector is loaded once, and stays until `close`.
+        Raises:
+            UserError, BackendError: no such user, or a projector that cannot be loaded.
+        """
+        projector = None
+        if user is not None:
+            if isinstance(user, str):
+                users = find_users(self.bundle, user, self._users)
+                user = self.bundle.user_projector(user, users)
+            projector = self._projectors.get(user, self.llm)
+        return Session(self, instruction, decoding, projector)
+
+    # --- observing, closing ---
+
+    @contextlib.contextmanager
+    def observe(self, recorder: StageRecorder, *, one_thread: bool = False) -> Iterator[None]:
+        """Let a recorder time the stages (stages.py) of what is answered meanwhile.
+
+        Args:
+            recorder: its `stage(name)` is entered for each stage, on the thread that runs it.
+                Stages nest: an inner one is part of the outer one's time.
+            one_thread: sessions that are opened meanwhile do all work on the caller's thread, one
+                stage after the other. No other session may be in use then.
+        """
+        recorder_before = self._recorder
+        queues_before = self.queues
+        self._recorder = recorder
+        if one_thread:
+            self.queues = InTurn()
+        try:
+            yield
+        finally:
+            self._recorder = recorder_before
+            self.queues = queues_before
+
+    def stage(self, name: str) -> AbstractContextManager[object]:
+        """The context in which one of STAGES is to run."""
+        return UNOBSERVED if self._recorder is None else self._recorder.stage(name)
 
     def close(self) -> None:
-        self.threads.close()
-        for loaded in (self._encoder, self._projector, self.llm):
-            loaded.close()
+        """End the sessions' threads and free all graphs."""
+        self.queues.close()
+        self._encoder.close()
+        self._projectors.close()
+        self.llm.close()
 
     def __enter__(self) -> "Assistant":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
 def collect(events: Iterator[Event], audio_s: float) -> Answer:
-    """A whole answer from its events; an answer without a token took until the generator ended."""
-    began, got = time.perf_counter(), list(events)
-    seconds = got[-1].elapsed_s if got else time.perf_counter() - began
-    text = "".join(e.text for e in got).strip()
-    tokens = tuple(e.token for e in got if e.token is not None)
-    heard = not got or got[0].token is not None
-    return Answer(text, tokens, got[0].elapsed_s if got else seconds, seconds, audio_s, heard)
+    """A whole answer from its events; one without an event took until the generator ended."""
+    began = time.perf_counter()
+    collected = list(events)
+    seconds = collected[-1].elapsed_s if collected else time.perf_counter() - began
+    return Answer(
+        text="".join(event.text for event in collected).strip(),
+        tokens=tuple(event.token for event in collected if isinstance(event, Token)),
+        ttft_s=collected[0].elapsed_s if collected else seconds,
+        seconds=seconds,
+        audio_s=audio_s,
+        heard=not any(isinstance(event, NothingHeard) for event in collected),
+    )

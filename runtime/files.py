@@ -11,9 +11,12 @@ import tokenize
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tiny_align.runtime.errors import TinyAlignError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 AT_FDCWD = -100  # Linux's <fcntl.h>
 RENAME_EXCHANGE = 2  # Linux's <stdio.h>
@@ -27,6 +30,26 @@ ARRAY_ERRORS = (  # numpy.load raises them for a file that is damaged, or not on
     tokenize.TokenError,
     zipfile.BadZipFile,
 )
+
+
+def read_array(
+    path: Path, kind: type[TinyAlignError] = TinyAlignError, mmap_mode: Literal["r"] | None = None
+) -> "np.ndarray":
+    """The array of a .npy file; with `mmap_mode` "r" it is mapped, not read.
+
+    Raises:
+        kind: the file cannot be read, is damaged or holds several arrays.
+    """
+    import numpy as np
+
+    try:
+        with read_errors(path, kind):
+            array = np.load(path, allow_pickle=False, mmap_mode=mmap_mode)
+    except ARRAY_ERRORS as error:
+        raise kind(f"{path} is damaged ({error}): copy, export or train it again") from error
+    if not isinstance(array, np.ndarray):  # an archive
+        raise kind(f"{path} is damaged (no single array): copy, export or train it again")
+    return array
 
 
 def sha256(path: Path) -> str:

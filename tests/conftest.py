@@ -1,6 +1,6 @@
-"""What the tests share: the shipped bundle and voice, copies that may be changed, and the command.
+"""Fixtures that tests share: the shipped bundle and voice, copies that may be changed, the command.
 
-The shipped files are only read. `threads=1` everywhere: the same numbers on every machine.
+The shipped files are only read. `threads=1` everywhere gives the same numbers on every machine.
 """
 
 import contextlib
@@ -21,8 +21,16 @@ from tiny_align.runtime.bundle.users import write_user_record
 REFERENCE = Path(__file__).parents[1] / "reference"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def platform_data_folder(tmp_path_factory):
+    """Keep users that commands write by default out of the real data folder of the platform."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data-home")))
+        yield
+
+
 class Outcome(NamedTuple):
-    """What a command left behind."""
+    """The result of a command."""
 
     status: int
     stdout: str
@@ -47,16 +55,16 @@ def voice_path() -> Path:
 
 
 class Watched(NamedTuple):
-    """What a process left behind, and what it tried."""
+    """The result of a process, and what it attempted."""
 
     outcome: Outcome
-    attempts: list[str]  # lines of strace's: sockets and addresses beyond this machine, DNS
+    attempts: list[str]  # lines of strace: sockets and addresses beyond this machine, DNS
     files: list[str]  # in its HOME, which was empty
 
 
 @pytest.fixture(scope="session")
 def offline():
-    """What starts a process without any network interface, by strace; skips where that cannot be."""
+    """The beginning of a command without a network interface, under strace; skips if impossible."""
     for unshare in (["unshare", "-n"], ["unshare", "-rn"]):
         command = [*unshare, "strace", "-f", "-qq", "--seccomp-bpf", "-e", "trace=%network,openat"]
         with contextlib.suppress(OSError):
@@ -67,52 +75,44 @@ def offline():
 
 @pytest.fixture
 def watch(offline, tmp_path):
-    """Run a program without a network and with an empty HOME: watch(*command, stdin="") -> Watched."""
-    from tiny_align.runtime.privacy import proof, telemetry
+    """Run a program without a network, with an empty HOME: watch(*command, stdin="") -> Watched."""
+    from tiny_align.runtime.commands import proof
+    from tiny_align.runtime.privacy import telemetry
 
-    home, trace = tmp_path / "home", tmp_path / "trace"
+    home = tmp_path / "home"
+    trace = tmp_path / "trace"
     set_by_us = ("ORT_", "HF_", "XDG_", "MPL", *telemetry.OFF)
-    ci = (
-        "CI",
-        "GITHUB_",
-        "GITLAB_",
-        "JENKINS_",
-        "BUILDKITE",
-        "TF_BUILD",
-    )  # ONNX Runtime is quiet there
+    # in continuous integration ONNX Runtime reports nothing
+    ci = ("CI", "GITHUB_", "GITLAB_", "JENKINS_", "BUILDKITE", "TF_BUILD")
     env = {k: v for k, v in os.environ.items() if not k.startswith((*set_by_us, *ci))}
+    env["HOME"] = str(home)
     home.mkdir()
 
     def run(*command, stdin: str = "") -> Watched:
-        line = [*offline, "-o", trace, *(str(part) for part in command)]
+        watched_command = [*offline, "-o", trace, *map(str, command)]
         done = subprocess.run(
-            line,
-            env=env | {"HOME": str(home)},
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=300,
+            watched_command, env=env, input=stdin, capture_output=True, text=True, timeout=300
         )
         lines = trace.read_text(errors="replace").splitlines()
         files = sorted(path.relative_to(home).as_posix() for path in home.rglob("*"))
         outcome = Outcome(done.returncode, done.stdout, done.stderr)
-        return Watched(outcome, [text for text in lines if proof.is_network(text)], files)
+        return Watched(outcome, [line for line in lines if proof.is_network(line)], files)
 
     return run
 
 
 @pytest.fixture
 def bundle_copy(bundle_path, tmp_path):
-    """A bundle that may be changed, without persons and engines."""
+    """A bundle that may be changed, without users and engines."""
     target = tmp_path / "bundle"
     shutil.copytree(bundle_path, target, ignore=shutil.ignore_patterns("users", "engines"))
     yield target
-    shutil.rmtree(target)  # pytest would keep 20 MB for every test
+    shutil.rmtree(target)  # pytest keeps temporary files, 20 MB for each test
 
 
 @pytest.fixture(scope="session")
 def assistant(bundle_path):
-    """The shipped bundle, loaded once. Whoever changes it loads another."""
+    """The shipped bundle, loaded once. A test that changes it must load another."""
     from tiny_align.runtime import Assistant
 
     with Assistant.load(bundle_path, threads=1) as loaded:
@@ -158,7 +158,7 @@ def run_python():
 
 @pytest.fixture(scope="session")
 def make_user():
-    """Write a person with a projector unlike the general one, without torch: make_user(bundle, folder) -> folder."""
+    """Write a user with another projector than the general: make_user(bundle, folder) -> folder."""
 
     def make(bundle: Bundle, folder: Path, shift: float = 0.3) -> Path:
         graph = bundle.graph("projector")

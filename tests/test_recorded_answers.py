@@ -1,4 +1,4 @@
-"""The reference bundle's answers, token by token, as they were recorded: no refactoring may change one.
+"""The reference bundle's answers, token by token: a change of the code must not change them.
 
 After a change that is meant to change answers, record them anew and say so in the CHANGELOG:
 
@@ -14,11 +14,12 @@ from tiny_align.align.data.datasets import load_dataset
 from tiny_align.runtime import Assistant
 
 RECORDED = Path(__file__).parent / "data" / "answers.json"
-N_SPOKEN, N_TYPED = 100, 50
+N_SPOKEN = 100
+N_TYPED = 50
 
 
 def answers(assistant: Assistant) -> dict[str, dict[str, list[int]]]:
-    """What is asked -> the answer's tokens, of recordings and of typed lines."""
+    """Recording's file name, or typed line -> the answer's tokens."""
     lines = assistant.bundle.sentences.read_text(encoding="utf-8").splitlines()
     typed = lines[:: len(lines) // N_TYPED][:N_TYPED]
     spoken = load_dataset(shipped("voice"))[:N_SPOKEN]
@@ -29,7 +30,8 @@ def answers(assistant: Assistant) -> dict[str, dict[str, list[int]]]:
 
 
 def test_every_answer_is_as_it_was_recorded(assistant):
-    recorded, now = json.loads(RECORDED.read_text()), answers(assistant)
+    recorded = json.loads(RECORDED.read_text())
+    now = answers(assistant)
     assert (len(now["spoken"]), len(now["typed"])) == (N_SPOKEN, N_TYPED)
     for way in ("spoken", "typed"):
         changed = [name for name, tokens in now[way].items() if tokens != recorded[way].get(name)]

@@ -45,6 +45,15 @@ def test_a_paced_reader_gives_the_same_number_of_soft_tokens_for_any_pieces():
     assert n_tokens == 20
 
 
+def test_a_paced_assistant_answers_in_windows_and_at_once(bundle_path, speech):
+    bundle = Bundle.open(bundle_path)
+    for windows in (True, False):
+        with streaming.load_assistant(bundle, windows, threads=1, pace=2.5) as assistant:
+            soft_tokens = assistant.soft_tokens(assistant.features(speech))
+            assert len(soft_tokens) == pytest.approx(2.5 * len(speech) / 16_000, abs=1)
+            assert assistant.answer(speech, decoding=streaming.ONE_TOKEN).tokens
+
+
 def test_a_soak_is_reproducible_and_leaves_no_thread_or_handle(bundle_path, speech):
     recordings = [speech[: 9_000 + 2_000 * i] for i in range(10)]
     bundle = Bundle.open(bundle_path)

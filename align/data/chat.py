@@ -1,9 +1,10 @@
-"""CHAT transcripts (TalkBank's .cha): what one speaker said, and when, without the codes.
+"""CHAT transcripts (TalkBank's .cha): one speaker's utterances with their time marks, no codes.
 
-After MacWhinney, "Tools for Analyzing Talk, Part 1: The CHAT Transcription Format", and TalkBank's table of characters
-for conversation analysis. A text holds the words that the recording holds: repeated, corrected and abandoned words
-stay, as often as they were said. Hesitations (&-um), fragments (&+fr), events and pauses are no words and go; a word
-that is no word ("wog [: dog]") becomes the one that was meant. Nothing here reads audio.
+After MacWhinney, "Tools for Analyzing Talk, Part 1: The CHAT Transcription Format", and TalkBank's
+table of characters for conversation analysis. A text has the words of the recording: repeated,
+corrected and abandoned words stay, as often as they were spoken. Hesitations (&-um), fragments
+(&+fr), events and pauses are no words and are removed; a non-word ("wog [: dog]") becomes the word
+that was meant. Nothing here reads audio.
 """
 
 import re
@@ -18,39 +19,33 @@ from tiny_align.align.data.tables import read_text
 from tiny_align.runtime.errors import DataError
 
 _TIER = re.compile(r"\*([^:\s]+):\s*(.*)")
-_BULLET = re.compile(
-    r'\x15-?(?:%\w+:"[^"]*"_)?(\d+)_(\d+)-?\x15'
-)  # start_end in ms between NAKs; the older form too
-_LINKER = re.compile(
-    r'\+["/.,!?^<+~≈≋]+'
-)  # +... +/. +"/. and their like, and what opens an utterance: +< +" ++
+# A time mark: start_end in ms between two NAK characters; the older form with %snd:"..." too.
+_TIME_MARK = re.compile(r'\x15-?(?:%\w+:"[^"]*"_)?(\d+)_(\d+)-?\x15')
+# +... +/. +"/. and others, and what opens an utterance: +< +" ++
+_LINKER = re.compile(r'\+["/.,!?^<+~≈≋]+')
 _OVERLAP = re.compile(r"[⌈⌉⌊⌋]\d?")  # with the number of the overlap, where there are several
-_STUTTER = re.compile(
-    r"↫[^↫\s]*↫"
-)  # a part of a word said several times before the whole: ↫b-b↫ball
+# A part of a word, repeated before the whole word: ↫b-b↫ball
+_STUTTER = re.compile(r"↫[^↫\s]*↫")
 _TOKEN = re.compile(r"\[[^\]]*\]|[<>]|[^\s\[\]<>]+")
-_REPEATED = re.compile(r"\[x\s?(\d{1,2})\]")  # how often what it follows was said
-_REPLACEMENT = re.compile(
-    r"\[:\s+(.+)\]"
-)  # of a word that is none; [:: ...] is what a real word should have been
-_NOT_SAID = re.compile(
-    r"[&#].*|0(?!\.?\d).*|\([\d.:]+\)|[.∙]?h{2,}"
-)  # &-um &=laughs #, 0omitted, (.) (1.5), ∙hh
+_REPEATED = re.compile(r"\[x\s?(\d{1,2})\]")  # how often the item before it was spoken
+# The word that was meant by a non-word; [:: ...] corrects a real word, which stays.
+_REPLACEMENT = re.compile(r"\[:\s+(.+)\]")
+# &-um &=laughs #, 0omitted, (.) (1.5), ∙hh
+_NO_WORD = re.compile(r"[&#].*|0(?!\.?\d).*|\([\d.:]+\)|[.∙]?h{2,}")
 _JOINERS = str.maketrans("_+", "  ")  # ice+cream, Mary_Poppins
 _FORM = re.compile(r"(?<=.)[@$].*")  # b@l, hola@s:spa, dog$n: what kind of word it is
-_MARKS = str.maketrans(
-    "", "", '():^ˈˌː„‡⁇⁎⁑§∙‹›〔〕“”"\u0332\u0305\u0331'
-)  # restored letters, lengthening, voices
+# Restored letters, lengthening, qualities of the voice.
+_MARKS = str.maketrans("", "", '():^ˈˌː„‡⁇⁎⁑§∙‹›〔〕“”"\u0332\u0305\u0331')
 _YAWN_OR_ASPIRATION = str.maketrans("", "", "ΫἩ")  # letters in Greek only
 _GREEK = re.compile(r"[\u0370-\u03ff\u1f00-\u1fff]")
-_HEARD = re.compile(r"\w|^[.,?!;]+$")  # a word, or what ends or divides an utterance
-_SYMBOLS = ("Sm", "So", "Sk", "Co", "Cn")  # ↑ ∆ ° ☺ ♋ ▁ and their like
+_WORD_OR_PUNCTUATION = re.compile(r"\w|^[.,?!;]+$")
+_SYMBOLS = ("Sm", "So", "Sk", "Co", "Cn")  # Unicode categories of ↑ ∆ ° ☺ ♋ ▁ and others
 _UNINTELLIGIBLE = frozenset(("xxx", "yyy", "www"))
-_UNKNOWN_TARGET = "x@n"  # AphasiaBank: a neologism whose target nobody knows
+_UNKNOWN_TARGET = "x@n"  # AphasiaBank: a neologism whose target is not known
 
 
 @dataclass(frozen=True)
-class Said:
+class ChatUtterance:
     """An utterance and its place in the recording."""
 
     text: str
@@ -60,37 +55,88 @@ class Said:
 
 @dataclass(frozen=True)
 class Transcript:
-    """What one speaker said; `media` is the recording as the @Media header names it."""
+    """One speaker's utterances; `media` is the recording's name in the @Media header."""
 
     media: str
     speaker: str
-    utterances: list[Said]
+    utterances: list[ChatUtterance]
 
 
 def read_transcript(file: Path, speaker: str | None, report: DataReport) -> Transcript:
-    """What `speaker` (None: PAR, or the only one) said; `report` counts what cannot be used.
+    """The utterances of `speaker` (None: PAR, or the only one).
+
+    Args:
+        report: counts what cannot be used.
 
     Raises:
         DataError: unreadable, no such speaker, or no @Media header.
     """
-    lines = (
-        read_text(file).replace("\n\t", " ").split("\n")
-    )  # a line that starts with a tab continues the last
-    code, media = _code(file, lines, speaker), _media(file, lines)
-    return Transcript(media, code, list(_utterances(file, lines, code, report)))
+    text = read_text(file).replace("\n\t", " ")  # a line that starts with a tab continues the last
+    lines = text.split("\n")
+    code = _choose_speaker(file, lines, speaker)
+    media = _headers(lines, "Media")
+    if not media:
+        raise DataError(
+            f"{file}: no @Media header; add '@Media:\t{file.stem}, audio' to name its recording."
+        )
+    name = media[0].split(",")[0].strip().strip('"')
+    return Transcript(name, code, list(_utterances(file, lines, code, report)))
 
 
-def _utterances(file: Path, lines: list[str], code: str, report: DataReport) -> Iterator[Said]:
-    for tier in filter(None, map(_TIER.match, lines)):
-        example = f"{file.name}: *{tier[1]}: {_BULLET.sub('', tier[2]).strip()[:60]}"
-        if tier[1] != code:
+def _choose_speaker(file: Path, lines: list[str], speaker: str | None) -> str:
+    """The code of the speaker asked for, else PAR, else of the only speaker."""
+    codes = _speaker_codes(lines)
+    known = ", ".join(codes) or "none"
+    if speaker is not None:
+        if speaker not in codes:
+            raise DataError(f"{file}: no speaker {speaker!r}; its speakers are: {known}.")
+        return speaker
+    if "PAR" in codes:
+        return "PAR"
+    if len(codes) != 1:
+        raise DataError(
+            f"{file}: which speaker? It has no PAR; give the code of one of its speakers: {known}."
+        )
+    return codes[0]
+
+
+def _speaker_codes(lines: list[str]) -> list[str]:
+    """The codes of all speakers that a header declares or a tier belongs to."""
+    codes: dict[str, None] = {}  # a set in order
+    for header in _headers(lines, "Participants"):  # "PAR Ana Participant, INV Investigator"
+        for participant in header.split(","):
+            codes.update(dict.fromkeys(participant.split()[:1]))
+    for header in _headers(lines, "ID"):  # "language|corpus|code|..."
+        codes.update(dict.fromkeys(header.split("|")[2:3]))
+    for line in lines:
+        if tier := _TIER.match(line):
+            codes[tier[1]] = None
+    return list(codes)
+
+
+def _headers(lines: list[str], name: str) -> list[str]:
+    return [line.split(":", 1)[1].strip() for line in lines if line.startswith(f"@{name}:")]
+
+
+def _utterances(
+    file: Path, lines: list[str], code: str, report: DataReport
+) -> Iterator[ChatUtterance]:
+    for line in lines:
+        tier = _TIER.match(line)
+        if not tier:
+            continue
+        speaker, content = tier[1], tier[2]
+        example = f"{file.name}: *{speaker}: {_TIME_MARK.sub('', content).strip()[:60]}"
+        if speaker != code:
             report.leave_out("by another speaker", example)
             continue
-        marks, text = _BULLET.findall(tier[2]), clean_chat(_BULLET.sub(" ", tier[2]))
-        if reason := _reason_to_leave_out(marks, text):
+        marks = _TIME_MARK.findall(content)
+        text = clean_chat(_TIME_MARK.sub(" ", content))
+        reason = _reason_to_leave_out(marks, text)
+        if reason:
             report.leave_out(reason, example)
-        else:
-            yield Said(text, int(marks[0][0]) / 1000, int(marks[-1][1]) / 1000)
+            continue
+        yield ChatUtterance(text, start_s=int(marks[0][0]) / 1000, end_s=int(marks[-1][1]) / 1000)
 
 
 def _reason_to_leave_out(marks: list[tuple[str, str]], text: str) -> str | None:
@@ -104,95 +150,68 @@ def _reason_to_leave_out(marks: list[tuple[str, str]], text: str) -> str | None:
     return None if _UNINTELLIGIBLE.isdisjoint(words) else "unintelligible"
 
 
-def _header(lines: list[str], name: str) -> list[str]:
-    return [line.split(":", 1)[1].strip() for line in lines if line.startswith(f"@{name}:")]
-
-
-def _codes(lines: list[str]) -> list[str]:
-    """Every speaker that a header declares or a tier belongs to."""
-    people = [
-        person.split() for line in _header(lines, "Participants") for person in line.split(",")
-    ]
-    fields = [line.split("|") for line in _header(lines, "ID")]  # language|corpus|code|...
-    tiers = filter(None, map(_TIER.match, lines))
-    declared = [person[0] for person in people if person] + [
-        field[2] for field in fields if len(field) > 2
-    ]
-    return list(dict.fromkeys(declared + [tier[1] for tier in tiers]))
-
-
-def _code(file: Path, lines: list[str], speaker: str | None) -> str:
-    """Whose utterances to take: the one asked for, PAR, or the only speaker."""
-    codes = _codes(lines)
-    there = ", ".join(codes) or "none"
-    if speaker is not None and speaker not in codes:
-        raise DataError(f"{file}: no speaker {speaker!r}; its speakers are: {there}.")
-    if speaker is None and "PAR" not in codes and len(codes) != 1:
-        raise DataError(
-            f"{file}: which speaker? It has no PAR; give the code of one of its speakers: {there}."
-        )
-    return speaker or ("PAR" if "PAR" in codes else codes[0])
-
-
-def _media(file: Path, lines: list[str]) -> str:
-    headers = _header(lines, "Media")
-    if not headers:
-        raise DataError(
-            f"{file}: no @Media header; add '@Media:\t{file.stem}, audio' to name its recording."
-        )
-    return headers[0].split(",")[0].strip().strip('"')
-
-
 def clean_chat(text: str) -> str:
-    """The words that were said, without CHAT's codes: 'the [/] the wog [: dog] [x 2] (be)cause .'
-    -> 'the the dog dog because.'
+    """The words that were spoken, without CHAT's codes.
+
+    'the [/] the wog [: dog] [x 2] (be)cause .' -> 'the the dog dog because.'
 
     Time marks are not expected; unintelligible speech stays as xxx, yyy or www.
     """
-    text = _STUTTER.sub("", _OVERLAP.sub("", _LINKER.sub(" ", text)))
-    words = " ".join(filter(None, map(_clean_word, _resolve(text))))
-    words = re.sub(r"\s+(?=[.,?!;])", "", unicodedata.normalize("NFC", " ".join(words.split())))
-    return re.sub(r",+(?=[.,?!;])", "", words).lstrip(" ,;")
+    text = _LINKER.sub(" ", text)
+    text = _OVERLAP.sub("", text)
+    text = _STUTTER.sub("", text)
+    words = [_clean_word(word) for word in _apply_codes(text)]
+    text = " ".join(" ".join(words).split())
+    text = unicodedata.normalize("NFC", text)
+    text = re.sub(r"\s+(?=[.,?!;])", "", text)
+    return re.sub(r",+(?=[.,?!;])", "", text).lstrip(" ,;")
 
 
-def _resolve(text: str) -> list[str]:
-    """The words left when the codes in brackets have been applied to the word or <group> before them."""
+def _apply_codes(text: str) -> list[str]:
+    """Apply each code in brackets to the word or <group> before it; returns the words left."""
     stack: list[list[list[str]]] = [[]]  # open groups; each holds items, each item its words
     for token in _TOKEN.findall(text):
         if token == "<":
             stack.append([])
         elif token == ">":
-            _close(stack)
+            _close_group(stack)
         elif token.startswith("["):
-            _apply(token, stack[-1])
+            _apply_code(token, stack[-1])
         else:
             stack[-1].append([token])
     while len(stack) > 1:  # a group that was never closed
-        _close(stack)
+        _close_group(stack)
     return list(chain.from_iterable(stack[0]))
 
 
-def _close(stack: list[list[list[str]]]) -> None:
-    """The innermost group becomes one item of the group around it."""
+def _close_group(stack: list[list[list[str]]]) -> None:
+    """Turn the innermost group into one item of the group around it."""
     if len(stack) > 1:
         group = stack.pop()
         stack[-1].append(list(chain.from_iterable(group)))
 
 
-def _apply(code: str, items: list[list[str]]) -> None:
-    """Repeat or replace the last item; every other code (retraced, excluded, overlapped, explained) changes no word."""
-    repeated, replacement = _REPEATED.fullmatch(code), _REPLACEMENT.fullmatch(code)
+def _apply_code(code: str, items: list[list[str]]) -> None:
+    """Repeat or replace the last item.
+
+    Every other code (retraced, excluded, overlapped, explained) changes no word.
+    """
+    repeated = _REPEATED.fullmatch(code)
+    replacement = _REPLACEMENT.fullmatch(code)
     if items and repeated:
         items[-1] = items[-1] * max(1, int(repeated[1]))
     elif items and replacement:
-        items[-1] = ["xxx"] if replacement[1] == _UNKNOWN_TARGET else replacement[1].split()
+        unknown = replacement[1] == _UNKNOWN_TARGET
+        items[-1] = ["xxx"] if unknown else replacement[1].split()
 
 
 def _clean_word(word: str) -> str:
-    if _NOT_SAID.fullmatch(word):
+    """A word without its marks; empty if it is no word."""
+    if _NO_WORD.fullmatch(word):
         return ""
     word = _FORM.sub("", word).translate(_JOINERS).translate(_MARKS)
-    if not _GREEK.search(word.translate(_YAWN_OR_ASPIRATION)):
-        word = word.translate(_YAWN_OR_ASPIRATION)
+    latin = word.translate(_YAWN_OR_ASPIRATION)
+    if not _GREEK.search(latin):
+        word = latin
     word = "".join(c for c in word if unicodedata.category(c) not in _SYMBOLS)
-    return word if _HEARD.search(word) else ""
+    return word if _WORD_OR_PUNCTUATION.search(word) else ""

@@ -1,7 +1,8 @@
-"""What became of a data set's rows: how many are used in each split, how many are left out, and why.
+"""What became of a data set's rows: how many are used, how many are left out, and why.
 
-A recording or transcript that cannot be used is left out and named; the others go on. Recordings that are used though
-something is odd about them (clipped, quiet) are counted by what it is. Nothing here reads files.
+A recording or transcript that cannot be used is left out and named; the rest of the data set is
+used. Recordings that are used although something is odd about them (clipped, quiet) are counted by
+what is odd. Nothing here reads files.
 """
 
 import contextlib
@@ -9,8 +10,12 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
+from tiny_align.align.data.utterance import Utterance
 from tiny_align.runtime.errors import AudioError, DataError
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -28,50 +33,54 @@ class DataReport:
     """Filled while a data set is read and used; printed on stderr and part of the JSON document."""
 
     used: dict[str, int] = field(default_factory=dict)  # split -> rows
-    reasons: dict[str, Reason] = field(default_factory=dict)
-    notes: dict[str, Reason] = field(default_factory=dict)  # of rows that are used
-    _noted: set[str] = field(default_factory=set)
+    reasons: dict[str, Reason] = field(default_factory=dict)  # why rows were left out
+    notes: dict[str, Reason] = field(default_factory=dict)  # what is odd about rows that are used
+    _messages: set[str] = field(default_factory=set)  # that are counted in `notes`
 
     @property
     def left_out(self) -> int:
+        """How many rows were left out."""
         return sum(reason.count for reason in self.reasons.values())
 
     def leave_out(self, reason: str, example: str, count: int = 1) -> None:
-        """Count rows that are not used; the first example given for a reason is kept."""
+        """Count rows that are not used; the report shows the first example of each reason."""
         self.reasons.setdefault(reason, Reason(0, example)).count += count
 
-    def leave_out_utterance(self, utterance, error: str) -> None:
-        """Count one utterance and name it in the log; `error` says what is wrong with it, file name first or not."""
+    def leave_out_utterance(self, utterance: Utterance, error: str) -> None:
+        """Count one utterance and name it in the log.
+
+        Args:
+            error: what is wrong with it; may begin with the file's name.
+        """
         log.warning("left out %s: %s", utterance.audio, error)
-        said = error.replace(str(utterance.audio), utterance.audio.name)
-        example = (
-            said if said.startswith(utterance.audio.name) else f"{utterance.audio.name}: {said}"
-        )
-        self.leave_out(_kind(said, utterance.audio.name), example)
+        name = utterance.audio.name
+        message = error.replace(str(utterance.audio), name)
+        example = message if message.startswith(name) else f"{name}: {message}"
+        self.leave_out(_kind(message, name), example)
+
+    def add_note(self, message: str) -> None:
+        """Count what is odd about a recording, 'NAME: WHAT', each message once."""
+        if message in self._messages:
+            return
+        self._messages.add(message)
+        kind = _kind(message.partition(": ")[2], "")
+        self.notes.setdefault(kind, Reason(0, message)).count += 1
 
     @contextlib.contextmanager
-    def counting_notes(self) -> Iterator[None]:
-        """What reading audio notes in this block is counted here, each note once, instead of being logged."""
-        reading, handler = (
-            logging.getLogger("tiny_align.runtime.audio.samples"),
-            logging.Handler(logging.WARNING),
-        )
-        handler.emit = lambda record: self._note(record.getMessage())
-        reading.addHandler(handler)
-        propagated, reading.propagate = reading.propagate, False
+    def count_notes(self) -> Iterator[None]:
+        """Count the audio reader's warnings within this block instead of logging them."""
+        reader_log = logging.getLogger("tiny_align.runtime.audio.samples")
+        handler = _NoteHandler(self)
+        propagate = reader_log.propagate
+        reader_log.addHandler(handler)
+        reader_log.propagate = False
         try:
             yield
         finally:
-            reading.removeHandler(handler)
-            reading.propagate = propagated
+            reader_log.removeHandler(handler)
+            reader_log.propagate = propagate
 
-    def _note(self, note: str) -> None:
-        if note not in self._noted:
-            self._noted.add(note)
-            what = _kind(note.partition(": ")[2], "")
-            self.notes.setdefault(what, Reason(0, note)).count += 1
-
-    def first(self, utterances: list, n: int | None, where: str) -> list:
+    def first(self, utterances: list[Utterance], n: int | None, where: str) -> list[Utterance]:
         """The first `n` utterances (None: all); the others are left out."""
         rest = utterances[n:] if n is not None else []
         if rest:
@@ -79,52 +88,74 @@ class DataReport:
         return utterances[:n]
 
     def document(self) -> dict:
+        """The report as part of a command's JSON document."""
         reasons = [
-            {"reason": why, "count": r.count, "example": r.example}
-            for why, r in self.reasons.items()
+            {"reason": name, "count": reason.count, "example": reason.example}
+            for name, reason in self.reasons.items()
         ]
         notes = [
-            {"note": what, "count": r.count, "example": r.example} for what, r in self.notes.items()
+            {"note": name, "count": note.count, "example": note.example}
+            for name, note in self.notes.items()
         ]
         return {**self.used, "left_out": self.left_out, "reasons": reasons, "notes": notes}
 
     def __str__(self) -> str:
-        used = ", ".join(f"{count} {split}" for split, count in self.used.items())
-        noted = ", ".join(f"{what} ({r.count}, e.g. {r.example})" for what, r in self.notes.items())
-        parts = [
-            f"data: {used} used" if used else "",
-            self.explained(),
-            f"used, though: {noted}" if noted else "",
-        ]
-        return "; ".join(filter(None, parts))
+        parts = []
+        if self.used:
+            used = ", ".join(f"{count} {split}" for split, count in self.used.items())
+            parts.append(f"data: {used} used")
+        if self.reasons:
+            parts.append(self.explained())
+        if self.notes:
+            parts.append(f"used, though: {_enumerate(self.notes, ', ')}")
+        return "; ".join(parts)
 
     def explained(self) -> str:
-        """'left out 3: nothing was heard (2, e.g. ...); unintelligible (1, e.g. ...)', or nothing."""
-        reasons = [
-            f"{why} ({r.count}, e.g. {r.example.rstrip('.')})" for why, r in self.reasons.items()
-        ]
-        return f"left out {self.left_out}: {'; '.join(reasons)}" if reasons else ""
+        """'left out 3: without words (2, e.g. ...); unintelligible (1, e.g. ...)', or nothing."""
+        if not self.reasons:
+            return ""
+        return f"left out {self.left_out}: {_enumerate(self.reasons, '; ')}"
 
 
-def each_usable(utterances: Iterable, use: Callable, report: DataReport) -> Iterator[tuple]:
-    """(utterance, use(utterance)) for those that can be used; each other one is left out and named in `report`."""
+class _NoteHandler(logging.Handler):
+    """Gives the warnings of a logger to a report."""
+
+    def __init__(self, report: DataReport):
+        super().__init__(logging.WARNING)
+        self.report = report
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.report.add_note(record.getMessage())
+
+
+def each_usable(
+    utterances: Iterable[Utterance], use: Callable[[Utterance], T], report: DataReport
+) -> Iterator[tuple[Utterance, T]]:
+    """(utterance, use(utterance)) of each that can be used; `report` names the others."""
     for utterance in utterances:
         try:
-            with report.counting_notes():
+            with report.count_notes():
                 result = use(utterance)
         except (AudioError, DataError) as error:
             report.leave_out_utterance(utterance, str(error))
         except OSError as error:
             if error.filename != str(utterance.audio):
                 raise
-            report.leave_out_utterance(
-                utterance, f"{utterance.audio}: cannot be read ({error.strerror})"
-            )
+            message = f"{utterance.audio}: cannot be read ({error.strerror})"
+            report.leave_out_utterance(utterance, message)
         else:
             yield utterance, result
 
 
+def _enumerate(reasons: dict[str, Reason], separator: str) -> str:
+    items = []
+    for name, reason in reasons.items():
+        items.append(f"{name} ({reason.count}, e.g. {reason.example.rstrip('.')})")
+    return separator.join(items)
+
+
 def _kind(error: str, name: str) -> str:
-    """The first clause of an error without the file's name and numbers: 'lasts … s' for each that is too short."""
+    """The first clause of an error without its file and numbers: 'lasts … s' if too short."""
     clause = re.sub(rf"^{re.escape(name)}( \[[^\]]*\])?:?\s*", "", error)
-    return re.sub(r"-?\d[\d.]*", "…", re.split(r"[,;:(]", clause)[0]).strip(" .")
+    clause = re.split(r"[,;:(]", clause)[0]
+    return re.sub(r"-?\d[\d.]*", "…", clause).strip(" .")

@@ -1,14 +1,16 @@
-"""Encoder features on disk, computed once by the runtime's own encoder backend: we train on what is deployed.
+"""Encoder features on disk, computed once.
 
-One .npy file per recording, which appears whole: an encoding that was killed goes on with the next one. A person's
-features are read into memory; those of a large data set stay where they are (`Stored`).
+The runtime's own encoder backend computes them: we train on what is deployed.
+
+One .npy file per recording, which is written whole or not at all: an interrupted encoding continues
+with the next file. A user's features are read into memory; those of a large data set stay on disk
+(`Stored`).
 """
 
 import contextlib
 import hashlib
-import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,49 +19,47 @@ import numpy as np
 from tqdm import tqdm
 
 from tiny_align.align.data.augment import augment
-from tiny_align.align.data.datasets import Utterance
 from tiny_align.align.data.non_speech import non_speech
+from tiny_align.align.data.utterance import Utterance
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.errors import AudioError
 from tiny_align.runtime.files import ARRAY_ERRORS, written_file
 
 log = logging.getLogger(__name__)
 
-FORM = (
-    2  # of what is made of a recording before the encoder: features of another form are made again
-)
+FORM = 2  # part of every key: a new number where the encoder's input is made in another way
 
 
 @dataclass(frozen=True)
 class Stored:
-    """(N, Da) float32 in a .npy file. Files whose name is the same hold the same features."""
+    """Features (N, Da) float32 in a .npy file. Files of the same name hold the same features."""
 
     path: Path
 
 
 def array_of(features: np.ndarray | Stored) -> np.ndarray:
-    """(N, Da) float32; stored ones are mapped into memory for as long as somebody holds the array."""
+    """(N, Da) float32; stored features are mapped into memory while the array is in use."""
     if isinstance(features, Stored):
-        # as if writable: torch warns of arrays that are not
+        # "c": the array counts as writable, torch warns of others
         return np.load(features.path, mmap_mode="c", allow_pickle=False)
     return features
 
 
-def kept(path: Path, make: Callable[[], np.ndarray]) -> Path:
-    """The .npy file `path`, made and written unless it is there; one that is cut off or no array is made again.
+def ensure_array(path: Path, compute: Callable[[], np.ndarray]) -> Path:
+    """Compute and write the .npy file `path`, unless it is there and whole; returns `path`.
 
     Raises:
         TinyAlignError: it cannot be written.
     """
     if not path.exists() or not _is_whole(path):
-        array = make()
+        array = compute()
         with written_file(path) as temporary, open(temporary, "wb") as file:
             np.save(file, array)
     return path
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether the file is an array as long as its header says, as far as that is known without reading it."""
+    """Whether the file is an array and as long as its header says; the values are not read."""
     try:
         np.load(path, mmap_mode="r", allow_pickle=False).shape  # noqa: B018 - an archive has none
     except (*ARRAY_ERRORS, OSError, AttributeError) as error:
@@ -69,7 +69,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def utterance_key(assistant: Assistant, utterance: Utterance) -> str:
-    """Names an utterance's features: front end, encoder (graph and weights), the recording and its part of it."""
+    """Name an utterance's features by front end, encoder (graph and weights), file and segment."""
     digest = hashlib.sha256(assistant.bundle.manifest.encoder_key.encode())
     digest.update(utterance.audio.read_bytes())
     digest.update(f"{utterance.start_s} {utterance.end_s} {FORM}".encode())
@@ -83,50 +83,56 @@ def cached_features(
     quiet: bool = False,
     *,
     augmentation: int = 0,
-) -> list:
+) -> list[np.ndarray]:
     """(N, Da) float32 per utterance, read from `folder` or encoded and written there.
 
     Args:
-        augmentation: 0 for the recordings as they are, k for the k-th augmentation of each (augment.py).
+        augmentation: 0: the recordings as they are; k: the k-th augmentation of each (augment.py).
+
     Raises:
         AudioError: a recording that cannot be used, named in the message.
     """
-    shown = tqdm(utterances, desc="encode", unit="utt", disable=quiet, mininterval=0.5)
-    return [
-        np.load(cached_file(assistant, u, folder, augmentation=augmentation), allow_pickle=False)
-        for u in shown
-    ]
+    features = []
+    for utterance in tqdm(utterances, desc="encode", unit="utt", disable=quiet, mininterval=0.5):
+        file = cached_file(assistant, utterance, folder, augmentation=augmentation)
+        features.append(np.load(file, allow_pickle=False))
+    return features
 
 
 def cached_file(
     assistant: Assistant, utterance: Utterance, folder: Path, *, augmentation: int = 0
 ) -> Path:
-    """Where in `folder` an utterance's features lie, encoded and written there unless they are."""
+    """The file of an utterance's features in `folder`, encoded and written unless it is there."""
     key = utterance_key(assistant, utterance)
-    rng = np.random.default_rng([augmentation, int(key[:8], 16)])
-    path = folder / (f"{key}-{augmentation}.npy" if augmentation else f"{key}.npy")
-    return kept(path, lambda: _encode(assistant, utterance, rng, augmentation > 0))
+    name = f"{key}-{augmentation}.npy" if augmentation else f"{key}.npy"
 
+    def encode() -> np.ndarray:
+        audio = utterance.load(assistant.sample_rate)
+        if augmentation:
+            rng = np.random.default_rng([augmentation, int(key[:8], 16)])
+            audio = augment(audio, assistant.sample_rate, rng)
+        return assistant.features(audio)
 
-def _encode(
-    assistant: Assistant, utterance: Utterance, rng: np.random.Generator, varied: bool
-) -> np.ndarray:
-    audio = utterance.load(assistant.sample_rate)
-    return assistant.features(augment(audio, assistant.sample_rate, rng) if varied else audio)
+    return ensure_array(folder / name, encode)
 
 
 def non_speech_files(assistant: Assistant, n: int, seed: int, folder: Path) -> list[Path]:
-    """Where in `folder` the features of `n` sounds without a word lie, encoded and written there unless they are."""
-    return list(itertools.islice(_wordless_files(assistant, seed, folder), n))
+    """The files of the features of `n` non-speech sounds in `folder`.
+
+    What is not there is encoded and written. A sound may be too short for the encoder (a knock):
+    the next one takes its place.
+    """
+    prefix = f"nothing-{assistant.bundle.manifest.encoder_key[:16]}-{seed}"
+    files: list[Path] = []
+    i = 0
+    while len(files) < n:
+        with contextlib.suppress(AudioError):
+            file = folder / f"{prefix}-{i}.npy"
+            files.append(ensure_array(file, partial(_encode_sound, assistant, seed, i)))
+        i += 1
+    return files
 
 
-def _wordless_files(assistant: Assistant, seed: int, folder: Path) -> Iterator[Path]:
-    def features(i: int) -> np.ndarray:
-        return assistant.features(
-            non_speech(np.random.default_rng([seed, i]), assistant.sample_rate)
-        )
-
-    name = f"nothing-{assistant.bundle.manifest.encoder_key[:16]}-{seed}"
-    for i in itertools.count():
-        with contextlib.suppress(AudioError):  # a knock may be too short to be looked at
-            yield kept(folder / f"{name}-{i}.npy", partial(features, i))
+def _encode_sound(assistant: Assistant, seed: int, i: int) -> np.ndarray:
+    sound = non_speech(np.random.default_rng([seed, i]), assistant.sample_rate)
+    return assistant.features(sound)

@@ -1,46 +1,61 @@
-"""A projector on whole utterances in training, window by window as the runtime has it (runtime/windows.py)."""
+"""Project whole utterances in training, window by window as in use (runtime/windows.py)."""
+
+from itertools import islice
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from tiny_align.align.model.projector import BridgeFormer
 from tiny_align.runtime.windows import WindowSpec
 
-TOGETHER = (
-    8  # windows padded to the longest of them: more would be more padding, fewer smaller products
-)
+# Windows that are padded to the longest of them and projected together. More would mean more
+# padding, fewer would mean smaller matrix products.
+GROUP = 8
 
 
-def project(projector, takes: list[Tensor], windows: WindowSpec | None) -> tuple[Tensor, Tensor]:
-    """What a projector gives for utterances, each window by itself, and how many rows of each count.
+def project(
+    projector: BridgeFormer, features: list[Tensor], windows: WindowSpec | None
+) -> tuple[Tensor, Tensor]:
+    """Project utterances, each window by itself.
 
     Args:
-        takes: (N, Da) features each, the windows' one after another.
+        features: (N, Da) of each utterance, its windows one after another.
         windows: how speech is cut; None: not at all.
+
     Returns:
-        (B, T, ...) padded, and (B,).
+        Vectors (B, T, ...), padded, and how many of them belong to each utterance, (B,).
     """
-    parts = [take.split(windows.n_features) if windows else [take] for take in takes]
-    each = iter(_one_by_one(projector, [part for utterance in parts for part in utterance]))
-    rows = [[next(each) for _ in utterance] for utterance in parts]
-    joined = [
-        torch.cat([r[which] for r, which in zip(u, windows.keep_slices(len(u)))])
-        if windows
-        else u[0]
-        for u in rows
-    ]
-    return torch.nn.utils.rnn.pad_sequence(joined, batch_first=True), torch.tensor(
-        [len(r) for r in joined]
-    )
+    pieces: list[Tensor] = []  # the windows of all utterances
+    n_pieces = []  # of each utterance
+    for utterance in features:
+        split = utterance.split(windows.n_features) if windows else [utterance]
+        pieces.extend(split)
+        n_pieces.append(len(split))
+    projected = iter(_project_pieces(projector, pieces))
+    vectors = [_join(list(islice(projected, n)), windows) for n in n_pieces]
+    lengths = torch.tensor([len(utterance) for utterance in vectors])
+    return pad_sequence(vectors, batch_first=True), lengths
 
 
-def _one_by_one(projector, parts: list[Tensor]) -> list[Tensor]:
-    """Of each part (N, Da) what the projector gives, (T, ...); those of about the same length go together."""
-    given, order = [None] * len(parts), sorted(range(len(parts)), key=lambda i: len(parts[i]))
-    for group in (order[i : i + TOGETHER] for i in range(0, len(order), TOGETHER)):
-        n_frames = torch.tensor([len(parts[i]) for i in group])
-        out = projector(
-            torch.nn.utils.rnn.pad_sequence([parts[i] for i in group], batch_first=True), n_frames
-        )
-        for i, row, n in zip(group, out, projector.output_lengths(n_frames)):
-            given[i] = row[:n]
-    return given
+def _join(vectors: list[Tensor], windows: WindowSpec | None) -> Tensor:
+    """The vectors of an utterance's windows without the margins at the cuts, (T, ...)."""
+    if windows is None:
+        return vectors[0]
+    slices = windows.keep_slices(len(vectors))
+    return torch.cat([window[keep] for window, keep in zip(vectors, slices)])
+
+
+def _project_pieces(projector: BridgeFormer, pieces: list[Tensor]) -> list[Tensor]:
+    """(N, Da) features -> (T, ...) vectors of each piece; pieces of similar length go together."""
+    by_length = sorted(range(len(pieces)), key=lambda i: len(pieces[i]))
+    vectors: dict[int, Tensor] = {}  # place in `pieces` -> vectors
+    for start in range(0, len(pieces), GROUP):
+        group = by_length[start : start + GROUP]
+        batch = [pieces[i] for i in group]
+        n_frames = torch.tensor([len(piece) for piece in batch])
+        output = projector(pad_sequence(batch, batch_first=True), n_frames)
+        lengths = projector.output_lengths(n_frames)
+        for i, piece_output, length in zip(group, output, lengths):
+            vectors[i] = piece_output[:length]
+    return [vectors[i] for i in range(len(pieces))]

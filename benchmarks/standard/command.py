@@ -13,10 +13,19 @@ import os
 import re
 import sys
 import time
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tiny_align.runtime.commands.options import (
+    ShippedBundleOptions,
+    ShippedDataOptions,
+    ThreadOptions,
+    add_options,
+    option,
+    read_options,
+)
 from tiny_align.runtime.errors import TinyAlignError
 from tiny_align.runtime.files import write_errors
 
@@ -28,31 +37,29 @@ ALL = "all"
 DIFF = "diff"
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions(ThreadOptions, ShippedDataOptions, ShippedBundleOptions):
+    parts: tuple[str, ...] = field(
+        metadata=option(
+            f"{', '.join(NAMES)}, {ALL}; or {DIFF} A.json B.json", metavar="PART", positional=True
+        )
+    )
+    short: bool = field(
+        default=False, metadata=option("a few minutes, to see that everything works")
+    )
+    out: Path = field(
+        default=Path("tiny-align-bench"), metadata=option("folder for the results", metavar="DIR")
+    )
+    slow: tuple[str, ...] = field(
+        default=(),
+        metadata=option(
+            "slow a stage down, to see that `diff` reports it", metavar="STAGE=1.2", repeat=True
+        ),
+    )
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "parts",
-        nargs="+",
-        metavar="PART",
-        help=f"{', '.join(NAMES)}, {ALL}; or {DIFF} A.json B.json",
-    )
-    parser.add_argument("--bundle", type=Path, help="bundle (default: the shipped one)")
-    parser.add_argument("--data", type=Path, help="recordings (default: the shipped ones)")
-    parser.add_argument(
-        "--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all cores)"
-    )
-    parser.add_argument(
-        "--short", action="store_true", help="a few minutes: to see that everything works"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("tiny-align-bench"), help="folder of the results"
-    )
-    parser.add_argument(
-        "--slow",
-        action="append",
-        default=[],
-        metavar="STAGE=1.2",
-        help="slow a stage down, to see `diff` report it",
-    )
+    add_options(parser, BenchOptions)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -61,31 +68,32 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         TinyAlignError: an unknown part, or results that cannot be compared.
     """
-    if args.parts[0] == DIFF:
-        return compare_files(args)
-    names = list(NAMES) if ALL in args.parts else list(dict.fromkeys(args.parts))
+    options = read_options(args, BenchOptions)
+    if options.parts[0] == DIFF:
+        return compare_files(options, quiet=args.json)
+    names = list(NAMES) if ALL in options.parts else list(dict.fromkeys(options.parts))
     for name in names:
         if name not in NAMES:
             raise TinyAlignError(
                 f"expected a part of {', '.join(NAMES)}, {ALL} and {DIFF}, got {name!r}"
             )
-    return measure(args, names)
+    return measure(options, names, quiet=args.json)
 
 
-def compare_files(args: argparse.Namespace) -> dict[str, Any]:
+def compare_files(options: BenchOptions, quiet: bool) -> dict[str, Any]:
     """`tiny-align bench diff`."""
     from tiny_align.benchmarks.standard import diff, results
 
-    if len(args.parts) != 3:
+    if len(options.parts) != 3:
         raise TinyAlignError(f"{DIFF} takes two results: tiny-align bench {DIFF} A.json B.json")
-    path_a, path_b = args.parts[1:]
+    _, path_a, path_b = options.parts
     found = diff.compare(results.read(Path(path_a)), results.read(Path(path_b)))
-    if not args.json:
+    if not quiet:
         print(diff.table(found))
     return found | {"exit_status": int(bool(found["regressions"]))}
 
 
-def measure(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
+def measure(options: BenchOptions, names: list[str], quiet: bool) -> dict[str, Any]:
     """Measure the named parts and write the result, its report and its pictures."""
     from tqdm import tqdm
 
@@ -93,9 +101,9 @@ def measure(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
     from tiny_align.benchmarks.standard import results, tables
     from tiny_align.benchmarks.standard.harness import machine_state
 
-    setting = make_setting(args)
-    with write_errors(args.out):  # before anything long
-        args.out.mkdir(parents=True, exist_ok=True)
+    setting = make_setting(options)
+    with write_errors(options.out):  # before anything long
+        options.out.mkdir(parents=True, exist_ok=True)
     result = stamp(names, setting)
     began = time.perf_counter()
     parts = {}
@@ -107,25 +115,24 @@ def measure(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
     result["after"] = machine_state()
     result["parts"] = parts
 
-    path = args.out / f"{results.machine_name(result['machine'])}.json"
-    with write_errors(args.out):
+    path = options.out / f"{results.machine_name(result['machine'])}.json"
+    with write_errors(options.out):
         results.write(path, result)
         tables.write(path, result)
-    if not args.json:
+    if not quiet:
         print(tables.markdown(result))
     return result | {"path": str(path)}
 
 
-def make_setting(args: argparse.Namespace) -> "Setting":
-    from tiny_align.align.commands.demo import shipped
+def make_setting(options: BenchOptions) -> "Setting":
     from tiny_align.benchmarks.standard.parts import Setting
 
     return Setting(
-        bundle=str(args.bundle or shipped("bundle")),
-        data=str(args.data or shipped("voice")),
-        threads=args.threads,
-        short=args.short,
-        slow=tuple(parse_slow(text) for text in args.slow),
+        bundle=str(options.bundle),
+        data=str(options.data),
+        threads=options.threads or os.cpu_count() or 1,
+        short=options.short,
+        slow=tuple(parse_slow(text) for text in options.slow),
     )
 
 

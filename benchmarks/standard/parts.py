@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tiny_align.align.commands.evaluate import rouge
+from tiny_align.align.evaluation.quality import rouge
 from tiny_align.benchmarks.standard import growth as growth_curves
 from tiny_align.benchmarks.standard.harness import (
     Samples,
@@ -154,21 +154,22 @@ def training(setting: Setting) -> dict[str, Any]:
 
 def train_user(setting: Setting) -> dict[str, Any]:
     """A projector trained as `tiny-align align` does it, measured before and after."""
-    from tiny_align.align.commands.align import TrainingLimits, personalise
     from tiny_align.align.data.datasets import load_dataset
+    from tiny_align.align.training.align_user import align_user
+    from tiny_align.align.training.limits import TrainingLimits
 
     utterances = load_dataset(Path(setting.data))
     limits = TrainingLimits(threads=1, steps=setting.steps)
     with tempfile.TemporaryDirectory() as users:
-        result, _, _ = personalise(Path(setting.bundle), utterances, "bench", Path(users), limits)
+        result, _, _ = align_user(Path(setting.bundle), utterances, "bench", Path(users), limits)
     result = {name: value for name, value in result.items() if name not in ("path", "user")}
     return result | {"peak_bytes": peak_memory_bytes()}
 
 
 def quality(setting: Setting) -> dict[str, Any]:
     """The general projector on a new voice, exact typed answers, and answers to non-speech."""
-    from tiny_align.align.commands.evaluate import evaluate
     from tiny_align.align.data.non_speech import non_speech
+    from tiny_align.align.evaluation.quality import evaluate
     from tiny_align.reference import corpus
 
     rng = np.random.default_rng(77)

@@ -19,7 +19,7 @@ import numpy as np
 from tiny_align.benchmarks.standard.stages import ANSWER, FIRST, PER_TOKEN
 from tiny_align.engines.plain_decoder import PlainDecoder
 from tiny_align.export.pretrained import load_pretrained
-from tiny_align.runtime.assistant import Assistant
+from tiny_align.runtime.assistant import Assistant, User
 from tiny_align.runtime.backends.base import Decoder, Runner, Scores
 from tiny_align.runtime.backends.registry import load_runner
 from tiny_align.runtime.bundle.bundle import Bundle
@@ -79,7 +79,12 @@ class Cascade(Assistant):
     """The encoder's own transcript, read by the LLM as text: what there is without a projector."""
 
     def stream(
-        self, audio: np.ndarray, instruction: str | None = None, decoding: Decoding = Decoding()
+        self,
+        audio: np.ndarray,
+        instruction: str | None = None,
+        decoding: Decoding = Decoding(),
+        *,
+        user: User = None,
     ):
         began = time.perf_counter()
         letters = self.transcript(audio)

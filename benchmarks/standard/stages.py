@@ -1,82 +1,58 @@
-"""One answer, stage by stage: timers put around the runtime's own calls, so that what is timed is what runs.
+"""One answer, stage by stage, by timers that observe the runtime (`Assistant.observe`).
 
-A stage's seconds are its own, without those of the stages that it calls, on the harness's clock. What no timer is
-around is the answer's unexplained share. Everything runs in one thread, one stage after another: what a session's two
-threads add or save is for the caller to measure. The runtime knows nothing of it; a name that it no longer has fails.
+A stage's seconds are its own, without those of the stages inside it, on the harness's clock. What
+is in no stage is the answer's unexplained share. Everything runs in one thread, one stage after
+another: what a session's two threads add or save is for the caller to measure.
 """
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
-from unittest import mock
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 
 from tiny_align.benchmarks.standard.harness import Side, now
-from tiny_align.runtime import assistant as assistant_module
 from tiny_align.runtime.assistant import Assistant
-from tiny_align.runtime.llm import TextStream
-from tiny_align.runtime.readout import CtcReader, PooledReader
-from tiny_align.runtime.session import Session
+from tiny_align.runtime.stages import STAGES
 
-FIRST, PER_TOKEN, ANSWER = "to first token", "per token", "answer"
-STAGES = ("front end", "encoder", "projector", "readout", "prompt", "prefill", "decode", "text")
+__all__ = ["ANSWER", "FIRST", "PER_TOKEN", "STAGES", "Timers", "answering", "timing", "unexplained"]
 
-
-class InTurn:
-    """Instead of a session's threads: everything at once, so that stages do not overlap."""
-
-    def encode(self, work: Callable, *args) -> Future:
-        done = Future()
-        done.set_result(work(*args))
-        return done
-
-    prefill = encode
-
-
-def points(assistant: Assistant) -> list[tuple[object, str, str]]:
-    """Owner, attribute and stage of every call that is timed."""
-    return [
-        (assistant_module, "check_audio", "front end"),
-        (Session, "push", "front end"),  # the checks and the cutting
-        (Session, "finish", "front end"),
-        (assistant, "project_window", "front end"),  # all of it but the graphs
-        (assistant._encoder, "_run", "encoder"),
-        (assistant._projector, "_run", "projector"),
-        (Session, "_heard", "readout"),  # which makes the reader
-        (CtcReader, "push", "readout"),
-        (CtcReader, "finish", "readout"),
-        (PooledReader, "push", "readout"),
-        (assistant.llm, "around", "prompt"),
-        (Session, "_begin", "prompt"),
-        (Session, "_read", "prefill"),
-        (Session, "_ask", "prefill"),
-        (Session, "_extend", "prefill"),
-        (Session, "_step", "decode"),
-        (TextStream, "push", "text"),
-    ]
+FIRST = "to first token"
+PER_TOKEN = "per token"
+ANSWER = "answer"
 
 
 class Timers:
-    """Seconds of each stage's own since they were put in place."""
+    """Seconds of each stage's own since they were made."""
 
-    def __init__(self, slow: dict[str, float]):
-        self.seconds, self._slow = dict.fromkeys(STAGES, 0.0), slow
-        self._inner: list[float] = []  # of each open call, the seconds of the calls inside of it
+    def __init__(self, slow: dict[str, float]) -> None:
+        """slow: stage -> how many times as long it takes, to see it reported."""
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self.slow = slow
+        self.inner: list[float] = []  # of each open stage, the seconds of the stages inside it
 
-    def around(self, call: Callable, stage: str) -> Callable:
-        def timed(*args, **kwargs):
-            self._inner.append(0.0)
-            began = now()
-            try:
-                return call(*args, **kwargs)
-            finally:
-                own = now() - began - self._inner.pop()
-                self.seconds[stage] += own + waste(own * (self._slow.get(stage, 1.0) - 1.0))
-                if self._inner:
-                    self._inner[-1] += now() - began
+    def stage(self, name: str) -> AbstractContextManager[None]:
+        """A context in which the stage runs once, on one thread for all of them."""
+        return _Timer(self, name)
 
-        return timed
+
+class _Timer(AbstractContextManager[None]):
+    """Times one run of a stage."""
+
+    def __init__(self, timers: Timers, name: str) -> None:
+        self._timers = timers
+        self._name = name
+
+    def __enter__(self) -> None:
+        self._timers.inner.append(0.0)
+        self._began = now()
+
+    def __exit__(self, *_: object) -> None:
+        timers = self._timers
+        own = now() - self._began - timers.inner.pop()
+        factor = timers.slow.get(self._name, 1.0)
+        timers.seconds[self._name] += own + waste(own * (factor - 1.0))
+        if timers.inner:
+            timers.inner[-1] += now() - self._began
 
 
 def waste(seconds: float) -> float:
@@ -89,25 +65,20 @@ def waste(seconds: float) -> float:
 
 @contextmanager
 def timing(assistant: Assistant, slow: dict[str, float] | None = None) -> Iterator[Timers]:
-    """Timers around the assistant's calls, one after another in this thread.
+    """Timers of the assistant's stages, which run one after another in this thread.
 
     Args:
         slow: stage -> how many times as long it takes, to see it reported.
     """
     timers = Timers(slow or {})
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(assistant, "threads", InTurn()))
-        for owner, name, stage in points(assistant):
-            stack.enter_context(
-                mock.patch.object(owner, name, timers.around(getattr(owner, name), stage))
-            )
+    with assistant.observe(timers, one_thread=True):
         yield timers
 
 
 def answering(
     assistant: Assistant, audio: np.ndarray, slow: dict[str, float] | None = None
 ) -> Side:
-    """A side that answers the recording (S,): its stages, and what a person notices."""
+    """A side that answers the recording (S,): its stages, and what a user notices."""
 
     def side() -> dict[str, float]:
         with timing(assistant, slow) as timers:

@@ -31,8 +31,8 @@ import numpy as np
 from tqdm import tqdm
 
 from tiny_align.align.commands.demo import shipped
-from tiny_align.align.commands.evaluate import evaluate
 from tiny_align.align.data.datasets import load_dataset
+from tiny_align.align.evaluation.quality import evaluate
 from tiny_align.benchmarks import finish, new_parser, stamp
 from tiny_align.benchmarks.standard.markdown import grid
 from tiny_align.benchmarks.standard.processes import resident_bytes
@@ -40,6 +40,8 @@ from tiny_align.benchmarks.standard.speakers import speakers_of
 from tiny_align.runtime import Assistant, Decoding
 from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.errors import AudioError
+from tiny_align.runtime.projectors import LoadedProjector
+from tiny_align.runtime.readout import Reader
 from tiny_align.runtime.session import Session
 
 RESULTS = Path(__file__).parents[1] / "results" / "streaming.json"
@@ -70,14 +72,30 @@ class PacedReader:
         return self._table[:0]
 
 
+class PacedAssistant(Assistant):
+    """An assistant whose readers are paced."""
+
+    table: np.ndarray  # (K, D)
+    vectors_per_token: float
+
+    def reader(self, projector: LoadedProjector | None = None) -> Reader:
+        return PacedReader(self.table, self.vectors_per_token)
+
+
 def load_assistant(bundle: Bundle, windows: bool, threads: int, pace: float | None) -> Assistant:
-    """The bundle with its windows or without; `pace`: soft tokens per second of speech."""
+    """The bundle with its windows or without.
+
+    Args:
+        pace: soft tokens per second of speech, for an untrained projector; None: its own.
+    """
     manifest = bundle.manifest if windows else dataclasses.replace(bundle.manifest, windows=None)
-    assistant = Assistant.load(Bundle(bundle.path, manifest), threads=threads)
-    if pace:
-        vectors_per_s = assistant.sample_rate / bundle.manifest.windows.vector_samples
-        table = assistant.llm.embed(np.arange(100))
-        assistant.reader = lambda: PacedReader(table, vectors_per_s / pace)
+    chosen = Bundle(bundle.path, manifest)
+    if not pace:
+        return Assistant.load(chosen, threads=threads)
+    assistant = PacedAssistant.load(chosen, threads=threads)
+    assistant.table = assistant.llm.embed(np.arange(100))
+    vectors_per_s = assistant.sample_rate / bundle.manifest.windows.vector_samples
+    assistant.vectors_per_token = vectors_per_s / pace
     return assistant
 
 

@@ -133,11 +133,11 @@ def make_objective(
 def make_batch(shape: Shape, n_tokens: int) -> "list[Example]":
     """A batch and a validation set: noise for features, random words of the speech vocabulary."""
     from tiny_align.align.data.examples import Example
-    from tiny_align.align.training.trainer import MIN_JUDGES
+    from tiny_align.align.training.validation import MIN_VALIDATION
 
     rng = np.random.default_rng(0)
     examples = []
-    for _ in range(BATCH + MIN_JUDGES):
+    for _ in range(BATCH + MIN_VALIDATION):
         features = rng.standard_normal((FEATURES, FEATURE_SIZE)).astype(np.float32)
         answer = tuple(rng.integers(shape.vocabulary, size=ANSWER).tolist())
         words = rng.integers(n_tokens, size=WORDS).tolist()
@@ -178,7 +178,7 @@ def train(shape: Shape, form: Form, steps: int) -> dict[str, Any]:
     )
     sizes = {
         "feature_size": FEATURE_SIZE,
-        "near_size": FEATURE_SIZE,
+        "shortcut_size": FEATURE_SIZE,
         "embedding_size": shape.hidden,
         "soft_tokens": None if form.objective == "ctc" else SOFT_TOKENS,
         "kind": "bridgeformer",

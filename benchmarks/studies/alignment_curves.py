@@ -10,15 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tiny_align.align.commands.align import (
-    embedding_table,
-    make_examples,
-    rehearsal_examples,
-)
-from tiny_align.align.commands.evaluate import EncodedUtterance
 from tiny_align.align.data.datasets import load_dataset, split_of
+from tiny_align.align.data.examples import embedding_table, make_examples
 from tiny_align.align.data.feature_cache import non_speech_files
 from tiny_align.align.data.non_speech import hiss
+from tiny_align.align.data.rehearsal import rehearsal_examples
+from tiny_align.align.evaluation.quality import EncodedUtterance
 from tiny_align.align.model.users import load_projector
 from tiny_align.align.training.trainer import Trainer, TrainOptions
 from tiny_align.benchmarks.standard.markdown import grid

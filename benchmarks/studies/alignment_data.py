@@ -8,22 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tiny_align.align.commands.align import (
-    AUGMENTATIONS,
-    make_examples,
-    rehearsal_examples,
-)
-from tiny_align.align.commands.evaluate import (
+from tiny_align.align.data.datasets import load_dataset, split_of
+from tiny_align.align.data.examples import make_examples
+from tiny_align.align.data.feature_cache import cached_features
+from tiny_align.align.data.rehearsal import rehearsal_examples
+from tiny_align.align.evaluation.quality import (
     EncodedUtterance,
     Quality,
     encode_utterances,
     rouge,
     score,
 )
-from tiny_align.align.data.datasets import load_dataset, split_of
-from tiny_align.align.data.feature_cache import cached_features
 from tiny_align.align.model.objectives import POOLED
 from tiny_align.align.model.windows import project
+from tiny_align.align.training.align_user import AUGMENTATIONS
 from tiny_align.benchmarks.standard.pipelines import WEIGHTS
 from tiny_align.export.pretrained import load_pretrained
 from tiny_align.reference import corpus, recordings, speech

@@ -8,18 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tiny_align.align.commands.align import (
-    embedding_table,
-    rehearsal_examples,
-)
-from tiny_align.align.commands.evaluate import (
+from tiny_align.align.data.examples import embedding_table
+from tiny_align.align.data.rehearsal import rehearsal_examples
+from tiny_align.align.evaluation.quality import (
     Quality,
     rouge,
     score,
 )
 from tiny_align.align.model.objectives import FRAMED
 from tiny_align.align.model.projector import build_projector
-from tiny_align.align.training.trainer import JUDGEMENT, Trainer, TrainOptions
+from tiny_align.align.training.trainer import Trainer, TrainOptions
+from tiny_align.align.training.validation import Score
 from tiny_align.benchmarks.standard.markdown import grid
 from tiny_align.benchmarks.standard.pipelines import WEIGHTS
 from tiny_align.benchmarks.standard.processes import peak_memory_bytes
@@ -146,26 +145,26 @@ class _Table:
         projector = self.new_projector(TUNING_SEED)
         record = self.train(projector, self.known, RATES[0], 10, TUNING_SEED)
         step_s = record["train_seconds"] / 10
-        errors = {}
+        scores = {}
         for rate in RATES:
             projector = self.new_projector(TUNING_SEED)
             steps = steps_in(self.setting.budget_s / 2, step_s)
             record = self.train(projector, self.known, rate, steps, TUNING_SEED)
-            errors[rate] = last_error(record)
+            scores[rate] = Score.from_curve(record["curve"][-1])
             step_s = record["train_seconds"] / record["steps"]
-        return min(errors, key=errors.__getitem__), step_s
+        return min(scores, key=scores.__getitem__), step_s
 
     def tune_personal(self, projector: "BridgeFormer", general: dict) -> tuple[float, int]:
         """The rate with the lowest validation error for the first voice, and how many steps."""
         examples = self.voices[VOICES[0]]
         record = self.train(projector, examples, PERSONAL_RATES[0], 10, TUNING_SEED, personal=True)
         steps = steps_in(self.setting.personal_s, record["train_seconds"] / 10)
-        errors = {}
+        scores = {}
         for rate in PERSONAL_RATES:
             projector.load_state_dict(general)
             record = self.train(projector, examples, rate, steps, TUNING_SEED, personal=True)
-            errors[rate] = last_error(record)
-        return min(errors, key=errors.__getitem__), steps
+            scores[rate] = Score.from_curve(record["curve"][-1])
+        return min(scores, key=scores.__getitem__), steps
 
     def budget_point(self, seconds: float, rate: float, step_s: float) -> dict[str, float]:
         """Known voices' ROUGE-L after a training of so many seconds, with a schedule of its own."""
@@ -255,12 +254,6 @@ def frozen_llm(assistant: Assistant, weights: Path = WEIGHTS / "llm") -> "Frozen
 
 def steps_in(seconds: float, step_s: float) -> int:
     return max(10, round(seconds / step_s))
-
-
-def last_error(record: dict[str, Any]) -> tuple[float, ...]:
-    """The validation error at the end of a training, in the trainer's own measure."""
-    last = record["curve"][-1]
-    return tuple(last[name] for name in JUDGEMENT)
 
 
 def instruction_effect(instructed: Quality, uninstructed: Quality) -> dict[str, dict[str, float]]:

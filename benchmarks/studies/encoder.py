@@ -24,8 +24,8 @@ import transformers
 from tqdm import tqdm
 
 from tiny_align.align.commands.demo import shipped
-from tiny_align.align.commands.evaluate import evaluate
 from tiny_align.align.data.datasets import load_dataset
+from tiny_align.align.evaluation.quality import evaluate
 from tiny_align.benchmarks import finish, new_parser, stamp
 from tiny_align.benchmarks.standard.harness import StoppingRule, alternate, make_side, spread
 from tiny_align.benchmarks.standard.markdown import grid

@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from tiny_align.align.commands.evaluate import evaluate
 from tiny_align.align.data.datasets import load_dataset, split_of
+from tiny_align.align.evaluation.quality import evaluate
 from tiny_align.benchmarks.standard.harness import spread
 from tiny_align.benchmarks.standard.pipelines import tensorrt_problem
 from tiny_align.benchmarks.standard.processes import peak_memory_bytes

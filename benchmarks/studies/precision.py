@@ -24,8 +24,8 @@ import numpy as np
 from tqdm import tqdm
 
 from tiny_align.align.commands.demo import shipped
-from tiny_align.align.commands.evaluate import EncodedUtterance, encode_utterances, score
 from tiny_align.align.data.datasets import load_dataset, split_of
+from tiny_align.align.evaluation.quality import EncodedUtterance, encode_utterances, score
 from tiny_align.benchmarks import finish, new_parser, stamp
 from tiny_align.benchmarks.standard.markdown import grid
 from tiny_align.benchmarks.standard.speakers import data_folders

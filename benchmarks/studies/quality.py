@@ -14,10 +14,11 @@ from typing import Any
 
 import soundfile
 
-from tiny_align.align.commands.align import TrainingLimits, personalise
 from tiny_align.align.commands.demo import shipped
-from tiny_align.align.commands.evaluate import evaluate
 from tiny_align.align.data.datasets import Utterance, load_dataset
+from tiny_align.align.evaluation.quality import evaluate
+from tiny_align.align.training.align_user import align_user
+from tiny_align.align.training.limits import TrainingLimits
 from tiny_align.benchmarks import finish, new_parser, stamp
 from tiny_align.benchmarks.standard.markdown import grid
 from tiny_align.benchmarks.standard.speakers import speakers_of
@@ -62,7 +63,7 @@ def known_voices(assistant: Assistant, n: int, folder: Path) -> dict[str, float]
 
 def train_user(bundle: Path, data: Path, name: str, users: Path) -> dict[str, Any]:
     """Train on the train split on one core; before and after on the test split."""
-    result, _, _ = personalise(bundle, load_dataset(data), name, users, TrainingLimits(threads=1))
+    result, _, _ = align_user(bundle, load_dataset(data), name, users, TrainingLimits(threads=1))
     return {key: value for key, value in result.items() if key not in ("path", "user")}
 
 

@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from tiny_align.align.commands.align import TrainingLimits, personalise
 from tiny_align.align.commands.demo import shipped
 from tiny_align.align.data.datasets import load_dataset, split_of
-from tiny_align.align.word_errors import error_rates
+from tiny_align.align.evaluation.word_errors import error_rates
+from tiny_align.align.training.align_user import align_user
+from tiny_align.align.training.limits import TrainingLimits
 from tiny_align.runtime import Assistant, Decoding
 from tiny_align.runtime.audio.samples import read_audio
 from tiny_align.runtime.listening.endpoint import Endpointer
@@ -185,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
         if user is None:
             user = "measured"
             users = Path(folder)
-            personalise(args.bundle, utterances, user, users, TrainingLimits(threads=1))
+            align_user(args.bundle, utterances, user, users, TrainingLimits(threads=1))
         recordings = [(u.text, u.load(RATE)) for u in split_of(utterances, "test")]
         with Assistant.load(args.bundle, user, users=users, threads=1) as assistant:
             rows = measure(assistant, recordings)

@@ -1,62 +1,92 @@
-"""A user on disk: the record that binds a projector to an encoder and an LLM, and its check."""
+"""A user on disk: a projector, and the record that binds it to an encoder and an LLM."""
 
+import hashlib
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from tiny_align.runtime.bundle.manifest import Manifest
 from tiny_align.runtime.errors import UserError
 from tiny_align.runtime.files import read_errors, sha256, write_json
 
 USER_RECORD = "user.json"
-GENERAL = "general"  # the bundle's own projector, for everybody
+GENERAL = "general"  # stands for the bundle's own projector, for users without one
 
 
-def check_user(folder: Path, manifest: Manifest) -> dict:
-    """The person's record, after checking that it is whole and made for this encoder and this LLM.
+@dataclass(frozen=True)
+class UserProjector:
+    """A projector on disk with its speech vocabulary. Two are equal if their files are the same."""
+
+    name: str | None  # of the user; None: the general projector
+    folder: Path  # the user's, or the bundle's
+    graph: Path  # in the folder
+    digest: str  # names the content of its files
+    speech_tokens: np.ndarray = field(compare=False)  # (K,) int32, in training order
+
+    @property
+    def engines(self) -> Path | None:
+        """The user's folder of engines, if there is one; without it the bundle's is refitted."""
+        engines = self.folder / "engines"
+        return engines if self.name is not None and engines.is_dir() else None
+
+
+def digest_of(files: dict[str, str]) -> str:
+    """Hex SHA-256 of files' names and hashes."""
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def check_user(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """The user's record, after checking that it is whole and made for this encoder and this LLM.
 
     Raises:
-        UserError: nobody of that name, a changed file, or a projector trained for another bundle.
+        UserError: no user of that name, a changed file, or a projector trained for another bundle.
     """
     with read_errors(folder, UserError):
-        return _checked_user(folder, manifest)
+        record = _read_record(folder, manifest)
+        files = record["files"]
+        # the graph too, even if the record forgot it
+        for name in sorted({manifest.graphs["projector"].file, *files}):
+            if not (folder / name).is_file() or sha256(folder / name) != files.get(name):
+                raise UserError(
+                    f"{folder / name} is missing or has changed: train {folder.name!r} again"
+                )
+    return record
 
 
-def _checked_user(folder: Path, manifest: Manifest) -> dict:
-    if not (folder / USER_RECORD).is_file():
+def _read_record(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """The record, if its projector was made for this bundle."""
+    path = folder / USER_RECORD
+    if not path.is_file():
         known = sorted(p.parent.name for p in folder.parent.glob(f"*/{USER_RECORD}"))
         raise UserError(
             f"no user {folder.name!r} in {folder.parent} (known: {', '.join(known) or 'none'}): "
             f"train one with `tiny-align align --user {folder.name}`"
         )
     try:
-        record = json.loads((folder / USER_RECORD).read_text(encoding="utf-8"))
-        files, bound_to = (
-            dict(record["files"]),
-            {name: str(record[name]) for name in manifest.binding},
-        )
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["files"] = dict(record["files"])
+        bound_to = {name: str(record[name]) for name in manifest.binding}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{folder / USER_RECORD} is damaged ({error}): train {folder.name!r} again"
-        ) from error
-    for name, (part, here) in manifest.binding.items():
-        if bound_to[name] != here:
+        raise UserError(f"{path} is damaged ({error}): train {folder.name!r} again") from error
+    for name, (part, expected) in manifest.binding.items():
+        if bound_to[name] != expected:
             raise UserError(
-                f"the projector of {folder.name!r} was trained for another {part} ({name} {bound_to[name][:12]}, "
-                f"this bundle has {here[:12]}): train it again with this bundle"
-            )
-    for name in sorted(
-        {manifest.graphs["projector"].file, *files}
-    ):  # the graph, even if the record forgot it
-        if not (folder / name).is_file() or sha256(folder / name) != files.get(name):
-            raise UserError(
-                f"{folder / name} is missing or has changed: train {folder.name!r} again"
+                f"the projector of {folder.name!r} was trained for another {part} "
+                f"({name} {bound_to[name][:12]}, this bundle has {expected[:12]}): "
+                "train it again with this bundle"
             )
     return record
 
 
-def write_user_record(folder: Path, manifest: Manifest, training: dict) -> None:
-    """Describe the projector files that lie in `folder`: the last step of writing a person."""
+def write_user_record(folder: Path, manifest: Manifest, training: dict[str, Any]) -> None:
+    """Describe the projector files that lie in `folder`: the last step of writing a user."""
     files = {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.name != USER_RECORD}
-    bound_to = {name: here for name, (_, here) in manifest.binding.items()}
-    record = {**bound_to, "training": training, "files": files}
+    record: dict[str, Any] = {}
+    for name, (_, value) in manifest.binding.items():
+        record[name] = value
+    record["training"] = training
+    record["files"] = files
     write_json(folder / USER_RECORD, record)

@@ -1,107 +1,151 @@
 """`tiny-align listen`: a conversation by voice, from a microphone or from recordings played to it.
 
-Answers are streamed on stdout; the level, what is going on and a line of latencies per turn are on stderr.
+Answers go to stdout; the level, the state and a line of latencies per turn go to stderr.
 """
 
 import contextlib
 import statistics
 import sys
+from argparse import ArgumentParser, Namespace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from tiny_align.runtime.commands import options
+from tiny_align.runtime.commands.answering import (
+    close_seal,
+    decoding,
+    load,
+    open_bundle,
+    prepare_seal,
+    print_notes,
+)
+from tiny_align.runtime.commands.options import (
+    AnsweringOptions,
+    add_options,
+    option,
+    read_options,
+)
 from tiny_align.runtime.errors import TinyAlignError
+
+if TYPE_CHECKING:
+    from tiny_align.runtime.audio.samples import Recording
+    from tiny_align.runtime.listening import loop
+    from tiny_align.runtime.listening.microphone import Microphone
+    from tiny_align.runtime.session import Session
 
 METER_DB = (-60.0, -10.0)  # dBFS at its left and right end
 METER_CELLS = 20
+CLEAR_LINE = "\r\033[K"
 
 
-def add_arguments(parser) -> None:
-    options.add_arguments(parser)
-    parser.add_argument(
-        "--wav", type=Path, nargs="+", metavar="AUDIO", help="recordings instead of a microphone"
+@dataclass(frozen=True, kw_only=True)
+class ListenOptions(AnsweringOptions):
+    wav: tuple[Path, ...] = field(
+        default=(),
+        metadata=option("play these recordings instead of using a microphone", metavar="AUDIO"),
     )
-    parser.add_argument(
-        "--fast", action="store_true", help="with --wav: each as soon as the one before is answered"
+    fast: bool = field(
+        default=False,
+        metadata=option("with --wav: play each recording as soon as the one before is answered"),
     )
-    parser.add_argument("--device", help="microphone, by name or number (default: the system's)")
+    device: str | None = field(
+        default=None, metadata=option("microphone (default: the system's)", metavar="NAME|NUMBER")
+    )
 
 
-def run(args) -> dict:
+def add_arguments(parser: ArgumentParser) -> None:
+    add_options(parser, ListenOptions)
+
+
+def run(args: Namespace) -> dict[str, Any]:
+    """Listen until the recordings end or Ctrl-C is pressed; the command's document."""
     from tiny_align.runtime.listening.endpoint import Endpointer
     from tiny_align.runtime.listening.loop import Notice, TurnEnded, listen
 
-    if args.fast and not args.wav:
+    options = read_options(args, ListenOptions)
+    if options.fast and not options.wav:
         raise TinyAlignError(
             "--fast is for recordings and a microphone has no other speed: give --wav too"
         )
-    bundle = options.check(args)
-    seal = options.prepare_seal(args)
+    bundle = open_bundle(options)
+    seal = prepare_seal(options, bundle)
     sample_rate = bundle.manifest.front_end.sample_rate
-    endpointer, show, seen = Endpointer(sample_rate), _Screen(args.json), []
-    recordings = _recordings(args, sample_rate)
+    endpointer = Endpointer(sample_rate)
+    recordings = _read_recordings(options, sample_rate)
+    screen = Screen(quiet=args.json)
+    turns: list[TurnEnded] = []
+    notices: list[Notice] = []
     with (
-        _source(args, sample_rate, recordings) as source,
-        options.load_for_long(args, bundle) as assistant,
+        _open_source(options, sample_rate, recordings) as source,
+        load(options, bundle, announce=not args.json) as assistant,
     ):
-        sealed = seal(microphone=not args.wav)
-        session = assistant.listen(args.instruction, options.decoding(args))
-        events = contextlib.closing(listen(session, source, endpointer))
+        sealed = close_seal(seal, microphone=not options.wav)
+        session = assistant.listen(options.instruction, decoding(options))
         with (
-            contextlib.suppress(KeyboardInterrupt),
-            events as heard,
-        ):  # Ctrl-C: the way to stop a microphone
-            for event in heard:
-                if isinstance(event, TurnEnded | Notice):
-                    seen.append(event)
-                show(event)
-        turns = [event for event in seen if isinstance(event, TurnEnded)]
-        notices = [event for event in seen if isinstance(event, Notice)]
-        notes = [note for recording in recordings for note in recording.notes]
-        chosen = {"backend": args.backend, "user": args.user, "notes": notes}
-        return _report(turns, notices, session) | chosen | sealed
+            contextlib.suppress(KeyboardInterrupt),  # the way to stop a microphone
+            contextlib.closing(listen(session, source, endpointer)) as events,
+        ):
+            for event in events:
+                if isinstance(event, TurnEnded):
+                    turns.append(event)
+                elif isinstance(event, Notice):
+                    notices.append(event)
+                screen.show(event)
+        report = _report(turns, notices, session)
+    report["backend"] = options.backend
+    report["user"] = options.user
+    report["notes"] = []
+    for recording in recordings:
+        report["notes"] += recording.notes
+    return report | sealed
 
 
-def _recordings(args, sample_rate: int) -> list:
-    """What is played in place of a microphone, if anything is."""
+def _read_recordings(options: ListenOptions, sample_rate: int) -> "list[Recording]":
+    """What to play instead of a microphone, if anything."""
     from tiny_align.runtime.audio.samples import read_recording
 
     recordings = []
-    for path in args.wav or []:
-        recordings.append(read_recording(path, sample_rate))
-        options.show_notes(recordings[-1])
+    for path in options.wav:
+        recording = read_recording(path, sample_rate)
+        print_notes(recording)
+        recordings.append(recording)
     return recordings
 
 
-def _source(args, sample_rate: int, recordings: list):
-    """The microphone, open until the end, or what is played in its place."""
+def _open_source(
+    options: ListenOptions, sample_rate: int, recordings: "list[Recording]"
+) -> "AbstractContextManager[Microphone | loop.Recordings]":
+    """The microphone, or the recordings to play."""
     from tiny_align.runtime.listening.loop import Recordings
     from tiny_align.runtime.listening.microphone import Microphone
 
-    if recordings:
-        played = Recordings(
-            [recording.samples for recording in recordings], sample_rate, live=not args.fast
-        )
-        return contextlib.nullcontext(played)
-    return Microphone(sample_rate, args.device)
+    if not recordings:
+        return Microphone(sample_rate, options.device)
+    samples = [recording.samples for recording in recordings]
+    return contextlib.nullcontext(Recordings(samples, sample_rate, live=not options.fast))
 
 
-def _report(turns: list, notices: list, session) -> dict:
-    waits = [turn.ttft_s for turn in turns if turn.ttft_s is not None]
+def _report(
+    turns: "list[loop.TurnEnded]", notices: "list[loop.Notice]", session: "Session"
+) -> dict[str, Any]:
+    entries = []
+    for turn in turns:
+        entry = {
+            "text": turn.text,
+            "heard": turn.recognised,
+            "cancelled": turn.cancelled,
+            "tokens": turn.tokens,
+            "speech_s": round(turn.speech_s, 3),
+            "hangover_s": round(turn.hangover_s, 3),
+            "ttft_ms": _milliseconds(turn.ttft_s),
+            "seconds": round(turn.seconds, 4),
+        }
+        entries.append(entry)
+    latencies = [turn.ttft_s for turn in turns if turn.ttft_s is not None]
     return {
-        "turns": [
-            {
-                "text": turn.text,
-                "heard": turn.heard,
-                "cancelled": turn.cancelled,
-                "tokens": turn.tokens,
-                "speech_s": round(turn.speech_s, 3),
-                "hangover_s": round(turn.hangover_s, 3),
-                "ttft_ms": None if turn.ttft_s is None else round(turn.ttft_s * 1000, 2),
-                "seconds": round(turn.seconds, 4),
-            }
-            for turn in turns
-        ],
-        "ttft_ms": round(statistics.median(waits) * 1000, 2) if waits else None,
+        "turns": entries,
+        "ttft_ms": _milliseconds(statistics.median(latencies) if latencies else None),
         "dropped_s": round(sum(notice.dropped_s for notice in notices), 2),
         "notices": [notice.text for notice in notices],
         "positions": session.positions,
@@ -109,65 +153,65 @@ def _report(turns: list, notices: list, session) -> dict:
     }
 
 
-class _Screen:
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1000, 2)
+
+
+class Screen:
     """Shows events as they come; the level only on a terminal."""
 
     def __init__(self, quiet: bool):
-        self._quiet, self._meter = quiet, sys.stderr.isatty() and not quiet
+        self._quiet = quiet
+        self._meter = sys.stderr.isatty() and not quiet
 
-    def __call__(self, event) -> None:
-        getattr(self, f"_{type(event).__name__}")(event)
+    def show(self, event: "loop.LoopEvent") -> None:
+        from tiny_align.runtime.listening.loop import Level, Notice, Text, TurnBegan, TurnEnded
 
-    def _Level(self, level) -> None:
-        if self._meter:
-            state = "silence" if level.speaking_s is None else f"speaking {level.speaking_s:.1f} s"
-            print(
-                f"\r\033[K{meter(level.db)} {level.db:4.0f} dB  {state}",
-                end="",
-                file=sys.stderr,
-                flush=True,
-            )
+        match event:
+            case Notice():
+                self._print_line(event.text, always=True)
+            case Level() if self._meter:
+                line = f"{CLEAR_LINE}{meter(event.db)} {event.db:4.0f} dB  {_state(event)}"
+                print(line, end="", file=sys.stderr, flush=True)
+            case TurnBegan():
+                self._print_line(f"turn {event.turn}: speech at {event.at_s:.1f} s")
+            case Text() if not self._quiet:
+                print(event.text, end="", flush=True)
+            case TurnEnded():
+                if event.text and not self._quiet:
+                    print(flush=True)
+                self._print_line(f"turn {event.turn}: {_latencies(event)}")
 
-    def _TurnBegan(self, began) -> None:
-        self._say(f"turn {began.turn}: speech at {began.at_s:.1f} s")
-
-    def _Text(self, piece) -> None:
-        if not self._quiet:
-            print(piece.text, end="", flush=True)
-
-    def _TurnEnded(self, turn) -> None:
-        if turn.text and not self._quiet:
-            print(flush=True)
-        self._say(f"turn {turn.turn}: {_latencies(turn)}")
-
-    def _Notice(self, notice) -> None:
-        self._say(notice.text, always=True)
-
-    def _say(self, text: str, always: bool = False) -> None:
-        clear = "\r\033[K" if self._meter else ""
-        if always or not self._quiet:
-            print(f"{clear}tiny-align: {text}", file=sys.stderr, flush=True)
+    def _print_line(self, text: str, always: bool = False) -> None:
+        if self._quiet and not always:
+            return
+        clear = CLEAR_LINE if self._meter else ""
+        print(f"{clear}tiny-align: {text}", file=sys.stderr, flush=True)
 
 
-def _latencies(turn) -> str:
-    end = (
-        "cancelled, the person spoke again"
-        if turn.cancelled
-        else f"{turn.tokens} tokens in {turn.seconds:.2f} s"
-    )
-    if not turn.heard:
-        end = "nothing was heard: no word in it"
+def _state(level: "loop.Level") -> str:
+    return "silence" if level.speaking_s is None else f"speaking {level.speaking_s:.1f} s"
+
+
+def _latencies(turn: "loop.TurnEnded") -> str:
+    speech = f"{turn.speech_s:.1f} s of speech"
+    if not turn.recognised:
+        end = "no word was recognised"
+    elif turn.cancelled:
+        end = "cancelled, the user spoke again"
+    else:
+        end = f"{turn.tokens} tokens in {turn.seconds:.2f} s"
     if turn.ttft_s is None:
-        return f"{turn.speech_s:.1f} s of speech; {end}"
-    felt = turn.hangover_s + turn.ttft_s
+        return f"{speech}; {end}"
     return (
-        f"{turn.speech_s:.1f} s of speech; first word {felt:.2f} s after it ({turn.hangover_s:.2f} s of silence "
-        f"to be sure, {turn.ttft_s:.2f} s of work); {end}"
+        f"{speech}; first word {turn.hangover_s + turn.ttft_s:.2f} s after it "
+        f"({turn.hangover_s:.2f} s of silence to be sure, {turn.ttft_s:.2f} s of work); {end}"
     )
 
 
 def meter(db: float) -> str:
     """A bar of METER_CELLS cells."""
     low, high = METER_DB
-    full = round(METER_CELLS * min(1.0, max(0.0, (db - low) / (high - low))))
+    share = min(1.0, max(0.0, (db - low) / (high - low)))
+    full = round(METER_CELLS * share)
     return "█" * full + "·" * (METER_CELLS - full)

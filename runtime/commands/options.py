@@ -1,97 +1,262 @@
-"""The options that every command which answers has in common, and what they are turned into."""
+"""Command options as frozen dataclasses: the mechanism, and the groups that commands share.
 
-import sys
+A field with `option` in its metadata is one option, its annotation the type of its values:
+
+    @dataclass(frozen=True, kw_only=True)
+    class RunOptions(AnsweringOptions):
+        audio: Path = field(metadata=option("a recording", positional=True))
+
+    add_options(parser, RunOptions)             # --bundle, --user, ..., audio
+    options = read_options(args, RunOptions)    # options.audio, options.max_tokens, ...
+
+An option without a default must be given. A `default_factory` is called when the options are
+read, and may raise a TinyAlignError. A command's dataclass inherits from the groups it needs; a
+field that is declared again replaces the group's. The help lists the options of the last base
+first, as dataclasses order their fields. The range of a number is in the table of checks.py under
+the field's name; the dispatcher checks all options at once.
+"""
+
+import argparse
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tiny_align.runtime.backends import registry
-from tiny_align.runtime.checks import Range
+from tiny_align.runtime.bundle.shipped import shipped_bundle, shipped_voice
+from tiny_align.runtime.errors import TinyAlignError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Group = TypeVar("Group", bound="DataclassInstance")
+
+METADATA = "option"  # key of a field's metadata
 
 
-def add_arguments(parser) -> None:
-    parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument("--user", help="whose projector; without it, the general one")
-    parser.add_argument("--users", type=Path, help="where persons are kept (default: BUNDLE/users)")
-    parser.add_argument("--instruction", help="what to do with the speech (default: the bundle's)")
-    parser.add_argument(
-        "--max-tokens", type=int, help="of an answer (default: 64, or until the context is full)"
+# --- the mechanism ---
+
+
+@dataclass(frozen=True)
+class Option:
+    """How a field appears on the command line, beside its name, type and default."""
+
+    help: str
+    metavar: str | None = None  # what the help shows for its value
+    choices: tuple[str, ...] | None = None
+    aliases: tuple[str, ...] = ()  # other names, such as "--old-name"
+    positional: bool = False  # given without a name
+    repeat: bool = False  # of a tuple: one value each time it is given; otherwise any number
+    one_of: str | None = None  # exactly one of the options with the same `one_of` must be given
+
+
+def option(help: str, **settings: Any) -> dict[str, Option]:
+    """The metadata of a field that is an option; `settings` are the other fields of `Option`."""
+    return {METADATA: Option(help, **settings)}
+
+
+def add_options(parser: argparse.ArgumentParser, group: "type[DataclassInstance]") -> None:
+    """Add an option for each field of `group` that is one: `max_tokens` becomes `--max-tokens`."""
+    hints = typing.get_type_hints(group)
+    alternatives: dict[str, argparse._MutuallyExclusiveGroup] = {}
+    for entry in _option_fields(group):
+        name = entry.metadata[METADATA].one_of
+        if name is None:
+            _add_option(parser, entry, hints[entry.name])
+            continue
+        if name not in alternatives:
+            alternatives[name] = parser.add_mutually_exclusive_group(required=True)
+        _add_option(alternatives[name], entry, hints[entry.name])
+
+
+def read_options(args: argparse.Namespace, group: type[Group]) -> Group:
+    """What the command line holds for `group`; the group's own defaults for the rest."""
+    values = {}
+    for entry in _option_fields(group):
+        value = getattr(args, entry.name, None)
+        if value is not None:
+            values[entry.name] = tuple(value) if isinstance(value, list) else value
+    return group(**values)
+
+
+def _option_fields(group: "type[DataclassInstance]") -> list[dataclasses.Field]:
+    return [entry for entry in dataclasses.fields(group) if METADATA in entry.metadata]
+
+
+def _add_option(
+    parser: argparse._ActionsContainer, entry: dataclasses.Field, annotation: Any
+) -> None:
+    shown: Option = entry.metadata[METADATA]
+    kind, many = _kind_of(annotation)
+    settings: dict[str, Any] = {"help": shown.help, "default": None}  # see read_options
+    if shown.positional:
+        names = [entry.name]
+    else:
+        names = [f"--{entry.name.replace('_', '-')}", *shown.aliases]
+        settings["dest"] = entry.name
+        without_default = entry.default is entry.default_factory is dataclasses.MISSING
+        settings["required"] = without_default and shown.one_of is None
+    if kind is bool:
+        settings["action"] = "store_true"
+    else:
+        settings |= {"type": kind, "metavar": shown.metavar, "choices": shown.choices}
+    if many and shown.repeat:
+        settings["action"] = "append"
+    elif many:
+        settings["nargs"] = "+"
+        settings["action"] = "store" if shown.positional else "extend"
+    parser.add_argument(*names, **settings)
+
+
+def _kind_of(annotation: Any) -> tuple[type, bool]:
+    """The type of an option's values, and whether there are several: `tuple[int, ...] | None`."""
+    if isinstance(annotation, types.UnionType):
+        annotation = typing.get_args(annotation)[0]
+    if typing.get_origin(annotation) is tuple:
+        return typing.get_args(annotation)[0], True
+    return annotation, False
+
+
+# --- groups that commands share ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleOptions:
+    """The bundle of a command that writes to it, or trains or builds for it."""
+
+    bundle: Path = field(metadata=option("bundle folder", metavar="DIR"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShippedBundleOptions(BundleOptions):
+    """The bundle of a command that only reads it."""
+
+    bundle: Path = field(
+        default_factory=shipped_bundle,
+        metadata=option("bundle folder (default: the shipped bundle)", metavar="DIR"),
     )
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the best token")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling, with a temperature")
-    parser.add_argument(
-        "--backend",
+
+
+@dataclass(frozen=True, kw_only=True)
+class UsersOptions:
+    """Where users are; `find_users` has the rule."""
+
+    users: Path | None = field(
+        default=None,
+        metadata=option(
+            "directory of user profiles (default: in the platform's data folder, or BUNDLE/users "
+            "if the bundle has it)",
+            metavar="DIR",
+        ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserOptions(UsersOptions):
+    """A user, or none for the general projector."""
+
+    user: str | None = field(
+        default=None,
+        metadata=option("name of a user (default: none, the general projector)", metavar="NAME"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedUserOptions(UserOptions):
+    """A user to train, and where to write the profile."""
+
+    out: Path | None = field(
+        default=None, metadata=option("write the profile to DIR/users instead", metavar="DIR")
+    )
+
+    @property
+    def given_users(self) -> Path | None:
+        """The directory of user profiles that the command line names, if any: for `find_users`.
+
+        Raises:
+            TinyAlignError: both `--users` and `--out` are given.
+        """
+        if self.out is None:
+            return self.users
+        if self.users is not None:
+            raise TinyAlignError("--users and --out name two places for the profile: give one")
+        return self.out / "users"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThreadOptions:
+    """How much of the CPU to use."""
+
+    threads: int | None = field(
+        default=None, metadata=option("CPU threads (default: all cores)", metavar="N")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssistantOptions(ThreadOptions, UserOptions, ShippedBundleOptions):
+    """An assistant to load, and what it is asked to do."""
+
+    instruction: str | None = field(
+        default=None,
+        metadata=option(
+            "what to do with the speech (default: the bundle's instruction)", metavar="TEXT"
+        ),
+    )
+    backend: str = field(
         default=registry.DEFAULT,
-        help=f"{' or '.join(registry.names())} (default: {registry.DEFAULT})",
-    )
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
-    parser.add_argument(
-        "--context", type=int, help="positions of a conversation (default: the LLM's)"
-    )
-    parser.add_argument(
-        "--sealed", action="store_true", help="once loaded, give up network and writing (Linux)"
+        metadata=option(
+            f"{' or '.join(registry.names())} (default: {registry.DEFAULT})", metavar="NAME"
+        ),
     )
 
 
-def check(args):
-    """The bundle, open, after a look at the options that depend on it; the dispatcher has looked at the others.
+@dataclass(frozen=True, kw_only=True)
+class AnsweringOptions(AssistantOptions):
+    """What `run`, `listen` and `chat` have in common; answering.py reads it."""
 
-    Raises:
-        TinyAlignError: no sound bundle, or an option out of range.
-    """
-    from tiny_align.runtime.bundle.bundle import Bundle
-
-    bundle = Bundle.open(args.bundle)
-    if args.context is not None:
-        Range(1, bundle.manifest.llm.max_context).check("--context", args.context)
-    if args.max_tokens is not None:
-        Range(1, args.context or bundle.manifest.llm.max_context).check(
-            "--max-tokens", args.max_tokens
-        )
-    return bundle
-
-
-def load(args, bundle=None):
-    """The assistant that was asked for, a context manager; of a bundle that is open already, if there is one."""
-    from tiny_align.runtime.assistant import Assistant
-
-    chosen = {name: getattr(args, name) for name in ("users", "backend", "threads", "context")}
-    return Assistant.load(bundle or args.bundle, args.user, **chosen)
-
-
-def load_for_long(args, bundle):
-    """`load`, what it will take of memory said before it does."""
-    from tiny_align.runtime.backends.budget import budget
-
-    if not args.json:
-        need = budget(bundle, args.backend, args.context or bundle.manifest.llm.max_context)
-        print(f"tiny-align: about {need}", file=sys.stderr)
-    return load(args, bundle)
+    max_tokens: int | None = field(
+        default=None,
+        metadata=option(
+            "maximum number of tokens of an answer (default: 64, or until the context is full)",
+            metavar="N",
+        ),
+    )
+    temperature: float = field(
+        default=0.0,
+        metadata=option(
+            "sampling temperature; 0 takes the likeliest token (default: 0)", metavar="T"
+        ),
+    )
+    seed: int = field(default=0, metadata=option("seed of sampling (default: 0)", metavar="N"))
+    context: int | None = field(
+        default=None,
+        metadata=option("positions of a conversation (default: all that the LLM has)", metavar="N"),
+    )
+    sealed: bool = field(
+        default=False,
+        metadata=option("give up the network and writing once everything is loaded (Linux)"),
+    )
 
 
-def prepare_seal(args):
-    """With `--sealed`, restrict writing to the users, before anything is loaded.
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """A data set of recordings and transcripts."""
 
-    Returns:
-        What seals the rest, to be called when everything is loaded; it takes whether a microphone
-        is open, and returns what the document says about the seal.
-    Raises:
-        TinyAlignError: this system cannot seal a process.
-    """
-    from tiny_align.runtime.privacy.sealing import Seal
-
-    if not args.sealed:
-        return lambda microphone=False: {}
-    users = args.users or args.bundle / "users"
-    seal = Seal([users] if users.is_dir() else [])
-    return lambda microphone=False: {"sealed": seal.close(microphone)}
+    data: Path = field(
+        metadata=option("metadata folder, NeMo manifest or CHAT transcripts", metavar="DIR")
+    )
+    speaker: str | None = field(
+        default=None, metadata=option("speaker code, for CHAT transcripts", metavar="CODE")
+    )
 
 
-def decoding(args):
-    from tiny_align.runtime.llm import Decoding
+@dataclass(frozen=True, kw_only=True)
+class ShippedDataOptions:
+    """A data set, or the recordings that ship with the package."""
 
-    return Decoding(args.max_tokens or Decoding.max_tokens, args.temperature, seed=args.seed)
-
-
-def show_notes(recording) -> None:
-    """What its owner should know about a recording, on stderr."""
-    for note in recording.notes:
-        print(f"tiny-align: {note}", file=sys.stderr)
+    data: Path = field(
+        default_factory=shipped_voice,
+        metadata=option("data set (default: the shipped recordings)", metavar="DIR"),
+    )

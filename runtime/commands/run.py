@@ -1,31 +1,56 @@
-"""`tiny-align run`: answer one recording, the text streamed as it comes."""
+"""`tiny-align run`: answer one recording; the text is printed as it comes."""
 
-import sys
+from argparse import ArgumentParser, Namespace
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from tiny_align.runtime.commands import options
+from tiny_align.runtime.commands.answering import (
+    close_seal,
+    decoding,
+    load,
+    open_bundle,
+    prepare_seal,
+    print_events,
+    print_notes,
+)
+from tiny_align.runtime.commands.options import (
+    AnsweringOptions,
+    add_options,
+    option,
+    read_options,
+)
 
 
-def add_arguments(parser) -> None:
-    parser.add_argument(
-        "audio", type=Path, help="a recording, any rate and channel count; - reads standard input"
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(AnsweringOptions):
+    audio: Path = field(
+        metadata=option(
+            "a recording of any sampling rate and channel count; - reads standard input",
+            positional=True,
+        )
     )
-    options.add_arguments(parser)
 
 
-def run(args) -> dict:
+def add_arguments(parser: ArgumentParser) -> None:
+    add_options(parser, RunOptions)
+
+
+def run(args: Namespace) -> dict[str, Any]:
+    """Answer the recording; the command's document."""
     from tiny_align.runtime.assistant import collect
     from tiny_align.runtime.audio.samples import read_recording
 
-    bundle = options.check(args)
-    seal = options.prepare_seal(args)
-    with options.load(args, bundle) as assistant:
-        sealed = seal()
-        recording = read_recording(args.audio, assistant.sample_rate, assistant.max_speech_s)
-        options.show_notes(recording)
-        audio = recording.samples
-        events = assistant.stream(audio, args.instruction, options.decoding(args))
-        answer = collect(shown(events, quiet=args.json), len(audio) / assistant.sample_rate)
+    options = read_options(args, RunOptions)
+    bundle = open_bundle(options)
+    seal = prepare_seal(options, bundle)
+    with load(options, bundle) as assistant:
+        sealed = close_seal(seal)
+        recording = read_recording(options.audio, assistant.sample_rate, assistant.max_speech_s)
+        print_notes(recording)
+        events = assistant.stream(recording.samples, options.instruction, decoding(options))
+        seconds = len(recording.samples) / assistant.sample_rate
+        answer = collect(print_events(events, quiet=args.json), seconds)
     return {
         "text": answer.text,
         "heard": answer.heard,
@@ -33,20 +58,8 @@ def run(args) -> dict:
         "ttft_ms": round(answer.ttft_s * 1000, 2),
         "rtf": round(answer.rtf, 4),
         "audio_s": round(answer.audio_s, 3),
-        "backend": args.backend,
-        "user": args.user,
+        "backend": options.backend,
+        "user": options.user,
         "notes": recording.notes,
         **sealed,
     }
-
-
-def shown(events, quiet: bool = False):
-    """The events, their text printed as they pass; on stderr, if so, that nothing was heard."""
-    for event in events:
-        if event.token is None:
-            print("tiny-align: nothing was heard: no word in the recording", file=sys.stderr)
-        elif not quiet:
-            print(event.text, end="", flush=True)
-        yield event
-    if not quiet:
-        print()

@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from tiny_align.runtime.errors import AudioError, TinyAlignError
+from tiny_align.runtime.events import Event, Token
 from tiny_align.runtime.listening.endpoint import (
     Endpointer,
     EndpointEvent,
@@ -26,7 +27,7 @@ from tiny_align.runtime.listening.endpoint import (
     SpeechPaused,
 )
 from tiny_align.runtime.listening.microphone import Notice
-from tiny_align.runtime.session import Event, Session
+from tiny_align.runtime.session import Session
 
 BLOCK_S = 0.1  # of a recording that is played
 PAUSE_S = 1.5  # of silence after each recording: longer than a hangover
@@ -320,7 +321,7 @@ class Responder:
             for event in answer:
                 if ttft_s is None:
                     ttft_s = time.perf_counter() - noticed_s
-                recognised = event.token is not None
+                recognised = isinstance(event, Token)
                 if self._reader.turn > self._turn:
                     self._session.cancel()  # also if speech came before the answer
                 if recognised:

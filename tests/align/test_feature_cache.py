@@ -1,5 +1,6 @@
-"""The feature cache on a stand-in encoder that counts what it encodes."""
+"""The feature cache with a stand-in for the encoder, which counts what it encodes."""
 
+import hashlib
 import io
 from dataclasses import dataclass, field, replace
 
@@ -16,7 +17,7 @@ RATE = 16_000  # Hz
 
 @dataclass
 class CountingAssistant:
-    """Features are the audio's own loudest and quietest samples."""
+    """A stand-in whose features are the highest and the lowest sample of the audio."""
 
     bundle: Bundle
     sample_rate: int = RATE
@@ -58,21 +59,19 @@ def test_features_come_in_the_order_of_the_utterances(assistant, utterance, tmp_
     assert quiet.max() < 0.15 < loud.max()
 
 
-def test_the_text_is_no_part_of_the_key(assistant, utterance):
+def test_the_key_does_not_depend_on_the_text(assistant, utterance):
     """A corrected transcript costs no encoding."""
-    assert utterance_key(assistant, replace(utterance, text="hullo")) == utterance_key(
-        assistant, utterance
-    )
+    corrected = replace(utterance, text="hullo")
+    assert utterance_key(assistant, corrected) == utterance_key(assistant, utterance)
 
 
 @pytest.mark.parametrize("change", [{"start_s": 0.1}, {"end_s": 0.5}])
 def test_another_part_of_the_recording_has_another_key(assistant, utterance, change):
-    assert utterance_key(assistant, replace(utterance, **change)) != utterance_key(
-        assistant, utterance
-    )
+    part = replace(utterance, **change)
+    assert utterance_key(assistant, part) != utterance_key(assistant, utterance)
 
 
-def test_a_recording_made_again_has_another_key(assistant, utterance):
+def test_another_recording_in_the_same_file_has_another_key(assistant, utterance):
     before = utterance_key(assistant, utterance)
     soundfile.write(utterance.audio, np.zeros(RATE), RATE)
     assert utterance_key(assistant, utterance) != before
@@ -96,10 +95,22 @@ def test_another_front_end_has_another_key(assistant, utterance):
 
 def test_another_llm_has_the_same_key(assistant, utterance):
     manifest = assistant.bundle.manifest
-    other = with_manifest(
-        assistant, files={**manifest.files, manifest.graphs["llm"].file: "0" * 64}
-    )
+    files = {**manifest.files, manifest.graphs["llm"].file: "0" * 64}
+    other = with_manifest(assistant, files=files)
     assert utterance_key(other, utterance) == utterance_key(assistant, utterance)
+
+
+def test_files_have_the_names_that_earlier_versions_gave_them(assistant, utterance, tmp_path):
+    """Otherwise every user's features would be encoded again."""
+    encoder_key = assistant.bundle.manifest.encoder_key
+    content = encoder_key.encode() + utterance.audio.read_bytes() + b"None None 2"
+    key = hashlib.sha256(content).hexdigest()[:32]
+    cache = tmp_path / "cache"
+    for augmentation in (0, 3):
+        cached_features(assistant, [utterance], cache, quiet=True, augmentation=augmentation)
+    non_speech_files(assistant, 1, 7, cache)
+    names = {path.name for path in cache.iterdir()}
+    assert names == {f"{key}.npy", f"{key}-3.npy", f"nothing-{encoder_key[:16]}-7-0.npy"}
 
 
 def cut(path):
@@ -107,9 +118,8 @@ def cut(path):
 
 
 def zeros(path):
-    path.write_bytes(
-        bytes(path.stat().st_size)
-    )  # as a power cut leaves what was not yet on the disk
+    """As a power cut leaves what was not yet on the disk."""
+    path.write_bytes(bytes(path.stat().st_size))
 
 
 DAMAGES = {
@@ -128,7 +138,8 @@ DAMAGES = {
 
 
 def archive() -> bytes:
-    np.savez(file := io.BytesIO(), a=np.zeros(2))
+    file = io.BytesIO()
+    np.savez(file, a=np.zeros(2))
     return file.getvalue()
 
 
@@ -145,7 +156,7 @@ def test_a_damaged_file_is_made_again(assistant, utterance, tmp_path, caplog, da
     assert len(assistant.encoded) == 2
 
 
-def test_a_damaged_sound_is_made_again(assistant, tmp_path):
+def test_damaged_features_of_a_sound_are_made_again(assistant, tmp_path):
     path, other = non_speech_files(assistant, 2, 0, tmp_path)
     whole = path.read_bytes()
     cut(path)

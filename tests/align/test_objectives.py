@@ -1,4 +1,4 @@
-"""The objectives: each against a case with a known answer, alignments against every alignment there is."""
+"""The objectives against cases with a known answer, alignments against all alignments."""
 
 import itertools
 
@@ -9,6 +9,7 @@ import torch
 from tiny_align.align.data.examples import Example
 from tiny_align.align.model import objectives
 from tiny_align.align.model.objectives.aligned import aligned_places, pair_costs
+from tiny_align.align.model.objectives.base import HasTokenErrorRate
 from tiny_align.align.model.objectives.ctc import EXACT, Ctc, log_normaliser, sampled_log_normaliser
 from tiny_align.align.model.objectives.end_to_end import EndToEnd, FrozenLlm
 from tiny_align.align.model.objectives.paper import Paper, cast_places, embedlink_loss
@@ -25,7 +26,7 @@ def lengths(seed):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_places_are_tokens_in_the_order_they_are_said(seed):
+def test_cast_places_are_tokens_in_order(seed):
     places = cast_places(lengths(seed), T)
     assert places.shape == (T,) and (np.diff(places) >= 0).all()
     assert places.min() >= 0 and places.max() < len(lengths(seed))
@@ -33,20 +34,21 @@ def test_places_are_tokens_in_the_order_they_are_said(seed):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_every_token_has_a_place_where_there_is_one_per_letter(seed):
-    said = lengths(seed)
-    letters = sum(max(1, n) for n in said)
-    for soft_tokens in (letters, letters + 1, 3 * letters):
-        assert set(cast_places(said, soft_tokens)) == set(range(len(said)))
+    token_lengths = lengths(seed)
+    n_letters = sum(max(1, n) for n in token_lengths)
+    for soft_tokens in (n_letters, n_letters + 1, 3 * n_letters):
+        places = cast_places(token_lengths, soft_tokens)
+        assert set(places) == set(range(len(token_lengths)))
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_shares_are_in_proportion_to_letters(seed):
+def test_cast_shares_are_in_proportion_to_letters(seed):
     letters = np.maximum(1, lengths(seed))
     counts = np.bincount(cast_places(lengths(seed), T), minlength=len(letters))
     assert np.abs(counts - T * letters / letters.sum()).max() <= 1
 
 
-def test_places_of_a_sentence_with_whole_shares():
+def test_cast_places_of_a_sentence_with_whole_shares():
     assert cast_places([1, 2, 1], 8).tolist() == [0, 0, 1, 1, 1, 1, 2, 2]
     assert cast_places([0, 0], 4).tolist() == [0, 0, 1, 1]  # no letters count as one
 
@@ -66,8 +68,9 @@ def every_assignment(n_places, n_tokens):
 def test_aligned_places_are_the_cheapest_of_all(n_places, n_tokens, seed):
     costs = np.random.default_rng(seed).random((n_places, n_tokens)).astype(np.float32)
     places = aligned_places(costs)
-    ways = [costs[np.arange(n_places), way].sum() for way in every_assignment(n_places, n_tokens)]
-    assert costs[np.arange(n_places), places].sum() == pytest.approx(min(ways), rel=1e-6)
+    rows = np.arange(n_places)
+    totals = [costs[rows, every].sum() for every in every_assignment(n_places, n_tokens)]
+    assert costs[rows, places].sum() == pytest.approx(min(totals), rel=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -78,21 +81,21 @@ def test_aligned_places_take_every_token_in_order(seed):
     assert places[0] == 0 and places[-1] == n_tokens - 1 and set(np.diff(places)) <= {0, 1}
 
 
-def test_tokens_are_found_where_they_are():
-    said = torch.randn(4, 8)
+def test_aligned_places_recover_known_places():
+    tokens = torch.randn(4, 8)
     places = [0, 0, 0, 1, 2, 2, 3, 3]
-    costs = pair_costs(said[places] + 0.05 * torch.randn(8, 8), said, variance=1.0)
+    costs = pair_costs(tokens[places] + 0.05 * torch.randn(8, 8), tokens, variance=1.0)
     assert aligned_places(costs.numpy()).tolist() == places
 
 
 def test_pair_costs_are_the_loss_of_every_pair():
-    soft_tokens, tokens = torch.randn(3, 8), torch.randn(2, 8)
+    soft_tokens = torch.randn(3, 8)
+    tokens = torch.randn(2, 8)
     costs = pair_costs(soft_tokens, tokens, variance=0.7)
     assert costs.shape == (3, 2)
     for t, token in itertools.product(range(3), range(2)):
-        one = embedlink_loss(
-            soft_tokens[None, t : t + 1], tokens[None, token : token + 1], variance=0.7
-        )
+        soft_token, target = soft_tokens[None, t : t + 1], tokens[None, token : token + 1]
+        one = embedlink_loss(soft_token, target, variance=0.7)
         assert costs[t, token].item() == pytest.approx(one.item(), rel=1e-5)
 
 
@@ -104,24 +107,24 @@ def test_the_loss_of_equal_input_is_zero():
 def test_the_loss_is_mse_in_units_of_the_variance_plus_cosine_distance():
     targets = torch.randn(2, T, 8)
     mse = 4 * targets.square().mean().item()
-    assert embedlink_loss(-targets, targets, variance=0.5).item() == pytest.approx(
-        mse / 0.5 + 2, rel=1e-5
-    )
+    loss = embedlink_loss(-targets, targets, variance=0.5).item()
+    assert loss == pytest.approx(mse / 0.5 + 2, rel=1e-5)
 
 
-def test_the_scale_of_the_table_drops_out():
-    made, targets = torch.randn(2, T, 8), torch.randn(2, T, 8)
-    small, large = (
-        embedlink_loss(made, targets, 1.0),
-        embedlink_loss(50 * made, 50 * targets, 50.0**2),
-    )
+def test_the_loss_does_not_depend_on_the_scale_of_the_table():
+    soft_tokens = torch.randn(2, T, 8)
+    targets = torch.randn(2, T, 8)
+    small = embedlink_loss(soft_tokens, targets, 1.0)
+    large = embedlink_loss(50 * soft_tokens, 50 * targets, 50.0**2)
     assert large.item() == pytest.approx(small.item(), rel=1e-4)
 
 
 def test_the_gradient_reaches_every_place_and_training_reduces_the_loss():
     torch.manual_seed(0)
-    targets, soft_tokens = torch.randn(2, T, 8), torch.randn(2, T, 8, requires_grad=True)
-    optimiser, losses = torch.optim.Adam([soft_tokens], 0.05), []
+    targets = torch.randn(2, T, 8)
+    soft_tokens = torch.randn(2, T, 8, requires_grad=True)
+    optimiser = torch.optim.Adam([soft_tokens], 0.05)
+    losses = []
     for _ in range(60):
         optimiser.zero_grad()
         loss = embedlink_loss(soft_tokens, targets, variance=1.0)
@@ -133,7 +136,7 @@ def test_the_gradient_reaches_every_place_and_training_reduces_the_loss():
     assert all(b < a for a, b in zip(losses[:40], losses[1:]))
 
 
-# --- the paper's two readings ---
+# --- the paper's two variants ---
 
 
 def utterance(tokens, lengths=None, answers=()):
@@ -145,9 +148,8 @@ def utterance(tokens, lengths=None, answers=()):
 def test_padded_targets_stand_one_token_per_place():
     table = torch.randn(5, 3)
     padded = Paper(table, padded=True)
-    assert torch.equal(
-        padded.targets(utterance([4, 2]), 3), torch.stack([table[4], table[2], 0 * table[0]])
-    )
+    expected = torch.stack([table[4], table[2], 0 * table[0]])
+    assert torch.equal(padded.targets(utterance([4, 2]), 3), expected)
     assert torch.equal(padded.targets(utterance([4, 2, 1, 0]), 3), table[[4, 2, 1]])
 
 
@@ -156,32 +158,33 @@ def test_stretched_targets_share_the_places_by_letters():
     assert torch.equal(Paper(table).targets(utterance([4, 2], [1, 3]), 4), table[[4, 2, 2, 2]])
 
 
-def test_the_paper_s_loss_is_nothing_on_its_targets():
-    table, said = torch.randn(9, 6), utterance([3, 1, 1, 8])
-    paper = Paper(table)
-    there = paper.targets(said, 8)[None].requires_grad_()
-    loss = paper(there, torch.tensor([8]), [said], 0)
+def test_the_loss_is_zero_on_the_paper_s_targets():
+    paper = Paper(torch.randn(9, 6))
+    example = utterance([3, 1, 1, 8])
+    soft_tokens = paper.targets(example, 8)[None].requires_grad_()
+    loss = paper(soft_tokens, torch.tensor([8]), [example], 0)
     loss.backward()
-    assert loss.item() == pytest.approx(0, abs=1e-6) and there.grad.abs().max() < 1e-6
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    assert soft_tokens.grad.abs().max() < 1e-6
 
 
 # --- CTC over the embedding table ---
 
 
 def collapsed(path):
-    """What a path of tokens and blanks (None) says."""
+    """The tokens of a path of tokens and blanks (None)."""
     return [token for token, _ in itertools.groupby(path) if token is not None]
 
 
 def every_path_loss(frames, table, scale, tokens):
-    """Minus the log of the summed probabilities of all paths that say `tokens`: the definition of CTC."""
+    """Minus the log of the summed probabilities of all paths of `tokens`: CTC by definition."""
     logits = torch.cat([frames[:, :-1] @ table.T * scale, frames[:, -1:]], dim=1)  # blank last
     probs = logits.softmax(dim=-1)
     symbols = [*range(len(table)), None]
     total = torch.zeros(())
     for path in itertools.product(range(len(symbols)), repeat=len(frames)):
         if collapsed([symbols[s] for s in path]) == tokens:
-            total = total + torch.stack([probs[i, s] for i, s in enumerate(path)]).prod()
+            total = total + probs[torch.arange(len(frames)), torch.tensor(path)].prod()
     return -total.log()
 
 
@@ -191,31 +194,30 @@ def test_ctc_is_the_sum_over_all_paths_and_so_is_its_gradient(tokens):
     frames = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     want = every_path_loss(frames, table, scale, tokens)
     (gradient,) = torch.autograd.grad(want, frames)
-    got = Ctc(table, scale)(frames[None], torch.tensor([4]), [utterance(tokens)], 0) * max(
-        1, len(tokens)
-    )
+    per_token = Ctc(table, scale)(frames[None], torch.tensor([4]), [utterance(tokens)], 0)
+    got = per_token * max(1, len(tokens))
     (ours,) = torch.autograd.grad(got, frames)
-    assert got.item() == pytest.approx(want.item(), rel=1e-9) and torch.allclose(
-        ours, gradient, atol=1e-9
-    )
+    assert got.item() == pytest.approx(want.item(), rel=1e-9)
+    assert torch.allclose(ours, gradient, atol=1e-9)
 
 
 def test_a_batch_is_the_mean_per_token_of_its_utterances():
-    table, frames = torch.randn(9, 4), torch.randn(2, 7, 5)
-    ctc, said = Ctc(table, 1.0), [utterance([1, 2, 3]), utterance([8])]
-    alone = [
-        ctc(f[None, :n], torch.tensor([n]), [u], 0) * len(u.tokens)
-        for f, n, u in zip(frames, (7, 4), said)
-    ]
-    assert ctc(frames, torch.tensor([7, 4]), said, 0).item() == pytest.approx(
-        sum(alone).item() / 4, rel=1e-5
-    )
+    ctc = Ctc(torch.randn(9, 4), 1.0)
+    frames = torch.randn(2, 7, 5)
+    lengths = torch.tensor([7, 4])
+    examples = [utterance([1, 2, 3]), utterance([8])]
+    total = 0.0
+    for row, n, example in zip(frames, lengths, examples):
+        one = ctc(row[None, :n], n[None], [example], 0).item()
+        total += one * len(example.tokens)
+    assert ctc(frames, lengths, examples, 0).item() == pytest.approx(total / 4, rel=1e-5)
 
 
 def test_a_flat_start_is_the_cross_entropy_with_the_cast_tokens():
-    table, frames = torch.randn(9, 4), torch.randn(2, 6, 5, requires_grad=True)
-    said = [utterance([3, 7]), utterance([])]  # six frames, and four of nothing
-    loss = Ctc(table, 0.5, flat_start=2)(frames, torch.tensor([6, 4]), said, 1)
+    table = torch.randn(9, 4)
+    frames = torch.randn(2, 6, 5, requires_grad=True)
+    examples = [utterance([3, 7]), utterance([])]  # six frames, and four without a word
+    loss = Ctc(table, 0.5, flat_start=2)(frames, torch.tensor([6, 4]), examples, 1)
     logits = torch.cat([frames[..., :-1] @ table.T * 0.5, frames[..., -1:]], dim=-1)
     wanted = torch.tensor([3, 3, 3, 7, 7, 7, 9, 9, 9, 9])  # 9: the blank
     expected = torch.nn.functional.cross_entropy(torch.cat([logits[0], logits[1, :4]]), wanted)
@@ -224,21 +226,53 @@ def test_a_flat_start_is_the_cross_entropy_with_the_cast_tokens():
 
 
 def test_after_a_flat_start_the_loss_is_ctc():
-    table, frames, said = torch.randn(9, 4), torch.randn(1, 6, 5), [utterance([3, 7])]
-    losses = [Ctc(table, 1.0, flat)(frames, torch.tensor([6]), said, 2) for flat in (0, 2)]
+    table = torch.randn(9, 4)
+    frames = torch.randn(1, 6, 5)
+    losses = []
+    for flat_start in (0, 2):
+        ctc = Ctc(table, 1.0, flat_start)
+        losses.append(ctc(frames, torch.tensor([6]), [utterance([3, 7])], 2))
     torch.testing.assert_close(*losses)
 
 
-def test_more_tokens_than_frames_teach_nothing():
+def test_more_tokens_than_frames_give_no_loss_and_no_gradient():
     frames = torch.randn(1, 2, 5, requires_grad=True)
     loss = Ctc(torch.randn(9, 4), 1.0)(frames, torch.tensor([2]), [utterance([1, 2, 3])], 0)
     loss.backward()
     assert loss.item() == 0 and not frames.grad.any()
 
 
+def frames_of(path, table):
+    """(1, N', D + 1) frames whose likeliest symbols are `path`; None is the blank."""
+    rows = []
+    for token in path:
+        blank = torch.tensor([1e3 if token is None else 0.0])
+        rows.append(torch.cat([torch.zeros(4) if token is None else 1e3 * table[token], blank]))
+    return torch.stack(rows)[None]
+
+
+@pytest.mark.parametrize(
+    ("path", "rate"),
+    [
+        ([1, 1, None, 2, 3], 0),
+        ([1, None, 1, 2, 3], 1 / 3),  # one extra
+        ([1, None, None, None, 3], 1 / 3),  # one missing
+        ([0, 2, 2, 2, 3], 1 / 3),  # one wrong
+        ([None] * 5, 1),
+    ],
+)
+def test_token_error_rate_counts_wrong_missing_and_extra_tokens(path, rate):
+    table = torch.nn.functional.normalize(torch.randn(9, 4, generator=torch.manual_seed(0)), dim=1)
+    ctc = Ctc(table, 1.0)
+    frames = frames_of(path, table)
+    assert isinstance(ctc, HasTokenErrorRate)
+    assert ctc.token_error_rate(frames, torch.tensor([5]), [utterance([1, 2, 3])], 0) == rate
+
+
 def test_the_normaliser_of_a_large_vocabulary_is_estimated_from_a_sample():
-    """Without bias to speak of; the batch's own tokens, here by far the likeliest, count exactly."""
-    table, own = 0.3 * torch.randn(3 * EXACT, 8), torch.tensor([5, 77])
+    """Nearly without bias; the batch's own tokens, here by far the likeliest, count exactly."""
+    table = 0.3 * torch.randn(3 * EXACT, 8)
+    own = torch.tensor([5, 77])
     frames = torch.cat([3 * table[own], torch.zeros(2, 1)], dim=-1)[None]
     want = log_normaliser(frames, table, 1.0)
     got = torch.stack([sampled_log_normaliser(frames, table, 1.0, own, seed) for seed in range(50)])
@@ -246,18 +280,16 @@ def test_the_normaliser_of_a_large_vocabulary_is_estimated_from_a_sample():
 
 
 def test_a_large_vocabulary_is_sampled_and_a_small_one_is_not():
-    frames, said, n = (
-        torch.randn(1, 5, 5, requires_grad=True),
-        [utterance([1, 2])],
-        torch.tensor([5]),
-    )
-    small, large = (
-        Ctc(torch.randn(size, 4, generator=torch.Generator().manual_seed(0)), 1.0)
-        for size in (EXACT, EXACT + 1)
-    )
-    assert small(frames, n, said, 0).item() == small(frames, n, said, 1).item()
-    one, again, other = (large(frames, n, said, step).item() for step in (0, 0, 1))
-    assert one == again != other and one == pytest.approx(other, rel=0.1)
+    frames = torch.randn(1, 5, 5, requires_grad=True)
+
+    def loss(n_tokens, step):
+        table = torch.randn(n_tokens, 4, generator=torch.Generator().manual_seed(0))
+        return Ctc(table, 1.0)(frames, torch.tensor([5]), [utterance([1, 2])], step).item()
+
+    assert loss(EXACT, step=0) == loss(EXACT, step=1)
+    assert loss(EXACT + 1, step=0) == loss(EXACT + 1, step=0)
+    assert loss(EXACT + 1, step=0) != loss(EXACT + 1, step=1)
+    assert loss(EXACT + 1, step=0) == pytest.approx(loss(EXACT + 1, step=1), rel=0.1)
 
 
 # --- end to end ---
@@ -279,24 +311,27 @@ def small_llm():
 
 def test_end_to_end_is_the_cross_entropy_of_the_answer(small_llm):
     soft_tokens = torch.randn(2, 4, 16, requires_grad=True)
-    said = [utterance([1], answers=((5, 6, 7), (3,))), utterance([1], answers=((2,), (8, 9)))]
-    loss = EndToEnd(small_llm)(soft_tokens, torch.tensor([4, 4]), said, 0)
+    examples = [
+        utterance([1], answers=((5, 6, 7), (3,))),
+        utterance([1], answers=((2,), (8, 9))),
+    ]
+    loss = EndToEnd(small_llm)(soft_tokens, torch.tensor([4, 4]), examples, 0)
     costs = []
-    for turn, (soft, u) in enumerate(zip(soft_tokens, said)):  # the prompts take turns
-        answer = torch.tensor(u.answers[turn])
+    for i, example in enumerate(examples):  # the prompts take turns
+        answer = torch.tensor(example.answers[i])
         embedded = small_llm.model.get_input_embeddings()(answer)
-        row = torch.cat([small_llm.prompts[turn], soft, small_llm.after, embedded])
+        row = torch.cat([small_llm.prompts[i], soft_tokens[i], small_llm.after, embedded])
         log_probs = small_llm.model(inputs_embeds=row[None]).logits[0].log_softmax(-1)
-        costs += [
-            -log_probs[len(row) - len(answer) - 1 + i, token] for i, token in enumerate(answer)
-        ]
+        first = len(row) - len(answer) - 1
+        for k, token in enumerate(answer):
+            costs.append(-log_probs[first + k, token])
     assert loss.item() == pytest.approx(torch.stack(costs).mean().item(), rel=1e-5)
     loss.backward()
     assert soft_tokens.grad.abs().sum(-1).min() > 0
     assert all(p.grad is None for p in small_llm.model.parameters())
 
 
-# --- which for which projector ---
+# --- choosing an objective ---
 
 
 def test_a_projector_has_objectives_of_its_form():
@@ -309,7 +344,26 @@ def test_a_projector_has_objectives_of_its_form():
         objectives.check("ctc", 32)
 
 
+def test_the_message_offers_only_objectives_that_a_command_takes():
+    with pytest.raises(TinyAlignError, match="choose paper or aligned or paper-padded, or export"):
+        objectives.check("ctc", 32)
+
+
 @pytest.mark.parametrize("name", objectives.LLM_FREE)
 def test_every_objective_is_made_by_its_name(name):
     made = objectives.make(TrainOptions(name), torch.randn(5, 3), scale=1.0)
     assert made.table.shape == (5, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "message"),
+    [
+        ("ctc", None, "give `table`"),
+        ("ctc", torch.zeros(5, 3), "give `scale`"),
+        ("end-to-end", None, "give `llm`"),
+        ("papers", torch.zeros(5, 3), "unknown objective 'papers': expected one of ctc, paper"),
+    ],
+)
+def test_make_names_what_is_missing(name, table, message):
+    with pytest.raises(ValueError, match=message):
+        objectives.make(TrainOptions(name), table)

@@ -45,14 +45,11 @@ def test_every_soft_token_is_a_weighted_mean_of_frames(n_frames):
 @pytest.mark.parametrize("soft_tokens", [1, 4, 24])
 @pytest.mark.parametrize("times", [1, 2, 7])
 def test_pooling_is_adaptive_average_pooling_where_spans_have_whole_borders(soft_tokens, times):
-    x = torch.randn(
-        1, soft_tokens * times, 3, generator=torch.Generator().manual_seed(0)
-    )  # (B, N, C)
-    pooled = pooling_weights(torch.tensor([x.shape[1]]), x.shape[1], soft_tokens) @ x
-    library = torch.nn.functional.adaptive_avg_pool1d(x.transpose(1, 2), soft_tokens).transpose(
-        1, 2
-    )
-    assert difference(pooled, library) < 1e-5
+    n = soft_tokens * times
+    x = torch.randn(1, n, 3, generator=torch.Generator().manual_seed(0))  # (B, N, C)
+    pooled = pooling_weights(torch.tensor([n]), n, soft_tokens) @ x
+    library = torch.nn.functional.adaptive_avg_pool1d(x.transpose(1, 2), soft_tokens)
+    assert difference(pooled, library.transpose(1, 2)) < 1e-5
 
 
 def test_fractional_borders_share_a_frame():
@@ -79,7 +76,7 @@ def test_any_number_of_frames_gives_t_soft_tokens(projector, n_frames):
     assert soft_tokens.isfinite().all()
 
 
-def test_a_padded_batch_is_its_rows_one_by_one(projector):
+def test_a_padded_batch_equals_its_rows_one_by_one(projector):
     """Whatever the padding holds."""
     rows = [torch.randn(n, CONFIG.feature_size) for n in (13, 3, 8)]
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=50.0)
@@ -101,14 +98,13 @@ def test_layers_have_no_positional_encoding(projector, features):
     assert difference(before_pooling(features[:, order]), before_pooling(features)[:, order]) < 1e-5
 
 
-def test_pooling_alone_knows_the_order(projector, features, monkeypatch):
+def test_only_pooling_depends_on_the_order(projector, features, monkeypatch):
+    def same_weights(n_frames, max_frames, soft_tokens):
+        return torch.full((len(n_frames), soft_tokens, max_frames), 1 / max_frames)
+
     backwards = features.flip(1)
     assert difference(projector(backwards), projector(features)) > 1e-3
-    monkeypatch.setattr(
-        module,
-        "pooling_weights",
-        lambda n, longest, t: torch.full((len(n), t, longest), 1 / longest),
-    )
+    monkeypatch.setattr(module, "pooling_weights", same_weights)
     assert difference(projector(backwards), projector(features)) < 1e-5
 
 
@@ -119,23 +115,69 @@ def test_a_configuration_builds_the_same_projector_again(projector, features):
     assert torch.equal(again(features), projector(features))
 
 
-def following(kind="bridgeformer", **more):
+def test_the_shortcut_size_of_an_old_manifest_is_its_near_size():
+    entry = {"feature_size": 10, "embedding_size": 6, "kind": "bridgeformer"}
+    old = build_projector({**entry, "near_size": 6})
+    new = build_projector({**entry, "shortcut_size": 6})
+    assert old.config == new.config and old.config.shortcut_size == 6
+    assert list(old.state_dict()) == list(new.state_dict())
+    assert "near_size" not in config_of(old)
+
+
+def test_parameters_have_the_names_of_weights_on_disk():
+    projector = unpooled(shortcut_size=CONFIG.feature_size, hidden_size=8, n_layers=1)
+    assert list(projector.state_dict()) == [
+        "enter.0.weight",
+        "enter.0.bias",
+        "enter.1.weight",
+        "enter.1.bias",
+        "enter.3.weight",
+        "enter.3.bias",
+        "stack.weight",
+        "stack.bias",
+        "layers.0.norm_attention.weight",
+        "layers.0.norm_attention.bias",
+        "layers.0.norm_mlp.weight",
+        "layers.0.norm_mlp.bias",
+        "layers.0.qkv.weight",
+        "layers.0.qkv.bias",
+        "layers.0.out.weight",
+        "layers.0.out.bias",
+        "layers.0.mlp.0.weight",
+        "layers.0.mlp.0.bias",
+        "layers.0.mlp.2.weight",
+        "layers.0.mlp.2.bias",
+        "leave.0.weight",
+        "leave.0.bias",
+        "leave.1.weight",
+        "leave.1.bias",
+        "leave.3.weight",
+        "leave.3.bias",
+        "shortcut.narrow.weight",
+        "shortcut.patterns.weight",
+        "shortcut.patterns.bias",
+    ]
+
+
+def unpooled(kind="bridgeformer", **changes):
     """A projector that pools nothing, every weight of it random."""
     torch.manual_seed(0)
-    config = {**config_of(BridgeFormer(CONFIG)), "soft_tokens": None, "kind": kind, **more}
+    config = {**config_of(BridgeFormer(CONFIG)), "soft_tokens": None, "kind": kind, **changes}
     projector = build_projector(config).eval()
     for value in projector.parameters():
         value.data += 0.1 * torch.randn_like(value)
     return projector
 
 
-@pytest.fixture(
-    params=[(kind, near) for kind in PROJECTORS for near in (0, 6)], ids="{0[0]}-{0[1]}".format
-)
-def framed(request):
+@pytest.fixture(params=PROJECTORS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(params=[0, 6], ids="shortcut_size={}".format)
+def framed(request, kind):
     """Each kind, not pooled, without a shortcut and with one."""
-    kind, near = request.param
-    return following(kind, near_size=near)
+    return unpooled(kind, shortcut_size=request.param)
 
 
 def test_without_pooling_length_follows_the_speech(framed):
@@ -145,7 +187,7 @@ def test_without_pooling_length_follows_the_speech(framed):
         assert framed.output_lengths(torch.tensor([n_frames])).tolist() == [frames.shape[1]]
 
 
-def test_a_padded_batch_that_is_not_pooled_is_its_rows_one_by_one(framed):
+def test_a_padded_batch_that_is_not_pooled_equals_its_rows_one_by_one(framed):
     rows = [torch.randn(n, CONFIG.feature_size) for n in (13, 3, 8)]
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=50.0)
     together = framed(padded, torch.tensor([len(row) for row in rows]))
@@ -153,53 +195,49 @@ def test_a_padded_batch_that_is_not_pooled_is_its_rows_one_by_one(framed):
         assert difference(got[: len(row) // 2], framed(row[None])[0]) < 1e-5
 
 
-@pytest.mark.parametrize("near_size", [6, CONFIG.feature_size])
-@pytest.mark.parametrize("hidden_size", [8, 16])  # fewer than the features that are read, and more
-def test_an_untrained_shortcut_changes_nothing(features, near_size, hidden_size):
-    with_it = following(near_size=near_size, hidden_size=hidden_size)
-    torch.nn.init.zeros_(with_it.shortcut.patterns.weight)
-    torch.nn.init.zeros_(with_it.shortcut.patterns.bias)
-    without = following(hidden_size=hidden_size)
-    without.load_state_dict(with_it.state_dict(), strict=False)
-    assert torch.equal(with_it(features), without(features))
+@pytest.mark.parametrize("shortcut_size", [6, CONFIG.feature_size])
+@pytest.mark.parametrize("hidden_size", [8, 16])  # below and above the shortcut's size
+def test_an_untrained_shortcut_changes_nothing(features, shortcut_size, hidden_size):
+    with_shortcut = unpooled(shortcut_size=shortcut_size, hidden_size=hidden_size)
+    torch.nn.init.zeros_(with_shortcut.shortcut.patterns.weight)
+    torch.nn.init.zeros_(with_shortcut.shortcut.patterns.bias)
+    without = unpooled(hidden_size=hidden_size)
+    without.load_state_dict(with_shortcut.state_dict(), strict=False)
+    assert torch.equal(with_shortcut(features), without(features))
 
 
 def test_an_untrained_projector_has_an_untrained_shortcut():
-    projector = BridgeFormer(ProjectorConfig(feature_size=10, embedding_size=6, near_size=6))
+    projector = BridgeFormer(ProjectorConfig(feature_size=10, embedding_size=6, shortcut_size=6))
     assert not any(value.any() for value in projector.shortcut.parameters())
 
 
 def test_a_pooled_projector_has_no_shortcut():
-    assert (
-        BridgeFormer(
-            ProjectorConfig(feature_size=10, embedding_size=6, soft_tokens=5, near_size=6)
-        ).shortcut
-        is None
-    )
+    config = ProjectorConfig(feature_size=10, embedding_size=6, soft_tokens=5, shortcut_size=6)
+    assert BridgeFormer(config).shortcut is None
 
 
 def test_the_shortcut_is_a_linear_map_of_the_frames_within_reach_of_a_pair():
-    projector = following("mlp", near_size=6)
+    projector = unpooled("mlp", shortcut_size=6)
     features = torch.randn(1, 60, CONFIG.feature_size, dtype=torch.double)
     shortcut = projector.double().shortcut
-    given = shortcut(features, None)[0]  # (30, size)
-    near = torch.nn.functional.layer_norm(features[0, :, :6], (6,))
+    output = shortcut(features, None)[0]  # (30, size)
+    inputs = torch.nn.functional.layer_norm(features[0, :, :6], (6,))
     for pair in (10, 17):
         first = 2 * pair - (REACH // 2 - 1)
-        seen = near[first : first + REACH]  # five frames, the pair, five frames
-        expected = (
-            torch.einsum("nf,cfn->c", seen, shortcut.patterns.weight) + shortcut.patterns.bias
-        )
-        assert torch.allclose(given[pair], expected)
+        frames = inputs[first : first + REACH]  # five frames, the pair, five frames
+        weight, bias = shortcut.patterns.weight, shortcut.patterns.bias
+        expected = torch.einsum("nf,cfn->c", frames, weight) + bias
+        assert torch.allclose(output[pair], expected)
 
 
 def test_the_shortcut_reads_the_first_features_only(features):
-    shortcut, changed = following(near_size=6).shortcut, features.clone()
+    shortcut = unpooled(shortcut_size=6).shortcut
+    changed = features.clone()
     changed[..., 6:] += 1
     assert torch.equal(shortcut(changed, None), shortcut(features, None))
 
 
 @pytest.mark.parametrize("config", [{"kind": "perceiver", "feature_size": 3}, {"feature_size": 3}])
-def test_an_unknown_kind_names_the_known_ones(config):
+def test_the_error_of_an_unknown_kind_names_the_known_ones(config):
     with pytest.raises(ValueError, match=r"unknown projector .*bridgeformer"):
         build_projector(config)

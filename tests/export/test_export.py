@@ -22,17 +22,14 @@ torch = pytest.importorskip("torch", reason="models are exported from torch")
 transformers = pytest.importorskip("transformers", reason="models are exported from transformers")
 onnx = pytest.importorskip("onnx", reason="exported graphs are read with onnx")
 
-from tiny_align.export.bundle import (  # noqa: E402 - needs the packages above
-    ExportOptions,
-    _check_binding,
-    _hold,
-    _tokens_of,
-    make_projector,
-)
+from tiny_align.export import parity  # noqa: E402 - needs the packages above
+from tiny_align.export.bundle import sentence_tokens  # noqa: E402
 from tiny_align.export.encoders import FAMILIES, load_encoder, load_front_end  # noqa: E402
 from tiny_align.export.graphs import OPSET  # noqa: E402
 from tiny_align.export.llms import LLMS, load_llm  # noqa: E402
+from tiny_align.export.options import ExportOptions  # noqa: E402
 from tiny_align.export.parity import TOLERANCE  # noqa: E402
+from tiny_align.export.projector import check_binding, make_projector  # noqa: E402
 from tiny_align.export.prompts import prompt_spec  # noqa: E402
 
 GRAPHS = ("encoder", "projector", "llm")
@@ -377,19 +374,21 @@ def test_align_trains_a_general_projector_for_the_new_pair(
 def test_of_a_large_vocabulary_speech_is_what_was_trained_on(
     models, fp32, export, refused, speech, tmp_path, monkeypatch
 ):
-    """Nothing yet; `--sentences` say it where a trained projector is given. The graphs are those of another export."""
+    """Nothing for an untrained projector; for a trained one, what `--sentences` lists.
 
-    def written(folder: Path, name: str):
-        for path in fp32.bundle.path.glob(f"{name}.*"):
-            shutil.copyfile(path, folder / path.name)
-        return fp32.bundle.manifest.graphs[name]
+    The graphs are copied from another export.
+    """
 
-    monkeypatch.setattr(
-        "tiny_align.export.bundle._write_graph", lambda folder, name, *_: written(folder, name)
-    )
-    monkeypatch.setattr(
-        "tiny_align.export.bundle._write_llm", lambda folder, *_: written(folder, "llm")
-    )
+    def copied(name: str):
+        def copy(folder: Path, *_):
+            for path in fp32.bundle.path.glob(f"{name}.*"):
+                shutil.copyfile(path, folder / path.name)
+            return fp32.bundle.manifest.graphs[name]
+
+        return copy
+
+    for name in GRAPHS:
+        monkeypatch.setattr(f"tiny_align.export.bundle.write_{name}", copied(name))
     monkeypatch.setattr("tiny_align.export.bundle.LARGE_VOCABULARY", 100)
     (tmp_path / "trained").touch()
     assert "give its training texts with --sentences" in refused(
@@ -402,7 +401,7 @@ def test_of_a_large_vocabulary_speech_is_what_was_trained_on(
 
     (tmp_path / "sentences.txt").write_text("turn on the light\n\nthe light\n", encoding="utf-8")
     tokenizer = load_llm(str(models["llm"]))[1]
-    listed = _tokens_of(str(tmp_path / "sentences.txt"), tokenizer, bundle.manifest.prompt)
+    listed = sentence_tokens(str(tmp_path / "sentences.txt"), tokenizer, bundle.manifest.prompt)
     assert listed.dtype == np.int32
     assert listed.tolist() == sorted(
         set(tokenizer.encode("turn on the light", add_special_tokens=False))
@@ -588,14 +587,14 @@ def wider(name: str):
     [
         (
             wider("enter.0.weight"),
-            "its enter.0.weight is [49], needed is [48]",
+            "expected its enter.0.weight to be [48], got [49]",
         ),  # another encoder's
-        (wider("leave.3.bias"), "its leave.3.bias is [66], needed is [65]"),  # another LLM's
+        (wider("leave.3.bias"), "expected its leave.3.bias to be [65], got [66]"),  # another LLM's
         (
             lambda w: {k: v for k, v in w.items() if "stack" not in k},
-            "its stack.bias is absent, needed is [256]",
+            "expected its stack.bias to be [256], got absent",
         ),
-        (lambda w: w | {"more": torch.zeros(3)}, "its more is [3], needed is absent"),
+        (lambda w: w | {"more": torch.zeros(3)}, "expected its more to be absent, got [3]"),
     ],
 )
 def test_a_projector_of_other_sizes_is_refused(refused, models, general, tmp_path, change, what):
@@ -626,7 +625,7 @@ def test_a_projector_of_another_llm_of_the_same_sizes_is_refused(fp32, models, g
 
     path, ours = tmp_path / "p.safetensors", fp32.bundle.manifest.embeddings_sha256
     save_file(general.state_dict(), path)
-    _check_binding(str(path), ours)  # it does not say
+    check_binding(str(path), ours)  # it does not say
     for table in (ours, "0" * 64):
         save_file(general.state_dict(), path, {"embeddings_sha256": table})
         refusal = (
@@ -635,7 +634,7 @@ def test_a_projector_of_another_llm_of_the_same_sizes_is_refused(fp32, models, g
             else None
         )
         with refusal or contextlib.nullcontext():
-            _check_binding(str(path), ours)
+            check_binding(str(path), ours)
 
 
 def test_sentences_that_are_not_there_are_refused(refused, models, tmp_path):
@@ -658,10 +657,10 @@ def test_a_bundle_with_persons_is_never_replaced(refused, models, bundle_copy, m
 
 
 def test_a_graph_that_is_not_pytorchs_is_refused():
-    _hold("llm", {"1": TOLERANCE / 2})
+    parity.check("llm", {"1": TOLERANCE / 2})
     for figures in ({"1": 2 * TOLERANCE}, {"1": float("nan")}, {"1": 1e-6, "2": float("nan")}):
         with pytest.raises(TinyAlignError, match="the exported llm differs from PyTorch"):
-            _hold("llm", figures)
+            parity.check("llm", figures)
 
 
 # --- loading ---

@@ -16,7 +16,6 @@ pytest.importorskip("transformers", reason="models are exported from transformer
 
 from tests.support.tiny_encoders import features, make_encoder  # noqa: E402
 from tiny_align.benchmarks.studies.families import traced_once  # noqa: E402 - needs the packages above
-from tiny_align.export.quantise import quantise_blocks  # noqa: E402
 
 RATE = 16_000  # Hz
 FAMILIES = ("wav2vec2", "parakeet")
@@ -138,18 +137,6 @@ def test_the_plain_graph_builds(case):
     pytest.importorskip("polygraphy")
     built = build_engines(case[2], compute_capability=86, graphs=["encoder"])
     assert built["encoder"]["precision"] == "int8" and built["encoder"]["bytes"] > 0
-
-
-def test_codes_are_within_half_a_step():
-    weight = np.random.default_rng(0).standard_normal((40, 7)).astype(np.float32)
-    weight[:, 3], weight[:, 4] = 0, 1e-6
-    codes, scales = quantise_blocks(weight, 8)
-    assert (
-        codes.dtype == np.int8
-        and scales.dtype == np.float32
-        and np.abs(codes.astype(int)).max() == 127
-    )
-    assert (np.abs(codes * scales - weight) <= scales * 0.501).all() and not codes[:, 3].any()
 
 
 def test_a_precision_there_is_not_is_refused(run_cli, tmp_path):

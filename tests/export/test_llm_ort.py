@@ -102,12 +102,11 @@ def test_a_graph_without_weights_of_its_own_needs_no_file(weights, x, tmp_path):
 
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
 def test_a_bundle_stores_the_llms_weights_once(tiny_llm, tmp_path, precision):
-    from tiny_align.export.bundle import ExportOptions, _write_llm
+    from tiny_align.export.bundle import ExportOptions, write_llm
 
     llm, _ = load_llm(str(tiny_llm))
-    spec = _write_llm(
-        tmp_path, llm, ExportOptions(encoder="", llm=str(tiny_llm), precision=precision), 64
-    )
+    options = ExportOptions(encoder="", llm=str(tiny_llm), precision=precision)
+    spec = write_llm(tmp_path, llm, options, 64)
     other = spec.on("onnxruntime")
     assert (spec.file, other.file, spec.on("tensorrt")) == ("llm.onnx", "llm.ort.onnx", spec)
     own = tmp_path / f"{other.file}.data"

@@ -9,12 +9,13 @@ import pytest
 from tiny_align.runtime.backends.registry import load_runner
 from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.bundle.manifest import write_manifest
+from tiny_align.runtime.bundle.onnx_weights import quantise_columns
 from tiny_align.runtime.errors import TinyAlignError
 
 onnx = pytest.importorskip("onnx", reason="exported graphs are read with onnx")
 ort = pytest.importorskip("onnxruntime")
 
-from tiny_align.export.quantise import Form, forms, quantise, quantise_blocks  # noqa: E402
+from tiny_align.export.quantise import Form, forms, quantise  # noqa: E402
 
 COSTS = {
     "fp16": (0, 1e-3, 0.51),
@@ -78,7 +79,7 @@ def test_int4_is_onnxruntimes_own():
         .reshape(rows.shape)
         .astype(np.int8)
     )
-    codes, ours = quantise_blocks(rows, 4)
+    codes, ours = quantise_columns(rows, 4)
     np.testing.assert_allclose(np.delete(ours, 7), np.delete(scales.ravel(), 7), rtol=1e-6)
     assert (
         np.mean(codes == np.where(theirs > 7, theirs - 16, theirs)) > 0.999

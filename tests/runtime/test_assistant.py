@@ -1,16 +1,22 @@
-"""runtime/assistant.py on the shipped bundle: events, streaming sessions, other projectors, audio that is refused.
+"""runtime/assistant.py on the shipped bundle: events, sessions, users, observers, refused audio.
 
-What the answers say is not judged here. Sampling makes them lively where a greedy answer might be empty.
+Whether the answers are good is not tested here. Most are sampled: a greedy one might be empty.
 """
+
+import contextlib
+import shutil
+import threading
 
 import numpy as np
 import pytest
 
-from tiny_align.runtime import Answer, Assistant, Decoding
-from tiny_align.runtime import assistant as assistant_module
+from tiny_align.runtime import Answer, Assistant, Decoding, Event, NothingHeard, Token
+from tiny_align.runtime import projectors as projectors_module
 from tiny_align.runtime.bundle.bundle import Bundle
+from tiny_align.runtime.bundle.users import write_user_record
 from tiny_align.runtime.errors import AudioError, BackendError, DataError, TinyAlignError, UserError
-from tiny_align.runtime.readout import CtcReader
+from tiny_align.runtime.speech_vocabulary import SPEECH_TOKENS
+from tiny_align.runtime.stages import STAGES
 
 DECODING = Decoding(max_tokens=16, temperature=2.0, seed=1)
 RATE = 16_000  # Hz, the bundle's
@@ -20,9 +26,15 @@ def tokens(events):
     return [event.token for event in events]
 
 
+@pytest.fixture
+def long_speech(speech):
+    """Longer than two windows."""
+    return np.tile(speech, 1 + 120_000 // len(speech))[:120_000]
+
+
 @pytest.fixture(scope="module")
 def ana(bundle_path, make_user, tmp_path_factory):
-    """The users folder in which Ana has a projector of her own."""
+    """A folder of users with a projector for Ana."""
     users = tmp_path_factory.mktemp("users")
     make_user(Bundle.open(bundle_path), users / "ana")
     return users
@@ -33,25 +45,27 @@ def ana(bundle_path, make_user, tmp_path_factory):
 
 @pytest.mark.parametrize("ask", ["stream", "stream_text"])
 def test_events_join_to_the_answer(assistant, speech, ask):
-    said = speech if ask == "stream" else "what is the time"
-    events = list(getattr(assistant, ask)(said, decoding=DECODING))
-    answer = getattr(assistant, ask.replace("stream", "answer"))(said, decoding=DECODING)
+    question = speech if ask == "stream" else "what is the time"
+    stream = getattr(assistant, ask)
+    answer_whole = getattr(assistant, ask.replace("stream", "answer"))
+    events = list(stream(question, decoding=DECODING))
+    answer = answer_whole(question, decoding=DECODING)
     assert "".join(event.text for event in events).strip() == answer.text
     assert tuple(tokens(events)) == answer.tokens
+    assert all(isinstance(event, Token) and isinstance(event, Event) for event in events)
     assert answer.text == assistant.llm.tokenizer.decode(list(answer.tokens)).strip()
 
 
-def test_events_carry_the_time_since_the_speech_ended(assistant, speech):
+def test_event_times_increase_from_the_end_of_speech(assistant, speech):
     events = list(assistant.stream(speech, decoding=DECODING))
     times = [event.elapsed_s for event in events]
     assert times == sorted(times) and times[0] > 0
 
 
-def test_an_answer_carries_its_times(assistant, speech):
+def test_an_answer_has_its_times_and_real_time_factor(assistant, speech):
     answer = assistant.answer(speech, decoding=DECODING)
-    assert 0 < answer.ttft_s <= answer.seconds and answer.audio_s == pytest.approx(
-        len(speech) / RATE
-    )
+    assert 0 < answer.ttft_s <= answer.seconds
+    assert answer.audio_s == pytest.approx(len(speech) / RATE)
     assert answer.rtf == pytest.approx(answer.seconds / answer.audio_s)
     assert Answer("", (), 0.1, 0.1, 0.0).rtf == 0.0
 
@@ -61,76 +75,79 @@ def test_a_file_is_answered_as_its_samples(assistant, speech, voice_path):
     assert from_file.tokens == assistant.answer(speech, decoding=DECODING).tokens
 
 
-def test_the_stages_have_the_shapes_of_the_manifest(assistant, speech):
+def test_features_and_soft_tokens_have_the_shapes_of_the_manifest(assistant, speech):
     manifest = assistant.bundle.manifest
+    frame_s = manifest.encoder.frame_s
     features = assistant.features(speech)
     assert features.ndim == 2 and features.shape[1] == manifest.encoder.feature_size
-    assert (
-        features.shape[0] * manifest.encoder.frame_s
-        < len(speech) / RATE + 2 * manifest.encoder.frame_s
-    )
+    assert len(features) * frame_s < len(speech) / RATE + 2 * frame_s
     n_tokens, size = assistant.soft_tokens(features).shape
     assert 1 <= n_tokens <= len(features) and size == manifest.llm.hidden_size
 
 
-def test_soft_tokens_at_hand_are_answered_as_their_speech(assistant, speech):
+def test_answer_soft_tokens_equals_answer(assistant, speech):
     soft_tokens = assistant.soft_tokens(assistant.features(speech))
     assert assistant.answer_soft_tokens(soft_tokens).tokens == assistant.answer(speech).tokens
 
 
-def test_the_instruction_reaches_the_llm(assistant, speech):
-    """Other words around the same speech, other logits: the answers may still agree."""
+def test_another_instruction_is_another_prompt(assistant, speech):
+    """The answers may still agree."""
     soft_tokens = assistant.soft_tokens(assistant.features(speech))
-    default, given, other = (
-        assistant.llm.assemble(soft_tokens, i)
-        for i in (None, assistant.bundle.manifest.prompt.instruction, "Say it again.")
-    )
-    np.testing.assert_array_equal(default, given)
+    instruction = assistant.bundle.manifest.prompt.instruction
+    default = assistant.llm.assemble(soft_tokens)
+    same = assistant.llm.assemble(soft_tokens, instruction)
+    other = assistant.llm.assemble(soft_tokens, "Say it again.")
+    np.testing.assert_array_equal(default, same)
     assert default.shape != other.shape or not np.array_equal(default, other)
 
 
-def test_the_callers_array_is_not_changed(assistant, speech):
-    kept = speech.copy()
+def test_answer_does_not_change_the_audio(assistant, speech):
+    before = speech.copy()
     assistant.answer(speech, decoding=DECODING)
-    np.testing.assert_array_equal(speech, kept)
+    np.testing.assert_array_equal(speech, before)
 
 
-def test_a_stream_may_be_left_early(assistant, speech):
+def test_a_stream_that_is_closed_early_does_not_change_the_next_answer(assistant, speech):
     stream = assistant.stream(speech, decoding=DECODING)
     first = next(stream)
     stream.close()
     assert assistant.answer(speech, decoding=DECODING).tokens[0] == first.token
 
 
-# --- nothing said ---
+# --- no word recognised ---
 
 
 @pytest.fixture
-def deaf(assistant, monkeypatch):
-    """An assistant that finds no word in anything."""
-    size = assistant.bundle.manifest.llm.hidden_size
-    monkeypatch.setattr(
-        assistant, "reader", lambda: CtcReader(np.zeros((0, size), np.float32), 1.0)
+def assistant_without_words(assistant):
+    """An assistant with an empty speech vocabulary: it recognises no word."""
+    tokens = assistant.llm.speech_tokens
+    assistant.llm.set_speech_tokens(tokens[:0])
+    yield assistant
+    assistant.llm.set_speech_tokens(tokens)
+
+
+def test_no_word_recognised_is_one_event_and_an_empty_answer(assistant_without_words, speech):
+    (event,) = assistant_without_words.stream(speech)
+    assert (
+        isinstance(event, NothingHeard)
+        and event.token is None
+        and event.text == ""
+        and event.elapsed_s > 0
     )
-    return assistant
-
-
-def test_nothing_heard_is_an_event_and_no_answer(deaf, speech):
-    (event,) = deaf.stream(speech)
-    assert event.token is None and event.text == "" and event.elapsed_s > 0
-    answer = deaf.answer(speech)
+    answer = assistant_without_words.answer(speech)
     assert not answer.heard and answer.text == "" and answer.tokens == ()
 
 
-def test_words_are_heard(assistant, speech):
-    assert assistant.answer(speech).heard and assistant.answer_text("stop the music").heard
+def test_an_answer_to_words_is_marked_as_heard(assistant, speech):
+    assert assistant.answer(speech).heard
+    assert assistant.answer_text("stop the music").heard
 
 
 # --- sessions ---
 
 
 @pytest.mark.parametrize("size", [1, 333, 1_600, 7_919, 10**6])
-def test_chunks_of_any_size_are_answered_as_the_whole(assistant, speech, size):
+def test_chunks_of_any_size_give_the_answer_to_the_whole(assistant, speech, size):
     short = speech[:6_400] if size == 1 else speech
     session = assistant.listen(decoding=DECODING)
     for start in range(0, len(short), size):
@@ -138,15 +155,16 @@ def test_chunks_of_any_size_are_answered_as_the_whole(assistant, speech, size):
     assert tokens(session.finish()) == tokens(assistant.stream(short, decoding=DECODING))
 
 
-def test_chunks_of_uneven_sizes_and_empty_ones(assistant, speech):
+def test_uneven_and_empty_chunks_give_the_answer_to_the_whole(assistant, speech):
     session = assistant.listen("Say it again.", DECODING)
     for chunk in np.split(speech, [0, 1, 18, 18, 4_003, 20_000]):
         session.push(chunk)
     assert tokens(session.finish()) == tokens(assistant.stream(speech, "Say it again.", DECODING))
 
 
-def test_the_callers_buffer_may_be_used_again(assistant, speech):
-    session, buffer = assistant.listen(decoding=DECODING), np.zeros(1_600, np.float32)
+def test_push_copies_the_chunk(assistant, speech):
+    session = assistant.listen(decoding=DECODING)
+    buffer = np.zeros(1_600, np.float32)
     whole = speech[: len(speech) // 1_600 * 1_600]
     for part in whole.reshape(-1, 1_600):
         buffer[:] = part
@@ -154,7 +172,7 @@ def test_the_callers_buffer_may_be_used_again(assistant, speech):
     assert tokens(session.finish()) == tokens(assistant.stream(whole, decoding=DECODING))
 
 
-def test_speech_after_the_answer_is_another_turn(assistant, speech):
+def test_a_second_turn_is_answered_as_the_first(assistant, speech):
     session = assistant.listen(decoding=DECODING)
     session.push(speech)
     first = tokens(session.finish())
@@ -170,21 +188,21 @@ def test_reset_forgets_what_was_pushed(assistant, speech):
     assert tokens(session.finish()) == tokens(assistant.stream(speech, decoding=DECODING))
 
 
-def test_sessions_do_not_hear_each_other(assistant, speech):
-    one, two = assistant.listen(decoding=DECODING), assistant.listen(decoding=DECODING)
-    one.push(speech)
-    two.push(speech[:16_000])
-    both = list(zip(one.finish(), two.finish()))  # token by token in turn
-    assert [a.token for a, _ in both] == tokens(assistant.stream(speech, decoding=DECODING))[
-        : len(both)
-    ]
-    assert [b.token for _, b in both] == tokens(
-        assistant.stream(speech[:16_000], decoding=DECODING)
-    )[: len(both)]
+def test_two_sessions_answer_as_each_alone(assistant, speech):
+    whole = tokens(assistant.stream(speech, decoding=DECODING))
+    beginning = tokens(assistant.stream(speech[:16_000], decoding=DECODING))
+    first = assistant.listen(decoding=DECODING)
+    second = assistant.listen(decoding=DECODING)
+    first.push(speech)
+    second.push(speech[:16_000])
+    both = list(zip(first.finish(), second.finish()))  # token by token in turn
+    n = len(both)
+    assert [event.token for event, _ in both] == whole[:n]
+    assert [event.token for _, event in both] == beginning[:n]
 
 
 @pytest.mark.parametrize(
-    ("chunk", "given"),
+    ("chunk", "got"),
     [
         (np.zeros(100, np.int16), r"int16 \(100,\)"),
         (np.zeros(100, np.float64), r"float64 \(100,\)"),
@@ -193,16 +211,13 @@ def test_sessions_do_not_hear_each_other(assistant, speech):
         (b"\0\0", "bytes"),
     ],
 )
-def test_a_chunk_of_another_kind_is_refused(assistant, speech, chunk, given):
+def test_a_chunk_of_another_kind_is_refused_and_changes_nothing(assistant, speech, chunk, got):
     session = assistant.listen(decoding=DECODING)
     session.push(speech)
-    with pytest.raises(
-        AudioError, match=rf"must be a float32 array of shape \(S,\), got {given}: convert it"
-    ):
+    message = rf"must be a float32 array of shape \(S,\), got {got}: convert it"
+    with pytest.raises(AudioError, match=message):
         session.push(chunk)
-    assert tokens(session.finish()) == tokens(
-        assistant.stream(speech, decoding=DECODING)
-    )  # nothing was spoiled
+    assert tokens(session.finish()) == tokens(assistant.stream(speech, decoding=DECODING))
 
 
 def test_a_session_without_speech_is_refused(assistant):
@@ -210,10 +225,10 @@ def test_a_session_without_speech_is_refused(assistant):
         list(assistant.listen().finish())
 
 
-# --- projectors ---
+# --- projectors and users ---
 
 
-def test_another_projector_is_another_answer_and_sessions_go_on(bundle_path, ana, speech):
+def test_swap_projector_changes_open_sessions_and_can_be_undone(bundle_path, ana, speech):
     with (
         Assistant.load(bundle_path, threads=1) as assistant,
         Assistant.load(bundle_path, "ana", users=ana, threads=1) as anas,
@@ -233,17 +248,103 @@ def test_another_projector_is_another_answer_and_sessions_go_on(bundle_path, ana
         np.testing.assert_array_equal(assistant.soft_tokens(features), general)
 
 
-def test_another_projector_keeps_to_the_threads_given(bundle_path, monkeypatch):
+@pytest.fixture(scope="module")
+def users(bundle_path, make_user, tmp_path_factory):
+    """Two users: Ana, and Ben, whose speech vocabulary is his own."""
+    bundle = Bundle.open(bundle_path)
+    folder = tmp_path_factory.mktemp("users")
+    make_user(bundle, folder / "ana")
+    make_user(bundle, folder / "ben", shift=-0.2)
+    np.save(folder / "ben" / SPEECH_TOKENS, np.arange(0, 800, 2, dtype=np.int32)[::-1])
+    write_user_record(folder / "ben", bundle.manifest, {})
+    return folder
+
+
+def test_sessions_speak_for_two_users_at_once(bundle_path, users, long_speech):
+    """Pushed in turn, window by window, each is answered as if it were alone."""
+    names = ("ana", "ben", "general", None)
+    alone = {}
+    for name in names:
+        with Assistant.load(bundle_path, name, users=users, threads=1) as assistant:
+            alone[name] = tokens(assistant.stream(long_speech, decoding=DECODING))
+    assert alone["ana"] != alone["ben"] != alone[None] == alone["general"] != alone["ana"]
+
+    with Assistant.load(bundle_path, users=users, threads=1) as assistant:
+        sessions = {name: assistant.listen(decoding=DECODING, user=name) for name in names}
+        for start in range(0, len(long_speech), 9_000):
+            for session in sessions.values():
+                session.push(long_speech[start : start + 9_000])
+        answers = {name: session.finish() for name, session in sessions.items()}
+        firsts = {name: next(answer).token for name, answer in answers.items()}
+        for name, answer in answers.items():
+            assert [firsts[name], *tokens(answer)] == alone[name], name
+
+
+def test_a_session_keeps_its_user_when_the_default_is_swapped(bundle_path, users, speech):
+    with Assistant.load(bundle_path, users=users, threads=1) as assistant:
+        want = {
+            name: tokens(assistant.stream(speech, decoding=DECODING, user=name))
+            for name in ("ana", "ben", "general")
+        }
+        bens = assistant.listen(decoding=DECODING, user="ben")
+        default = assistant.listen(decoding=DECODING)
+        for session in (bens, default):
+            session.push(speech[:9_000])
+        assistant.swap_projector(assistant.bundle.projector("ana", users))
+        for session in (bens, default):
+            session.push(speech[9_000:])
+        assert tokens(bens.finish()) == want["ben"]
+        assert tokens(default.finish()) == want["ana"]
+        assert (
+            tokens(assistant.stream(speech, decoding=DECODING, user="general")) == want["general"]
+        )
+
+
+def test_every_way_to_answer_takes_a_user(bundle_path, users, speech, voice_path):
+    with Assistant.load(bundle_path, "ana", users=users, threads=1) as assistant:
+        ben = assistant.bundle.user_projector("ben", users)
+        want = tuple(tokens(assistant.stream(speech, decoding=DECODING, user=ben)))
+        assert assistant.answer(speech, decoding=DECODING, user="ben").tokens == want
+        path = voice_path / "train-000.flac"
+        assert assistant.answer_file(path, decoding=DECODING, user="ben").tokens == want
+        anas = assistant.answer(speech, decoding=DECODING)
+        assert assistant.answer(speech, decoding=DECODING, user="ana").tokens == anas.tokens != want
+        with pytest.raises(UserError, match="no user 'eve'"):
+            assistant.listen(user="eve")
+
+
+def test_a_users_projector_is_loaded_once_until_it_is_trained_again(
+    bundle_path, make_user, speech, tmp_path, monkeypatch
+):
+    load = projectors_module.load_runner
+    loaded = []
+    monkeypatch.setattr(
+        projectors_module, "load_runner", lambda path, *a: loaded.append(path) or load(path, *a)
+    )
+    bundle = Bundle.open(bundle_path)
+    ana = make_user(bundle, tmp_path / "ana")
+    with Assistant.load(bundle, users=tmp_path, threads=1) as assistant:
+        before = assistant.answer(speech, decoding=DECODING, user="ana").tokens
+        assert assistant.answer(speech, decoding=DECODING, user="ana").tokens == before
+        assert loaded == [ana / "projector.onnx"]
+        shutil.rmtree(ana)
+        make_user(bundle, ana, shift=-0.2)
+        assert assistant.answer(speech, decoding=DECODING, user="ana").tokens != before
+        assert loaded == [ana / "projector.onnx"] * 2
+
+
+def test_swap_projector_loads_with_the_assistants_threads(bundle_path, monkeypatch):
     with Assistant.load(bundle_path, threads=1) as assistant:
-        load, threads = assistant_module.load_runner, []
+        load = projectors_module.load_runner
+        threads = []
         monkeypatch.setattr(
-            assistant_module, "load_runner", lambda *a: threads.append(a[3]) or load(*a)
+            projectors_module, "load_runner", lambda *a: threads.append(a[3]) or load(*a)
         )
         assistant.swap_projector(assistant.bundle.projector())
     assert threads == [1]
 
 
-def test_a_projector_that_cannot_be_loaded_leaves_the_old_one(bundle_path, speech, tmp_path):
+def test_a_failed_swap_leaves_the_old_projector(bundle_path, speech, tmp_path):
     with Assistant.load(bundle_path, threads=1) as assistant:
         before = assistant.answer(speech, decoding=DECODING).tokens
         (tmp_path / "projector.onnx").write_text("not a graph")
@@ -252,21 +353,59 @@ def test_a_projector_that_cannot_be_loaded_leaves_the_old_one(bundle_path, speec
         assert assistant.answer(speech, decoding=DECODING).tokens == before
 
 
-def test_an_unknown_person_is_refused(bundle_path, ana):
+def test_an_unknown_user_is_refused(bundle_path, ana):
     with pytest.raises(UserError, match=r"no user 'ben' .*known: ana"):
         Assistant.load(bundle_path, "ben", users=ana)
 
 
-def test_an_unknown_backend_is_refused_and_never_replaced(bundle_path):
+def test_an_unknown_backend_is_refused(bundle_path):
     with pytest.raises(BackendError, match="there is no backend 'cuda': choose one of onnxruntime"):
         Assistant.load(bundle_path, backend="cuda")
 
 
-def test_it_is_a_context_manager_and_closes(bundle_path, speech):
+def test_a_closed_assistant_answers_nothing(bundle_path, speech):
     with Assistant.load(Bundle.open(bundle_path), threads=1) as assistant:
         assistant.answer(speech, decoding=DECODING)
     with pytest.raises(TinyAlignError, match="closed"):
         assistant.answer(speech)
+
+
+# --- observing ---
+
+
+class Recorder:
+    """Notes which stages ran, and on which threads."""
+
+    def __init__(self):
+        self.names, self.threads = [], set()
+
+    @contextlib.contextmanager
+    def stage(self, name):
+        self.names.append(name)
+        self.threads.add(threading.current_thread().name)
+        yield
+
+
+@pytest.mark.parametrize("one_thread", [False, True])
+def test_an_observer_sees_every_stage_and_changes_no_answer(assistant, speech, one_thread):
+    want = tokens(assistant.stream(speech, decoding=DECODING))
+    recorder = Recorder()
+    with assistant.observe(recorder, one_thread=one_thread):
+        assert tokens(assistant.stream(speech, decoding=DECODING)) == want
+    assert set(recorder.names) == set(STAGES)
+    assert recorder.names.count("text") == len(want)
+    assert len(recorder.threads) == (1 if one_thread else 3)
+    n_stages = len(recorder.names)
+    assert tokens(assistant.stream(speech, decoding=DECODING)) == want
+    assert len(recorder.names) == n_stages
+
+
+def test_a_failure_is_the_same_for_an_observer(assistant, speech):
+    with assistant.observe(Recorder(), one_thread=True):
+        session = assistant.listen()
+        session.push(speech[:1_000])
+        with pytest.raises(AudioError, match="record longer"):
+            list(session.finish())
 
 
 # --- audio that is refused, and says why ---
@@ -300,11 +439,10 @@ def test_bad_audio_is_refused(assistant, speech, make, why):
 
 
 def test_the_longest_recording_is_answered(assistant, speech):
-    _, _, greatest = assistant.bundle.manifest.dims["frames"]
-    longest = np.resize(speech, greatest * assistant.bundle.manifest.front_end.hop_samples)
-    assert assistant.answer(longest, decoding=Decoding(max_tokens=1)).audio_s == pytest.approx(
-        len(longest) / RATE
-    )
+    _, _, max_frames = assistant.bundle.manifest.dims["frames"]
+    longest = np.resize(speech, max_frames * assistant.bundle.manifest.front_end.hop_samples)
+    answer = assistant.answer(longest, decoding=Decoding(max_tokens=1))
+    assert answer.audio_s == pytest.approx(len(longest) / RATE)
 
 
 def test_bad_text_is_refused(assistant):

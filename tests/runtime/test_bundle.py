@@ -1,7 +1,8 @@
-"""runtime/bundle/bundle.py: what is whole opens; what is missing, changed, damaged or meant for another LLM is refused."""
+"""runtime/bundle/: a whole bundle opens; a damaged one, or one for another LLM, is refused."""
 
 import dataclasses
 import json
+import shutil
 from datetime import datetime
 
 import numpy as np
@@ -34,13 +35,13 @@ def flip_a_byte(path):
 # --- bundles ---
 
 
-def test_the_shipped_bundle_is_whole(bundle_path):
+def test_the_shipped_bundle_opens(bundle_path):
     manifest = Bundle.open(bundle_path).manifest
     assert set(GRAPHS) <= set(manifest.graphs)
     assert manifest.files["token_embeddings.npy"] == manifest.embeddings_sha256
 
 
-def test_the_manifest_survives_its_own_json(bundle_path):
+def test_a_manifest_equals_the_one_read_from_its_json(bundle_path):
     manifest = Bundle.open(bundle_path, verify=False).manifest
     assert type(manifest).from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
 
@@ -48,7 +49,7 @@ def test_the_manifest_survives_its_own_json(bundle_path):
 @pytest.mark.parametrize(
     "name", ["encoder.onnx.data", "llm.onnx", "tokenizer.json", "token_embeddings.npy"]
 )
-def test_a_changed_byte_is_noticed(bundle_copy, name):
+def test_a_changed_byte_is_refused(bundle_copy, name):
     flip_a_byte(bundle_copy / name)
     with pytest.raises(
         BundleError, match=rf"{name} has changed: its SHA-256 is not the manifest's"
@@ -74,7 +75,7 @@ def test_a_graph_the_manifest_does_not_have_is_named(bundle_copy, edit_json):
 @pytest.mark.parametrize(
     "make", [lambda p: None, lambda p: p.mkdir(), lambda p: p.write_text("a file")]
 )
-def test_what_is_no_bundle_is_refused(tmp_path, make):
+def test_a_path_without_a_manifest_is_refused(tmp_path, make):
     make(tmp_path / "thing")
     with pytest.raises(BundleError, match=r"thing is not a bundle: it has no manifest\.json"):
         Bundle.open(tmp_path / "thing")
@@ -155,9 +156,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize("change", SIZES.values(), ids=SIZES)
-def test_sizes_that_cannot_be_are_refused_before_anything_is_laid_out(
-    bundle_copy, edit_json, change
-):
+def test_impossible_sizes_are_refused(bundle_copy, edit_json, change):
     edit_json(bundle_copy / MANIFEST, change)
     with pytest.raises(
         BundleError,
@@ -174,21 +173,21 @@ def test_weights_beyond_the_data_file_are_refused(bundle_copy, edit_json):
 
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"PK\x03\x04", b"garbage" * 99])
 @pytest.mark.parametrize("name", ["token_embeddings.npy", "speech_tokens.npy", "tokenizer.json"])
-def test_a_file_that_is_not_what_its_name_says_is_refused(bundle_copy, name, content):
-    """Its hash fits, as where it was damaged before the manifest was written."""
+def test_a_file_of_another_kind_is_refused(bundle_copy, name, content):
+    """Although its hash fits: it was damaged before the manifest was written."""
     (bundle_copy / name).write_bytes(content)
     bundle = Bundle(bundle_copy, Bundle.open(bundle_copy, verify=False).manifest)
     load = {
-        "token": bundle.load_embeddings,
-        "speech": bundle.speech_tokens,
-        "tokenizer": bundle.load_tokenizer,
+        "token_embeddings.npy": bundle.load_embeddings,
+        "speech_tokens.npy": bundle.speech_tokens,
+        "tokenizer.json": bundle.load_tokenizer,
     }
     with pytest.raises(BundleError, match=rf"{name} (is damaged|cannot be read) \("):
-        load[name.partition("_")[0].partition(".")[0]]()
+        load[name]()
 
 
 @pytest.mark.parametrize("tokens", [[[1, 2]], [-1, 3], [5, 10**6], [0.5]])
-def test_tokens_that_the_llm_does_not_have_are_refused(bundle_copy, tokens):
+def test_speech_tokens_of_another_llm_are_refused(bundle_copy, tokens):
     np.save(bundle_copy / "speech_tokens.npy", np.array(tokens))
     with pytest.raises(
         BundleError, match="is no list of tokens of this LLM, whole numbers from 0 to 799"
@@ -234,7 +233,7 @@ def test_a_file_outside_the_bundle_is_refused(bundle_copy, edit_json, name):
         Bundle.open(bundle_copy, verify=False)
 
 
-def test_a_file_in_a_folder_of_the_bundle_is_fine(bundle_copy, edit_json):
+def test_a_graph_may_lie_in_a_folder_of_the_bundle(bundle_copy, edit_json):
     (bundle_copy / "graphs").mkdir()
     (bundle_copy / "encoder.onnx").rename(bundle_copy / "graphs/encoder.onnx")
 
@@ -246,7 +245,7 @@ def test_a_file_in_a_folder_of_the_bundle_is_fine(bundle_copy, edit_json):
     assert Bundle.open(bundle_copy).graph("encoder") == bundle_copy / "graphs/encoder.onnx"
 
 
-# --- persons ---
+# --- users ---
 
 
 @pytest.mark.parametrize("name", [None, GENERAL])
@@ -254,19 +253,43 @@ def test_the_general_projector_is_the_bundles(bundle_path, name):
     assert Bundle.open(bundle_path).projector(name) == bundle_path / "projector.onnx"
 
 
-def test_a_persons_projector_is_their_own(bundle_copy, user, tmp_path, make_user):
+def test_a_users_projector_is_the_one_in_the_users_folder(bundle_copy, user, tmp_path, make_user):
     bundle = Bundle.open(bundle_copy)
     assert bundle.projector("ana") == user / "projector.onnx"
-    elsewhere = make_user(bundle, tmp_path / "people/ben")
-    assert bundle.projector("ben", tmp_path / "people") == elsewhere / "projector.onnx"
+    elsewhere = make_user(bundle, tmp_path / "others/ben")
+    assert bundle.projector("ben", tmp_path / "others") == elsewhere / "projector.onnx"
 
 
-def test_persons_are_not_part_of_the_bundle(bundle_copy, user):
+def test_a_user_projector_has_its_files_and_its_speech_tokens(bundle_copy, user):
+    bundle = Bundle.open(bundle_copy)
+    ana = bundle.user_projector("ana")
+    assert (ana.name, ana.folder, ana.graph) == ("ana", user, user / "projector.onnx")
+    np.testing.assert_array_equal(ana.speech_tokens, bundle.speech_tokens(ana.graph))
+    assert ana.engines is None
+    (user / "engines").mkdir()
+    assert ana.engines == user / "engines"
+
+    general = bundle.user_projector()
+    assert general == bundle.user_projector(GENERAL) != ana
+    assert (general.name, general.folder) == (None, bundle_copy)
+    assert general.graph == bundle.projector() and general.engines is None
+
+
+def test_user_projectors_are_equal_until_a_file_changes(bundle_copy, user, make_user):
+    bundle = Bundle.open(bundle_copy)
+    before = bundle.user_projector("ana")
+    assert before == bundle.user_projector("ana")
+    shutil.rmtree(user)
+    make_user(bundle, user, shift=-0.2)
+    assert before != bundle.user_projector("ana")
+
+
+def test_a_bundle_opens_with_a_damaged_user(bundle_copy, user):
     cut_in_half(user / "projector.onnx.data")
     Bundle.open(bundle_copy)
 
 
-def test_an_unknown_person_is_told_who_is_known(bundle_copy, user):
+def test_an_unknown_user_is_refused_with_the_known_ones(bundle_copy, user):
     with pytest.raises(
         UserError,
         match=r"no user 'ben' in .*users \(known: ana\): train one with `tiny-align align",
@@ -275,7 +298,7 @@ def test_an_unknown_person_is_told_who_is_known(bundle_copy, user):
     assert not (bundle_copy / "users/ben").exists()
 
 
-def test_nobody_is_known_without_a_users_folder(bundle_copy):
+def test_without_a_users_folder_no_user_is_known(bundle_copy):
     with pytest.raises(UserError, match=r"no user 'ana' .*\(known: none\)"):
         Bundle.open(bundle_copy).projector("ana")
 
@@ -284,12 +307,12 @@ def test_nobody_is_known_without_a_users_folder(bundle_copy):
     "name",
     ["../x", "..", ".", "", "a/b", "a\\b", "/etc", "-f", ".hidden", "a b", "a\n", "é", "x" * 65],
 )
-def test_a_bad_name_is_refused(bundle_path, name):
+def test_an_invalid_user_name_is_refused(bundle_path, name):
     with pytest.raises(UserError, match="is no user name: use letters, digits"):
         Bundle.open(bundle_path, verify=False).projector(name)
 
 
-def test_nobody_may_be_called_general(bundle_path):
+def test_general_is_refused_as_a_user_name(bundle_path):
     with pytest.raises(UserError, match="'general' is the bundle's own projector"):
         Bundle.open(bundle_path, verify=False).user_folder(GENERAL)
 
@@ -333,7 +356,7 @@ RECORDS = {
 
 
 @pytest.mark.parametrize("change", RECORDS.values(), ids=RECORDS)
-def test_a_record_that_vouches_for_nothing_is_refused(bundle_copy, user, edit_json, change):
+def test_a_record_without_hashes_is_refused(bundle_copy, user, edit_json, change):
     edit_json(user / USER_RECORD, change)
     with pytest.raises(UserError, match=r"train ('ana'|it) again"):
         check_user(user, Bundle.open(bundle_copy).manifest)
@@ -342,17 +365,15 @@ def test_a_record_that_vouches_for_nothing_is_refused(bundle_copy, user, edit_js
 # --- the day in the prompt ---
 
 
-def test_a_bundle_without_dates_has_the_same_prompt_on_every_day(bundle_path):
-    """The shipped manifest is of before there were dates."""
-    assert (
-        "dates"
-        not in json.loads((bundle_path / "manifest.json").read_text(encoding="utf-8"))["prompt"]
-    )
+def test_a_prompt_without_dates_is_the_same_on_every_day(bundle_path):
+    """The shipped manifest is older than the field."""
+    manifest = json.loads((bundle_path / MANIFEST).read_text(encoding="utf-8"))
+    assert "dates" not in manifest["prompt"]
     prompt = Bundle.open(bundle_path).manifest.prompt
     assert prompt.dates == {} and prompt.on(datetime(2031, 5, 9)) is prompt
 
 
-def test_the_day_takes_the_place_of_its_marks_wherever_they_stand():
+def test_the_day_replaces_its_marks_in_every_piece_of_the_template():
     dates = {"DATE-0-goes-HERE": "%d %b %Y", "DATE-1-goes-HERE": "%A"}
     prompt = PromptSpec(
         "It is DATE-0-goes-HERE.", "|", "DATE-1-goes-HERE", "DATE-0-goes-HERE", "", "DATE-1", dates

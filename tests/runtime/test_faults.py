@@ -1,4 +1,4 @@
-"""Faults of the machine, to the command as it is called: one sentence, the conventional exit status, no traceback."""
+"""Faults of the machine: one sentence, the conventional exit status and no traceback."""
 
 import contextlib
 import io
@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from tiny_align.runtime.bundle.manifest import MANIFEST
+from tiny_align.runtime.checks import RANGES
 from tiny_align.runtime.commands import cli
 from tiny_align.runtime.commands import run as run_module
 
@@ -52,23 +53,16 @@ def answer(bundle_path, voice_path):
 
 
 @pytest.mark.parametrize("command", ["run", "chat", "listen"])
-def test_who_stops_reading_ends_the_command_in_silence(bundle_path, voice_path, command):
+def test_a_reader_that_closes_the_pipe_ends_the_command_silently(bundle_path, voice_path, command):
     wav = voice_path / "train-000.flac"
     arguments = {"run": (wav,), "chat": (), "listen": ("--fast", "--wav", wav)}[command]
     shell = '"$@" | head -c 0; exit ${PIPESTATUS[0]}'
-    done = call(
-        command,
-        *arguments,
-        "--bundle",
-        bundle_path,
-        *QUICK,
-        shell=shell,
-        stdin=b"call my mother\n" * 3,
-    )
+    typed = b"call my mother\n" * 3
+    done = call(command, *arguments, "--bundle", bundle_path, *QUICK, shell=shell, stdin=typed)
     assert done.returncode == 141 and b"error" not in done.stderr.lower()
 
 
-def test_who_stops_reading_in_the_middle_ends_it_too(bundle_path):
+def test_a_reader_that_closes_the_pipe_after_a_line_ends_the_command(bundle_path):
     shell = '"$@" | head -n 1; exit ${PIPESTATUS[0]}'
     done = call(
         "chat", "--bundle", bundle_path, *QUICK, shell=shell, stdin=b"call my mother\n" * 2_000
@@ -84,23 +78,20 @@ def test_a_full_stdout_is_one_sentence(answer):
     assert_refused(call(*answer, shell='"$@" >/dev/full'), "No space left on device", "make room")
 
 
-def test_without_stderr_stdout_holds_what_it_always_does(answer):
+def test_without_stderr_stdout_holds_the_document(answer):
     done = call(*answer, "--json", shell='"$@" 2>&-')
-    assert (
-        done.returncode == 0
-        and len(done.stdout.splitlines()) == 1
-        and json.loads(done.stdout)["text"]
-    )
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 1
+    assert json.loads(done.stdout)["text"]
     assert call("run", "none.wav", "--bundle", "none", shell='"$@" 2>&-').stdout == b""
 
 
 @pytest.mark.parametrize("shell", ['"$@" <&-', '"$@" </dev/null'])
-def test_a_chat_with_nobody_has_no_turns(bundle_path, shell):
+def test_a_chat_without_input_has_no_turns(bundle_path, shell):
     done = call("chat", "--bundle", bundle_path, *QUICK, "--json", shell=shell)
     assert done.returncode == 0 and json.loads(done.stdout)["turns"] == []
 
 
-def test_a_chat_whose_input_cannot_be_read_says_so(bundle_path):
+def test_a_chat_whose_input_cannot_be_read_is_refused(bundle_path):
     done = call("chat", "--bundle", bundle_path, *QUICK, "--json", shell='"$@" 0>/dev/null')
     assert_refused(done, "standard input cannot be read", "Bad file descriptor")
 
@@ -123,28 +114,19 @@ LOCALES = {
 
 
 @pytest.mark.parametrize(("line", "sentence"), ODD_LINES.values(), ids=ODD_LINES)
-def test_a_line_that_is_no_text_is_named_and_the_next_is_answered(bundle_path, line, sentence):
+def test_a_line_that_is_no_text_is_refused_and_the_next_is_answered(bundle_path, line, sentence):
     lines = b"\n".join([b"call my mother", line, b"call my mother\n"])
     done = call("chat", "--bundle", bundle_path, *QUICK, "--json", stdin=lines)
     first, odd, last = json.loads(done.stdout)["turns"]
     assert done.returncode == 0 and first["text"] == last["text"] != ""
-    assert (
-        sentence in odd["error"]
-        and odd["error"] in done.stderr.decode()
-        and len(odd["asked"]) <= 200
-    )
+    assert sentence in odd["error"] and odd["error"] in done.stderr.decode()
+    assert len(odd["asked"]) <= 200
 
 
 @pytest.mark.parametrize("environment", LOCALES.values(), ids=LOCALES)
-def test_what_is_typed_is_utf8_whatever_the_locale(bundle_path, environment):
-    done = call(
-        "chat",
-        "--bundle",
-        bundle_path,
-        *QUICK,
-        stdin="\ufeffcall my mother\n∆\n".encode(),
-        **environment,
-    )
+def test_typed_lines_are_utf8_whatever_the_locale(bundle_path, environment):
+    typed = "\ufeffcall my mother\n∆\n".encode()
+    done = call("chat", "--bundle", bundle_path, *QUICK, stdin=typed, **environment)
     answered, odd = json.loads(done.stdout.splitlines()[-1])["turns"]
     assert done.returncode == 0 and answered["asked"] == "call my mother" and "'∆'" in odd["error"]
 
@@ -153,7 +135,7 @@ def test_what_is_typed_is_utf8_whatever_the_locale(bundle_path, environment):
 def test_an_answer_is_printed_where_a_terminal_lacks_its_letters(
     monkeypatch, bundle_path, encoding
 ):
-    """And the document is JSON still."""
+    """And the document is still JSON."""
     text = "Zürich ∆ \udcff"
     stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", stdout)
@@ -171,9 +153,8 @@ def test_a_bundle_whose_path_is_not_utf8_is_refused(voice_path, bundle_copy):
     path = os.fsencode(bundle_copy) + b"\xff"
     os.rename(bundle_copy, path)
     try:
-        assert_refused(
-            call("run", voice_path / "train-000.flac", "--bundle", path), "is not UTF-8", "rename"
-        )
+        done = call("run", voice_path / "train-000.flac", "--bundle", path)
+        assert_refused(done, "is not UTF-8", "rename")
     finally:
         os.rename(path, bundle_copy)
 
@@ -183,7 +164,7 @@ def test_a_bundle_whose_path_is_not_utf8_is_refused(voice_path, bundle_copy):
 
 @pytest.fixture
 def unprivileged():
-    """What begins a command that may read and write only what its files' modes allow."""
+    """The beginning of a command that may read and write only what the modes of files allow."""
     if os.geteuid():
         return []
     if (
@@ -209,15 +190,14 @@ FILES = [MANIFEST, "llm.onnx", "encoder.onnx.data", "tokenizer.json", "token_emb
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_bundle_that_may_not_be_read_is_one_sentence(unprivileged, bundle_copy, voice_path, name):
+    arguments = ("run", voice_path / "train-000.flac", "--bundle", bundle_copy)
     with mode(bundle_copy / name, 0):
-        done = call(
-            "run", voice_path / "train-000.flac", "--bundle", bundle_copy, prefix=unprivileged
-        )
+        done = call(*arguments, prefix=unprivileged)
     assert_refused(done, "" if name == "." else name, "cannot be read (Permission denied)")
 
 
 @pytest.mark.parametrize("name", [".", "ana", "ana/user.json", "ana/projector.onnx.data"])
-def test_a_person_who_may_not_be_read_is_one_sentence(
+def test_a_user_that_may_not_be_read_is_one_sentence(
     unprivileged, bundle_path, make_user, answer, tmp_path, name
 ):
     from tiny_align.runtime.bundle.bundle import Bundle
@@ -229,29 +209,17 @@ def test_a_person_who_may_not_be_read_is_one_sentence(
 
 
 @pytest.mark.parametrize("place", ["a file", "a folder that may not be written"])
-def test_a_person_who_cannot_be_written_is_one_sentence_before_the_training(
+def test_a_user_that_cannot_be_written_is_refused_before_the_training(
     unprivileged, bundle_path, voice_path, tmp_path, place
 ):
     pytest.importorskip("torch")
     out = tmp_path / "out"
     out.write_text("") if place == "a file" else out.mkdir()
+    data = ("--bundle", bundle_path, "--data", voice_path)
     with mode(out, 0o500):
-        call_ = (
-            "align",
-            "--bundle",
-            bundle_path,
-            "--data",
-            voice_path,
-            "--user",
-            "ana",
-            "--out",
-            out,
-            "--json",
-        )
-        done = call(*call_, prefix=unprivileged)
-    assert_refused(
-        done, f"{out}/users/.ana.align cannot be written (", "make room, or give a folder"
-    )
+        done = call("align", *data, "--user", "ana", "--out", out, "--json", prefix=unprivileged)
+    refusal = f"{out}/users/.ana.align cannot be written ("
+    assert_refused(done, refusal, "make room, or give a folder")
     assert list(tmp_path.iterdir()) == [out] and (out.is_file() or not list(out.iterdir()))
 
 
@@ -261,7 +229,7 @@ def test_a_person_who_cannot_be_written_is_one_sentence_before_the_training(
 @pytest.mark.parametrize(("option", "kib"), [("-v", 400_000), ("-d", 150_000)])
 @pytest.mark.parametrize("threads", [1, 8])
 def test_a_bundle_that_ulimit_leaves_no_room_for_is_refused(answer, option, kib, threads):
-    threads = min(threads, cli.import_module("tiny_align.runtime.checks").RANGES["threads"].max)
+    threads = min(threads, RANGES["threads"].max)
     done = call(*answer, "--threads", str(threads), shell=f'ulimit {option} {kib}; "$@"')
     assert_refused(done, "the bundle takes about ", f"under ulimit {option} ", "raise that limit")
 
@@ -297,14 +265,11 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("error", "sentence"), REFUSED.values(), ids=REFUSED)
-def test_what_the_machine_refuses_is_one_sentence(run_cli, monkeypatch, error, sentence):
+def test_a_limit_of_the_machine_is_one_sentence(run_cli, monkeypatch, error, sentence):
     monkeypatch.setattr(run_module, "run", raising(error))
     done = run_cli("run", "a.wav", "--bundle", "b")
-    assert (
-        (done.status, done.stdout) == (2, "")
-        and sentence in done.stderr
-        and done.stderr.count("\n") == 1
-    )
+    assert (done.status, done.stdout) == (2, "")
+    assert sentence in done.stderr and done.stderr.count("\n") == 1
 
 
 class Panic(BaseException):
@@ -314,7 +279,9 @@ class Panic(BaseException):
 @pytest.mark.parametrize(
     "error", [KeyError("surprise"), ZeroDivisionError("surprise"), Panic("sur\nprise")]
 )
-def test_a_fault_of_our_own_is_one_sentence_and_a_traceback_with_debug(run_cli, monkeypatch, error):
+def test_an_internal_error_is_one_sentence_and_with_debug_a_traceback_too(
+    run_cli, monkeypatch, error
+):
     monkeypatch.setattr(run_module, "run", raising(error))
     done = run_cli("run", "a.wav", "--bundle", "b")
     assert (done.status, done.stdout, done.stderr.count("\n")) == (1, "", 1)
@@ -328,11 +295,10 @@ def test_a_fault_of_our_own_is_one_sentence_and_a_traceback_with_debug(run_cli, 
         assert done.status == 1 and "Traceback" in done.stderr and "internal error" in done.stderr
 
 
-def test_debug_shows_where_something_was_refused_too(run_cli):
+def test_debug_shows_the_traceback_of_a_refusal(run_cli):
     done = run_cli("--debug", "run", "a.wav", "--bundle", "nowhere")
-    assert (
-        done.status == 2 and "Traceback" in done.stderr and "nowhere is not a bundle" in done.stderr
-    )
+    assert done.status == 2
+    assert "Traceback" in done.stderr and "nowhere is not a bundle" in done.stderr
 
 
 def test_an_interruption_keeps_its_status(run_cli, monkeypatch):

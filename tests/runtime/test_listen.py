@@ -1,4 +1,4 @@
-"""The commands listen and chat as people call them: played recordings, a microphone that fails, typed turns."""
+"""The commands listen and chat: played recordings, a microphone that fails, typed turns."""
 
 import io
 import json
@@ -12,7 +12,7 @@ import soundfile
 
 from tiny_align.align.data.non_speech import non_speech
 from tiny_align.runtime.audio.samples import read_audio
-from tiny_align.runtime.commands.listen import METER_CELLS, _Screen, meter
+from tiny_align.runtime.commands.listen import METER_CELLS, Screen, meter
 from tiny_align.runtime.errors import AudioError
 from tiny_align.runtime.listening import microphone as microphone_module
 from tiny_align.runtime.listening.endpoint import Endpointer
@@ -48,9 +48,8 @@ def test_recordings_are_answered_one_after_another(run_cli, bundle_path, three):
     assert done.status == 0, done.stderr
     result = done.document
     assert set(result) == RESULT and all(set(turn) == TURN for turn in result["turns"])
-    assert len(result["turns"]) == 3 and all(
-        turn["heard"] and not turn["cancelled"] for turn in result["turns"]
-    )
+    assert len(result["turns"]) == 3
+    assert all(turn["heard"] and not turn["cancelled"] for turn in result["turns"])
     assert done.stdout.splitlines()[:-1] == [turn["text"] for turn in result["turns"]]
     assert all(turn["hangover_s"] == pytest.approx(0.8, abs=0.02) for turn in result["turns"])
     assert result["ttft_ms"] == sorted(turn["ttft_ms"] for turn in result["turns"])[1] > 0
@@ -58,7 +57,7 @@ def test_recordings_are_answered_one_after_another(run_cli, bundle_path, three):
     assert all(f"turn {n}: " in done.stderr for n in (1, 2, 3)) and "first word" in done.stderr
 
 
-def test_with_json_the_document_is_alone_and_the_answers_are_the_same(run_cli, bundle_path, three):
+def test_json_prints_only_the_document_and_answers_are_repeatable(run_cli, bundle_path, three):
     call = ("listen", "--bundle", bundle_path, *QUICK, "--fast", "--json", "--wav", *three)
     one, again = run_cli(*call), run_cli(*call)
     assert (one.status, one.stderr, len(one.stdout.splitlines())) == (0, "", 1)
@@ -72,22 +71,19 @@ def test_noise_is_not_answered(run_cli, bundle_path, tmp_path):
         soundfile.write(clip, non_speech(np.random.default_rng(seed), RATE), RATE)
     done = run_cli("listen", "--bundle", bundle_path, *QUICK, "--fast", "--wav", *clips)
     assert done.status == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 1 and not any(
-        turn["heard"] for turn in done.document["turns"]
-    )
-    assert done.stderr.count("nothing was heard: no word in it") == len(done.document["turns"])
+    assert len(done.stdout.splitlines()) == 1
+    assert not any(turn["heard"] for turn in done.document["turns"])
+    assert done.stderr.count("no word was recognised") == len(done.document["turns"])
 
 
-def test_speech_before_an_answer_leaves_the_conversation_sound(assistant, three):
-    """A person who goes on at once: the first answer may be cut short, the second is whole."""
+def test_speech_before_an_answer_leaves_the_next_answer_complete(assistant, three):
+    """A user who goes on at once: the first answer may be cut short, the second is complete."""
     first, second = (read_audio(path, RATE) for path in three[:2])
     silence = np.zeros(RATE, np.float32)
 
     def answers(*audio):
-        endpointer, source = Endpointer(RATE), Hurried(audio)
-        return [
-            e for e in listen(assistant.listen(), source, endpointer) if isinstance(e, TurnEnded)
-        ]
+        events = listen(assistant.listen(), InstantSource(audio), Endpointer(RATE))
+        return [event for event in events if isinstance(event, TurnEnded)]
 
     [alone] = answers(second, silence)
     one, two = answers(first, silence, silence[:4_800], second, silence)
@@ -96,7 +92,7 @@ def test_speech_before_an_answer_leaves_the_conversation_sound(assistant, three)
     assert two.speech_s == pytest.approx(alone.speech_s, abs=0.35)  # its pre-roll
 
 
-class Hurried(list):
+class InstantSource(list):
     """Audio that is all there at once, as if time had passed."""
 
     live = True
@@ -105,8 +101,8 @@ class Hurried(list):
         pass
 
 
-class Mouthful:
-    """A microphone that lacks a rate, hears one recording, loses some audio and is pulled out."""
+class FailingMicrophone:
+    """A microphone that lacks a rate, records one utterance, loses some audio and is pulled out."""
 
     live = True
 
@@ -129,36 +125,25 @@ class Mouthful:
         pass
 
 
-def test_a_microphone_that_fails_is_said_and_what_was_heard_is_answered(
+def test_a_microphone_that_fails_is_a_notice_and_the_speech_before_is_answered(
     run_cli, bundle_path, speech, monkeypatch
 ):
-    monkeypatch.setattr(Mouthful, "speech", speech, raising=False)
-    monkeypatch.setattr(microphone_module, "Microphone", Mouthful)
+    monkeypatch.setattr(FailingMicrophone, "speech", speech, raising=False)
+    monkeypatch.setattr(microphone_module, "Microphone", FailingMicrophone)
     done = run_cli("listen", "--bundle", bundle_path, *QUICK, "--json")
     assert done.status == 0
     [turn] = done.document["turns"]
     assert turn["text"] and done.document["dropped_s"] == 0.5
-    assert [notice[:14] for notice in done.document["notices"]] == [
-        "the microphone",
-        "0.5 s of audio",
-        "the microphone",
-    ]
+    beginnings = [notice[:14] for notice in done.document["notices"]]
+    assert beginnings == ["the microphone", "0.5 s of audio", "the microphone"]
     assert done.stderr.splitlines()[-1] == "tiny-align: the microphone is gone"
 
 
 def test_ctrl_c_ends_it_with_the_document(bundle_path, three):
-    command = [
-        sys.executable,
-        "-m",
-        "tiny_align.runtime.commands.cli",
-        "listen",
-        "--bundle",
-        bundle_path,
-        "--threads",
-        "1",
-    ]
+    command = [sys.executable, "-m", "tiny_align.runtime.commands.cli", "listen"]
+    arguments = ["--bundle", bundle_path, "--threads", 1, "--wav", *three * 9]
     with subprocess.Popen(
-        [*map(str, command), "--wav", *map(str, three * 9)],
+        [*command, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -182,13 +167,13 @@ def test_ctrl_c_ends_it_with_the_document(bundle_path, three):
         (("--threads", 0), "--threads is 0"),
     ],
 )
-def test_what_cannot_be_heard_is_one_sentence(run_cli, bundle_path, options, sentence):
+def test_options_that_cannot_be_used_are_one_sentence(run_cli, bundle_path, options, sentence):
     done = run_cli("listen", "--bundle", bundle_path, *options)
     assert done.status == 2 and not done.stdout and len(done.stderr.splitlines()) == 1
     assert any(part in done.stderr for part in sentence.split("|"))
 
 
-# --- what a terminal shows ---
+# --- the terminal ---
 
 
 def test_the_meter_is_full_where_it_is_loud():
@@ -197,20 +182,18 @@ def test_the_meter_is_full_where_it_is_loud():
     assert {len(bar) for bar in bars} == {METER_CELLS}
 
 
-def test_a_terminal_shows_the_level_and_others_do_not(monkeypatch):
+def test_the_level_is_shown_only_on_a_terminal(monkeypatch):
     turn = TurnEnded(1, "go on", 2, True, True, 1.5, 0.8, 0.1, 0.2)
     for terminal in (True, False):
         monkeypatch.setattr(sys, "stderr", io.StringIO())
         monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
-        screen = _Screen(quiet=False)
-        screen(Level(-20.0, 1.25))
-        screen(turn)
+        screen = Screen(quiet=False)
+        screen.show(Level(-20.0, 1.25))
+        screen.show(turn)
         shown = sys.stderr.getvalue()
         assert ("speaking 1.2 s" in shown) == ("█" in shown) == ("\r" in shown) == terminal
-        assert (
-            "1.5 s of speech; first word 0.90 s after it" in shown
-            and "cancelled, the person spoke again" in shown
-        )
+        assert "1.5 s of speech; first word 0.90 s after it" in shown
+        assert "cancelled, the user spoke again" in shown
 
 
 # --- chat ---
@@ -224,10 +207,8 @@ def typed(monkeypatch):
 def test_piped_lines_are_answered_in_turn(run_cli, bundle_path, typed, assistant):
     typed("call my mother\n\n  \nwhat is the time")
     done = run_cli("chat", "--bundle", bundle_path, *QUICK)
-    assert (
-        done.status == 0 and done.stderr.startswith("tiny-align: about ") and "MiB" in done.stderr
-    )
-    assert len(done.stderr.splitlines()) == 1
+    assert done.status == 0 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("tiny-align: about ") and "MiB" in done.stderr
     turns = done.document["turns"]
     assert [turn["asked"] for turn in turns] == ["call my mother", "what is the time"]
     assert turns[0]["text"] == assistant.answer_text("call my mother").text
@@ -235,7 +216,7 @@ def test_piped_lines_are_answered_in_turn(run_cli, bundle_path, typed, assistant
     assert set(done.document) == {"turns", "positions", "capacity", "backend", "user"}
 
 
-def test_a_line_that_cannot_be_answered_ends_nothing(run_cli, bundle_path, typed):
+def test_a_line_that_cannot_be_answered_does_not_end_the_chat(run_cli, bundle_path, typed):
     typed("∆∆∆\ncall my mother\n")
     done = run_cli("chat", "--bundle", bundle_path, *QUICK, "--json")
     assert done.status == 0 and len(done.stdout.splitlines()) == 1
@@ -244,23 +225,21 @@ def test_a_line_that_cannot_be_answered_ends_nothing(run_cli, bundle_path, typed
     assert answered["text"] and answered["tokens"] > 0
 
 
-def test_nothing_typed_is_no_turn(run_cli, bundle_path, typed):
+def test_empty_input_has_no_turns(run_cli, bundle_path, typed):
     typed("")
     assert run_cli("chat", "--bundle", bundle_path, *QUICK).document["turns"] == []
 
 
-def test_a_terminal_is_asked(run_cli, bundle_path, typed, monkeypatch):
+def test_a_terminal_gets_a_prompt(run_cli, bundle_path, typed, monkeypatch):
     typed("call my mother\n")
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
     assert run_cli("chat", "--bundle", bundle_path, *QUICK, "--json").stderr == "> > "
 
 
-def test_the_context_is_that_which_is_asked_for(run_cli, bundle_path, typed):
+def test_context_limits_the_positions_of_a_conversation(run_cli, bundle_path, typed):
     typed("call my mother\n" * 9)
     result = run_cli("chat", "--bundle", bundle_path, *QUICK, "--context", 96).document
-    assert (
-        result["capacity"] == 96 >= result["positions"]
-        and len({turn["text"] for turn in result["turns"]}) == 1
-    )
+    assert result["capacity"] == 96 >= result["positions"]
+    assert len({turn["text"] for turn in result["turns"]}) == 1
     done = run_cli("chat", "--bundle", bundle_path, *QUICK, "--context", 10**6)
     assert done.status == 2 and "--context is 1000000: expected 1 to 256" in done.stderr

@@ -6,8 +6,8 @@ import time
 import numpy as np
 import pytest
 
-from tiny_align.runtime.assistant import Event
 from tiny_align.runtime.errors import AudioError, TinyAlignError
+from tiny_align.runtime.events import NothingHeard, Token
 from tiny_align.runtime.listening.endpoint import (
     FRAME_SAMPLES,
     SAMPLE_RATE,
@@ -54,13 +54,13 @@ class Echo:
         self.turns.append(audio)
         self._cancelled.clear()
         if abs(audio).max() < LOUD / 2:
-            yield Event("", None, 0.0)
+            yield NothingHeard("", 0.0)
             return
         for token in range(self.n_tokens):
             self.answering.set()
             if self._cancelled.wait(self.token_s):
                 return
-            yield Event(f" {len(audio)}" if token == 0 else " more", token, 0.0)
+            yield Token(f" {len(audio)}" if token == 0 else " more", 0.0, token)
 
     def cancel(self):
         self._cancelled.set()

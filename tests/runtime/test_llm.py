@@ -1,7 +1,8 @@
 """runtime/llm.py on the shipped LLM, and on a scripted one where the tokens must be known.
 
-The shipped LLM has INT4 weights and rounds its activations to int8 block by block, so a kernel for one position and
-one for many may round a value differently: logits are compared within a share of their own spread.
+The shipped LLM has INT4 weights and rounds its activations to int8 block by block, so a kernel for
+one position and one for many may round a value differently: logits are compared within a share of
+their own spread.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from tiny_align.runtime.llm import Cache, Decoding, LanguageModel, TextStream, l
 
 TOLERANCE = 0.1  # largest difference of a logit, in standard deviations of the logits
 TEXT = "what is the time"
-WARM = Decoding(max_tokens=24, temperature=8.0, top_k=1000)  # even a sure model draws other tokens
+WARM = Decoding(max_tokens=24, temperature=8.0, top_k=1000)  # draws unlikely tokens too
 
 
 @pytest.fixture(scope="module")
@@ -32,18 +33,21 @@ def prompt(llm):
 
 
 def assert_close(got, want):
-    difference, spread = np.abs(got.logits - want.logits), want.logits.std()
+    difference = np.abs(got.logits - want.logits)
+    spread = want.logits.std()
     share = difference.max() / spread
     assert share < TOLERANCE, (
         f"max {difference.max():.2g}, mean {difference.mean():.2g}, spread {spread:.2g}"
     )
 
 
-class Scripted(Decoder):
-    """Says the given tokens one after the other, whatever it is fed."""
+class ScriptedDecoder(Decoder):
+    """Answers with these tokens one after the other, whatever is prefilled."""
 
     def __init__(self, n_vocabulary, tokens):
-        self.n_vocabulary, self.tokens, self.fed = n_vocabulary, list(tokens), []
+        self.n_vocabulary = n_vocabulary
+        self.tokens = list(tokens)
+        self.fed = []  # positions of each prefill
 
     def open_cache(self, capacity):
         return capacity
@@ -52,7 +56,8 @@ class Scripted(Decoder):
         assert past + len(embeddings) <= cache
         self.fed.append(len(embeddings))
         logits = np.zeros(self.n_vocabulary, np.float32)
-        logits[self.tokens[min(len(self.fed), len(self.tokens)) - 1]] = 9
+        n_steps = min(len(self.fed), len(self.tokens))  # the last token again and again
+        logits[self.tokens[n_steps - 1]] = 9
         return Scores(logits)
 
     def rewind(self, cache, length):
@@ -61,16 +66,16 @@ class Scripted(Decoder):
 
 @pytest.fixture
 def scripted(assistant):
-    """scripted(tokens) -> a language model that says them."""
+    """scripted(tokens) -> a language model that answers with them."""
     return lambda tokens: LanguageModel(
-        assistant.bundle, Scripted(assistant.llm.spec.vocabulary, tokens)
+        assistant.bundle, ScriptedDecoder(assistant.llm.spec.vocabulary, tokens)
     )
 
 
 # --- the cache ---
 
 
-def test_token_by_token_is_as_the_whole_prompt_at_every_length(llm, prompt):
+def test_prefill_token_by_token_equals_the_whole_prompt_at_every_length(llm, prompt):
     cache = Cache()
     for n in range(1, len(prompt) + 1):
         assert_close(llm.prefill(prompt[n - 1 : n], cache), llm.prefill(prompt[:n], Cache()))
@@ -78,34 +83,34 @@ def test_token_by_token_is_as_the_whole_prompt_at_every_length(llm, prompt):
 
 
 @pytest.mark.parametrize("cuts", [(1,), (5,), (3, 4), (1, 2, 7)])
-def test_a_prompt_in_parts_is_as_the_whole(llm, prompt, cuts):
+def test_prefill_in_parts_equals_the_whole_prompt(llm, prompt, cuts):
     cache = Cache()
     for part in np.split(prompt, cuts):
         logits = llm.prefill(part, cache)
     assert_close(logits, llm.prefill(prompt, Cache()))
 
 
-def test_a_full_context_in_parts_is_as_the_whole(llm):
-    rng, spread = np.random.default_rng(0), llm.embed(range(100)).std()
-    context = (rng.standard_normal((llm.spec.max_context, llm.spec.hidden_size)) * spread).astype(
-        np.float32
-    )
+def test_prefill_of_a_full_context_in_parts_equals_the_whole(llm):
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal((llm.spec.max_context, llm.spec.hidden_size))
+    context = (noise * llm.embed(range(100)).std()).astype(np.float32)
     cache = Cache()
     for part in np.split(context, [100, 101, 199]):
         logits = llm.prefill(part, cache)
     assert_close(logits, llm.prefill(context, Cache()))
 
 
-def test_what_was_read_before_matters(llm, prompt):
+def test_another_past_changes_the_logits(llm, prompt):
     """The tolerance is far below what another past changes."""
-    whole, part = (llm.prefill(p, Cache()).logits for p in (prompt, prompt[3:]))
+    whole = llm.prefill(prompt, Cache()).logits
+    part = llm.prefill(prompt[3:], Cache()).logits
     assert np.abs(whole - part).max() > 4 * TOLERANCE * whole.std()
 
 
 # --- decoding ---
 
 
-def test_greedy_decoding_takes_the_best_token_of_an_uncached_reading(llm, prompt):
+def test_greedy_decoding_takes_the_most_likely_token_of_an_uncached_prefill(llm, prompt):
     tokens = list(llm.generate(prompt, Decoding(max_tokens=6)))
     for n, token in enumerate(tokens):
         logits = llm.prefill(np.concatenate([prompt, llm.embed(tokens[:n])]), Cache()).logits
@@ -113,14 +118,10 @@ def test_greedy_decoding_takes_the_best_token_of_an_uncached_reading(llm, prompt
 
 
 def test_greedy_decoding_is_always_the_same(llm, prompt):
-    first, second = (
-        list(llm.generate(prompt, Decoding(max_tokens=16, seed=seed))) for seed in (0, 1)
-    )
-    assert (
-        first
-        == second
-        == list(llm.generate(prompt, Decoding(max_tokens=16, temperature=1.0, top_k=1)))
-    )
+    first = list(llm.generate(prompt, Decoding(max_tokens=16, seed=0)))
+    other_seed = list(llm.generate(prompt, Decoding(max_tokens=16, seed=1)))
+    one_of_one = list(llm.generate(prompt, Decoding(max_tokens=16, temperature=1.0, top_k=1)))
+    assert first == other_seed == one_of_one
 
 
 def test_sampling_repeats_with_its_seed_only(llm, prompt):
@@ -128,73 +129,74 @@ def test_sampling_repeats_with_its_seed_only(llm, prompt):
     assert draw[0] == draw[1] != draw[2]
 
 
-def test_sampling_stays_among_the_best(llm, prompt):
-    best = set(np.argsort(llm.prefill(prompt, Cache()).logits)[-5:])
+def test_sampling_draws_from_the_top_k(llm, prompt):
+    top_k = set(np.argsort(llm.prefill(prompt, Cache()).logits)[-5:])
     for seed in range(8):
         decoding = Decoding(max_tokens=1, temperature=8.0, top_k=5, seed=seed)
-        assert set(llm.generate(prompt, decoding)) <= best
+        assert set(llm.generate(prompt, decoding)) <= top_k
 
 
 def test_fewer_tokens_are_the_beginning_of_more(llm, prompt):
-    answers = {n: list(llm.generate(prompt, Decoding(max_tokens=n))) for n in (0, 1, 5, 12)}
-    assert all(len(answer) <= n and answer == answers[12][:n] for n, answer in answers.items())
+    longest = list(llm.generate(prompt, Decoding(max_tokens=12)))
+    assert len(longest) <= 12
+    for n in (0, 1, 5):
+        assert list(llm.generate(prompt, Decoding(max_tokens=n))) == longest[:n]
 
 
-def test_max_tokens_are_said_and_no_more(scripted, prompt):
+def test_an_answer_ends_at_max_tokens(scripted, prompt):
     assert list(scripted([7]).generate(prompt, Decoding(max_tokens=5))) == [7] * 5
 
 
-def test_an_end_token_ends_the_answer_and_is_not_said(scripted, llm, prompt):
+def test_an_end_token_ends_the_answer_and_is_not_part_of_it(scripted, llm, prompt):
     end = llm.spec.end_tokens[0]
     assert list(scripted([7, 8, end, 9]).generate(prompt, Decoding())) == [7, 8]
     assert list(scripted([end]).generate(prompt, Decoding())) == []
 
 
-def test_the_prompt_is_read_once_and_then_one_token_at_a_time(scripted, prompt):
+def test_the_prompt_is_prefilled_once_and_then_one_token_at_a_time(scripted, prompt):
     model = scripted([7])
     list(model.generate(prompt, Decoding(max_tokens=4)))
     assert model._decoder.fed[:4] == [len(prompt), 1, 1, 1]
 
 
-def test_a_long_prompt_is_read_in_chunks(scripted, monkeypatch):
+def test_a_long_prompt_is_prefilled_in_chunks(scripted, monkeypatch):
     monkeypatch.setattr(llm_module, "CHUNK", 8)
     model = scripted([7])
     model.prefill(np.zeros((19, model.spec.hidden_size), np.float32), cache := Cache())
     assert model._decoder.fed == [8, 8, 3] and cache.length == 19
 
 
-def test_chunks_read_as_the_whole(llm, prompt, monkeypatch):
+def test_prefill_in_chunks_equals_the_whole(llm, prompt, monkeypatch):
     whole = llm.prefill(prompt, Cache())
     monkeypatch.setattr(llm_module, "CHUNK", 4)
     assert_close(llm.prefill(prompt, Cache()), whole)
 
 
 @pytest.mark.parametrize(("phrase", "longest"), [([7], 24), ([7, 8, 9], 24), ([7] * 7 + [8], 24)])
-def test_an_answer_that_goes_round_in_a_circle_ends(scripted, prompt, phrase, longest):
-    assert len(list(scripted(phrase * 20).generate(prompt, Decoding(max_tokens=80)))) == longest
-    assert (
-        len(list(scripted(phrase * 20).generate(prompt, Decoding(max_tokens=80, loop_tokens=0))))
-        == 80
-    )
+def test_an_answer_that_repeats_a_phrase_ends(scripted, prompt, phrase, longest):
+    answer = scripted(phrase * 20).generate(prompt, Decoding(max_tokens=80))
+    assert len(list(answer)) == longest
+    unlimited = scripted(phrase * 20).generate(prompt, Decoding(max_tokens=80, loop_tokens=0))
+    assert len(list(unlimited)) == 80
 
 
-def test_what_is_repeated_a_few_times_is_no_loop():
+def test_a_phrase_that_is_repeated_a_few_times_is_no_loop():
     assert not loops([5, 5, 5, 5, 5, 5, 5, 5, 1, 2, 3, 4] * 2, 24)  # twice is not over and over
     assert not loops([7] * 23, 24) and not loops([], 24) and not loops([7] * 40, 0)
     assert loops([1, 2, 3, *[7, 8] * 12], 24)
 
 
-def test_an_answer_ends_where_the_context_does(scripted, llm):
+def test_an_answer_ends_at_the_end_of_the_context(scripted, llm):
     almost = np.zeros((llm.spec.max_context - 3, llm.spec.hidden_size), np.float32)
     assert list(scripted([7]).generate(almost, Decoding(max_tokens=99))) == [7] * 4
 
 
 def test_a_prompt_longer_than_the_context_is_refused(llm):
-    long, cache = np.zeros((llm.spec.max_context + 1, llm.spec.hidden_size), np.float32), Cache()
-    most = llm.spec.max_context
-    with pytest.raises(
-        TinyAlignError, match=rf"needs {most + 1} positions, the bundle's LLM has {most}: shorten"
-    ):
+    n_max = llm.spec.max_context
+    long = np.zeros((n_max + 1, llm.spec.hidden_size), np.float32)
+    cache = Cache()
+    message = rf"needs {n_max + 1} positions, the bundle's LLM has {n_max}: shorten"
+    with pytest.raises(TinyAlignError, match=message):
         llm.prefill(long, cache)
     assert cache.length == 0 and cache.memory is None
     with pytest.raises(TinyAlignError, match="shorten the instruction or the recording"):
@@ -202,10 +204,8 @@ def test_a_prompt_longer_than_the_context_is_refused(llm):
 
 
 def test_a_cache_counts_towards_the_context(llm):
-    half, cache = (
-        np.zeros((llm.spec.max_context // 2 + 1, llm.spec.hidden_size), np.float32),
-        Cache(),
-    )
+    half = np.zeros((llm.spec.max_context // 2 + 1, llm.spec.hidden_size), np.float32)
+    cache = Cache()
     llm.prefill(half, cache)
     with pytest.raises(TinyAlignError, match=f"needs {2 * len(half)} positions"):
         llm.prefill(half, cache)
@@ -216,7 +216,7 @@ def test_a_cache_counts_towards_the_context(llm):
 
 
 def test_pieces_join_to_the_decoded_text(llm):
-    ids = [i for i in llm.encode(f"{TEXT} and {TEXT}") for _ in (0, 1)]
+    ids = np.repeat(llm.encode(f"{TEXT} and {TEXT}"), 2).tolist()
     stream = TextStream(llm.tokenizer)
     pieces = [stream.push(i) for i in ids]
     assert "".join(pieces) == llm.tokenizer.decode(ids) == stream.text
@@ -229,13 +229,11 @@ def test_pieces_of_any_tokens_join(llm):
     assert "".join(map(stream.push, ids)) == llm.tokenizer.decode(ids)
 
 
-def test_a_character_of_several_tokens_is_held_back_until_it_is_whole():
+def test_a_character_of_several_tokens_is_held_back_until_it_is_complete():
     alphabet = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(alphabet, []))
-    tokenizer.pre_tokenizer, tokenizer.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     stream = TextStream(tokenizer)
     text = "né 日 😀!"
     pieces = [stream.push(i) for i in tokenizer.encode(text).ids]
@@ -244,7 +242,7 @@ def test_a_character_of_several_tokens_is_held_back_until_it_is_whole():
 
 @pytest.mark.parametrize("text", ["", "   ", "\n"])
 def test_no_words_are_refused(llm, text):
-    with pytest.raises(DataError, match="the transcript is empty: a sentence was expected"):
+    with pytest.raises(DataError, match="the transcript is empty: expected a sentence"):
         llm.encode_words(text, "the transcript")
 
 
@@ -284,15 +282,14 @@ def test_the_prompt_is_the_chat_template(llm, instruction):
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=llm.tokenizer, chat_template=CHAT_TEMPLATE
     )
-    system, user = instruction or llm.prompt.instruction, TEXT
-    messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
-        "input_ids"
-    ]
-    assembled = llm.assemble(llm.embed(llm.encode_words(user)), instruction)
+    system = instruction or llm.prompt.instruction
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": TEXT}]
+    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    ids = rendered["input_ids"]
+    assembled = llm.assemble(llm.embed(llm.encode_words(TEXT)), instruction)
     np.testing.assert_array_equal(assembled, llm.embed(ids))
     pieces = llm.prompt
-    assert llm.encode(pieces.before + system + pieces.between + user + pieces.after) == ids
+    assert llm.encode(pieces.before + system + pieces.between + TEXT + pieces.after) == ids
 
 
 def test_embeddings_are_rows_of_the_table(llm, bundle_path):

@@ -1,16 +1,22 @@
-"""`doctor --prove-private`: what it says is so, and it says otherwise where it is not."""
+"""`doctor --prove-private`: its verdict with and without strace, and on libraries that report."""
 
 import json
 import sys
 
 import pytest
 
-from tiny_align.runtime.privacy import proof
+from tiny_align.runtime.commands import proof
+from tiny_align.runtime.errors import TinyAlignError
+from tiny_align.runtime.privacy.sealing import load_libseccomp
 
 CALL = "import sys; from tiny_align.runtime.commands.cli import main; sys.exit(main(sys.argv[1:]))"
 PROVE = ("doctor", "--prove-private", "--json")
-OPENED = "import json; from tiny_align.runtime.privacy import proof; print(json.dumps(proof.try_ways_out()))"
-NOSY = """
+TRY_UNSEALED = """
+import json
+from tiny_align.runtime.commands import proof
+print(json.dumps(proof.try_ways_out()))
+"""
+REPORTING = """
 import os, socket
 if "PYTHONDONTWRITEBYTECODE" in os.environ:  # the process that is watched
     socket.socket(socket.AF_INET).close()
@@ -22,18 +28,15 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="sealing is Linu
 
 @pytest.fixture(autouse=True)
 def sealable():
-    from tiny_align.runtime.errors import TinyAlignError
-    from tiny_align.runtime.privacy.sealing import _load_libseccomp
-
     try:
-        _load_libseccomp()
+        load_libseccomp()
     except TinyAlignError as error:
         pytest.skip(str(error))
 
 
 @pytest.fixture
 def strace():
-    if not proof._strace_works():
+    if not proof.strace_works():
         pytest.skip("strace is not installed, or may not trace")
 
 
@@ -49,9 +52,9 @@ def test_a_spoken_turn_is_private(run_python, strace):
     assert {"what": "privacy", "ok": True}.items() <= done.document["findings"][-1].items()
 
 
-def test_a_library_that_reports_is_found(run_python, strace, monkeypatch, tmp_path, bundle_path):
+def test_a_library_that_reports_is_detected(run_python, strace, monkeypatch, tmp_path, bundle_path):
     """A module that Python loads at its start reaches for the network and HOME before the seal."""
-    (tmp_path / "sitecustomize.py").write_text(NOSY)
+    (tmp_path / "sitecustomize.py").write_text(REPORTING)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     done = run_python(CALL, *PROVE, "--bundle", bundle_path)
     assert done.status == 1, done.stderr
@@ -60,7 +63,7 @@ def test_a_library_that_reports_is_found(run_python, strace, monkeypatch, tmp_pa
     assert private["proved"] is False and done.document["wrong"] == ["privacy"]
 
 
-def test_without_strace_nobody_counted(run_python, monkeypatch):
+def test_without_strace_attempts_are_not_known(run_python, monkeypatch):
     monkeypatch.setenv("PATH", "")
     done = run_python(CALL, *PROVE)
     private = done.document["private"]
@@ -75,13 +78,13 @@ def test_a_damaged_bundle_is_one_sentence(run_python, bundle_copy):
     assert (done.status, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
 
 
-def test_ways_that_are_open_are_told_from_denied_ones(run_python, monkeypatch, tmp_path):
+def test_open_ways_out_meet_no_error(run_python, monkeypatch, tmp_path):
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
-    done = run_python(OPENED)
-    opened = {way for way, error in json.loads(done.stdout).items() if error is None}
-    assert {"IPv4", "another program's socket", "a file in HOME", "a program"} <= opened
+    done = run_python(TRY_UNSEALED)
+    open_ways = {way for way, error in json.loads(done.stdout).items() if error is None}
+    assert {"IPv4", "another program's socket", "a file in HOME", "a program"} <= open_ways
 
 
 def test_attempts_are_counted_up_to_the_answer():

@@ -1,4 +1,4 @@
-"""From the projector's output to soft tokens: CTC's collapse and the merging of alike neighbours."""
+"""The readout: CTC's collapse and the merging of similar neighbours."""
 
 import itertools
 
@@ -13,12 +13,13 @@ SCALE = ctc_scale(TABLE)
 BLANK = None
 
 
-def frames_of(path, sure=3.0):
-    """(N, D + 1) frames that say `path`, tokens and blanks."""
-    rows = [
-        np.append(np.zeros(32) if t is BLANK else sure * TABLE[t], 9.0 if t is BLANK else 0.0)
-        for t in path
-    ]
+def frames_of(path, scale=3.0):
+    """(N, D + 1) frames of a path of tokens and blanks."""
+    rows = []
+    for token in path:
+        vector = np.zeros(32) if token is BLANK else scale * TABLE[token]
+        blank_logit = 9.0 if token is BLANK else 0.0
+        rows.append(np.append(vector, blank_logit))
     return np.array(rows, np.float32)
 
 
@@ -27,22 +28,21 @@ def nearest(soft_tokens):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_runs_become_one_soft_token_each_and_blanks_none(seed):
+def test_a_run_becomes_one_soft_token_and_blanks_none(seed):
     rng = np.random.default_rng(seed)
-    path = [
-        BLANK if t == 6 else int(t) for t in rng.integers(0, 7, size=30).repeat(rng.integers(1, 4))
-    ]
-    said = [t for t, _ in itertools.groupby(path) if t is not BLANK]
-    assert nearest(collapse(frames_of(path), TABLE, SCALE)) == said
+    tokens = rng.integers(0, 7, size=30).repeat(rng.integers(1, 4))
+    path = [BLANK if token == 6 else int(token) for token in tokens]
+    runs = [token for token, _ in itertools.groupby(path) if token is not BLANK]
+    assert nearest(collapse(frames_of(path), TABLE, SCALE)) == runs
 
 
 def test_a_blank_between_keeps_two_of_the_same():
     assert nearest(collapse(frames_of([2, 2, BLANK, 2]), TABLE, SCALE)) == [2, 2]
 
 
-def test_a_sure_frame_gives_the_token_s_own_embedding():
+def test_a_certain_frame_gives_the_embedding_of_its_token():
     np.testing.assert_allclose(
-        collapse(frames_of([4, 4], sure=20), TABLE, SCALE)[0], TABLE[4], atol=1e-3
+        collapse(frames_of([4, 4], scale=20), TABLE, SCALE)[0], TABLE[4], atol=1e-3
     )
 
 
@@ -54,29 +54,29 @@ def test_a_doubtful_frame_gives_a_mixture():
 
 
 @pytest.mark.parametrize(
-    ("path", "kept"), [([1], 0), ([1, BLANK, 4], 0), ([1, BLANK, 4, BLANK, 2], 3)]
+    ("path", "n_soft_tokens"), [([1], 0), ([1, BLANK, 4], 0), ([1, BLANK, 4, BLANK, 2], 3)]
 )
-def test_a_doubtful_word_alone_is_a_noise(path, kept):
-    """Of three doubtful words each may be wrong, but something was said."""
+def test_one_or_two_doubtful_words_are_a_noise(path, n_soft_tokens):
+    """Three doubtful words are kept: each may be wrong, but they are speech."""
     frames = frames_of(path)
     for frame, token in zip(frames, path):
         if token is not BLANK:
-            frame[-1] = (
-                np.log(np.exp(frame[:-1] @ TABLE.T * SCALE).sum()) - 0.1
-            )  # the blank is as likely
+            logits = frame[:-1] @ TABLE.T * SCALE
+            frame[-1] = np.log(np.exp(logits).sum()) - 0.1  # the blank is about as likely
             assert SCALE * (frame[:-1] @ TABLE[token]) > frame[-1]
-    assert len(collapse(frames, TABLE, SCALE)) == kept
+    assert len(collapse(frames, TABLE, SCALE)) == n_soft_tokens
 
 
 @pytest.mark.parametrize("path", [[], [BLANK], [BLANK] * 5])
-def test_nothing_said_is_no_soft_token(path):
+def test_blanks_alone_give_no_soft_token(path):
     frames = frames_of(path).reshape(len(path), 33)
     soft_tokens = collapse(frames, TABLE, SCALE)
     assert soft_tokens.shape == (0, 32) and soft_tokens.dtype == np.float32
 
 
-def test_neighbours_that_are_alike_become_their_mean():
-    a, b = np.array([1, 0, 0.0], np.float32), np.array([0, 1, 0.0], np.float32)
+def test_similar_neighbours_become_their_mean():
+    a = np.array([1, 0, 0], np.float32)
+    b = np.array([0, 1, 0], np.float32)
     merged = merge_similar(np.stack([a, a * 3, b, a]), 0.9)
     np.testing.assert_allclose(merged, [[2, 0, 0], [0, 1, 0], [1, 0, 0]])
     assert merged.dtype == np.float32

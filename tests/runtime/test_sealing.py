@@ -1,6 +1,6 @@
-"""A sealed process: every way out is refused, in every thread, and answers stay as they are.
+"""A sealed process: every way out is refused, in every thread, and answers do not change.
 
-Sealing is for good, so that everything here runs in processes of its own.
+Sealing is for good, so everything here runs in processes of its own.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ home, users, old = (Path(path) for path in sys.argv[1:4])
 os.environ["HOME"] = str(home)
 libc = ctypes.CDLL(None, use_errno=True)
 terminal, pair = os.openpty()[1], socket.socketpair()
-call_of_x32 = 0x40000000 if platform.machine() == "x86_64" else 0  # the other ABI of the same kernel
+call_of_x32 = 0x40000000 if platform.machine() == "x86_64" else 0  # another ABI of the kernel
 
 def raw(number, *arguments):
     if libc.syscall(number, *arguments) < 0:
@@ -99,7 +99,7 @@ sys.exit(status)
 
 @pytest.fixture
 def tried(run_python, tmp_path):
-    """Run a script on an old file in HOME and a folder of users -> thread -> way -> error, or None."""
+    """Run a script on a file in HOME and a folder of users; prints thread -> way -> error."""
     home, users = tmp_path / "home", tmp_path / "users"
     for folder in (home, users):
         folder.mkdir()
@@ -113,12 +113,12 @@ def tried(run_python, tmp_path):
     return run
 
 
-def refused(done, *exceptions: str) -> None:
-    """Every way out met the kernel's refusal in every thread."""
+def assert_refused(done, *exceptions: str) -> None:
+    """Every way out but the exceptions met the kernel's refusal in every thread."""
     assert set(done.document) == {"before", "after", "MainThread"}
     for thread, errors in done.document.items():
-        opened = {way: e for way, e in errors.items() if e not in ("EPERM", "EACCES")}
-        assert set(opened) == set(exceptions), thread
+        open_ways = {way for way, error in errors.items() if error not in ("EPERM", "EACCES")}
+        assert open_ways == set(exceptions), thread
 
 
 def landlock() -> bool:
@@ -127,22 +127,23 @@ def landlock() -> bool:
 
 
 def test_without_a_seal_the_ways_are_open(tried):
-    """What the other tests refuse would work."""
+    """What the other tests see refused works otherwise."""
     errors = tried(UNSEALED).document["before"]
-    machine = {"udp", "raw", "x32", "pair", "attribute", "typed", "io_uring"}  # it decides
-    assert not [way for way in set(errors) - machine if errors[way] in ("EPERM", "EACCES")]
+    depends_on_machine = {"udp", "raw", "x32", "pair", "attribute", "typed", "io_uring"}
+    always_open = set(errors) - depends_on_machine
+    assert not [way for way in always_open if errors[way] in ("EPERM", "EACCES")]
 
 
-def test_a_thread_that_was_there_before_is_bound_too(tried, tmp_path):
-    """Landlock cannot bind it, so that nothing can be written anywhere."""
-    refused(tried(BEFORE_SEAL))
+def test_a_thread_that_ran_before_the_seal_is_bound_too(tried, tmp_path):
+    """Landlock cannot bind it, so nothing can be written anywhere."""
+    assert_refused(tried(BEFORE_SEAL))
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["there"]
     assert (tmp_path / "home/there").read_text() == "old"
 
 
 @pytest.mark.skipif(not landlock(), reason="this kernel has no Landlock")
 def test_users_can_be_written_where_landlock_binds_every_thread(tried, tmp_path):
-    refused(tried(WHILE_LOADING), "users")
+    assert_refused(tried(WHILE_LOADING), "users")
     files = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     assert files == {"there", "before", "after", "MainThread"}
     assert (tmp_path / "home/there").read_text() == "old"
@@ -151,7 +152,7 @@ def test_users_can_be_written_where_landlock_binds_every_thread(tried, tmp_path)
 def test_without_landlock_nothing_is_written_anywhere(tried):
     without = "sealing._restrict_writing = lambda folders: 0\n"
     done = tried(without + WHILE_LOADING)
-    refused(done)
+    assert_refused(done)
     assert "'writing': 'seccomp', 'writable': []" in done.stdout
 
 
@@ -161,7 +162,7 @@ def test_a_sealed_command_stays_sealed_and_answers_the_same(
     call = ("run", voice_path / "train-000.flac", "--bundle", bundle_path, *QUICK)
     plain = run_cli(*call).document
     done = tried(TRIES + COMMAND, *call, "--sealed")
-    refused(done)
+    assert_refused(done)
     answer = json.loads(done.stdout.splitlines()[-2])
     assert answer.pop("sealed")["network"] == "seccomp"
     assert set(answer) == set(plain) and "sealed" not in plain
@@ -199,11 +200,13 @@ print(other.recv(9))
 
 
 @pytest.mark.parametrize(("microphone", "arrives"), [(True, "b'ab'"), (False, "b'a'")])
-def test_an_open_microphone_may_talk_with_its_sound_server(run_python, microphone, arrives):
+def test_with_a_microphone_messages_to_its_sound_server_stay_possible(
+    run_python, microphone, arrives
+):
     assert run_python(MESSAGE % microphone).stdout.strip() == arrives
 
 
-# --- what cannot be sealed is refused ---
+# --- processes that cannot be sealed ---
 
 OPEN = "import socket, os\nopen_one = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n" + CALL
 
@@ -243,11 +246,11 @@ def test_another_system_is_refused(monkeypatch):
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(TinyAlignError, match="make the folder first"):
+    with pytest.raises(TinyAlignError, match="create the folder first"):
         sealing.Seal([tmp_path / "users"])
 
 
-REFUSED = """
+FILTER_REFUSED = """
 from tiny_align.runtime import TinyAlignError
 from tiny_align.runtime.privacy import sealing
 seal = sealing.Seal()
@@ -259,5 +262,5 @@ except TinyAlignError as error:
 """
 
 
-def test_a_kernel_that_refuses_the_filter_is_said(run_python):
-    assert "does not let the process be sealed" in run_python(REFUSED).stdout
+def test_a_kernel_that_refuses_the_filter_is_an_error(run_python):
+    assert "does not let the process be sealed" in run_python(FILTER_REFUSED).stdout

@@ -1,4 +1,4 @@
-"""Telemetry is off for whoever imports the runtime; where that is too late, it is said."""
+"""Importing the runtime turns telemetry off; if that is too late, it warns."""
 
 import json
 import types
@@ -16,7 +16,7 @@ print(json.dumps({name: os.environ.get(name) for name in %r}))
 
 @pytest.fixture
 def imported_before(monkeypatch):
-    """An onnxruntime of that version is there already; returns what was called."""
+    """Pretend that an onnxruntime of some version is imported already; returns its calls."""
 
     def put(version: str, switch: str) -> list[str]:
         calls = []
@@ -43,7 +43,7 @@ def test_importing_the_runtime_sets_every_switch(run_python, monkeypatch, before
 
 
 @pytest.mark.parametrize("switch", ["", "0", "off"])
-def test_onnx_runtime_imported_before_with_telemetry_on_is_said(imported_before, switch):
+def test_onnx_runtime_imported_before_with_telemetry_on_is_a_warning(imported_before, switch):
     calls = imported_before("1.29.0", switch)
     with pytest.warns(RuntimeWarning, match="set ORT_DISABLE_TELEMETRY=1"):
         telemetry.turn_off()
@@ -54,7 +54,7 @@ def test_onnx_runtime_imported_before_with_telemetry_on_is_said(imported_before,
 @pytest.mark.parametrize(
     ("version", "switch"), [("1.32.1", "1"), ("1.29.0", "True"), ("1.28.0", "")]
 )
-def test_nothing_is_said_where_there_is_no_uploader(imported_before, version, switch):
+def test_no_warning_without_an_uploader(imported_before, version, switch):
     calls = imported_before(version, switch)
     telemetry.turn_off()
     assert calls == ([] if switch else ["disable"])

@@ -1,7 +1,8 @@
-"""EmbedLink with targets placed where the token is spoken, instead of where a cast guesses.
+"""EmbedLink with each target at the place where its token is spoken, not where a cast guesses.
 
-Nobody marks the times: the projector's own output says, by the best monotonic assignment (Viterbi), where each token
-stands, as speech recognisers were long trained from a flat start. That start is the paper's cast.
+No data set marks these places. The projector's own output tells them: the cheapest monotonic
+assignment of tokens to soft tokens (Viterbi), as speech recognisers were long trained from a flat
+start. The flat start is the paper's cast.
 """
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tiny_align.align.data.examples import Example
 from tiny_align.align.model.objectives.paper import Paper, embedlink_loss
 
 
@@ -17,24 +19,23 @@ def aligned_places(costs: np.ndarray) -> np.ndarray:
 
     Args:
         costs: (T, L), the cost of token l at place t; L <= T.
+
     Returns:
         (T,) indices into the L tokens, from 0 to L - 1, never falling.
     """
     n_places, n_tokens = costs.shape
-    best = np.full(n_tokens, np.inf)
-    best[0] = costs[0, 0]
-    moved = np.zeros(
-        (n_places, n_tokens), bool
-    )  # whether the best way to (t, l) comes from token l - 1
+    total = np.full(n_tokens, np.inf)  # (L,) cost of the cheapest path to (t, l)
+    total[0] = costs[0, 0]
+    advanced = np.zeros((n_places, n_tokens), bool)  # whether that path comes from token l - 1
     for t in range(1, n_places):
-        before = np.concatenate([[np.inf], best[:-1]])
-        moved[t] = before < best
-        best = np.minimum(before, best) + costs[t]
+        from_previous = np.concatenate([[np.inf], total[:-1]])
+        advanced[t] = from_previous < total
+        total = np.minimum(from_previous, total) + costs[t]
     places = np.empty(n_places, np.int64)
     token = n_tokens - 1
     for t in range(n_places - 1, -1, -1):
         places[t] = token
-        token -= moved[t, token]
+        token -= advanced[t, token]
     return places
 
 
@@ -51,15 +52,18 @@ class Aligned(Paper):
         super().__init__(table)
         self.flat_start = flat_start
 
-    def __call__(self, soft_tokens: Tensor, lengths: Tensor, examples: list, step: int) -> Tensor:
+    def __call__(
+        self, outputs: Tensor, lengths: Tensor, examples: list[Example], step: int
+    ) -> Tensor:
         if step < self.flat_start:
-            return super().__call__(soft_tokens, lengths, examples, step)
-        targets = torch.stack(
-            [self._placed(e, soft) for e, soft in zip(examples, soft_tokens.detach())]
-        )
-        return embedlink_loss(soft_tokens, targets, self.variance)
+            return super().__call__(outputs, lengths, examples, step)
+        targets = []
+        for example, soft_tokens in zip(examples, outputs.detach()):
+            targets.append(self._aligned_targets(example, soft_tokens))
+        return embedlink_loss(outputs, torch.stack(targets), self.variance)
 
-    def _placed(self, example, soft_tokens: Tensor) -> Tensor:
+    def _aligned_targets(self, example: Example, soft_tokens: Tensor) -> Tensor:
+        """(T, D), or the cast ones if there are more tokens than soft tokens."""
         tokens = self.table[torch.tensor(example.tokens)]  # (L, D)
         if len(tokens) > len(soft_tokens):
             return self.targets(example, len(soft_tokens))

@@ -1,9 +1,9 @@
-"""EmbedLink as the paper has it: soft tokens regress on the transcript's embeddings cast to T (arXiv 2411.13766).
+"""EmbedLink, the paper's objective: soft tokens regress on the transcript's embeddings, cast to T.
 
-How the paper casts and weighs is not public, so both readings are here: `stretched`, where a token takes a share of
-the T places in proportion to its letters, a rough guess at how long it is spoken; and `padded`, where token l stands
-at place l and the rest is padding. The two terms, MSE and cosine, weigh the same once MSE is measured in units of
-the table's variance.
+The paper (arXiv 2411.13766) does not publish how it casts and weighs, so both variants are here:
+`stretched`, where a token takes a share of the T places in proportion to its letters, a rough guess
+at how long it is spoken; and `padded`, where token l stands at place l and the rest is padding. The
+two terms, MSE and cosine, weigh the same once MSE is measured in units of the table's variance.
 """
 
 import numpy as np
@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tiny_align.align.data.examples import Example
+
 
 def cast_places(token_lengths: list[int], soft_tokens: int) -> np.ndarray:
-    """Which token stands at each of T places when stretched: (T,) indices into the transcript's tokens.
+    """The token at each of T places when stretched: (T,) indices into the transcript's tokens.
 
     Args:
         token_lengths: letters of every token; at least one counts for each.
@@ -32,18 +34,20 @@ def embedlink_loss(soft_tokens: Tensor, targets: Tensor, variance: float) -> Ten
 
 
 class Paper:
-    """Targets stretched over the T places or, `padded`, one token per place and the padding's target zero."""
+    """Targets stretched over the T places or, `padded`, one per token and zeros for the rest."""
 
     def __init__(self, table: Tensor, padded: bool = False):
-        self.table, self.padded, self.variance = table, padded, float(table.var())
+        self.table = table
+        self.padded = padded
+        self.variance = float(table.var())
 
-    def __call__(self, soft_tokens: Tensor, lengths: Tensor, examples: list, step: int) -> Tensor:
-        targets = torch.stack(
-            [self.targets(e, soft_tokens.shape[1]) for e in examples]
-        )  # (B, T, D)
-        return embedlink_loss(soft_tokens, targets, self.variance)
+    def __call__(
+        self, outputs: Tensor, lengths: Tensor, examples: list[Example], step: int
+    ) -> Tensor:
+        targets = torch.stack([self.targets(e, outputs.shape[1]) for e in examples])  # (B, T, D)
+        return embedlink_loss(outputs, targets, self.variance)
 
-    def targets(self, example, n_places: int) -> Tensor:
+    def targets(self, example: Example, n_places: int) -> Tensor:
         """(T, D): the embedding that belongs at each place."""
         tokens = self.table[torch.tensor(example.tokens)]  # (L, D)
         if self.padded:
