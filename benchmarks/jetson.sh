@@ -5,9 +5,9 @@
 #   benchmarks/jetson.sh [--bundle DIR] [--data DIR] [--out DIR] [--quick]
 #
 # PYTHON is the interpreter (default: .venv/bin/python of the checkout, else python3). --quick: two
-# recordings only. A step that this machine cannot do is left out, with its reason. The exit status is
-# 1 if a step failed. Results: DIR (default: work/jetson-TIME) and DIR.tar.gz; the last line of stdout
-# is a JSON document.
+# recordings only. A step that this machine cannot do is left out, with its reason. The exit status
+# is 1 if a step failed. Results: DIR (default: work/jetson-TIME) and DIR.tar.gz; the last line of
+# stdout is a JSON document.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -42,7 +42,10 @@ if [[ -z ${PYTHON:-} ]]; then
     [[ -x $PYTHON ]] || PYTHON=python3
 fi
 for needed in "$bundle/manifest.json" "$data"; do
-    [[ -e $needed ]] || { echo "jetson.sh: $needed does not exist: give --bundle and --data" >&2; exit 2; }
+    if [[ ! -e $needed ]]; then
+        echo "jetson.sh: $needed does not exist: give --bundle and --data" >&2
+        exit 2
+    fi
 done
 cd "$root"
 mkdir -p "$out"
@@ -81,10 +84,12 @@ jetson() { "$PYTHON" -m benchmarks.studies.jetson "$@"; }
 measured=(--bundle "$bundle" --data "$data" --out "$out" "${measure_options[@]}")
 
 step doctor tiny_align doctor --bundle "$bundle"
-step_if build build tiny_align build-engines --bundle "$bundle" --data "$data" # first, while memory is not fragmented
+# engines first, while memory is not fragmented
+step_if build build tiny_align build-engines --bundle "$bundle" --data "$data"
 step measure-onnxruntime jetson measure --backend onnxruntime "${measured[@]}"
 step_if tensorrt measure-tensorrt jetson measure --backend tensorrt "${measured[@]}"
-step_if tensorrt swap "$PYTHON" -m benchmarks.studies.swap --bundle "$bundle" --out "$out/swap-results.json" --json
+step_if tensorrt swap "$PYTHON" -m benchmarks.studies.swap --json \
+    --bundle "$bundle" --out "$out/swap-results.json"
 step parity jetson compare --out "$out"
 step doctor-after tiny_align doctor # how the work has changed clocks, temperatures and memory
 

@@ -1,4 +1,4 @@
-"""`tiny-align bench`: regressions are found and noise is not, counts are right, results have their form."""
+"""`tiny-align bench`: finds regressions, not noise; counts right; results have their form."""
 
 import json
 import time
@@ -40,7 +40,7 @@ def make_samples(
 ) -> harness.Samples:
     """Samples of a noisy machine.
 
-    It slows down for whole stretches, every part jitters, and now and then a turn takes twice as long.
+    It slows down for whole stretches, every part jitters, and a turn in twenty takes twice as long.
 
     Args:
         machine: how many times as long everything takes, the kernel too.

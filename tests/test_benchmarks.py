@@ -98,7 +98,7 @@ def test_every_training_sentence_has_both_answers(assistant, voice):
 
 
 def test_the_instruction_effect_is_measured_for_every_task():
-    """Without an instruction the LLM does one task, which is right for that and wrong for the other."""
+    """Without an instruction the LLM does one task: right for that, wrong for the other."""
     instructed = SimpleNamespace(
         rougeL=1.0,
         rows=[

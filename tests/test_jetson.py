@@ -81,7 +81,10 @@ def test_without_a_gpu_every_other_step_is_done(tmp_path, bundle_copy):
 
 @pytest.fixture
 def recorded(tmp_path):
-    """What `measure` writes for both backends: recorded(noise in TensorRT's features, its answer, its ROUGE-L)."""
+    """What `measure` writes for both backends, by a function.
+
+    It takes the noise in TensorRT's features, its answer and its ROUGE-L.
+    """
     folder = tmp_path / "recorded"
     folder.mkdir()
 

@@ -1,6 +1,7 @@
-"""The shipped bundle is good enough: typed answers are exact, a user's projector is trained in a minute.
+"""The shipped bundle is good enough: typed answers are exact, a minute trains a user's projector.
 
-The thresholds are the project's own; benchmarks/studies/quality.py measures more voices and speakers.
+The thresholds are the project's own; benchmarks/studies/quality.py measures more voices and
+speakers.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""benchmarks/standard/streaming.py: its ratios, its reader for untrained projectors, and its soak."""
+"""benchmarks/standard/streaming.py: ratios, readers for untrained projectors, the soak."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The built wheel, away from the checkout: it holds the reference bundle, and the demo runs from it."""
+"""The built wheel, away from the checkout: it holds the reference bundle, the demo runs from it."""
 
 import json
 import os
