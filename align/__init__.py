@@ -1,1 +1,1 @@
-"""Alignment: what is trained on the device, in PyTorch. Importing it loads nothing."""
+"""Alignment: the training on the device, in PyTorch. Importing this package loads nothing."""

@@ -1,29 +1,36 @@
-"""One process at a time trains somebody's projector, or a bundle's: a lock in the work folder.
+"""A lock in the work folder: only one process at a time trains a user's projector, or a bundle's.
 
-It is the system's (filelock), so that it ends with the process, however that ends.
+It is the operating system's lock (filelock), which ends with the process, however the process ends.
 """
 
 import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tiny_align.runtime.files import write_errors
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 LOCK = "lock"
 
 
 def work_folder(folder: Path) -> Path:
-    """Where a training keeps what it may go on from: hidden, beside the person's folder or the bundle."""
+    """The hidden folder beside a user's folder, or a bundle.
+
+    It holds the lock, the features and the state that a training resumes from.
+    """
     return folder.with_name(f".{folder.name}.align")
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[Path]:
-    """Yields the work folder of a person's folder, or a bundle's, with no other process in here meanwhile.
+def training_lock(folder: Path) -> Iterator[Path]:
+    """Hold the lock of a user's folder, or a bundle's; yields its work folder.
 
-    Another one that is there is waited for, which is said. The same process may enter twice. The lock's file and the
-    folders that were made for it go at the end, where nothing else has come into them.
+    If another process holds it, say so and wait. The same process may take the lock twice. At the
+    end the lock file is removed, and so are the folders made for it if they are empty.
 
     Raises:
         TinyAlignError: the work folder cannot be written.
@@ -35,11 +42,7 @@ def alone(folder: Path) -> Iterator[Path]:
     with write_errors(work):
         work.mkdir(parents=True, exist_ok=True)
         lock = FileLock(work / LOCK, is_singleton=True)
-        _wait(
-            lock,
-            work,
-            f"tiny-align: another process is training {folder.name}: waiting until it has finished",
-        )
+        _acquire(lock, work, folder.name)
     try:
         yield work
     finally:
@@ -48,8 +51,8 @@ def alone(folder: Path) -> Iterator[Path]:
         lock.release()
 
 
-def _wait(lock, work: Path, sentence: str) -> None:
-    """Take the lock; where another process has it, say so, once."""
+def _acquire(lock: "BaseFileLock", work: Path, name: str) -> None:
+    """Take the lock; if another process holds it, say so once and wait."""
     from filelock import Timeout
 
     timeout_s = 0.0
@@ -58,15 +61,19 @@ def _wait(lock, work: Path, sentence: str) -> None:
             lock.acquire(timeout=timeout_s)
             return
         except Timeout:
-            if not timeout_s:
-                print(sentence, file=sys.stderr, flush=True)
+            if timeout_s == 0:
+                waiting = f"another process is training {name}: waiting until it has finished"
+                print(f"tiny-align: {waiting}", file=sys.stderr, flush=True)
             timeout_s = 60.0
-        except FileNotFoundError:  # the other one has just removed the folder
+        except FileNotFoundError:  # the other process has just removed the folder
             work.mkdir(parents=True, exist_ok=True)
 
 
 def _tidy(work: Path, made: list[Path]) -> None:
-    """Remove the lock's file, while it is ours: whoever waits looks whether it is still there. Then what is empty."""
+    """Remove the lock file while it is ours, then the folders that are empty.
+
+    A process that waits for the lock notices that the file is gone and makes it again.
+    """
     with contextlib.suppress(OSError):
         (work / LOCK).unlink()
         for path in dict.fromkeys([work, *made]):

@@ -1,12 +1,16 @@
-"""Figures by matplotlib, which would leave its list of fonts in HOME: it lies in a temporary folder instead."""
+"""Figures by matplotlib. Its font cache goes to a temporary folder, not to HOME."""
 
 import atexit
 import os
 import shutil
 import tempfile
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
-def new_figure(width: float, height: float):
+def new_figure(width: float, height: float) -> "Figure":
     """An empty figure of that size, in inches.
 
     Raises:

@@ -45,7 +45,6 @@ from tiny_align.export.topk import add_topk
 from tiny_align.export.windows import MARGIN_S, window_spec
 from tiny_align.runtime import checks
 from tiny_align.runtime.backends.registry import load_decoder, load_runner
-from tiny_align.runtime.bundle.bundle import SPEECH_TOKENS
 from tiny_align.runtime.bundle.manifest import (
     MANIFEST,
     EncoderSpec,
@@ -60,6 +59,7 @@ from tiny_align.runtime.errors import TinyAlignError
 from tiny_align.runtime.files import sha256, write_errors, written_folder
 from tiny_align.runtime.llm import encode_in_place
 from tiny_align.runtime.readout import Readout, ctc_scale
+from tiny_align.runtime.speech_vocabulary import SPEECH_TOKENS
 from tiny_align.runtime.windows import WindowSpec
 
 if TYPE_CHECKING:

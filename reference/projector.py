@@ -24,7 +24,7 @@ CHUNK = 32  # recordings augmented together
 
 def spoken_examples(assistant: Assistant, work: Path, n: int, seed: int) -> list:
     """`n` recordings of the encoder's training, augmented anew, as examples; encoded once, resumably."""
-    from tiny_align.align.commands.align import make_examples
+    from tiny_align.align.data.examples import make_examples
     from tiny_align.align.data.feature_cache import Stored, ensure_array
 
     speak(work, n + n // 10).get()  # held-out sentences are left out
@@ -76,8 +76,8 @@ def train(args) -> dict:
     """Train as `args` (main) asks; returns the record."""
     from safetensors.torch import save_file
 
-    from tiny_align.align.commands.align import TrainingLimits
-    from tiny_align.align.commands.general import train_general
+    from tiny_align.align.training.align_general import train_general
+    from tiny_align.align.training.limits import TrainingLimits
 
     limits = TrainingLimits(steps=args.steps, seed=args.seed, objective=args.objective)
     with Assistant.load(args.bundle, threads=args.threads) as assistant:

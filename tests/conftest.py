@@ -76,7 +76,8 @@ def offline():
 @pytest.fixture
 def watch(offline, tmp_path):
     """Run a program without a network, with an empty HOME: watch(*command, stdin="") -> Watched."""
-    from tiny_align.runtime.privacy import proof, telemetry
+    from tiny_align.runtime.commands import proof
+    from tiny_align.runtime.privacy import telemetry
 
     home = tmp_path / "home"
     trace = tmp_path / "trace"

@@ -1,4 +1,4 @@
-"""The commands align, enroll, eval and demo, and the functions behind them.
+"""The commands align, enroll, eval and demo: their options, and what they print.
 
 May import everything in align; nothing imports a command.
 """

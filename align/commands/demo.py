@@ -1,17 +1,25 @@
 """`tiny-align demo`: the whole story in one command.
 
-Takes the shipped bundle and the shipped recordings of a voice its encoder never heard; answers them, trains that
-person's projector here, answers again while the text streams, and shows the two side by side.
+Takes the shipped bundle and the shipped recordings of a voice that its encoder was not trained on.
+Answers them, trains a projector for that user, answers again while the text streams, and shows both
+side by side.
 """
 
+import argparse
 import statistics
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tiny_align.align.commands.align import TrainingLimits, add_training_arguments, personalise
-from tiny_align.align.data.data_report import DataReport, each_usable
+from tiny_align.align.commands.options import add_training_arguments
 
-N_SHOWN, N_STREAMED = 8, 5
+if TYPE_CHECKING:
+    from tiny_align.align.data.utterance import Utterance
+    from tiny_align.align.evaluation.quality import Quality
+    from tiny_align.runtime.assistant import Answer
+
+N_ROWS = 8  # answers in the table
+N_STREAMED = 5
 
 
 def shipped(name: str) -> Path:
@@ -21,49 +29,60 @@ def shipped(name: str) -> Path:
     return Path(str(files("tiny_align.reference"))) / name
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", type=Path, help="another bundle than the shipped one")
     parser.add_argument("--data", type=Path, help="other recordings than the shipped ones")
-    parser.add_argument("--user", default="demo", help="the person's name (default: demo)")
+    parser.add_argument("--user", default="demo", help="the user's name (default: demo)")
     parser.add_argument(
         "--out", type=Path, default=Path("tiny-align-demo"), help="where users/NAME is written"
     )
     add_training_arguments(parser)
 
 
-def run(args) -> dict:
+def run(args: argparse.Namespace) -> dict:
+    from tiny_align.align.training.limits import TrainingLimits, share_cores
+
+    share_cores()  # before PyTorch is loaded
+    from tiny_align.align.data.data_report import DataReport
     from tiny_align.align.data.datasets import load_dataset, split_of
+    from tiny_align.align.training.align_user import align_user
 
-    bundle, data = args.bundle or shipped("bundle"), args.data or shipped("voice")
+    bundle = args.bundle or shipped("bundle")
+    data = args.data or shipped("voice")
+    users = args.out / "users"
+    limits = TrainingLimits.from_args(args)
     report = DataReport()
-    utterances, users = load_dataset(data, report=report), args.out / "users"
-    result, before, after = personalise(
-        bundle, utterances, args.user, users, TrainingLimits.of(args), report=report
+    utterances = load_dataset(data, report=report)
+    document, before, after = align_user(
+        bundle, utterances, args.user, users, limits, report=report
     )
-    speed = _stream(bundle, args.user, users, split_of(utterances, "test"), args)
+    document |= _stream(bundle, args.user, users, split_of(utterances, "test"), args)
     if not args.json:
-        _show(before, after, result | speed)
-    return result | speed
+        _show(before, after, document)
+    return document
 
 
-def _stream(bundle: Path, user: str, users: Path, utterances: list, args) -> dict:
-    """Answer some of the test recordings aloud -> medians of the time to the first token and the real-time factor."""
+def _stream(
+    bundle: Path, user: str, users: Path, utterances: "list[Utterance]", args: argparse.Namespace
+) -> dict[str, float]:
+    """Answer some of the test recordings, printing the text as it comes.
+
+    Returns:
+        Medians of the time to the first token and of the real-time factor.
+    """
+    from tiny_align.align.data.data_report import DataReport, each_usable
     from tiny_align.runtime.assistant import Assistant, collect
     from tiny_align.runtime.commands.answering import print_events
 
-    answers = []
+    answers: list[Answer] = []
     with Assistant.load(bundle, user, users=users, threads=args.threads) as assistant:
         recordings = each_usable(utterances, lambda u: u.load(assistant.sample_rate), DataReport())
-        for utterance, audio in islice(recordings, N_STREAMED + 1):  # the first one warms up
-            if not args.json and answers:
+        for utterance, audio in islice(recordings, N_STREAMED + 1):
+            quiet = args.json or not answers  # the first answer warms up
+            if not quiet:
                 print(f"\n  you said:  {utterance.text}\n  answer:    ", end="", flush=True)
-            events = assistant.stream(audio)
-            answers.append(
-                collect(
-                    print_events(events, quiet=args.json or not answers),
-                    len(audio) / assistant.sample_rate,
-                )
-            )
+            events = print_events(assistant.stream(audio), quiet=quiet)
+            answers.append(collect(events, len(audio) / assistant.sample_rate))
     timed = answers[1:] or answers
     return {
         "ttft_ms": round(statistics.median(a.ttft_s for a in timed) * 1000, 2),
@@ -71,18 +90,21 @@ def _stream(bundle: Path, user: str, users: Path, utterances: list, args) -> dic
     }
 
 
-def _show(before, after, result: dict) -> None:
+def _show(before: "Quality", after: "Quality", document: dict) -> None:
     print(f"\n{'typed answer':42s} | {'spoken, before':42s} | spoken, after")
-    for old, new in list(zip(before.rows, after.rows))[:N_SHOWN]:
+    for old, new in list(zip(before.rows, after.rows))[:N_ROWS]:
         print(f"{new['typed'][:42]:42s} | {old['spoken'][:42]:42s} | {new['spoken'][:60]}")
     print(f"\n{'':24s} {'before':>8s} {'after':>8s}")
     for name, label in (("rougeL", "ROUGE-L against typed"), ("wer", "word error rate")):
-        print(f"{label:24s} {result[f'{name}_before']:8.3f} {result[f'{name}_after']:8.3f}")
-    print(f"{'chance ROUGE-L':24s} {'':8s} {result['rougeL_chance']:8.3f}")
+        old, new = document[f"{name}_before"], document[f"{name}_after"]
+        print(f"{label:24s} {old:8.3f} {new:8.3f}")
+    print(f"{'chance ROUGE-L':24s} {'':8s} {document['rougeL_chance']:8.3f}")
     print(
-        f"trained for {result['train_seconds']:.1f} s ({result['steps']} steps, {result['utterances']} recordings)"
+        f"trained for {document['train_seconds']:.1f} s "
+        f"({document['steps']} steps, {document['utterances']} recordings)"
     )
     print(
-        f"time to first token {result['ttft_ms']:.0f} ms, real-time factor {result['rtf']:.3f}, {result['backend']}"
+        f"time to first token {document['ttft_ms']:.0f} ms, "
+        f"real-time factor {document['rtf']:.3f}, {document['backend']}"
     )
-    print(f"written to {result['path']}")
+    print(f"written to {document['path']}")

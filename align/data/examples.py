@@ -1,36 +1,119 @@
-"""One utterance for training: features, tokens and augmentations."""
+"""Examples that a projector is trained on: an utterance's features and its transcript's tokens.
 
+Tokens are counted within the LLM's speech vocabulary, which grows by those that are new.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from tiny_align.align.data.data_report import DataReport, each_usable
 from tiny_align.align.data.feature_cache import Stored, array_of
+from tiny_align.align.data.utterance import Utterance
+from tiny_align.runtime.assistant import Assistant
+from tiny_align.runtime.llm import LanguageModel
+
+Features = np.ndarray | Stored  # (N, Da) float32
+Encoded = TypeVar("Encoded")
 
 
 @dataclass(frozen=True)
 class Example:
     """One utterance for training."""
 
-    features: np.ndarray | Stored  # (N, Da) float32
+    features: Features
     tokens: list[int]  # places in the speech vocabulary, which are rows of the objective's table
     token_lengths: list[int]  # letters
-    augmentations: tuple[
-        np.ndarray | Stored, ...
-    ] = ()  # features of the recording made a little differently
-    answers: tuple[
-        tuple[int, ...], ...
-    ] = ()  # token ids, the end's included, for each prompt of "end-to-end"
+    augmentations: tuple[Features, ...] = ()  # of the same recording
+    # token ids of the LLM's answer, the end token included, for each prompt of "end-to-end"
+    answers: tuple[tuple[int, ...], ...] = ()
 
-    def take(self, rng: np.random.Generator | None) -> Tensor:
-        """(N, Da): the recording itself or, with `rng`, one of its augmentations too."""
-        takes = (self.features, *self.augmentations)
-        return torch.from_numpy(array_of(takes[rng.integers(len(takes)) if rng else 0]))
+    @property
+    def takes(self) -> tuple[Features, ...]:
+        """The features of the recording and of each augmentation."""
+        return (self.features, *self.augmentations)
 
-    def takes(self) -> list["Example"]:
+    def tensor(self) -> Tensor:
+        """(N, Da): the recording itself."""
+        return torch.from_numpy(array_of(self.features))
+
+    def random_take(self, rng: np.random.Generator) -> Tensor:
+        """(N, Da): the recording or one of its augmentations."""
+        return torch.from_numpy(array_of(self.takes[rng.integers(len(self.takes))]))
+
+    def expand(self) -> list["Example"]:
         """The recording and each augmentation as an example of its own."""
-        return [
-            replace(self, features=features, augmentations=())
-            for features in (self.features, *self.augmentations)
-        ]
+        return [replace(self, features=take, augmentations=()) for take in self.takes]
+
+
+def feature_key(features: Features) -> bytes:
+    """Identify features: their bytes, or the name of the file they lie in."""
+    return features.path.name.encode() if isinstance(features, Stored) else features.tobytes()
+
+
+def encode_usable(
+    assistant: Assistant,
+    utterances: Sequence[Utterance],
+    encode: Callable[[Utterance], Encoded],
+    report: DataReport,
+    quiet: bool = False,
+) -> list[tuple[Utterance, Encoded]]:
+    """(utterance, encode(utterance)) for those that can be used; the report counts the others."""
+
+    def checked(utterance: Utterance) -> Encoded:
+        assistant.llm.encode_words(utterance.text, "the transcript")
+        return encode(utterance)
+
+    no_bar = quiet or not utterances
+    progress = tqdm(utterances, desc="encode", unit="utt", disable=no_bar, mininterval=0.5)
+    return list(each_usable(progress, checked, report))
+
+
+def make_examples(
+    llm: LanguageModel, texts: Sequence[str], takes: Sequence[Sequence[Features]]
+) -> list[Example]:
+    """Examples of transcripts and features; new tokens are added to the LLM's speech vocabulary.
+
+    Args:
+        takes: the features of every text's recording, then those of every text's first
+            augmentation, and so on.
+    """
+    transcripts = [llm.encode_words(text) for text in texts]
+    seen = dict.fromkeys(itertools.chain.from_iterable(transcripts))
+    extend_speech_vocabulary(llm, seen)
+    place = {token: i for i, token in enumerate(speech_vocabulary(llm).tolist())}
+    letters = {token: len(llm.tokenizer.decode([token]).strip()) for token in seen}
+    examples = []
+    for transcript, (features, *augmentations) in zip(transcripts, zip(*takes)):
+        tokens = [place[token] for token in transcript]
+        lengths = [letters[token] for token in transcript]
+        examples.append(Example(features, tokens, lengths, tuple(augmentations)))
+    return examples
+
+
+# --- the LLM's speech vocabulary ---
+
+
+def extend_speech_vocabulary(llm: LanguageModel, tokens: Iterable[int]) -> None:
+    """Add the tokens that it lacks at its end; the places of the others stay."""
+    extended = dict.fromkeys([*llm.speech_tokens.tolist(), *tokens])
+    llm.set_speech_tokens(np.array(list(extended), np.int32))
+
+
+def speech_vocabulary(llm: LanguageModel) -> np.ndarray:
+    """(K,) int32 token ids, in the order of the examples' places."""
+    return llm.speech_tokens
+
+
+def embedding_table(assistant: Assistant) -> Tensor:
+    """(K, D) float32: what the LLM sees for every token of the speech vocabulary.
+
+    Take it after the examples are made: they extend the vocabulary.
+    """
+    return torch.from_numpy(assistant.llm.speech_table)

@@ -1,7 +1,8 @@
-"""A few other people's features, shipped with a bundle: a person's training goes over them too, and forgets nobody.
+"""Rehearsal data: other speakers' features that a user's training repeats to forget nothing.
 
-Rehearsal on old examples is the plainest cure of forgetting (Robins 1995, "Catastrophic Forgetting, Rehearsal and
-Pseudorehearsal"). Sounds without a word are among them; a person's training makes more (personalise.py).
+Rehearsal on old examples is the simplest remedy against forgetting (Robins 1995, "Catastrophic
+Forgetting, Rehearsal and Pseudorehearsal"). A bundle ships some, non-speech among them; a user's
+training adds more non-speech of its own.
 """
 
 import zlib
@@ -10,43 +11,67 @@ from pathlib import Path
 import numpy as np
 
 from tiny_align.align.data.examples import Example
-from tiny_align.align.data.feature_cache import array_of
+from tiny_align.align.data.feature_cache import array_of, non_speech_files
+from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.errors import BundleError
 from tiny_align.runtime.files import ARRAY_ERRORS
 
+N_NON_SPEECH = 128  # sounds beside the bundle's
+NON_SPEECH_SEED = 1  # the bundle's are of the general training's seed, 0
+
+
+def rehearsal_examples(assistant: Assistant, objective: str, folder: Path) -> list[Example]:
+    """What a user's training repeats: the bundle's rehearsal data and, for "ctc", more non-speech.
+
+    Args:
+        folder: for the features of the non-speech.
+    """
+    shipped = read_rehearsal(assistant.bundle.replay)
+    if objective != "ctc":  # a projector that pools gives soft tokens for any sound
+        return [example for example in shipped if example.tokens]
+    files = non_speech_files(assistant, N_NON_SPEECH, NON_SPEECH_SEED, folder)
+    return shipped + [Example(np.load(file, allow_pickle=False), [], []) for file in files]
+
 
 def write_rehearsal(path: Path, examples: list[Example]) -> None:
-    """Features as float16, tokens (places in the bundle's speech vocabulary) and their lengths, of each recording."""
-    features = [array_of(e.features) for e in examples]
+    """Write features as float16, tokens and their lengths.
+
+    The tokens are places in the bundle's speech vocabulary.
+    """
+    features = [array_of(example.features) for example in examples]
+    tokens: list[int] = []
+    token_lengths: list[int] = []
+    for example in examples:
+        tokens += example.tokens
+        token_lengths += example.token_lengths
     np.savez_compressed(
         path,
         features=np.concatenate(features).astype(np.float16),
         feature_ends=np.cumsum([len(f) for f in features]),
-        tokens=np.array([t for e in examples for t in e.tokens], np.int32),
-        token_lengths=np.array([n for e in examples for n in e.token_lengths], np.int32),
-        token_ends=np.cumsum([len(e.tokens) for e in examples]),
+        tokens=np.array(tokens, np.int32),
+        token_lengths=np.array(token_lengths, np.int32),
+        token_ends=np.cumsum([len(example.tokens) for example in examples]),
     )
 
 
 def read_rehearsal(path: Path) -> list[Example]:
-    """The examples of `write_rehearsal`; none where a bundle has no such file.
+    """Read the examples of `write_rehearsal`; none if the bundle has no such file.
 
     Raises:
-        BundleError: it is damaged.
+        BundleError: the file is damaged.
     """
     if not path.exists():
         return []
     try:
-        return _read(path)
+        with np.load(path, allow_pickle=False) as stored:
+            features = stored["features"].astype(np.float32)
+            features = np.split(features, stored["feature_ends"][:-1])
+            token_ends = stored["token_ends"][:-1]
+            tokens = np.split(stored["tokens"], token_ends)
+            token_lengths = np.split(stored["token_lengths"], token_ends)
     except (*ARRAY_ERRORS, OSError, KeyError, AttributeError, TypeError, zlib.error) as error:
         raise BundleError(
             f"{path} is damaged ({error}): copy the bundle again, or train its projector"
         ) from error
-
-
-def _read(path: Path) -> list[Example]:
-    with np.load(path, allow_pickle=False) as stored:
-        features = np.split(stored["features"].astype(np.float32), stored["feature_ends"][:-1])
-        ends = stored["token_ends"][:-1]
-        tokens, lengths = (np.split(stored[name], ends) for name in ("tokens", "token_lengths"))
-        return [Example(f, t.tolist(), n.tolist()) for f, t, n in zip(features, tokens, lengths)]
+    rows = zip(features, tokens, token_lengths)
+    return [Example(f, t.tolist(), lengths.tolist()) for f, t, lengths in rows]

@@ -24,12 +24,13 @@ from torch import Tensor
 
 from tiny_align.align.data.examples import Example
 from tiny_align.align.data.rehearsal import write_rehearsal
-from tiny_align.align.lock import alone
+from tiny_align.align.lock import training_lock
 from tiny_align.align.model.projector import BridgeFormer, build_projector
-from tiny_align.runtime.bundle.bundle import SPEECH_TOKENS, Bundle
+from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.bundle.manifest import Manifest, write_manifest
 from tiny_align.runtime.bundle.users import check_user, write_user_record
 from tiny_align.runtime.files import link_tree, write_errors, written_folder
+from tiny_align.runtime.speech_vocabulary import SPEECH_TOKENS
 
 
 def data_file(bundle: Bundle) -> str:
@@ -126,5 +127,5 @@ def _lock_users(bundle: Path) -> Iterator[None]:
     with contextlib.ExitStack() as locks:
         for work in sorted(bundle.glob("users/.*.align")):
             name = work.name.removeprefix(".").removesuffix(".align")
-            locks.enter_context(alone(bundle / "users" / name))
+            locks.enter_context(training_lock(bundle / "users" / name))
         yield

@@ -1,4 +1,4 @@
-"""The trainer: steps, validation, checkpoints.
+"""Training a projector: a user's, the general one, and the trainer behind both.
 
-May import `data`, `model` and the runtime.
+May import `evaluation`, `model`, `data` and the runtime.
 """

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tiny_align.align.commands.evaluate import rouge
+from tiny_align.align.evaluation.quality import rouge
 from tiny_align.benchmarks.standard import growth as growing
 from tiny_align.benchmarks.standard import limits as limiting
 from tiny_align.benchmarks.standard.harness import (
@@ -130,12 +130,13 @@ def training(setting: Setting) -> dict:
 
 def person(setting: Setting) -> dict:
     """A projector trained as `tiny-align align` does it, measured before and after."""
-    from tiny_align.align.commands.align import TrainingLimits, personalise
     from tiny_align.align.data.datasets import load_dataset
+    from tiny_align.align.training.align_user import align_user
+    from tiny_align.align.training.limits import TrainingLimits
 
     with tempfile.TemporaryDirectory() as users:
         limits = TrainingLimits(threads=1, steps=setting.steps)
-        result, _, _ = personalise(
+        result, _, _ = align_user(
             Path(setting.bundle), load_dataset(Path(setting.data)), "bench", Path(users), limits
         )
     kept = {k: v for k, v in result.items() if k not in ("path", "user")}
@@ -144,8 +145,8 @@ def person(setting: Setting) -> dict:
 
 def quality(setting: Setting) -> dict:
     """The general projector on a voice it never heard, between chance and the typed answers (1); silence."""
-    from tiny_align.align.commands.evaluate import evaluate
     from tiny_align.align.data.non_speech import non_speech
+    from tiny_align.align.evaluation.quality import evaluate
     from tiny_align.reference import corpus
 
     with Assistant.load(setting.bundle, threads=setting.threads) as assistant:

@@ -29,8 +29,8 @@ import numpy as np
 from tqdm import tqdm
 
 from tiny_align.align.commands.demo import shipped
-from tiny_align.align.commands.evaluate import evaluate
 from tiny_align.align.data.datasets import load_dataset
+from tiny_align.align.evaluation.quality import evaluate
 from tiny_align.benchmarks import finish
 from tiny_align.benchmarks.standard.markdown import grid
 from tiny_align.runtime import Assistant, Decoding

@@ -113,7 +113,7 @@ def make_objective(options, shape: Shape, dtype, n_tokens: int):
 def utterances(shape: Shape, n_tokens: int) -> list:
     """A batch of them: noise for features, random words of the speech vocabulary."""
     from tiny_align.align.data.examples import Example
-    from tiny_align.align.training.trainer import MIN_JUDGES
+    from tiny_align.align.training.validation import MIN_VALIDATION
 
     rng = np.random.default_rng(0)
 
@@ -125,7 +125,7 @@ def utterances(shape: Shape, n_tokens: int) -> list:
         answer = tuple(tokens(ANSWER, shape.vocabulary))
         return Example(features, tokens(WORDS, n_tokens), [5] * WORDS, answers=(answer,))
 
-    return [one() for _ in range(BATCH + MIN_JUDGES)]  # which are held out
+    return [one() for _ in range(BATCH + MIN_VALIDATION)]  # which are held out
 
 
 def measure(shape_name: str, form: str, threads: int, device: str = "cpu") -> dict:

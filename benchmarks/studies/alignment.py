@@ -24,29 +24,27 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from tiny_align.align.commands.align import (
-    AUGMENTATIONS,
-    embedding_table,
-    make_examples,
-    rehearsal_examples,
-)
 from tiny_align.align.commands.demo import shipped
-from tiny_align.align.commands.evaluate import (
+from tiny_align.align.data.datasets import load_dataset, split_of
+from tiny_align.align.data.examples import embedding_table, make_examples
+from tiny_align.align.data.feature_cache import cached_features, non_speech_files
+from tiny_align.align.data.non_speech import hiss
+from tiny_align.align.data.rehearsal import rehearsal_examples
+from tiny_align.align.evaluation.quality import (
     EncodedUtterance,
     Quality,
     encode_utterances,
     rouge,
     score,
 )
-from tiny_align.align.data.datasets import load_dataset, split_of
-from tiny_align.align.data.feature_cache import cached_features, non_speech_files
-from tiny_align.align.data.non_speech import hiss
 from tiny_align.align.model.objectives import FRAMED, POOLED
 from tiny_align.align.model.projector import PROJECTORS, build_projector
 from tiny_align.align.model.users import load_projector
 from tiny_align.align.model.windows import project
 from tiny_align.align.pictures import new_figure
-from tiny_align.align.training.trainer import JUDGEMENT, Trainer, TrainOptions
+from tiny_align.align.training.align_user import AUGMENTATIONS
+from tiny_align.align.training.trainer import Trainer, TrainOptions
+from tiny_align.align.training.validation import Score
 from tiny_align.export.pretrained import load_pretrained
 from tiny_align.reference import corpus, recordings, speech
 from tiny_align.runtime.assistant import Assistant
@@ -379,9 +377,9 @@ class Cell:
         return figures(self.assistant, projector, test)
 
 
-def _judged(record: dict) -> tuple[float, ...]:
+def _judged(record: dict) -> Score:
     """How good the end of a training is, as the trainer itself judges it: smaller is better."""
-    return tuple(record["curve"][-1][name] for name in JUDGEMENT)
+    return Score.from_curve(record["curve"][-1])
 
 
 # --- the shipped bundle ---

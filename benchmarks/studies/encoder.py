@@ -23,8 +23,8 @@ import transformers
 from tqdm import tqdm
 
 from tiny_align.align.commands.demo import shipped
-from tiny_align.align.commands.evaluate import evaluate
 from tiny_align.align.data.datasets import load_dataset
+from tiny_align.align.evaluation.quality import evaluate
 from tiny_align.benchmarks import finish
 from tiny_align.benchmarks.standard.harness import Patience, alternate, spread, timed
 from tiny_align.benchmarks.studies.alignment import WEIGHTS

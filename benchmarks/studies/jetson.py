@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from tiny_align.align.commands.evaluate import evaluate
 from tiny_align.align.data.datasets import load_dataset, split_of
+from tiny_align.align.evaluation.quality import evaluate
 from tiny_align.benchmarks.standard.pipelines import reason_against_tensorrt
 from tiny_align.engines.build_one import peak_memory_bytes
 from tiny_align.engines.builder import find_builder

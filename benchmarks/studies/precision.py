@@ -22,8 +22,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from tiny_align.align.commands.demo import shipped
-from tiny_align.align.commands.evaluate import EncodedUtterance, encode_utterances, score
 from tiny_align.align.data.datasets import load_dataset, split_of
+from tiny_align.align.evaluation.quality import EncodedUtterance, encode_utterances, score
 from tiny_align.benchmarks import finish
 from tiny_align.benchmarks.standard.training_cost import SHAPES
 from tiny_align.benchmarks.studies.encoder import distance

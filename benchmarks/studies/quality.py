@@ -14,10 +14,11 @@ from pathlib import Path
 
 import soundfile
 
-from tiny_align.align.commands.align import TrainingLimits, personalise
 from tiny_align.align.commands.demo import shipped
-from tiny_align.align.commands.evaluate import evaluate
 from tiny_align.align.data.datasets import Utterance, load_dataset
+from tiny_align.align.evaluation.quality import evaluate
+from tiny_align.align.training.align_user import align_user
+from tiny_align.align.training.limits import TrainingLimits
 from tiny_align.benchmarks import finish
 from tiny_align.reference import corpus, recordings, speech
 from tiny_align.runtime.assistant import Assistant
@@ -47,7 +48,7 @@ def known_voices(assistant: Assistant, n: int, folder: Path) -> dict:
 
 def new_user(bundle: Path, data: Path, name: str, users: Path) -> dict:
     """Personalise on the train split on one core; before and after on the test split."""
-    result, _, _ = personalise(bundle, load_dataset(data), name, users, TrainingLimits(threads=1))
+    result, _, _ = align_user(bundle, load_dataset(data), name, users, TrainingLimits(threads=1))
     return {k: v for k, v in result.items() if k not in ("path", "user")}
 
 

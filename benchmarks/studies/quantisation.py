@@ -23,8 +23,8 @@ import numpy as np
 from tqdm import tqdm
 
 from tiny_align.align.commands.demo import shipped
-from tiny_align.align.commands.evaluate import rouge
 from tiny_align.align.data.datasets import load_dataset, split_of
+from tiny_align.align.evaluation.quality import rouge
 from tiny_align.benchmarks import finish
 from tiny_align.engines.plain_decoder import PlainDecoder
 from tiny_align.export.quantise import Form, forms, output_layer, quantise

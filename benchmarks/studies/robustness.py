@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from tiny_align.align.commands.align import TrainingLimits, personalise
 from tiny_align.align.commands.demo import shipped
 from tiny_align.align.data.datasets import load_dataset, split_of
-from tiny_align.align.word_errors import error_rates
+from tiny_align.align.evaluation.word_errors import error_rates
+from tiny_align.align.training.align_user import align_user
+from tiny_align.align.training.limits import TrainingLimits
 from tiny_align.runtime import Assistant, Decoding
 from tiny_align.runtime.audio.samples import read_audio
 from tiny_align.runtime.listening.endpoint import Endpointer
@@ -167,7 +168,7 @@ def main(argv=None) -> int:
         users = args.users
         if args.user is None:
             users, args.user = Path(folder), "measured"
-            personalise(args.bundle, utterances, args.user, users, TrainingLimits(threads=1))
+            align_user(args.bundle, utterances, args.user, users, TrainingLimits(threads=1))
         takes = [(u.text, u.load(RATE)) for u in split_of(utterances, "test")]
         with Assistant.load(args.bundle, args.user, users=users, threads=1) as assistant:
             rows = measure(assistant, takes)

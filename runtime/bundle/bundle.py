@@ -17,12 +17,10 @@ from tiny_align.runtime.bundle.users import GENERAL, UserProjector, check_user, 
 from tiny_align.runtime.checks import is_utf8
 from tiny_align.runtime.errors import BundleError, UserError
 from tiny_align.runtime.files import read_array, read_errors, sha256
-from tiny_align.runtime.speech_vocabulary import SPEECH_TOKENS, read_speech_tokens
+from tiny_align.runtime.speech_vocabulary import read_speech_tokens
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-__all__ = ["SPEECH_TOKENS", "Bundle"]
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from tiny_align.runtime.assistant import Assistant
     from tiny_align.runtime.audio.samples import Recording
     from tiny_align.runtime.bundle.bundle import Bundle
+    from tiny_align.runtime.events import Event
     from tiny_align.runtime.llm import Decoding
     from tiny_align.runtime.privacy.sealing import Seal
-    from tiny_align.runtime.session import Event
 
 
 def open_bundle(options: AnsweringOptions) -> "Bundle":
@@ -96,8 +96,10 @@ def print_events(events: "Iterable[Event]", *, quiet: bool = False) -> "Iterator
 
     That no word was recognised is said on stderr, with `quiet` too.
     """
+    from tiny_align.runtime.events import NothingHeard
+
     for event in events:
-        if event.token is None:
+        if isinstance(event, NothingHeard):
             print("tiny-align: no word was recognised in the recording", file=sys.stderr)
         elif not quiet:
             print(event.text, end="", flush=True)

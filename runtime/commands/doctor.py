@@ -274,14 +274,14 @@ def _private(bundle: Path | None) -> dict:
     """A recording that ships, answered in a sealed process by `bundle` or the one that ships."""
     from importlib.resources import files
 
-    from tiny_align.runtime.privacy.proof import prove
+    from tiny_align.runtime.commands.proof import prove
 
     shipped = Path(str(files("tiny_align.reference")))
     return prove(bundle or shipped / "bundle", shipped / "voice/test-100.flac")
 
 
 def _privacy(private: dict) -> Finding:
-    from tiny_align.runtime.privacy.proof import REFUSALS
+    from tiny_align.runtime.commands.proof import REFUSALS
 
     denied = private["denied"]
     opened = [way for way, error in denied.items() if error not in REFUSALS]

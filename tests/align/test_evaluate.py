@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from tiny_align.align.commands.evaluate import evaluate
 from tiny_align.align.data.datasets import load_dataset
+from tiny_align.align.evaluation.quality import evaluate
 
 REPEAT = "Repeat it."
 DATA_KEYS = {
@@ -45,7 +45,7 @@ class Line:
 
 
 class ScriptedAssistant:
-    """Says what the script says and notes the instructions it is given."""
+    """Answers as the script says, and records the instructions it gets."""
 
     sample_rate = 16_000
     bundle = SimpleNamespace(
@@ -54,7 +54,8 @@ class ScriptedAssistant:
     llm = SimpleNamespace(encode_words=lambda text, where: [0])
 
     def __init__(self, script):
-        self.script, self.instructions = {line.text: line for line in script}, []
+        self.script = {line.text: line for line in script}
+        self.instructions = []
 
     def features(self, audio):
         return audio
@@ -68,9 +69,8 @@ class ScriptedAssistant:
 
     def answer_soft_tokens(self, soft_tokens, instruction):
         self.instructions.append(("spoken", instruction))
-        return SimpleNamespace(
-            text=soft_tokens.repeated if instruction == REPEAT else soft_tokens.spoken
-        )
+        text = soft_tokens.repeated if instruction == REPEAT else soft_tokens.spoken
+        return SimpleNamespace(text=text)
 
 
 def quality(*script, instruction=None):
@@ -85,10 +85,10 @@ def recordings(tmp_path_factory, write_recordings):
     return folder
 
 
-# --- the measure ---
+# --- the figures ---
 
 
-def test_answers_like_the_typed_ones_are_perfect():
+def test_answers_equal_to_the_typed_ones_have_no_errors():
     got = quality(
         Line("hi", "good day", "good day", "hi"), Line("bye now", "see you", "see you", "bye now")
     )
@@ -100,7 +100,7 @@ def test_rouge_is_the_mean_over_the_utterances():
     assert got.rouge1 == got.rougeL == 0.5
 
 
-def test_rouge_l_minds_the_order():
+def test_rouge_l_depends_on_the_order():
     got = quality(Line("a", "one two three", "three two one"))
     assert got.rouge1 == 1 and got.rougeL == pytest.approx(1 / 3)
 
@@ -119,7 +119,7 @@ def test_word_errors_are_those_of_the_repeated_sentence():
     assert got.wer == pytest.approx(1 / 6) and 0 < got.cer < got.wer
 
 
-def test_silence_is_all_words_wrong():
+def test_an_empty_answer_has_all_words_wrong():
     assert quality(Line("what color", "blue", "", "")).wer == 1
 
 
@@ -134,7 +134,7 @@ def test_an_instruction_is_for_the_answers_not_for_the_repeats():
     ]
 
 
-def test_every_row_has_its_texts():
+def test_every_row_holds_its_texts():
     line = Line("hi", "good day", "good night", "high")
     assert quality(line).rows == (
         {"text": "hi", "typed": "good day", "spoken": "good night", "repeated": "high"},
@@ -149,49 +149,47 @@ def test_speech_that_is_the_typed_embeddings_is_answered_like_typed_text(
 ):
     utterances = load_dataset(recordings)
     texts = iter([u.text for u in utterances])
-    monkeypatch.setattr(
-        assistant,
-        "soft_tokens",
-        lambda features: assistant.llm.embed(assistant.llm.encode(next(texts))),
-    )
+
+    def typed_embeddings(features):
+        return assistant.llm.embed(assistant.llm.encode(next(texts)))
+
+    monkeypatch.setattr(assistant, "soft_tokens", typed_embeddings)
     got = evaluate(assistant, utterances, quiet=True)
     assert all(row["typed"] == row["spoken"] for row in got.rows)
-    worded = [
-        bool(re.search("[a-z0-9]", row["typed"].lower())) for row in got.rows
-    ]  # no words count as 0
-    assert got.rougeL == got.rouge1 == pytest.approx(sum(worded) / len(worded))
+    # ROUGE of a text without a word is 0
+    has_words = [bool(re.search("[a-z0-9]", row["typed"].lower())) for row in got.rows]
+    assert got.rougeL == got.rouge1 == pytest.approx(sum(has_words) / len(has_words))
 
 
 def test_final_dots_in_the_transcripts_change_no_error_rate(assistant, recordings):
     utterances = load_dataset(recordings)
     dotted = [replace(u, text=u.text + ".") for u in utterances]
-    plain, other = (evaluate(assistant, some, quiet=True) for some in (utterances, dotted))
-    assert (other.wer, other.cer) == (plain.wer, plain.cer)
+    quality = evaluate(assistant, utterances, quiet=True)
+    with_dots = evaluate(assistant, dotted, quiet=True)
+    assert (with_dots.wer, with_dots.cer) == (quality.wer, quality.cer)
 
 
 @pytest.fixture
-def one_bad(recordings, tmp_path):
-    """The recordings with a silent, a cut-off, a too short, a foreign and an unreadable one more to test."""
+def with_unusable(recordings, tmp_path):
+    """The recordings, and five more to test: silent, cut off, too short, foreign and unreadable."""
     folder = Path(shutil.copytree(recordings, tmp_path / "recordings"))
     good = (folder / "test-100.flac").read_bytes()
     soundfile.write(folder / "silent.wav", np.zeros(16_000), 16_000)
     soundfile.write(folder / "short.wav", np.full(800, 0.1), 16_000)
     (folder / "cut.flac").write_bytes(good[: len(good) // 2])
     (folder / "none.wav").write_bytes(b"no audio")
-    rows = [
-        {"file_name": name, "transcription": "hello"}
-        for name in ("silent.wav", "short.wav", "cut.flac", "none.wav")
-    ]
-    rows.append({"file_name": "test-100.flac", "transcription": "漢字"})
+    texts = dict.fromkeys(("silent.wav", "short.wav", "cut.flac", "none.wav"), "hello")
+    texts["test-100.flac"] = "漢字"
     with open(folder / "metadata.jsonl", "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row | {"split": "test"}) + "\n" for row in rows)
+        for name, text in texts.items():
+            row = {"file_name": name, "transcription": text, "split": "test"}
+            file.write(json.dumps(row) + "\n")
     return folder
 
 
-def test_recordings_that_cannot_be_used_are_left_out_and_named(
-    run_cli, bundle_path, one_bad, caplog
-):
-    done = run_cli("eval", "--bundle", bundle_path, "--data", one_bad, "--threads", 1, "--json")
+def test_unusable_recordings_are_left_out_and_named(run_cli, bundle_path, with_unusable, caplog):
+    options = ("--bundle", bundle_path, "--data", with_unusable, "--threads", 1, "--json")
+    done = run_cli("eval", *options)
     assert done.status == 0, done.stderr
     data = done.document["data"]
     assert (done.document["n"], data["test"], data["left_out"]) == (1, 1, 5)
@@ -199,51 +197,37 @@ def test_recordings_that_cannot_be_used_are_left_out_and_named(
     reasons = {entry["reason"]: entry for entry in data["reasons"]}
     assert {entry["count"] for entry in reasons.values()} == {1} and len(reasons) == 5
     assert reasons["nothing was heard"]["example"].startswith("silent.wav: nothing was heard")
-    assert (
-        "data: 0 train, 0 validation, 1 test used; left out 5: nothing was heard (1, e.g. silent.wav"
-        in done.stderr
-    )
+    assert "data: 0 train, 0 validation, 1 test used; left out 5: " in done.stderr
+    assert "left out 5: nothing was heard (1, e.g. silent.wav" in done.stderr
     for name in ("silent.wav", "short.wav", "cut.flac", "none.wav", "'字'"):
         assert name in caplog.text
 
 
-def test_what_is_odd_about_recordings_that_are_used_is_counted(
-    run_cli, bundle_path, recordings, tmp_path
-):
+def test_notes_about_used_recordings_are_counted(run_cli, bundle_path, recordings, tmp_path):
     for path in recordings.iterdir():
         shutil.copy(path, tmp_path / path.name)
     for path in tmp_path.glob("*.flac"):
         audio, rate = soundfile.read(path)
         soundfile.write(path, np.clip(8 * audio, -1, 1), rate)
-    done = run_cli(
-        "eval",
-        "--bundle",
-        bundle_path,
-        "--data",
-        tmp_path,
-        "--split",
-        "all",
-        "--threads",
-        1,
-        "--json",
-    )
-    note = done.document["data"]["notes"][
-        0
-    ]  # clipped at one side more than at the other, it has an offset too
+    options = ("--bundle", bundle_path, "--data", tmp_path, "--split", "all", "--threads", 1)
+    done = run_cli("eval", *options, "--json")
+    # the first note: clipped more on one side than on the other, a recording has an offset too
+    note = done.document["data"]["notes"][0]
     assert (note["note"], note["count"]) == ("clipped", 3) and "at full scale" in note["example"]
     assert "used, though: clipped (3, e.g. " in done.stderr and done.stderr.count("clipped") == 2
 
 
 def test_no_usable_recording_is_refused_with_the_reasons(
-    run_cli, bundle_path, one_bad, change_rows
+    run_cli, bundle_path, with_unusable, change_rows
 ):
-    change_rows(one_bad, lambda rows: rows.__delitem__(slice(0, 3)))
-    done = run_cli("eval", "--bundle", bundle_path, "--data", one_bad, "--threads", 1)
+    def remove_usable(rows):
+        del rows[:3]
+
+    change_rows(with_unusable, remove_usable)
+    done = run_cli("eval", "--bundle", bundle_path, "--data", with_unusable, "--threads", 1)
     assert (done.status, done.stdout) == (2, "")
-    assert (
-        "none of the 5 recordings to measure can be used; left out 5: nothing was heard (1,"
-        in done.stderr
-    )
+    assert "none of the 5 recordings to measure can be used; left out 5: " in done.stderr
+    assert "left out 5: nothing was heard (1," in done.stderr
 
 
 # --- the command ---
@@ -251,20 +235,8 @@ def test_no_usable_recording_is_refused_with_the_reasons(
 
 @pytest.fixture
 def eval_command(run_cli, bundle_path, recordings):
-    def run(*arguments):
-        return run_cli(
-            "eval",
-            "--bundle",
-            bundle_path,
-            "--data",
-            recordings,
-            "--threads",
-            1,
-            "--json",
-            *arguments,
-        )
-
-    return run
+    options = ("--bundle", bundle_path, "--data", recordings, "--threads", 1, "--json")
+    return lambda *arguments: run_cli("eval", *options, *arguments)
 
 
 def test_the_command_measures_the_test_split(eval_command):
@@ -273,10 +245,8 @@ def test_the_command_measures_the_test_split(eval_command):
     got = outcome.document
     assert got.keys() == DATA_KEYS and got["n"] == 1
     assert (got["backend"], got["user"]) == ("onnxruntime", None)
-    assert (
-        all(0 <= got[name] <= 1 for name in ("rouge1", "rougeL", "rougeL_chance"))
-        and got["wer"] >= 0
-    )
+    assert all(0 <= got[name] <= 1 for name in ("rouge1", "rougeL", "rougeL_chance"))
+    assert got["wer"] >= 0
 
 
 def test_all_splits_with_their_rows(eval_command, recordings):
@@ -293,7 +263,9 @@ def test_all_splits_with_their_rows(eval_command, recordings):
         (["--backend", "abacus"], ["no backend 'abacus'", "onnxruntime"]),
     ],
 )
-def test_what_is_not_there_is_named_beside_what_is(eval_command, arguments, messages):
+def test_an_unknown_split_user_or_backend_is_refused_with_the_known_ones(
+    eval_command, arguments, messages
+):
     outcome = eval_command(*arguments)
     assert outcome.status == 2 and not outcome.stdout
     assert all(message in outcome.stderr for message in messages)

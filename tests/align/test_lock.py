@@ -1,4 +1,4 @@
-"""align/lock.py: one process at a time; the other waits and says so; what was killed leaves no lock."""
+"""align/lock.py: one process at a time; another waits and says so; a killed one leaves no lock."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("torch", reason="projectors are written from torch")
 
 from tiny_align.align.data.rehearsal import read_rehearsal
-from tiny_align.align.lock import LOCK, alone, work_folder
+from tiny_align.align.lock import LOCK, training_lock, work_folder
 from tiny_align.align.model.users import load_projector, write_general
 from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.bundle.users import check_user
@@ -22,8 +22,8 @@ from tiny_align.runtime.errors import TinyAlignError
 HOLDER = """
 import sys, time
 from pathlib import Path
-from tiny_align.align.lock import alone
-with alone(Path(sys.argv[1])) as work:
+from tiny_align.align.lock import training_lock
+with training_lock(Path(sys.argv[1])) as work:
     print("in", flush=True)
     (work / "features").mkdir(exist_ok=True)
     time.sleep(float(sys.argv[2]))
@@ -33,9 +33,9 @@ print("out", flush=True)
 MANY = """
 import sys, time
 from pathlib import Path
-from tiny_align.align.lock import alone
+from tiny_align.align.lock import training_lock
 for _ in range(20):
-    with alone(Path(sys.argv[1])) as work:
+    with training_lock(Path(sys.argv[1])) as work:
         (work / "here").touch(exist_ok=False)
         time.sleep(0.001)
         (work / "here").unlink()
@@ -43,17 +43,17 @@ for _ in range(20):
 
 
 @pytest.fixture
-def person(tmp_path):
+def user_folder(tmp_path):
     return tmp_path / "users/ana"
 
 
 @pytest.fixture
-def holder(person):
-    """Another process that is in the work folder for so many seconds: holder(seconds)."""
+def holder(user_folder):
+    """Another process that holds the lock for some seconds: holder(seconds)."""
     started = []
 
     def hold(seconds: float) -> subprocess.Popen:
-        command = [sys.executable, "-c", HOLDER, str(person), str(seconds)]
+        command = [sys.executable, "-c", HOLDER, str(user_folder), str(seconds)]
         started.append(
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         )
@@ -65,33 +65,32 @@ def holder(person):
         process.communicate()
 
 
-def test_what_was_made_for_the_lock_goes_with_it(tmp_path, person):
-    with alone(person) as work:
-        assert (
-            work == work_folder(person) == tmp_path / "users/.ana.align" and (work / LOCK).exists()
-        )
+def test_folders_made_for_the_lock_are_removed_with_it(tmp_path, user_folder):
+    with training_lock(user_folder) as work:
+        assert work == work_folder(user_folder) == tmp_path / "users/.ana.align"
+        assert (work / LOCK).exists()
     assert not list(tmp_path.iterdir())
 
 
-def test_what_else_is_in_the_work_folder_stays(person):
-    with pytest.raises(KeyboardInterrupt), alone(person) as work:
+def test_other_files_in_the_work_folder_stay(user_folder):
+    with pytest.raises(KeyboardInterrupt), training_lock(user_folder) as work:
         (work / "features").mkdir()
         raise KeyboardInterrupt
-    assert [p.name for p in work_folder(person).iterdir()] == ["features"]
+    assert [p.name for p in work_folder(user_folder).iterdir()] == ["features"]
 
 
-def test_a_process_may_enter_twice(person):
-    with alone(person) as work:
-        with alone(person):
+def test_a_process_may_take_the_lock_twice(user_folder):
+    with training_lock(user_folder) as work:
+        with training_lock(user_folder):
             pass
         assert (work / LOCK).exists()
     assert not work.exists()
 
 
-def test_another_process_is_waited_for_which_is_said(person, holder, capfd):
+def test_waiting_for_another_process_is_printed(user_folder, holder, capfd):
     other = holder(1.0)
     assert other.stdout.readline() == "in\n"
-    with alone(person) as work:
+    with training_lock(user_folder) as work:
         assert other.communicate()[0] == "out\n"  # it has left
         assert [p.name for p in sorted(work.iterdir())] == ["features", LOCK]
     assert (
@@ -100,64 +99,59 @@ def test_another_process_is_waited_for_which_is_said(person, holder, capfd):
     )
 
 
-def test_a_killed_process_leaves_no_lock(person, holder, capfd):
+def test_a_killed_process_leaves_no_lock(user_folder, holder, capfd):
     other = holder(60.0)
     assert other.stdout.readline() == "in\n"
     os.kill(other.pid, signal.SIGKILL)
     other.wait()
     began = time.monotonic()
-    with alone(person):
+    with training_lock(user_folder):
         assert time.monotonic() - began < 5
     assert not capfd.readouterr().err
 
 
-def test_many_never_meet(person):
-    """Although the work folder and the lock's file go whenever one leaves."""
-    processes = [subprocess.Popen([sys.executable, "-c", MANY, str(person)]) for _ in range(4)]
+def test_of_many_processes_only_one_holds_the_lock(user_folder):
+    """Although each removes the work folder and the lock file when it leaves."""
+    processes = [subprocess.Popen([sys.executable, "-c", MANY, str(user_folder)]) for _ in range(4)]
     assert [process.wait(timeout=60) for process in processes] == [0] * 4
-    assert not work_folder(person).exists()
+    assert not work_folder(user_folder).exists()
 
 
-def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     refused = pytest.raises(TinyAlignError, match=r"\.ana\.align cannot be written \(.*: make room")
-    with refused, alone(tmp_path / "file/ana"):
+    with refused, training_lock(tmp_path / "file/ana"):
         pass
 
 
 # --- two commands at once ---
 
 
-def started(*arguments) -> subprocess.Popen:
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "tiny_align.runtime.commands.cli",
-        *map(str, arguments),
-        "--threads",
-        "1",
-        "--json",
-    ]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
-    )
+def start_command(*arguments) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tiny_align.runtime.commands.cli", *map(str, arguments)]
+    command += ["--threads", "1", "--json"]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
 
 
-def ended(*processes: subprocess.Popen) -> tuple[list[dict], str]:
-    """Their documents, and what both have said."""
-    outputs = [process.communicate(timeout=240) for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), [
-        err[-500:] for _, err in outputs
-    ]
-    return [json.loads(out) for out, _ in outputs], "".join(err for _, err in outputs)
+def finish(*processes: subprocess.Popen) -> tuple[list[dict], str]:
+    """Their documents, and the stderr of all."""
+    documents = []
+    stderr = ""
+    for process in processes:
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err[-500:]
+        documents.append(json.loads(out))
+        stderr += err
+    return documents, stderr
 
 
-def test_two_trainings_of_one_person_are_both_whole(bundle_copy, write_recordings, tmp_path):
+def test_two_trainings_of_one_user_both_succeed(bundle_copy, write_recordings, tmp_path):
     write_recordings(tmp_path / "few", 3, 1)
     call = ("--bundle", bundle_copy, "--data", tmp_path / "few", "--user", "ana", "--steps", 2)
-    documents, said = ended(started("align", *call), started("enroll", *call))
-    assert said.count("another process is training ana: waiting until it has finished") == 1
+    documents, stderr = finish(start_command("align", *call), start_command("enroll", *call))
+    assert stderr.count("another process is training ana: waiting until it has finished") == 1
     assert all(document["steps"] == 2 for document in documents)
     users = bundle_copy / "users"
     assert check_user(users / "ana", Bundle.open(bundle_copy).manifest)["training"]["steps"] == 2
@@ -165,37 +159,37 @@ def test_two_trainings_of_one_person_are_both_whole(bundle_copy, write_recording
     assert [p.name for p in (users / ".ana.align").iterdir()] == ["features"]
 
 
-def test_two_general_trainings_of_one_bundle_are_both_whole(bundle_copy, voice_path):
-    """The second opens what the first has written."""
+def test_two_general_trainings_of_one_bundle_both_succeed(bundle_copy, voice_path):
+    """The second opens the bundle that the first has written."""
     call = ("align", "--general", "--bundle", bundle_copy, "--data", voice_path, "--steps", 1)
-    documents, said = ended(started(*call), started(*call))
-    assert said.count("another process is training bundle: waiting until it has finished") == 1
+    documents, stderr = finish(start_command(*call), start_command(*call))
+    assert stderr.count("another process is training bundle: waiting until it has finished") == 1
     assert all(document["steps"] == 1 for document in documents)
     Bundle.open(bundle_copy)
     names = [p.name for p in sorted(bundle_copy.parent.iterdir())]
     assert names == [f".{bundle_copy.name}.align", bundle_copy.name]
 
 
-def test_a_bundle_is_not_replaced_while_a_person_is_trained_in_it(bundle_copy, capfd):
-    """What they get meanwhile would be lost with the old folder."""
-    bundle, inside, done = Bundle.open(bundle_copy), threading.Event(), threading.Event()
+def test_a_bundle_is_not_replaced_while_a_user_is_trained_in_it(bundle_copy, capfd):
+    """The new user would be lost with the old folder."""
+    bundle = Bundle.open(bundle_copy)
+    inside = threading.Event()
+    done = threading.Event()
     projector = load_projector(bundle, bundle.graph("projector"))
 
-    def person():
-        with alone(bundle_copy / "users/ana") as work:
+    def train_user():
+        with training_lock(bundle_copy / "users/ana") as work:
             inside.set()
             done.wait(0.5)
             (work.parent / "ana").mkdir()
             (work.parent / "ana/user.json").write_text("{}")
 
-    trains = threading.Thread(target=person)
-    trains.start()
+    training = threading.Thread(target=train_user)
+    training.start()
     inside.wait()
-    write_general(
-        bundle, projector.state_dict(), read_rehearsal(bundle.replay)[:4], bundle.speech_tokens()
-    )
-    trains.join()
-    assert (bundle_copy / "users/ana/user.json").exists() and not (
-        bundle_copy / "users/.ana.align"
-    ).exists()
+    rehearsal = read_rehearsal(bundle.replay)[:4]
+    write_general(bundle, projector.state_dict(), rehearsal, bundle.speech_tokens())
+    training.join()
+    assert (bundle_copy / "users/ana/user.json").exists()
+    assert not (bundle_copy / "users/.ana.align").exists()
     assert "another process is training ana" in capfd.readouterr().err

@@ -11,28 +11,27 @@ from tiny_align.align.training.muon import LIKE_ADAM, Muon, orthogonal
 
 @pytest.mark.parametrize("shape", [(5, 5), (3, 40), (40, 3), (1, 7)])
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
-def test_every_singular_value_comes_to_about_one_and_no_vector_turns(shape, size):
+def test_orthogonal_gives_singular_values_of_about_one_and_keeps_the_vectors(shape, size):
     torch.manual_seed(0)
     matrix = torch.randn(shape)
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    seen = left.T @ orthogonal(size * matrix) @ right.T  # in those vectors: diagonal, and near 1
-    values = seen.diagonal().numpy()
+    product = left.T @ orthogonal(size * matrix) @ right.T  # diagonal, and near 1
+    values = product.diagonal().numpy()
     assert ((values > 0.6) & (values < 1.3)).all()
-    np.testing.assert_allclose(seen.numpy(), np.diag(values), atol=1e-3)
+    np.testing.assert_allclose(product.numpy(), np.diag(values), atol=1e-3)
 
 
-def test_a_step_is_as_large_as_adams():
+def test_a_step_is_as_large_as_one_of_adam():
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.zeros(32, 64))
     weight.grad = 1e-4 * torch.randn(32, 64)
     Muon([weight], rate=0.01).step()
-    rms = (
-        weight.detach().square().mean().sqrt().item()
-    )  # of an orthogonal (A, B), A < B: 1 / sqrt(B)
+    # of an orthogonal (A, B), A < B: 1 / sqrt(B)
+    rms = weight.detach().square().mean().sqrt().item()
     assert rms == pytest.approx(0.01 * LIKE_ADAM, rel=0.25)
 
 
-def test_a_filter_counts_as_the_matrix_of_its_rows():
+def test_a_convolution_kernel_counts_as_the_matrix_of_its_rows():
     torch.manual_seed(0)
     flat = torch.nn.Parameter(torch.zeros(4, 6))
     kernel = torch.nn.Parameter(torch.zeros(4, 3, 2))
@@ -42,10 +41,11 @@ def test_a_filter_counts_as_the_matrix_of_its_rows():
     assert torch.equal(flat, kernel.flatten(1)) and flat.abs().min() > 0
 
 
-def test_the_steps_go_where_the_gradients_of_late_point():
-    """Momentum: one gradient against nineteen does not turn the step."""
+def test_momentum_outweighs_one_opposite_gradient():
+    """One gradient against nineteen does not turn the step."""
     torch.manual_seed(0)
-    weight, gradient = torch.nn.Parameter(torch.zeros(8, 8)), torch.randn(8, 8)
+    weight = torch.nn.Parameter(torch.zeros(8, 8))
+    gradient = torch.randn(8, 8)
     optimiser = Muon([weight])
     for _ in range(19):
         weight.grad = gradient
@@ -56,24 +56,26 @@ def test_the_steps_go_where_the_gradients_of_late_point():
     assert ((weight - before) * gradient).sum() < 0
 
 
-def test_parameters_without_a_gradient_stay():
+def test_parameters_without_a_gradient_do_not_change():
     weight = torch.nn.Parameter(torch.ones(2, 2))
     Muon([weight]).step()
     assert torch.equal(weight, torch.ones(2, 2))
 
 
-def test_the_state_is_saved_and_loaded():
+def test_a_loaded_state_continues_with_the_same_steps():
     torch.manual_seed(0)
     gradients = torch.randn(4, 3, 5)
-    there, here = torch.nn.Parameter(torch.zeros(3, 5)), torch.nn.Parameter(torch.zeros(3, 5))
-    one, other = Muon([there]), Muon([here])
+    first = torch.nn.Parameter(torch.zeros(3, 5))
+    second = torch.nn.Parameter(torch.zeros(3, 5))
+    one = Muon([first])
+    other = Muon([second])
     for gradient in gradients[:2]:
-        there.grad = gradient
+        first.grad = gradient
         one.step()
-    here.data.copy_(there.data)
+    second.data.copy_(first.data)
     other.load_state_dict(copy.deepcopy(one.state_dict()))  # PyTorch's shares the tensors
     for gradient in gradients[2:]:
-        there.grad = here.grad = gradient
+        first.grad = second.grad = gradient
         one.step()
         other.step()
-    assert torch.equal(there, here)
+    assert torch.equal(first, second)

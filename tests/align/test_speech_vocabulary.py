@@ -10,22 +10,23 @@ import json
 import numpy as np
 import pytest
 
-from tiny_align.align.commands import general
-from tiny_align.align.commands.align import (
-    TrainingLimits,
+from tiny_align.align.data.examples import (
     embedding_table,
-    extend_speech,
+    extend_speech_vocabulary,
     make_examples,
-    personalise,
 )
 from tiny_align.align.data.rehearsal import read_rehearsal, write_rehearsal
+from tiny_align.align.training.align_general import train_general
+from tiny_align.align.training.align_user import align_user
+from tiny_align.align.training.limits import TrainingLimits
 from tiny_align.align.training.trainer import Trainer
+from tiny_align.align.training.validation import Score
 from tiny_align.runtime.assistant import Assistant
-from tiny_align.runtime.bundle.bundle import SPEECH_TOKENS, Bundle
+from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.bundle.manifest import write_manifest
 from tiny_align.runtime.errors import UserError
 from tiny_align.runtime.llm import LanguageModel
-from tiny_align.runtime.speech_vocabulary import SpeechVocabulary
+from tiny_align.runtime.speech_vocabulary import SPEECH_TOKENS, SpeechVocabulary
 
 ROWS = 20_000
 WORD = "seven"  # one token; the general projector knows it, the list does not
@@ -155,7 +156,7 @@ def test_new_tokens_go_to_the_end_and_old_places_stay(large):
         np.testing.assert_array_equal(
             embedding_table(assistant).numpy(), llm.embed(llm.speech_tokens)
         )
-        extend_speech(llm, token_ids(assistant, WORD))
+        extend_speech_vocabulary(llm, token_ids(assistant, WORD))
         assert len(llm.speech_tokens) == len(before) + 1
 
 
@@ -166,7 +167,7 @@ def test_a_users_new_word_is_learnt_without_reading_the_whole_table(large, recor
     manifest = (large.path / "manifest.json").read_bytes()
     users = large.path / "users"
     limits = TrainingLimits(steps=STEPS, threads=1)
-    personalise(large.path, recordings, "ana", users, limits, quiet=True)
+    align_user(large.path, recordings, "ana", users, limits, quiet=True)
 
     with Assistant.load(large, "ana", threads=1) as assistant:
         assert repeated_words(assistant, utterance).count(WORD) == utterance.text.split().count(
@@ -199,7 +200,7 @@ def test_a_second_training_keeps_the_tokens_of_the_first(large, recordings):
     without = [u for u in train if WORD not in u.text.split()][:2]
     trainings = (("ana", with_word, 1), ("ana", without, 1), ("bo", without, 0))
     for user, utterances, n_more in trainings:
-        personalise(large.path, [*utterances, recordings[-1]], user, users, limits, quiet=True)
+        align_user(large.path, [*utterances, recordings[-1]], user, users, limits, quiet=True)
         n_tokens = len(large.speech_tokens(large.projector(user)))
         assert n_tokens == len(large.speech_tokens()) + n_more
     assert not (users / "bo" / SPEECH_TOKENS).exists()  # the bundle's is
@@ -209,7 +210,7 @@ def test_a_general_training_adds_the_tokens_of_its_texts(large, tmp_path, n_embe
     """The list is empty at first, as after an export; a second training adds to it."""
     figures = iter(range(100, 0, -1))
     monkeypatch.setattr(
-        Trainer, "_held_out_figures", lambda trainer: (float(next(figures)),) * 2
+        Trainer, "validation_score", lambda trainer: Score(*[float(next(figures))] * 2)
     )  # always better
     np.save(large.path / SPEECH_TOKENS, np.zeros(0, np.int32))
     write_manifest(large.path, dataclasses.replace(large.manifest, projector_trained=False))
@@ -224,7 +225,7 @@ def test_a_general_training_adds_the_tokens_of_its_texts(large, tmp_path, n_embe
             if not known:
                 assert not len(assistant.soft_tokens(features[0]))  # no word can be recognised
             examples = make_examples(assistant.llm, texts, [features])
-            general.train_general(assistant, examples, tmp_path / "work", limits, quiet=True)
+            train_general(assistant, examples, tmp_path / "work", limits, quiet=True)
             for text in texts:
                 known.update(dict.fromkeys(token_ids(assistant, text)))
             rehearsed = [e.tokens for e in read_rehearsal(large.replay) if e.tokens]

@@ -1,8 +1,8 @@
-"""Error rates after normalising both sides: what agrees, what does not, and that nothing makes them fail."""
+"""Error rates after normalising both sides: which texts agree, and that none makes them fail."""
 
 import pytest
 
-from tiny_align.align.word_errors import error_rates, normalise, normaliser_name
+from tiny_align.align.evaluation.word_errors import error_rates, normalise, normaliser_name
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ from tiny_align.align.word_errors import error_rates, normalise, normaliser_name
         ("¿Dónde está?", "donde esta"),
     ],
 )
-def test_the_same_words_written_otherwise_agree(one, other):
+def test_spellings_of_the_same_words_agree(one, other):
     assert error_rates([one], [other]) == error_rates([other], [one]) == (0, 0)
 
 
@@ -34,10 +34,9 @@ def test_words_that_differ_are_counted_over_all_references():
     assert wer == pytest.approx(1 / 6) and cer == pytest.approx(1 / 26)
 
 
-def test_one_digit_misheard_is_one_error():
-    assert error_rates(["six five six two one"], ["six five six three one"])[0] == pytest.approx(
-        1 / 5
-    )
+def test_one_wrong_digit_is_one_error():
+    wer, _ = error_rates(["six five six two one"], ["six five six three one"])
+    assert wer == pytest.approx(1 / 5)
 
 
 def test_a_sentence_in_another_script_keeps_its_words():
@@ -46,11 +45,11 @@ def test_a_sentence_in_another_script_keeps_its_words():
 
 
 @pytest.mark.parametrize(
-    ("reference", "heard", "wer"),
+    ("reference", "hypothesis", "wer"),
     [("what color", "", 1), ("", "", 0), ("", "two words", 2), ("um", "uh.", 0)],
 )
-def test_empty_texts(reference, heard, wer):
-    assert error_rates([reference], [heard])[0] == wer
+def test_empty_texts(reference, hypothesis, wer):
+    assert error_rates([reference], [hypothesis])[0] == wer
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,15 @@ import sys
 
 import pytest
 
+from tiny_align.runtime.commands import proof
 from tiny_align.runtime.errors import TinyAlignError
-from tiny_align.runtime.privacy import proof
 from tiny_align.runtime.privacy.sealing import load_libseccomp
 
 CALL = "import sys; from tiny_align.runtime.commands.cli import main; sys.exit(main(sys.argv[1:]))"
 PROVE = ("doctor", "--prove-private", "--json")
 TRY_UNSEALED = """
 import json
-from tiny_align.runtime.privacy import proof
+from tiny_align.runtime.commands import proof
 print(json.dumps(proof.try_ways_out()))
 """
 REPORTING = """

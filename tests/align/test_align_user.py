@@ -1,6 +1,6 @@
-"""`tiny-align align` on a few real recordings: what it writes, what it leaves alone, and what may go wrong.
+"""`tiny-align align` on a few real recordings: what it writes, leaves unchanged and refuses.
 
-How well the person is understood afterwards is not asked here; the recordings are too few.
+The recordings are too few to measure how good the user's projector is.
 """
 
 import contextlib
@@ -20,7 +20,10 @@ import torch
 
 from tiny_align.align.model.projector import build_projector
 from tiny_align.align.model.users import load_projector, write_user
-from tiny_align.align.training.trainer import JUDGEMENT, Trainer
+from tiny_align.align.training.checkpoint import STATE_FILE
+from tiny_align.align.training.schedule import Schedule
+from tiny_align.align.training.trainer import Trainer
+from tiny_align.align.training.validation import Score
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.backends.registry import load_runner
 from tiny_align.runtime.bundle.bundle import Bundle
@@ -49,15 +52,14 @@ def few_recordings(tmp_path, write_recordings):
 
 
 @pytest.fixture(scope="module")
-def personalised(tmp_path_factory, bundle_path, recordings):
-    """What the command printed, with ana beside, not in, the shipped bundle."""
+def aligned(tmp_path_factory, bundle_path, recordings):
+    """The command's document, with ana beside, not in, the shipped bundle."""
     out = tmp_path_factory.mktemp("out")
-    before, stdout = contents(bundle_path), io.StringIO()
+    before = contents(bundle_path)
+    stdout = io.StringIO()
     with contextlib.redirect_stdout(stdout):
-        assert (
-            main(align_arguments(bundle_path, recordings, out, "--user", "ana", "--steps", STEPS))
-            == 0
-        )
+        arguments = ("--user", "ana", "--steps", STEPS)
+        assert main(align_arguments(bundle_path, recordings, out, *arguments)) == 0
     assert contents(bundle_path) == before
     return json.loads(stdout.getvalue())
 
@@ -65,39 +67,34 @@ def personalised(tmp_path_factory, bundle_path, recordings):
 @pytest.fixture
 def align(run_cli, bundle_path, few_recordings, tmp_path):
     """`align` for bo on the few recordings: align(*arguments) -> Outcome."""
+    out = tmp_path / "out"
 
     def run(*arguments, user="bo"):
-        return run_cli(
-            *align_arguments(
-                bundle_path, few_recordings, tmp_path / "out", "--user", user, *arguments
-            )
-        )
+        arguments = ("--user", user, *arguments)
+        return run_cli(*align_arguments(bundle_path, few_recordings, out, *arguments))
 
     return run
 
 
 @pytest.fixture
 def steps_taken(monkeypatch):
-    """The steps this process trains, as a list that grows."""
-    taken, step = [], Trainer._train_step
-    monkeypatch.setattr(
-        Trainer, "_train_step", lambda self: (taken.append(self.step), step(self))[1]
-    )
+    """The steps that this process trains, as a list that grows."""
+    taken = []
+    train_step = Trainer.train_step
+
+    def recorded(trainer):
+        taken.append(trainer.progress.step)
+        return train_step(trainer)
+
+    monkeypatch.setattr(Trainer, "train_step", recorded)
     return taken
 
 
 def align_arguments(bundle, data, out, *arguments):
-    where = [
-        "--bundle",
-        bundle,
-        "--data",
-        data,
-        "--threads",
-        1,
-        "--json",
-        *(["--out", out] if out else []),
-    ]
-    return [str(a) for a in ("align", *where, *arguments)]
+    command = ["align", "--bundle", bundle, "--data", data, "--threads", 1, "--json"]
+    if out:
+        command += ["--out", out]
+    return [str(argument) for argument in (*command, *arguments)]
 
 
 def contents(folder):
@@ -113,15 +110,16 @@ def user_path(result):
     return Path(result["path"])
 
 
-# --- a person is written ---
+# --- a user is written ---
 
 
-def test_the_document_says_what_happened(personalised):
-    got = personalised
+def test_the_document_holds_training_and_quality(aligned):
+    got = aligned
     assert (got["user"], got["steps"], got["utterances"], got["n_test"]) == ("ana", STEPS, 6, 3)
     assert got["train_seconds"] > 0 and got["backend"] == "onnxruntime"
-    for name in (f"{measure}_{when}" for measure in MEASURES for when in ("before", "after")):
-        assert np.isfinite(got[name]) and got[name] >= 0
+    for measure in MEASURES:
+        for name in (f"{measure}_before", f"{measure}_after"):
+            assert np.isfinite(got[name]) and got[name] >= 0
     assert 0 <= got["rougeL_chance"] <= 1 and got["normaliser"].startswith("whisper-normalizer")
     assert got["data"] == {
         "train": 6,
@@ -133,74 +131,75 @@ def test_the_document_says_what_happened(personalised):
     }
 
 
-def test_the_record_holds_hashes_and_the_training(personalised, bundle_path):
-    manifest, folder = Bundle.open(bundle_path).manifest, user_path(personalised)
+def test_the_record_holds_hashes_and_the_training(aligned, bundle_path):
+    manifest = Bundle.open(bundle_path).manifest
+    folder = user_path(aligned)
     record = check_user(folder, manifest)
     assert record["embeddings_sha256"] == manifest.embeddings_sha256
     assert record["encoder_key"] == manifest.encoder_key
-    assert record["files"] == {
-        str(p): h for p, h in contents(folder).items() if p.name != "user.json"
-    }
+    hashes = {str(path): sha for path, sha in contents(folder).items()}
+    del hashes["user.json"]
+    assert record["files"] == hashes
     training = record["training"]
-    assert training["steps"] == STEPS and training["train_seconds"] == personalised["train_seconds"]
+    assert training["steps"] == STEPS and training["train_seconds"] == aligned["train_seconds"]
     assert [entry["step"] for entry in training["curve"]] == [0, 50, 60]
-    before, after = (
-        [entry[name] for name in JUDGEMENT]
-        for entry in (training["curve"][0], training["curve"][-1])
-    )
+    before = Score.from_curve(training["curve"][0])
+    after = Score.from_curve(training["curve"][-1])
     assert training["improved"] == (after < before)
 
 
-def test_nothing_but_the_person_and_the_features_is_left(personalised):
-    folder = user_path(personalised)
+def test_only_the_user_and_the_features_are_left_on_disk(aligned):
+    folder = user_path(aligned)
     assert written_names(folder.parent) == [".ana.align", "ana"]
     assert written_names(folder.parent / ".ana.align") == ["features"]
     assert written_names(folder) == ["projector.onnx", "projector.onnx.data", "user.json"]
 
 
-def test_the_measure_afterwards_is_the_one_of_eval(personalised, run_cli, bundle_path, recordings):
-    users = user_path(personalised).parent
+def test_the_quality_afterwards_equals_that_of_eval(aligned, run_cli, bundle_path, recordings):
+    users = user_path(aligned).parent
     options = ["--bundle", bundle_path, "--data", recordings, "--threads", 1]
     got = run_cli("eval", *options, "--user", "ana", "--users", users).document
     assert got["user"] == "ana" and got["n"] == 3
-    assert all(got[name] == personalised[f"{name}_after"] for name in MEASURES)
+    assert all(got[name] == aligned[f"{name}_after"] for name in MEASURES)
 
 
-def test_without_out_the_person_lies_in_the_bundle_which_stays_whole(
+def test_without_out_the_user_lies_in_the_bundle_which_stays_whole(
     run_cli, bundle_copy, few_recordings
 ):
-    outcome = run_cli(
-        *align_arguments(bundle_copy, few_recordings, None, "--user", "bo", "--steps", 2)
-    )
+    arguments = ("--user", "bo", "--steps", 2)
+    outcome = run_cli(*align_arguments(bundle_copy, few_recordings, None, *arguments))
     assert outcome.status == 0 and outcome.document["path"] == str(bundle_copy / "users/bo")
     bundle = Bundle.open(bundle_copy, verify=True)
     assert check_user(bundle_copy / "users/bo", bundle.manifest)["training"]["steps"] == 2
 
 
-def test_only_the_first_recordings_on_request(align):
+def test_utterances_limits_the_train_split(align):
     got = align("--steps", 2, "--utterances", 2).document
     assert got["utterances"] == got["data"]["train"] == 2
     reason = "beyond the first 2 of the train split (--utterances)"
     assert got["data"]["reasons"] == [{"reason": reason, "count": 1, "example": "train-002.flac"}]
 
 
-def test_a_person_who_is_known_is_trained_on_from_their_own(align, bundle_path, tmp_path):
-    """And nobody's recordings are encoded twice."""
-    manifest, users = Bundle.open(bundle_path).manifest, tmp_path / "out/users"
+def test_a_second_training_begins_with_the_users_own_projector(align, bundle_path, tmp_path):
+    """And no recording is encoded twice."""
+    manifest = Bundle.open(bundle_path).manifest
+    users = tmp_path / "out/users"
     assert align("--steps", 30).document["improved"]
-    first, features = check_user(users / "bo", manifest)["training"], contents(users / ".bo.align")
+    first = check_user(users / "bo", manifest)["training"]
+    features = contents(users / ".bo.align")
     align("--steps", 30)
     again = check_user(users / "bo", manifest)["training"]
     assert again["curve"][0]["held_out"] == pytest.approx(first["curve"][-1]["held_out"], rel=1e-4)
     assert contents(users / ".bo.align") == features
 
 
-def test_what_gets_no_better_stays_as_it_was(align, bundle_path, tmp_path, monkeypatch):
-    """A training that only spoils: the person's projector is still the one before."""
+def test_a_projector_that_does_not_improve_is_not_changed(
+    align, bundle_path, tmp_path, monkeypatch
+):
     users = tmp_path / "out/users"
     align("--steps", 30)
     before = sha256(users / "bo/projector.onnx.data")
-    monkeypatch.setattr(Trainer, "_rate", lambda trainer: 1.0)
+    monkeypatch.setattr(Schedule, "rate", lambda schedule, peak, step, spent_s: 1.0)  # diverges
     assert not align("--steps", 30, "--seed", 1).document["improved"]
     assert sha256(users / "bo/projector.onnx.data") == before
 
@@ -210,15 +209,16 @@ def test_what_gets_no_better_stays_as_it_was(align, bundle_path, tmp_path, monke
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory, bundle_path):
-    """A bundle, random weights, and the graph of the person they were written for."""
-    bundle, folder = Bundle.open(bundle_path), tmp_path_factory.mktemp("written") / "users/cy"
+    """A bundle, random weights, and the graph of the user they were written for."""
+    bundle = Bundle.open(bundle_path)
+    folder = tmp_path_factory.mktemp("written") / "users/cy"
     torch.manual_seed(5)
     projector = build_projector(bundle.manifest.projector).eval()
     write_user(bundle, folder, projector.state_dict(), {"steps": 0}, bundle.speech_tokens())
     return bundle, projector, folder / bundle.graph("projector").name
 
 
-def test_written_weights_are_read_back_as_they_were(written):
+def test_written_weights_are_read_back_bit_by_bit(written):
     bundle, projector, graph = written
     again = load_projector(bundle, graph).state_dict()
     assert again.keys() == projector.state_dict().keys()
@@ -231,24 +231,20 @@ def test_onnx_runtime_agrees_with_pytorch_on_a_written_projector(written, n_fram
     assert_agree(bundle, projector, graph, n_frames)
 
 
-def test_onnx_runtime_agrees_with_pytorch_on_a_trained_projector(personalised, bundle_path):
+def test_onnx_runtime_agrees_with_pytorch_on_a_trained_projector(aligned, bundle_path):
     bundle = Bundle.open(bundle_path)
-    graph = bundle.projector("ana", user_path(personalised).parent)
-    trained, general = (
-        load_projector(bundle, graph),
-        load_projector(bundle, bundle.graph("projector")),
-    )
+    graph = bundle.projector("ana", user_path(aligned).parent)
+    trained = load_projector(bundle, graph)
+    general = load_projector(bundle, bundle.graph("projector"))
     assert_agree(bundle, trained.eval(), graph, 40)
     changed = any(not torch.equal(a, b) for a, b in zip(trained.parameters(), general.parameters()))
-    assert changed == personalised["improved"]
+    assert changed == aligned["improved"]
 
 
 def assert_agree(bundle, projector, graph, n_frames):
-    features = (
-        np.random.default_rng(0)
-        .normal(size=(1, n_frames, projector.config.feature_size))
-        .astype(np.float32)
-    )
+    rng = np.random.default_rng(0)
+    shape = (1, n_frames, projector.config.feature_size)
+    features = rng.normal(size=shape).astype(np.float32)
     with load_runner(graph, bundle.manifest.graphs["projector"], "onnxruntime", 1) as runner:
         deployed = runner({"features": features})["soft_tokens"]
     with torch.no_grad():
@@ -264,16 +260,17 @@ def make_old_user(make_user, bundle_path, users):
     return folder, contents(folder)
 
 
-def test_a_killed_training_leaves_the_old_person_and_is_resumed(
+def test_a_killed_training_leaves_the_old_user_and_is_resumed(
     bundle_path, few_recordings, tmp_path, make_user, speech, steps_taken, run_cli
 ):
-    users, steps = tmp_path / "out/users", 4 * CHECK_EVERY
+    users = tmp_path / "out/users"
+    steps = 4 * CHECK_EVERY
     folder, old = make_old_user(make_user, bundle_path, users)
-    enough = ("--steps", steps, "--max-seconds", 600)  # also beside other work
+    limits = ("--steps", steps, "--max-seconds", 600)  # enough also beside other work
     arguments = align_arguments(
-        bundle_path, few_recordings, tmp_path / "out", "--user", "bo", *enough
+        bundle_path, few_recordings, tmp_path / "out", "--user", "bo", *limits
     )
-    state = kill_when_there(arguments, users / ".bo.align/state.safetensors")
+    state = kill_when_there(arguments, users / ".bo.align" / STATE_FILE)
 
     assert contents(folder) == old
     with Assistant.load(bundle_path, "bo", users=users, threads=1) as assistant:
@@ -284,21 +281,17 @@ def test_a_killed_training_leaves_the_old_person_and_is_resumed(
     assert steps_taken[0] in range(0, steps, CHECK_EVERY) and steps_taken[-1] == steps - 1
     training = check_user(folder, Bundle.open(bundle_path).manifest)["training"]
     assert [entry["step"] for entry in training["curve"]] == list(range(0, steps + 1, CHECK_EVERY))
-    assert (
-        contents(folder) != old
-        and not state.exists()
-        and written_names(users) == [".bo.align", "bo"]
-    )
+    assert contents(folder) != old and not state.exists()
+    assert written_names(users) == [".bo.align", "bo"]
 
 
 def kill_when_there(arguments, path, patience_s=300):
-    """Run the command in a process of its own and end it without notice as soon as `path` exists."""
+    """Run the command in a process of its own and kill it as soon as `path` exists."""
     command = [sys.executable, "-m", "tiny_align.runtime.commands.cli", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     until = time.monotonic() + patience_s
-    with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment
-    ) as process:
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
         while not path.exists() and process.poll() is None and time.monotonic() < until:
             time.sleep(0.01)
         process.kill()
@@ -307,12 +300,12 @@ def kill_when_there(arguments, path, patience_s=300):
     return path
 
 
-def test_ctrl_c_exits_with_130_and_the_same_command_goes_on(
+def test_ctrl_c_exits_with_130_and_the_same_command_resumes(
     align, bundle_path, tmp_path, make_user, steps_taken, monkeypatch
 ):
     folder, old = make_old_user(make_user, bundle_path, tmp_path / "out/users")
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", stop_at(60, Trainer._train_step))
+        patch.setattr(Trainer, "train_step", stop_at(60, Trainer.train_step))
         outcome = align("--steps", 90)
     assert (outcome.status, outcome.stdout) == (130, "") and "interrupted" in outcome.stderr
     assert contents(folder) == old
@@ -324,16 +317,16 @@ def test_ctrl_c_exits_with_130_and_the_same_command_goes_on(
 
 def stop_at(step, train_step):
     def stopped(trainer):
-        if trainer.step == step:
+        if trainer.progress.step == step:
             raise KeyboardInterrupt
         return train_step(trainer)
 
     return stopped
 
 
-def test_other_options_start_anew(align, steps_taken, monkeypatch):
+def test_a_state_of_other_options_is_not_resumed(align, steps_taken, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", stop_at(26, Trainer._train_step))
+        patch.setattr(Trainer, "train_step", stop_at(26, Trainer.train_step))
         assert align("--steps", 27).status == 130
     steps_taken.clear()
     align("--steps", 27, "--seed", 1)
@@ -353,24 +346,17 @@ main(sys.argv[1:])
 
 
 @pytest.mark.parametrize("command", [["align", "--user", "bo"], ["align", "--general"], ["demo"]])
-@pytest.mark.parametrize("wish", [None, "ACTIVE"])
-def test_threads_that_wait_leave_their_core_to_others(few_recordings, tmp_path, command, wish):
-    line = [
-        sys.executable,
-        "-c",
-        WHEN_TORCH_IS_LOADED,
-        *command,
-        "--bundle",
-        tmp_path,
-        "--data",
-        few_recordings,
-    ]
+@pytest.mark.parametrize("policy", [None, "ACTIVE"])
+def test_waiting_threads_sleep_unless_the_environment_says_otherwise(
+    few_recordings, tmp_path, command, policy
+):
+    options = ["--bundle", str(tmp_path), "--data", str(few_recordings)]
+    line = [sys.executable, "-c", WHEN_TORCH_IS_LOADED, *command, *options]
     environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
-    environment |= {"OMP_WAIT_POLICY": wish} if wish else {}
-    done = subprocess.run(
-        [str(a) for a in line], capture_output=True, text=True, env=environment, timeout=120
-    )
-    assert done.stdout.split() == [wish or "PASSIVE"] and "manifest" in done.stderr
+    if policy:
+        environment["OMP_WAIT_POLICY"] = policy
+    done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.stdout.split() == [policy or "PASSIVE"] and "manifest" in done.stderr
 
 
 # --- refused ---
@@ -402,27 +388,31 @@ def test_data_that_cannot_be_used_exits_with_2_and_writes_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_recording_exits_with_2_and_is_named(align, few_recordings, tmp_path):
+def test_a_missing_recording_exits_with_2_and_names_it(align, few_recordings, tmp_path):
     (few_recordings / "train-002.flac").unlink()
     refused(align("--steps", 2), "metadata.jsonl, line 3", "train-002.flac", "does not exist")
     assert not (tmp_path / "out").exists()
 
 
-def spoil(folder):
-    """A file that is no audio, a silent one, a short part of one, and words outside the tokenizer, in every split."""
+def write_unusable(folder):
+    """No audio, silence, a short recording, and words outside the tokenizer, in every split.
+
+    Returns:
+        Their rows.
+    """
     (folder / "none.flac").write_bytes(b"no flac")
     soundfile.write(folder / "silent.wav", np.zeros(16_000), 16_000)
     soundfile.write(folder / "short.wav", np.full(800, 0.1), 16_000)
-    rows = [
-        {"file_name": name, "transcription": "hello"}
-        for name in ("none.flac", "silent.wav", "short.wav")
-    ]
-    rows.append({"file_name": "train-000.flac", "transcription": "漢字"})
-    return [row | {"split": split} for row in rows for split in ("train", "validation", "test")]
+    rows = []
+    for split in ("train", "validation", "test"):
+        for name in ("none.flac", "silent.wav", "short.wav"):
+            rows.append({"file_name": name, "transcription": "hello", "split": split})
+        rows.append({"file_name": "train-000.flac", "transcription": "漢字", "split": split})
+    return rows
 
 
-def test_what_cannot_be_used_is_left_out_and_named(align, few_recordings, change_rows, caplog):
-    bad = spoil(few_recordings)
+def test_unusable_recordings_are_left_out_and_named(align, few_recordings, change_rows, caplog):
+    bad = write_unusable(few_recordings)
     change_rows(few_recordings, lambda rows: rows.extend([*bad, rows[0] | {"split": "foo"}]))
     outcome = align("--steps", 2)
     assert outcome.status == 0, outcome.stderr
@@ -436,7 +426,7 @@ def test_what_cannot_be_used_is_left_out_and_named(align, few_recordings, change
         assert caplog.text.count(name) >= 3
 
 
-def test_too_few_that_can_be_used_are_refused_with_the_reasons(
+def test_too_few_usable_recordings_are_refused_with_the_reasons(
     align, few_recordings, change_rows, bundle_path, tmp_path, make_user
 ):
     folder, old = make_old_user(make_user, bundle_path, tmp_path / "out/users")
@@ -452,20 +442,22 @@ def test_too_few_that_can_be_used_are_refused_with_the_reasons(
 
 
 def test_a_validation_split_judges_the_training(align, few_recordings, change_rows, monkeypatch):
-    judges, trained_on = [], []
+    trainers = []
     run = Trainer.run
-    monkeypatch.setattr(
-        Trainer,
-        "run",
-        lambda t, *a: (judges.append(t.held), trained_on.append(t.used), run(t, *a))[2],
-    )
+
+    def recorded(trainer, *arguments):
+        trainers.append(trainer)
+        return run(trainer, *arguments)
+
+    monkeypatch.setattr(Trainer, "run", recorded)
     change_rows(few_recordings, lambda rows: rows[0].update(split="dev"))
     data = align("--steps", 2).document["data"]
     assert (data["train"], data["validation"], data["test"], data["left_out"]) == (2, 1, 1, 0)
-    assert (len(judges[0]), len(trained_on[0])) == (1, 2)
+    (trainer,) = trainers
+    assert (len(trainer.validation_examples), len(trainer.training_examples)) == (1, 2)
 
 
-def test_an_objective_for_another_projector_exits_with_2_before_anything_is_heard(
+def test_an_objective_for_another_projector_exits_with_2_before_any_recording_is_read(
     align, few_recordings, tmp_path
 ):
     (few_recordings / "train-000.flac").write_bytes(b"never read")
@@ -476,7 +468,7 @@ def test_an_objective_for_another_projector_exits_with_2_before_anything_is_hear
 
 
 @pytest.mark.parametrize("user", ["general", "../elsewhere", ".hidden", "a" * 65, ""])
-def test_a_name_that_cannot_be_a_persons_exits_with_2(align, tmp_path, user):
+def test_an_invalid_user_name_exits_with_2(align, tmp_path, user):
     refused(align("--steps", 2, user=user), repr(user))
     assert not (tmp_path / "out").exists()
 
@@ -493,7 +485,7 @@ def test_a_name_that_cannot_be_a_persons_exits_with_2(align, tmp_path, user):
         ("--threads", 10_000),
     ],
 )
-def test_an_effort_that_makes_no_sense_exits_with_2(align, tmp_path, flag, value):
+def test_limits_out_of_range_exit_with_2(align, tmp_path, flag, value):
     refused(align(flag, value), f"{flag} is {value}: expected ")
     assert not (tmp_path / "out").exists()
 
