@@ -201,11 +201,11 @@ def test_the_cascade_answers_the_encoders_own_transcript(assistant, speech):
     assert answer.text == assistant.answer_text(letters).text
 
 
-def test_rotated_halves_become_neighbours():
+def test_rotary_pairs_become_neighbours():
     rows = np.arange(16, dtype=np.float32)[:, None]  # two heads of eight
     first_head = [0, 4, 1, 5, 2, 6, 3, 7]
     second_head = [8 + row for row in first_head]
-    assert pipelines.interleave_halves(rows, 8)[:, 0].tolist() == first_head + second_head
+    assert pipelines.interleave_rotary(rows, 8)[:, 0].tolist() == first_head + second_head
 
 
 # --- counts ---

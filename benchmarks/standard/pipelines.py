@@ -276,13 +276,13 @@ def reference_tensors(bundle: Bundle, head_size: int) -> "TensorSource":
         prefix = layer.replace("blk", "model.layers") + "." if layer else ""
         values = stored[f"{prefix}{GGUF_NAMES[part]}.weight"].astype(np.float32)
         if part in ("attn_q", "attn_k"):
-            return interleave_halves(values, head_size)
+            return interleave_rotary(values, head_size)
         return values
 
     return tensor
 
 
-def interleave_halves(matrix: np.ndarray, head_size: int) -> np.ndarray:
+def interleave_rotary(matrix: np.ndarray, head_size: int) -> np.ndarray:
     """Rows of a head's halves -> pairs: transformers rotates the halves, llama.cpp neighbours."""
     heads = matrix.reshape(-1, 2, head_size // 2, matrix.shape[1])
     return heads.swapaxes(1, 2).reshape(matrix.shape)

@@ -178,9 +178,9 @@ def curves(report: dict[str, Any]) -> str:
         cells.append(f"{row['general']['rougeL']:.3f}")
         for n in numbers:
             cells.append(_median(row["few"][n], "rougeL") if n in row["few"] else "")
-        most = row["few"][max(row["few"], key=int)]
-        train_seconds = statistics.median(run["train_seconds"] for run in most)
-        cells += [_median(most, "wer"), f"{train_seconds:.0f} s"]
+        runs = row["few"][max(row["few"], key=int)]
+        train_seconds = statistics.median(run["train_seconds"] for run in runs)
+        cells += [_median(runs, "wer"), f"{train_seconds:.0f} s"]
         cells += [_median(row["noise"][level], "rougeL") for level in levels]
         cells.append(f"{row['general_known']['rougeL']:.3f}")
         cells.append(_median(row["known"], "rougeL"))
