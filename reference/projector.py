@@ -17,13 +17,19 @@ from tqdm import tqdm
 
 from tiny_align.reference.spoken import read_shard, shards_of, speak
 from tiny_align.runtime.assistant import Assistant
+from tiny_align.runtime.speech_vocabulary import SpeechVocabulary
 from tiny_align.runtime.windows import cut
 
 CHUNK = 32  # recordings augmented together
 
 
-def spoken_examples(assistant: Assistant, work: Path, n: int, seed: int) -> list:
-    """`n` recordings of the encoder's training, augmented anew, as examples; encoded once, resumably."""
+def spoken_examples(
+    assistant: Assistant, work: Path, n: int, seed: int
+) -> tuple[list, SpeechVocabulary]:
+    """`n` recordings of the encoder's training, augmented anew, as examples, and their vocabulary.
+
+    They are encoded once, resumably.
+    """
     from tiny_align.align.data.examples import make_examples
     from tiny_align.align.data.feature_cache import Stored, ensure_array
 
@@ -41,7 +47,8 @@ def spoken_examples(assistant: Assistant, work: Path, n: int, seed: int) -> list
             ):
                 ensure_array(path, lambda features=features: features)
         stored += [Stored(path) for path in paths]
-    return make_examples(assistant.llm, [text for _, text in items], [stored])
+    texts = [text for _, text in items]
+    return make_examples(assistant.llm, assistant.speech_vocabulary, texts, [stored])
 
 
 def _encode(assistant: Assistant, mels: list[np.ndarray], seed: int) -> list[np.ndarray]:
@@ -81,10 +88,9 @@ def train(args) -> dict:
 
     limits = TrainingLimits(steps=args.steps, seed=args.seed, objective=args.objective)
     with Assistant.load(args.bundle, threads=args.threads) as assistant:
-        examples = spoken_examples(assistant, args.work, args.utterances, args.seed)
-        trained = train_general(
-            assistant, examples, args.work / f"projector-{args.objective}", limits
-        )
+        examples, vocabulary = spoken_examples(assistant, args.work, args.utterances, args.seed)
+        work = args.work / f"projector-{args.objective}"
+        trained = train_general(assistant, examples, vocabulary, work, limits)
         table = assistant.bundle.manifest.embeddings_sha256
     save_file(trained.weights, args.out, {"embeddings_sha256": table})
     return trained.record

@@ -27,6 +27,7 @@ from tiny_align.runtime.projectors import LoadedProjector, Projectors
 from tiny_align.runtime.queues import InTurn, Queues
 from tiny_align.runtime.readout import Reader, make_reader
 from tiny_align.runtime.session import Session
+from tiny_align.runtime.speech_vocabulary import SpeechVocabulary
 from tiny_align.runtime.stages import UNOBSERVED, StageRecorder
 from tiny_align.runtime.windows import cut
 
@@ -67,12 +68,21 @@ class Assistant:
         self,
         bundle: Bundle,
         encoder: Runner,
-        projector: Runner,
+        projector: Runner | LoadedProjector,
         llm: LanguageModel,
         backend: str,
         n_threads: int | None = None,
         users: Path | None = None,
     ) -> None:
+        """
+        Args:
+            projector: the default; a runner has the bundle's speech vocabulary.
+            n_threads: per graph; None: all cores.
+            users: as `load` takes it.
+        """
+        if not isinstance(projector, LoadedProjector):
+            vocabulary = SpeechVocabulary(bundle.speech_tokens(), llm.embed)
+            projector = LoadedProjector(projector, vocabulary)
         self.bundle = bundle
         self.backend = backend
         self.llm = llm
@@ -81,7 +91,7 @@ class Assistant:
         self.sample_rate = bundle.manifest.front_end.sample_rate  # Hz
         self._users = users
         self._encoder = encoder
-        self._projectors = Projectors(bundle, backend, n_threads, projector)
+        self._projectors = Projectors(bundle, backend, n_threads, llm.embed, projector)
         self._recorder: StageRecorder | None = None
         self._front_end = bundle.manifest.front_end
         self._readout = bundle.manifest.readout
@@ -133,11 +143,10 @@ class Assistant:
         decoder = load_decoder(graphs["llm"], specs["llm"], backend, threads, bundle)
         llm = LanguageModel(bundle, decoder, context)
         encoder = load_runner(graphs["encoder"], specs["encoder"], backend, threads, bundle)
-        projector = load_runner(own.graph, specs["projector"], backend, threads, bundle)
-        assistant = cls(bundle, encoder, projector, llm, backend, threads, users)
-        assistant._projectors.default_source = own
-        llm.set_speech_tokens(own.speech_tokens)
-        return assistant
+        runner = load_runner(own.graph, specs["projector"], backend, threads, bundle)
+        vocabulary = SpeechVocabulary(own.speech_tokens, llm.embed)
+        projector = LoadedProjector(runner, vocabulary, own)
+        return cls(bundle, encoder, projector, llm, backend, threads, users)
 
     @property
     def max_speech_s(self) -> float:
@@ -146,6 +155,11 @@ class Assistant:
         Infinite if speech is cut into windows: then the LLM's context is the limit.
         """
         return math.inf if self.windows else self._row_bounds()[2] * self._row_s
+
+    @property
+    def speech_vocabulary(self) -> SpeechVocabulary:
+        """The tokens that the default projector's speech may produce."""
+        return self._projectors.default.vocabulary
 
     def _row_bounds(self) -> tuple[int, int, int]:
         """Min, opt and max number of the encoder's input rows: frames, or samples."""
@@ -175,7 +189,7 @@ class Assistant:
         with self.stage("front end"):
             feed = {self._rows.name: self._rows_of(audio)[None]}
             n_features = self._n_features(audio)
-            runner = projector.runner if projector else self._projectors.default
+            runner = (projector or self._projectors.default).runner
             if self._recorder is None:  # the features stay where the backend has them
                 return Chain(self._encoder, runner)(feed, n_features)["soft_tokens"][0]
             with self.stage("encoder"):
@@ -211,7 +225,8 @@ class Assistant:
 
     def project(self, features: np.ndarray) -> np.ndarray:
         """A window's features (N, Da) -> its vectors, for `reader`."""
-        return self._projectors.default({"features": features[None]})["soft_tokens"][0]
+        runner = self._projectors.default.runner
+        return runner({"features": features[None]})["soft_tokens"][0]
 
     def reader(self, projector: LoadedProjector | None = None) -> Reader:
         """What makes one utterance's soft tokens of its windows' vectors.
@@ -219,7 +234,7 @@ class Assistant:
         Args:
             projector: a user's; None: the default.
         """
-        vocabulary = projector.vocabulary if projector else self.llm.speech_vocabulary
+        vocabulary = (projector or self._projectors.default).vocabulary
         return make_reader(self._readout, vocabulary.table)
 
     def soft_tokens(self, features: np.ndarray) -> np.ndarray:
@@ -245,11 +260,7 @@ class Assistant:
         Raises:
             BackendError, BundleError: the default stays.
         """
-        runner = self._projectors.load(path)
-        tokens = self.bundle.speech_tokens(path)
-        self._projectors.default = runner
-        self._projectors.default_source = None
-        self.llm.set_speech_tokens(tokens)
+        self._projectors.swap(path)
 
     # --- answers ---
 
@@ -348,7 +359,7 @@ class Assistant:
             if isinstance(user, str):
                 users = find_users(self.bundle, user, self._users)
                 user = self.bundle.user_projector(user, users)
-            projector = self._projectors.get(user, self.llm)
+            projector = self._projectors.get(user)
         return Session(self, instruction, decoding, projector)
 
     # --- observing, closing ---

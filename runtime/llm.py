@@ -18,7 +18,6 @@ from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.bundle.manifest import PromptSpec
 from tiny_align.runtime.checks import Range, check_fields
 from tiny_align.runtime.errors import DataError, TinyAlignError
-from tiny_align.runtime.speech_vocabulary import SpeechVocabulary
 
 CHUNK = 128  # positions of a prompt that are prefilled at once
 MAX_SHOWN = 20  # characters in a message that the tokenizer does not know
@@ -89,8 +88,6 @@ class LanguageModel:
         self.prompt = bundle.manifest.prompt
         self.tokenizer = bundle.load_tokenizer()
         self._table = bundle.load_embeddings()
-        # of the projector that is the default: another user's belongs to that user's sessions
-        self.speech_vocabulary = SpeechVocabulary(bundle.speech_tokens(), self.embed)
         added = self.tokenizer.get_added_tokens_decoder()
         self._special = {i for i, token in added.items() if token.special}
         unknown = getattr(self.tokenizer.model, "unk_token", None) or "<unk>"
@@ -128,20 +125,6 @@ class LanguageModel:
     def close(self) -> None:
         """Free the graph."""
         self._decoder.close()
-
-    @property
-    def speech_tokens(self) -> np.ndarray:
-        """(K,) int32: the tokens of `speech_vocabulary`."""
-        return self.speech_vocabulary.tokens
-
-    @property
-    def speech_table(self) -> np.ndarray:
-        """(K, D) float32: the embeddings of `speech_vocabulary`."""
-        return self.speech_vocabulary.table
-
-    def set_speech_tokens(self, tokens: np.ndarray) -> None:
-        """Make these tokens, (K,) int32, the default speech vocabulary."""
-        self.speech_vocabulary = SpeechVocabulary(tokens, self.embed)
 
     def embed(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """(T,) token ids -> (T, D) float32 rows of the embedding table."""

@@ -1,10 +1,11 @@
 """Examples that a projector is trained on: an utterance's features and its transcript's tokens.
 
-Tokens are counted within the LLM's speech vocabulary, which grows by those that are new.
+An example has a token's place in the speech vocabulary, which is extended by the tokens that are
+new.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -18,6 +19,7 @@ from tiny_align.align.data.feature_cache import Stored, array_of
 from tiny_align.align.data.utterance import Utterance
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.llm import LanguageModel
+from tiny_align.runtime.speech_vocabulary import SpeechVocabulary
 
 Features = np.ndarray | Stored  # (N, Da) float32
 Encoded = TypeVar("Encoded")
@@ -76,9 +78,12 @@ def encode_usable(
 
 
 def make_examples(
-    llm: LanguageModel, texts: Sequence[str], takes: Sequence[Sequence[Features]]
-) -> list[Example]:
-    """Examples of transcripts and features; new tokens are added to the LLM's speech vocabulary.
+    llm: LanguageModel,
+    vocabulary: SpeechVocabulary,
+    texts: Sequence[str],
+    takes: Sequence[Sequence[Features]],
+) -> tuple[list[Example], SpeechVocabulary]:
+    """Examples of transcripts and features, and the vocabulary extended by the texts' new tokens.
 
     Args:
         takes: the features of every text's recording, then those of every text's first
@@ -86,34 +91,11 @@ def make_examples(
     """
     transcripts = [llm.encode_words(text) for text in texts]
     seen = dict.fromkeys(itertools.chain.from_iterable(transcripts))
-    extend_speech_vocabulary(llm, seen)
-    place = {token: i for i, token in enumerate(speech_vocabulary(llm).tolist())}
+    vocabulary = vocabulary.extended(seen)
     letters = {token: len(llm.tokenizer.decode([token]).strip()) for token in seen}
     examples = []
     for transcript, (features, *augmentations) in zip(transcripts, zip(*takes)):
-        tokens = [place[token] for token in transcript]
+        places = vocabulary.places(transcript)
         lengths = [letters[token] for token in transcript]
-        examples.append(Example(features, tokens, lengths, tuple(augmentations)))
-    return examples
-
-
-# --- the LLM's speech vocabulary ---
-
-
-def extend_speech_vocabulary(llm: LanguageModel, tokens: Iterable[int]) -> None:
-    """Add the tokens that it lacks at its end; the places of the others stay."""
-    extended = dict.fromkeys([*llm.speech_tokens.tolist(), *tokens])
-    llm.set_speech_tokens(np.array(list(extended), np.int32))
-
-
-def speech_vocabulary(llm: LanguageModel) -> np.ndarray:
-    """(K,) int32 token ids, in the order of the examples' places."""
-    return llm.speech_tokens
-
-
-def embedding_table(assistant: Assistant) -> Tensor:
-    """(K, D) float32: what the LLM sees for every token of the speech vocabulary.
-
-    Take it after the examples are made: they extend the vocabulary.
-    """
-    return torch.from_numpy(assistant.llm.speech_table)
+        examples.append(Example(features, places, lengths, tuple(augmentations)))
+    return examples, vocabulary

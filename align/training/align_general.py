@@ -11,14 +11,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from tiny_align.align.data.data_report import DataReport
-from tiny_align.align.data.examples import (
-    Example,
-    embedding_table,
-    encode_usable,
-    make_examples,
-    speech_vocabulary,
-)
+from tiny_align.align.data.examples import Example, encode_usable, make_examples
 from tiny_align.align.data.feature_cache import Stored, cached_file, non_speech_files
 from tiny_align.align.data.utterance import Utterance
 from tiny_align.align.evaluation.quality import FIGURES, Quality, encode_utterances, score
@@ -36,6 +32,7 @@ from tiny_align.align.training.selection import (
 from tiny_align.align.training.trainer import Trained, Trainer, summary
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.files import write_errors
+from tiny_align.runtime.speech_vocabulary import SpeechVocabulary
 
 BATCH = 28
 MIN_STEPS = 1000
@@ -105,13 +102,11 @@ def _align(
         if not quiet:
             print(report, file=sys.stderr)
 
+        vocabulary = assistant.speech_vocabulary
+        examples, vocabulary = _examples(assistant, vocabulary, training)
+        validation_examples, vocabulary = _examples(assistant, vocabulary, validation)
         trained = train_general(
-            assistant,
-            _examples(assistant, training),
-            work,
-            limits,
-            quiet,
-            _examples(assistant, validation),
+            assistant, examples, vocabulary, work, limits, quiet, validation_examples
         )
 
         assistant.swap_projector(bundle.graph("projector"))
@@ -133,10 +128,12 @@ def _align(
     return document
 
 
-def _examples(assistant: Assistant, encoded: list[tuple[Utterance, Stored]]) -> list[Example]:
+def _examples(
+    assistant: Assistant, vocabulary: SpeechVocabulary, encoded: list[tuple[Utterance, Stored]]
+) -> tuple[list[Example], SpeechVocabulary]:
     texts = [utterance.text for utterance, _ in encoded]
     features = [stored for _, stored in encoded]
-    return make_examples(assistant.llm, texts, [features])
+    return make_examples(assistant.llm, vocabulary, texts, [features])
 
 
 def _figures(quality: Quality | None, when: str) -> dict[str, float]:
@@ -148,6 +145,7 @@ def _figures(quality: Quality | None, when: str) -> dict[str, float]:
 def train_general(
     assistant: Assistant,
     examples: list[Example],
+    vocabulary: SpeechVocabulary,
     work: Path,
     limits: TrainingLimits,
     quiet: bool = False,
@@ -158,6 +156,7 @@ def train_general(
     If it improves, or was untrained, it is written into the bundle.
 
     Args:
+        vocabulary: of the examples' tokens, those of `validation` too.
         work: folder for the checkpoint, until the training ends, and for non-speech features.
         validation: judges the training; if empty, some of the examples are held out for it.
 
@@ -171,7 +170,7 @@ def train_general(
         objective = objectives.default_for(bundle.manifest.projector["soft_tokens"])
     options = general_options(len(examples), objective, untrained, limits)
     non_speech = _non_speech_examples(assistant, len(examples), options, work / "features")
-    table = embedding_table(assistant)
+    table = torch.from_numpy(vocabulary.table)
     trainer = Trainer(
         load_projector(bundle, bundle.graph("projector")),
         examples,
@@ -186,7 +185,7 @@ def train_general(
     if trained.record["improved"] or untrained:
         every = max(1, len(examples) // N_REHEARSAL)  # spread over the data set: many speakers
         rehearsal = examples[::every][:N_REHEARSAL] + non_speech[:MIN_NON_SPEECH]
-        write_general(bundle, trained.weights, rehearsal, speech_vocabulary(assistant.llm))
+        write_general(bundle, trained.weights, rehearsal, vocabulary.tokens)
     remove_checkpoint(work)  # the features stay for the next training
     return trained
 

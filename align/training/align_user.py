@@ -13,16 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from tiny_align.align.data.data_report import DataReport
-from tiny_align.align.data.examples import (
-    Example,
-    embedding_table,
-    encode_usable,
-    extend_speech_vocabulary,
-    make_examples,
-    speech_vocabulary,
-)
+from tiny_align.align.data.examples import Example, encode_usable, make_examples
 from tiny_align.align.data.feature_cache import cached_features
 from tiny_align.align.data.rehearsal import rehearsal_examples
 from tiny_align.align.data.utterance import Utterance
@@ -44,6 +38,7 @@ from tiny_align.align.training.trainer import Trained, Trainer, TrainOptions, su
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.errors import UserError
+from tiny_align.runtime.speech_vocabulary import SpeechVocabulary
 
 AUGMENTATIONS = 3  # of every recording, beside itself
 
@@ -97,11 +92,10 @@ def align_user(
         encoded = _prepare(assistant, splits, work / "features", report, quiet)
         before = score(assistant, encoded.test, quiet=quiet)
 
-        projector = _load_start(assistant, user, users)
-        trained = _train(assistant, projector, encoded, work, limits, quiet)
+        start = _own_or_general(bundle, user, users)
+        trained, vocabulary = _train(assistant, start, encoded, work, limits, quiet)
 
-        vocabulary = speech_vocabulary(assistant.llm)
-        write_user(bundle, folder, trained.weights, trained.record, vocabulary)
+        write_user(bundle, folder, trained.weights, trained.record, vocabulary.tokens)
         remove_checkpoint(work)  # the features stay for the next training
 
         assistant.swap_projector(bundle.projector(user, users))
@@ -140,14 +134,6 @@ def _prepare(
     return EncodedSplits(training, validation, test, seconds)
 
 
-def _load_start(assistant: Assistant, user: str, users: Path) -> BridgeFormer:
-    """The projector that the training begins with; its tokens join the speech vocabulary."""
-    bundle = assistant.bundle
-    graph = _own_or_general(bundle, user, users)
-    extend_speech_vocabulary(assistant.llm, bundle.speech_tokens(graph).tolist())
-    return load_projector(bundle, graph)
-
-
 def _own_or_general(bundle: Bundle, user: str, users: Path) -> Path:
     """The user's projector, if there is one for this encoder and LLM, or else the general one."""
     try:
@@ -158,22 +144,29 @@ def _own_or_general(bundle: Bundle, user: str, users: Path) -> Path:
 
 def _train(
     assistant: Assistant,
-    projector: BridgeFormer,
+    start: Path,
     encoded: EncodedSplits,
     work: Path,
     limits: TrainingLimits,
     quiet: bool,
-) -> Trained:
-    """Train the projector; the record's seconds include the encoding."""
+) -> tuple[Trained, SpeechVocabulary]:
+    """Train a user's projector, from the weights beside the graph `start`.
+
+    Returns:
+        The weights and the record, whose seconds include the encoding; and the speech vocabulary:
+        the general one, then what `start` and the transcripts add.
+    """
+    bundle = assistant.bundle
+    projector = load_projector(bundle, start)
     options = user_options(limits, projector)
-    training = _examples(assistant, encoded.training)
-    validation = _examples(assistant, encoded.validation)
+    vocabulary = assistant.speech_vocabulary.extended(bundle.speech_tokens(start).tolist())
+    training, vocabulary = _examples(assistant, vocabulary, encoded.training)
+    validation, vocabulary = _examples(assistant, vocabulary, encoded.validation)
     began = time.perf_counter()
     rehearsal = rehearsal_examples(assistant, options.objective, work / "features")
     rehearsal_seconds = time.perf_counter() - began
 
-    bundle = assistant.bundle
-    table = embedding_table(assistant)
+    table = torch.from_numpy(vocabulary.table)
     trainer = Trainer(
         projector,
         training,
@@ -189,7 +182,7 @@ def _train(
     encode_seconds = rehearsal_seconds + encoded.seconds
     trained.record["encode_seconds"] = encode_seconds
     trained.record["train_seconds"] += encode_seconds  # what the user waits
-    return trained
+    return trained, vocabulary
 
 
 def _figures(before: Quality, after: Quality) -> dict[str, Any]:
@@ -213,7 +206,9 @@ def user_options(limits: TrainingLimits, projector: BridgeFormer) -> TrainOption
     )
 
 
-def _examples(assistant: Assistant, encoded: list[EncodedTakes]) -> list[Example]:
+def _examples(
+    assistant: Assistant, vocabulary: SpeechVocabulary, encoded: list[EncodedTakes]
+) -> tuple[list[Example], SpeechVocabulary]:
     texts = [utterance.text for utterance, _ in encoded]
     takes = list(zip(*(features for _, features in encoded)))
-    return make_examples(assistant.llm, texts, takes)
+    return make_examples(assistant.llm, vocabulary, texts, takes)

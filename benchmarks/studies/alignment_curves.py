@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tiny_align.align.data.datasets import load_dataset, split_of
-from tiny_align.align.data.examples import embedding_table, make_examples
+from tiny_align.align.data.examples import make_examples
 from tiny_align.align.data.feature_cache import non_speech_files
 from tiny_align.align.data.non_speech import hiss
 from tiny_align.align.data.rehearsal import rehearsal_examples
@@ -67,7 +67,9 @@ class _Curves:
         training = split_of(load_dataset(folder), "train")
         texts = [utterance.text for utterance in training]
         takes = augmented_features(assistant, training, cache)
-        self.examples = make_examples(assistant.llm, texts, takes)
+        self.examples, self.vocabulary = make_examples(
+            assistant.llm, assistant.speech_vocabulary, texts, takes
+        )
         self.n_train = len(training)
         self.known_test = encode_test(assistant, work / "known")
         self.tests = {}
@@ -113,13 +115,15 @@ class _Curves:
 
     def personalise(self, n: int, seed: int) -> tuple["BridgeFormer", float]:
         """A projector trained on `n` utterances as `tiny-align align` does it, and the seconds."""
+        import torch
+
         from tiny_align.align.model.objectives import make
 
         assistant = self.assistant
         projector = self.load_general()
         options = TrainOptions(seed=seed)
         scale = assistant.bundle.manifest.readout.scale
-        objective = make(options, embedding_table(assistant), scale)
+        objective = make(options, torch.from_numpy(self.vocabulary.table), scale)
         examples = self.examples[:n]
         windows = assistant.windows
         trainer = Trainer(projector, examples, objective, options, None, self.rehearsal, windows)

@@ -69,7 +69,7 @@ class TorchAssistant:
         self.bundle = assistant.bundle
         self._assistant = assistant
         self._projector = projector
-        self._table = assistant.llm.speech_table
+        self._table = assistant.speech_vocabulary.table
 
     def soft_tokens(self, features: np.ndarray) -> np.ndarray:
         """(N, Da) features -> (T, D)."""
@@ -146,7 +146,8 @@ def load_examples(assistant: Assistant, folder: Path, n: int | None = None) -> "
     end = assistant.bundle.manifest.llm.end_tokens[0]
     answers = corpus_answers()
     examples = []
-    for text, example in zip(texts, make_examples(llm, texts, takes)):
+    unanswered, _ = make_examples(llm, assistant.speech_vocabulary, texts, takes)
+    for text, example in zip(texts, unanswered):
         answered = (*llm.encode(answers[text]), end)
         repeated = (*llm.encode(text), end)
         examples.append(replace(example, answers=(answered, repeated)))

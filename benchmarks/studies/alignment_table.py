@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tiny_align.align.data.examples import embedding_table
 from tiny_align.align.data.rehearsal import rehearsal_examples
 from tiny_align.align.evaluation.quality import (
     Quality,
@@ -213,6 +212,8 @@ class _Table:
         Args:
             personal: as `tiny-align align` trains; else all parameters, from nothing.
         """
+        import torch
+
         from tiny_align.align.model.objectives import make
 
         options = TrainOptions(
@@ -228,7 +229,7 @@ class _Table:
             options = replace(
                 options, trainable=(), shortcut_threshold=None, weight_decay=1e-2, n_rehearsal=3
             )
-        table = embedding_table(self.assistant)
+        table = torch.from_numpy(self.assistant.speech_vocabulary.table)
         objective = make(options, table, ctc_scale(table.numpy()), self.llm)
         windows = self.assistant.windows
         trainer = Trainer(projector, examples, objective, options, None, self.rehearsal, windows)

@@ -58,7 +58,6 @@ def load_runner(
     backend: str,
     threads: int | None = None,
     bundle: Bundle | None = None,
-    user: Path | None = None,
 ) -> Runner:
     """Load one graph with the named backend.
 
@@ -66,14 +65,13 @@ def load_runner(
         path: the ONNX file; TensorRT loads the bundle's engine and gives it this file's weights.
         spec: its entry in the manifest, as the backend takes it (`graph_specs`).
         threads: CPU threads, of ONNX Runtime; None: all cores.
-        bundle: the bundle that it belongs to; TensorRT takes its engines.
-        user: folder of the user whose projector it is; None: the folder of `path`, if that is not
-            the bundle's.
+        bundle: the bundle that it belongs to; TensorRT takes its engines. If `path` lies in
+            another folder, that is a user's.
 
     Raises:
         BackendError: there is no such backend, or it cannot load the graph.
     """
-    return find_backend(backend).load_runner(_graph_file(path, spec, bundle, user), threads)
+    return find_backend(backend).load_runner(_graph_file(path, spec, bundle), threads)
 
 
 def load_decoder(
@@ -87,18 +85,15 @@ def load_decoder(
     return find_backend(backend).load_decoder(_graph_file(path, spec, bundle), threads)
 
 
-def _graph_file(
-    path: Path, spec: GraphSpec, bundle: Bundle | None, user: Path | None = None
-) -> GraphFile:
+def _graph_file(path: Path, spec: GraphSpec, bundle: Bundle | None) -> GraphFile:
     from tiny_align.runtime.backends.base import GraphFile
 
     if bundle is None:
         return GraphFile(path, spec)
-    if user is None and path.parent.resolve() != bundle.path.resolve():
-        user = path.parent
     name = ""
     for graph_name, graph in bundle.manifest.graphs.items():
         for known in (graph, *graph.backends.values()):
             if known.file == spec.file:
                 name = graph_name
-    return GraphFile(path, spec, bundle, name, user)
+    in_bundle = path.parent.resolve() == bundle.path.resolve()
+    return GraphFile(path, spec, bundle, name, user=None if in_bundle else path.parent)

@@ -26,12 +26,6 @@ class UserProjector:
     digest: str  # names the content of its files
     speech_tokens: np.ndarray = field(compare=False)  # (K,) int32, in training order
 
-    @property
-    def engines(self) -> Path | None:
-        """The user's folder of engines, if there is one; without it the bundle's is refitted."""
-        engines = self.folder / "engines"
-        return engines if self.name is not None and engines.is_dir() else None
-
 
 def user_names(users: Path) -> list[str]:
     """The users in a directory of user profiles, which need not exist.

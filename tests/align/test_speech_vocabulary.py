@@ -10,11 +10,7 @@ import json
 import numpy as np
 import pytest
 
-from tiny_align.align.data.examples import (
-    embedding_table,
-    extend_speech_vocabulary,
-    make_examples,
-)
+from tiny_align.align.data.examples import make_examples
 from tiny_align.align.data.rehearsal import read_rehearsal, write_rehearsal
 from tiny_align.align.training.align_general import train_general
 from tiny_align.align.training.align_user import align_user
@@ -131,13 +127,13 @@ def test_without_a_list_places_equal_token_ids(bundle_path):
     texts = ["seven eight", "what is the time"]
     features = [np.zeros((5, 3), np.float32)] * 2
     with Assistant.load(bundle_path, threads=1) as assistant:
-        examples = make_examples(assistant.llm, texts, [features])
+        whole = assistant.speech_vocabulary
+        examples, vocabulary = make_examples(assistant.llm, whole, texts, [features])
         assert [e.tokens for e in examples] == [token_ids(assistant, text) for text in texts]
-        vocabulary = assistant.llm.spec.vocabulary
-        np.testing.assert_array_equal(assistant.llm.speech_tokens, np.arange(vocabulary))
-        np.testing.assert_array_equal(
-            embedding_table(assistant).numpy(), assistant.llm.embed(range(vocabulary))
-        )
+        assert vocabulary is whole
+        n_tokens = assistant.llm.spec.vocabulary
+        np.testing.assert_array_equal(whole.tokens, np.arange(n_tokens))
+        np.testing.assert_array_equal(whole.table, assistant.llm.embed(range(n_tokens)))
 
 
 # --- with one ---
@@ -146,18 +142,16 @@ def test_without_a_list_places_equal_token_ids(bundle_path):
 def test_new_tokens_go_to_the_end_and_old_places_stay(large):
     with Assistant.load(large, threads=1) as assistant:
         llm = assistant.llm
-        before = llm.speech_tokens
-        (example,) = make_examples(llm, [f"{WORD} eight {WORD}"], [[np.zeros((5, 3), np.float32)]])
-        np.testing.assert_array_equal(llm.speech_tokens, [*before, *token_ids(assistant, WORD)])
+        before = assistant.speech_vocabulary
+        text = f"{WORD} eight {WORD}"
+        takes = [[np.zeros((5, 3), np.float32)]]
+        (example,), after = make_examples(llm, before, [text], takes)
+        np.testing.assert_array_equal(after.tokens, [*before.tokens, *token_ids(assistant, WORD)])
         assert example.tokens[0] == example.tokens[2] == len(before) > example.tokens[1]
-        np.testing.assert_array_equal(
-            llm.speech_tokens[example.tokens], token_ids(assistant, f"{WORD} eight {WORD}")
-        )
-        np.testing.assert_array_equal(
-            embedding_table(assistant).numpy(), llm.embed(llm.speech_tokens)
-        )
-        extend_speech_vocabulary(llm, token_ids(assistant, WORD))
-        assert len(llm.speech_tokens) == len(before) + 1
+        np.testing.assert_array_equal(after.tokens[example.tokens], token_ids(assistant, text))
+        np.testing.assert_array_equal(after.table, llm.embed(after.tokens))
+        assert make_examples(llm, after, [WORD], takes)[1] is after
+        assert assistant.speech_vocabulary is before
 
 
 def test_a_users_new_word_is_learnt_without_reading_the_whole_table(large, recordings, n_embedded):
@@ -174,10 +168,12 @@ def test_a_users_new_word_is_learnt_without_reading_the_whole_table(large, recor
             WORD
         )
         np.testing.assert_array_equal(
-            assistant.llm.speech_tokens, [*large.speech_tokens(), *token_ids(assistant, WORD)]
+            assistant.speech_vocabulary.tokens,
+            [*large.speech_tokens(), *token_ids(assistant, WORD)],
         )
         assistant.swap_projector(large.projector())  # it knows the bundle's words only
-        np.testing.assert_array_equal(assistant.llm.speech_tokens, large.speech_tokens())
+        tokens = assistant.speech_vocabulary.tokens
+        np.testing.assert_array_equal(tokens, large.speech_tokens())
         assert WORD not in repeated_words(assistant, utterance)
         assistant.swap_projector(large.projector("ana"))
         assert WORD in repeated_words(assistant, utterance)
@@ -224,8 +220,9 @@ def test_a_general_training_adds_the_tokens_of_its_texts(large, tmp_path, n_embe
         with Assistant.load(large.path, threads=1) as assistant:
             if not known:
                 assert not len(assistant.soft_tokens(features[0]))  # no word can be recognised
-            examples = make_examples(assistant.llm, texts, [features])
-            train_general(assistant, examples, tmp_path / "work", limits, quiet=True)
+            vocabulary = assistant.speech_vocabulary
+            examples, vocabulary = make_examples(assistant.llm, vocabulary, texts, [features])
+            train_general(assistant, examples, vocabulary, tmp_path / "work", limits, quiet=True)
             for text in texts:
                 known.update(dict.fromkeys(token_ids(assistant, text)))
             rehearsed = [e.tokens for e in read_rehearsal(large.replay) if e.tokens]

@@ -200,7 +200,8 @@ def test_graph_is_standard_onnx_with_dynamic_lengths_only(exported):
 
 
 def test_readout_scale_is_for_the_scaled_table(exported):
-    table, scale = exported.assistant.llm.speech_table, exported.bundle.manifest.readout.scale
+    table = exported.assistant.speech_vocabulary.table
+    scale = exported.bundle.manifest.readout.scale
     assert scale == pytest.approx(1 / (table.std() * math.sqrt(table.shape[1])), rel=1e-4)
 
 

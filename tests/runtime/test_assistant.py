@@ -118,12 +118,11 @@ def test_a_stream_that_is_closed_early_does_not_change_the_next_answer(assistant
 
 
 @pytest.fixture
-def assistant_without_words(assistant):
+def assistant_without_words(bundle_copy):
     """An assistant with an empty speech vocabulary: it recognises no word."""
-    tokens = assistant.llm.speech_tokens
-    assistant.llm.set_speech_tokens(tokens[:0])
-    yield assistant
-    assistant.llm.set_speech_tokens(tokens)
+    np.save(bundle_copy / SPEECH_TOKENS, np.zeros(0, np.int32))
+    with Assistant.load(bundle_copy, threads=1) as loaded:
+        yield loaded
 
 
 def test_no_word_recognised_is_one_event_and_an_empty_answer(assistant_without_words, speech):

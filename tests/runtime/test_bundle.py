@@ -265,14 +265,11 @@ def test_a_user_projector_has_its_files_and_its_speech_tokens(bundle_copy, user)
     ana = bundle.user_projector("ana")
     assert (ana.name, ana.folder, ana.graph) == ("ana", user, user / "projector.onnx")
     np.testing.assert_array_equal(ana.speech_tokens, bundle.speech_tokens(ana.graph))
-    assert ana.engines is None
-    (user / "engines").mkdir()
-    assert ana.engines == user / "engines"
 
     general = bundle.user_projector()
     assert general == bundle.user_projector(GENERAL) != ana
     assert (general.name, general.folder) == (None, bundle_copy)
-    assert general.graph == bundle.projector() and general.engines is None
+    assert general.graph == bundle.projector()
 
 
 def test_user_projectors_are_equal_until_a_file_changes(bundle_copy, user, make_user):

@@ -4,6 +4,7 @@ import ctypes
 import dataclasses
 import gc
 import inspect
+import itertools
 import json
 import os
 import re
@@ -132,6 +133,22 @@ def test_conversations_with_hot_swaps_equal_onnx_runtimes_token_for_token(
         assert answers[0] == answers[1], f"turn {turn}"
     for got, want in zip(*conversations.values()):
         assert got.length == want.length > 80
+
+
+def test_two_users_at_once_are_answered_as_by_onnx_runtime(tensorrt, plain, speech, ana, ben):
+    """Ana's projector is refitted, Ben's has an engine; their chunks and tokens take turns."""
+    chunks = np.array_split(np.tile(speech, 3), 12)
+    answers = []
+    for assistant in (tensorrt, plain):
+        anas = assistant.listen(user="ana")
+        bens = assistant.listen(user="ben")
+        for chunk in chunks:
+            anas.push(chunk)
+            bens.push(chunk)
+        pairs = list(itertools.zip_longest(anas.finish(), bens.finish()))
+        answers.append([[event and event.token for event in pair] for pair in pairs])
+    assert answers[0] == answers[1]
+    assert any(ana_token != ben_token for ana_token, ben_token in answers[0])
 
 
 @pytest.mark.parametrize("user", ["ana", "ben"])

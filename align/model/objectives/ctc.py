@@ -125,8 +125,6 @@ class Ctc:
                 recognised.append(_as_words(collapsed[collapsed != BLANK].tolist()))
         return jiwer.wer(transcripts, recognised)
 
-    held_out = token_error_rate  # its old name
-
     def log_probs(
         self, frames: Tensor, transcripts: list[list[int]], step: int
     ) -> tuple[Tensor, list[Tensor]]:
