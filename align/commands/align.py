@@ -47,18 +47,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     options = read_options(args, AlignOptions)
     limits = read_options(args, TrainingLimits)
-    if options.general and options.given_users:
-        given = "--out" if options.out else "--users"
+    if options.general and options.explicit_users:
+        option = "--out" if options.out else "--users"
         raise TinyAlignError(
-            f"{given} is for a user's projector; the general one is written into --bundle: "
-            f"leave {given} away"
+            f"{option} is for a user's projector; the general one is written into --bundle: "
+            f"leave {option} away"
         )
     report = DataReport()
     utterances = load_dataset(options.data, options.speaker, report)
     if options.user is None:
         return align_general(options.bundle, utterances, limits, report=report)
     bundle = Bundle.open(options.bundle, verify=False)  # align_user verifies it
-    users = find_users(bundle, options.user, options.given_users)
+    users = find_users(bundle, options.user, options.explicit_users)
     document, _, _ = align_user(
         options.bundle, utterances, options.user, users, limits, report=report
     )

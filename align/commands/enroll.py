@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     options = read_options(args, EnrollOptions)
     bundle = Bundle.open(options.bundle)
-    users = find_users(bundle, options.user, options.given_users)
+    users = find_users(bundle, options.user, options.explicit_users)
     folder = bundle.user_folder(options.user, users)  # refuses a bad name before a recording
     if options.list:
         return _list_sentences(bundle, options, quiet=args.json)

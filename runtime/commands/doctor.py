@@ -22,7 +22,7 @@ from tiny_align.runtime.findings import (
     DOCS,
     Finding,
     Subject,
-    judged,
+    assess,
     optional,
     version_numbers,
 )
@@ -58,7 +58,7 @@ def check_board(subject: Subject) -> Iterator[Finding]:
             return
         value = f"{machine.JETPACKS.get(release, 'not one we know')} (Jetson Linux {release})"
         remedy = f"its TensorRT is older than 10.3: flash JetPack 6.2 or 7.2, see {DOCS}"
-        yield judged("JetPack", value, version_numbers(release) >= MIN_L4T, remedy)
+        yield assess("JetPack", value, version_numbers(release) >= MIN_L4T, remedy)
 
 
 def check_gpu(subject: Subject) -> Iterator[Finding]:
@@ -79,7 +79,7 @@ def check_cuda(subject: Subject) -> Iterator[Finding]:
     version = machine.cuda_toolkit(subject.root)
     if version or subject.jetson:
         value = version or "no toolkit"
-        yield judged("CUDA", value, bool(version), "sudo apt install nvidia-jetpack")
+        yield assess("CUDA", value, bool(version), "sudo apt install nvidia-jetpack")
 
 
 def check_backends(subject: Subject) -> Iterator[Finding]:
@@ -102,7 +102,7 @@ def check_torch(subject: Subject) -> Iterator[Finding]:
     fits = not (cuda and toolkit) or cuda.split(".")[0] == toolkit.split(".")[0]
     value = f"{torch.version}, " + (f"CUDA {cuda}" if cuda else "for the CPU")
     remedy = f"the machine has CUDA {toolkit}: install a build for it, see {DOCS}"
-    yield judged("PyTorch", value, fits, remedy)
+    yield assess("PyTorch", value, fits, remedy)
 
 
 def check_extras(subject: Subject) -> Iterator[Finding]:
@@ -123,12 +123,12 @@ def check_power(subject: Subject) -> Iterator[Finding]:
             f"{mode.fastest} is faster, if power and cooling allow: "
             f"sudo nvpmodel -m {mode.fastest_id}"
         )
-        yield judged("power mode", mode.name, is_fastest, remedy)
+        yield assess("power mode", mode.name, is_fastest, remedy)
     events = machine.power_shortages(subject.root)
     if events is not None:
         value = f"fell short {events} times since the start"
         remedy = "the board slowed down: use a stronger power supply, or a lower mode of nvpmodel"
-        yield judged("power supply", value, events == 0, remedy)
+        yield assess("power supply", value, events == 0, remedy)
 
 
 def check_clocks(subject: Subject) -> Iterator[Finding]:
@@ -150,7 +150,7 @@ def check_heat(subject: Subject) -> Iterator[Finding]:
         cool = hottest.celsius < hottest.limit - THROTTLES_WITHIN_C
         value = f"{hottest.celsius:.0f} °C at {hottest.zone}, slowed down from {hottest.limit:.0f}"
         remedy = "clean or add a fan, or choose a lower power mode"
-        yield judged("temperature", value, cool, remedy)
+        yield assess("temperature", value, cool, remedy)
 
 
 def check_memory(subject: Subject) -> Iterator[Finding]:
@@ -158,7 +158,7 @@ def check_memory(subject: Subject) -> Iterator[Finding]:
     if "MemAvailable" in memory:
         available = memory["MemAvailable"]
         value = f"{available / GIB:.1f} GiB available of {memory['MemTotal'] / GIB:.1f}"
-        yield judged(
+        yield assess(
             "memory", value, available >= MIN_AVAILABLE, "close other programs, or restart"
         )
     if subject.small_board and machine.starts_a_desktop(subject.root):
@@ -178,7 +178,7 @@ def check_cma(subject: Subject) -> Iterator[Finding]:
             "TensorRT runs out of contiguous memory first: add cma=950M to the APPEND line of "
             f"/boot/extlinux/extlinux.conf, then restart, see {DOCS}"
         )
-        yield judged("contiguous memory", value, enough, remedy)
+        yield assess("contiguous memory", value, enough, remedy)
 
 
 def check_swap(subject: Subject) -> Iterator[Finding]:
@@ -189,7 +189,7 @@ def check_swap(subject: Subject) -> Iterator[Finding]:
         return
     on_disk = sum(size for name, size in areas.items() if not name.startswith("/dev/zram"))
     remedy = f"builds need some on an NVMe disk, at least {MIN_SWAP / GIB:.0f} GiB: see {DOCS}"
-    yield judged("swap", value, on_disk >= MIN_SWAP, remedy)
+    yield assess("swap", value, on_disk >= MIN_SWAP, remedy)
 
 
 def check_sound(subject: Subject) -> Iterator[Finding]:
@@ -304,7 +304,7 @@ def _privacy(private: dict[str, Any]) -> Finding:
     counts = (private["attempted"] or {}).items()
     value += ", ".join(f"{kind} {count}" for kind, count in counts) or "?"
     remedy = f"not denied: {', '.join(opened) or 'none'}. Do not rely on it here, and report it"
-    return judged("privacy", value, private["proved"], remedy)
+    return assess("privacy", value, private["proved"], remedy)
 
 
 def show(findings: list[Finding]) -> None:

@@ -175,7 +175,7 @@ class TrainedUserOptions(UserOptions):
     )
 
     @property
-    def given_users(self) -> Path | None:
+    def explicit_users(self) -> Path | None:
         """The directory of user profiles that the command line names, if any: for `find_users`.
 
         Raises:

@@ -217,7 +217,7 @@ def test_a_user_that_an_older_version_wrote_into_the_bundle_is_trained_there(
     assert {path.parent for path in files_of(empty_home)} == {ana}
 
 
-def test_a_given_directory_of_users_is_written_only(
+def test_only_the_named_directory_of_users_is_written(
     align_somewhere, bundle_copy, tmp_path, empty_home
 ):
     (bundle_copy / "users").mkdir()

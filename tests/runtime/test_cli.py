@@ -130,7 +130,7 @@ def test_a_wrong_call_is_explained(run_cli, call):
 
 
 @pytest.mark.parametrize("command", ["align", "enroll", "build-engines"])
-def test_a_command_that_trains_or_builds_must_be_given_a_bundle(run_cli, command):
+def test_a_command_that_trains_or_builds_requires_a_bundle(run_cli, command):
     done = run_cli(command, "--user", "ana")
     assert done.status == 2 and not done.stdout
     assert "the following arguments are required: --bundle" in done.stderr

@@ -53,7 +53,7 @@ def read(group, *words):
     return read_options(parser.parse_args(words), group)
 
 
-def test_an_option_that_is_not_given_has_the_fields_default():
+def test_an_absent_option_has_the_fields_default():
     assert read(Options, "a", "--out", "x", "--voice", "v") == Options(
         parts=("a",), out=Path("x"), voice="v"
     )
@@ -139,13 +139,13 @@ def test_the_shipped_bundle_is_the_default_of_commands_that_answer(bundle_path, 
     [((), None), (("--users", "a"), Path("a")), (("--out", "b"), Path("b/users"))],
 )
 def test_a_profile_is_written_to_users_or_below_out(words, users):
-    assert read(TrainedUserOptions, *words).given_users == users
+    assert read(TrainedUserOptions, *words).explicit_users == users
 
 
 def test_users_and_out_exclude_each_other():
     options = read(TrainedUserOptions, "--users", "a", "--out", "b")
     with pytest.raises(TinyAlignError, match="--users and --out name two places"):
-        _ = options.given_users
+        _ = options.explicit_users
 
 
 def test_a_shipped_folder_that_is_not_installed_is_refused(monkeypatch):

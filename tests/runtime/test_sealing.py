@@ -179,7 +179,7 @@ def test_a_sealed_command_stays_sealed_and_answers_the_same(
 
 
 @pytest.mark.skipif(not landlock(), reason="this kernel has no Landlock")
-def test_a_sealed_command_can_write_the_directory_of_users_it_is_given(
+def test_a_sealed_command_can_write_its_directory_of_users(
     tried, bundle_path, voice_path, tmp_path
 ):
     call = ("run", voice_path / "train-000.flac", "--bundle", bundle_path, *QUICK, "--sealed")

@@ -71,7 +71,7 @@ def test_a_user_is_found_where_it_is_the_platforms_directory_first(
     assert find_users(bundle, "ana") == platform
 
 
-def test_a_given_directory_is_the_only_one(bundle, platform, inside, make_user, tmp_path):
+def test_an_explicit_directory_is_the_only_one(bundle, platform, inside, make_user, tmp_path):
     make_user(bundle, inside / "ana")
     assert find_users(bundle, "ana", tmp_path / "given") == tmp_path / "given"
 
