@@ -1,6 +1,6 @@
 # Tiny-Align on the edge. Each target does its own set-up, in .venv/.
-# TORCH is the requirement pip is given: the default is a CPU build where one is at hand; override it on a
-# machine with a GPU (make test TORCH=torch) or a Jetson (make demo TORCH=/path/to/torch.whl).
+# TORCH is pip's requirement for PyTorch. Override it on a machine with a GPU (make test TORCH=torch) or
+# on a Jetson (make demo TORCH=/path/to/torch.whl).
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 DEVICE ?= cpu
@@ -9,7 +9,7 @@ STAMPS := .venv/stamps
 
 .PHONY: demo test check lint bench bench-full bench-short reference clean
 
-demo: $(STAMPS)/demo  ## personalise the shipped bundle to a voice it never heard, and talk to it
+demo: $(STAMPS)/demo  ## align the shipped bundle to a new speaker, and answer them
 	$(BIN)/tiny-align demo
 
 test: export OMP_NUM_THREADS ?= 1
@@ -24,13 +24,13 @@ check: $(STAMPS)/dev $(STAMPS)/typed  ## style, types and the house rules, a min
 
 lint: check
 
-# llama.cpp as a peer is compiled here, its library alone. Its AMX kernels crash (0.3.36),
-# so that it is built without them, and no wheel that was compiled with other flags is taken from pip's cache.
+# llama.cpp, a peer, is compiled here: its library alone, without its AMX kernels, which crash (0.3.36).
+# No wheel that was compiled with other flags is taken from pip's cache.
 ONLY_LIBRARY := -DLLAVA_BUILD=OFF '-DCMAKE_PROJECT_llama.cpp_INCLUDE=$(CURDIR)/benchmarks/llama_cpp.cmake'
 NO_AMX := -DGGML_NATIVE=OFF $(foreach f,SSE42 AVX AVX2 BMI2 FMA F16C AVX512 AVX512_VBMI AVX512_VNNI AVX512_BF16,-DGGML_$(f)=ON)
 bench bench-full: export PIP_NO_CACHE_DIR ?= 1
 bench bench-full: export CMAKE_ARGS ?= $(ONLY_LIBRARY) $(if $(shell grep -ls amx_tile /proc/cpuinfo),$(NO_AMX))
-bench: $(STAMPS)/dev,peers  ## the standard run on this machine, a quarter of an hour: report, pictures, README
+bench: $(STAMPS)/dev,peers  ## the standard run on this machine, 15 minutes: report, pictures, README
 	$(BIN)/tiny-align bench all --out benchmarks/results
 	$(BIN)/python -m benchmarks.studies.report
 
@@ -49,10 +49,10 @@ bench-full: $(STAMPS)/dev,peers  ## every other measurement, hours
 	$(BIN)/python -m benchmarks.standard.streaming
 	$(BIN)/python -m benchmarks.studies.report
 
-bench-short: $(STAMPS)/dev  ## whether the standard run works, a few minutes; peers where they are installed
+bench-short: $(STAMPS)/dev  ## does the standard run work? A few minutes; peers if they are installed
 	$(BIN)/tiny-align bench all --short --json --out work/bench
 
-reference: $(STAMPS)/dev  ## train and export the reference bundle again; resumable, very long but with DEVICE=cuda (needs espeak-ng and flite)
+reference: $(STAMPS)/dev  ## train and export the reference bundle again: days, or DEVICE=cuda; resumes; needs espeak-ng and flite
 	$(BIN)/python -m tiny_align.reference.encoder --device $(DEVICE)
 	$(BIN)/python -m tiny_align.reference.llm
 	$(BIN)/python -m tiny_align.reference.build

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# On the board, one command: doctor, engines, latency, memory and quality of every backend, parity, a tarball.
+# On the board, one command: doctor, engines, latency, memory and quality of every backend, parity.
+# The results are packed into a tarball.
 #
 #   benchmarks/jetson.sh [--bundle DIR] [--data DIR] [--out DIR] [--quick]
 #
-# PYTHON is the interpreter (default: .venv/bin/python of the checkout, else python3). --quick: two recordings only. A
-# step that cannot be done on this machine is left out and says why; the exit status is 1 where a step failed.
-# Results: DIR (default: work/jetson-TIME) and DIR.tar.gz; the last line of stdout is a JSON document.
+# PYTHON is the interpreter (default: .venv/bin/python of the checkout, else python3). --quick: two
+# recordings only. A step that this machine cannot do is left out, with its reason. The exit status
+# is 1 if a step failed. Results: DIR (default: work/jetson-TIME) and DIR.tar.gz; the last line of
+# stdout is a JSON document.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -16,7 +18,7 @@ measure_options=()
 failed=0
 
 usage() {
-    sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
 }
 
 while (($#)); do
@@ -40,7 +42,10 @@ if [[ -z ${PYTHON:-} ]]; then
     [[ -x $PYTHON ]] || PYTHON=python3
 fi
 for needed in "$bundle/manifest.json" "$data"; do
-    [[ -e $needed ]] || { echo "jetson.sh: $needed is not there: give --bundle and --data" >&2; exit 2; }
+    if [[ ! -e $needed ]]; then
+        echo "jetson.sh: $needed does not exist: give --bundle and --data" >&2
+        exit 2
+    fi
 done
 cd "$root"
 mkdir -p "$out"
@@ -51,7 +56,7 @@ note() { # step, state, reason
     echo "== $1: $2${3:+, $3}" >&2
 }
 
-step() { # step, command: what it prints goes to STEP.json, what it has to say to the terminal and STEP.log
+step() { # step, command: stdout goes to STEP.json, stderr to the terminal and STEP.log
     local name=$1
     shift
     echo "== $name" >&2
@@ -63,7 +68,7 @@ step() { # step, command: what it prints goes to STEP.json, what it has to say t
     fi
 }
 
-step_if() { # what it takes, then as for step
+step_if() { # what the machine must be able to do (see `jetson can`), then as for step
     local reason status=0
     reason=$(jetson can "$1") || status=$?
     case $status in
@@ -79,12 +84,14 @@ jetson() { "$PYTHON" -m benchmarks.studies.jetson "$@"; }
 measured=(--bundle "$bundle" --data "$data" --out "$out" "${measure_options[@]}")
 
 step doctor tiny_align doctor --bundle "$bundle"
-step_if build build tiny_align build-engines --bundle "$bundle" --data "$data" # first of the work, while memory is unbroken
+# engines first, while memory is not fragmented
+step_if build build tiny_align build-engines --bundle "$bundle" --data "$data"
 step measure-onnxruntime jetson measure --backend onnxruntime "${measured[@]}"
 step_if tensorrt measure-tensorrt jetson measure --backend tensorrt "${measured[@]}"
-step_if tensorrt swap "$PYTHON" -m benchmarks.studies.swap --bundle "$bundle" --out "$out/swap-results.json" --json
+step_if tensorrt swap "$PYTHON" -m benchmarks.studies.swap --json \
+    --bundle "$bundle" --out "$out/swap-results.json"
 step parity jetson compare --out "$out"
-step doctor-after tiny_align doctor # what the work has done to clocks, heat and memory
+step doctor-after tiny_align doctor # how the work has changed clocks, temperatures and memory
 
 jetson report --out "$out" >"$out/report.txt"
 tail -n 1 "$out/report.txt" >"$out/report.json"

@@ -4,9 +4,6 @@ import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tiny_align.engines.build import build_engines
-from tiny_align.engines.builder import find_builder
-from tiny_align.engines.ladder import Ladder
 from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.bundle.engines import engines_path
 from tiny_align.runtime.bundle.user_folders import find_users
@@ -68,6 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Build, and return {"engines": name -> entry of engine.json, "key", "path"}."""
+    from tiny_align.engines.build import build_engines
+    from tiny_align.engines.builder import find_builder
+    from tiny_align.engines.ladder import Ladder
+
     options = read_options(args, BuildOptions)
     bundle = Bundle.open(options.bundle)
     if options.user is not None:

@@ -54,7 +54,7 @@ from tiny_align.runtime.bundle.manifest import (
     PromptSpec,
     write_manifest,
 )
-from tiny_align.runtime.bundle.users import USER_RECORD
+from tiny_align.runtime.bundle.users import user_names
 from tiny_align.runtime.errors import TinyAlignError
 from tiny_align.runtime.files import sha256, write_errors, written_folder
 from tiny_align.runtime.llm import encode_in_place
@@ -129,7 +129,7 @@ def _check_out(out: Path) -> None:
             raise TinyAlignError(
                 f"{out} is there, is not a bundle and not empty: give another --out"
             )
-    users = sorted(path.parent.name for path in out.glob(f"users/*/{USER_RECORD}"))
+    users = user_names(out / "users")
     if users:
         raise TinyAlignError(
             f"{out} holds the projectors of {', '.join(users)}: move {out / 'users'} away first"

@@ -4,19 +4,23 @@ import argparse
 import contextlib
 import dataclasses
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tiny_align.export.options import ExportOptions
-from tiny_align.runtime.commands.options import add_options, read_options
+from tiny_align.runtime.commands.options import add_options, option, read_options
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewBundleOptions:
+    out: Path = field(metadata=option("folder of the new bundle", metavar="DIR"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that `run` reads; the dispatcher adds `--json`."""
     add_options(parser, ExportOptions)
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder of the new bundle"
-    )
+    add_options(parser, NewBundleOptions)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -24,12 +28,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from tiny_align.export.bundle import export_bundle
 
     options = read_options(args, ExportOptions)
+    out = read_options(args, NewBundleOptions).out
     if args.name is None:
-        options = dataclasses.replace(options, name=args.out.name)
+        options = dataclasses.replace(options, name=out.name)
     with contextlib.redirect_stdout(sys.stderr):  # the exporter's own progress
-        manifest = export_bundle(options, args.out)
+        manifest = export_bundle(options, out)
     graphs = {}
     for name, graph in manifest.graphs.items():
         graphs[name] = {"precision": graph.precision, "parity": graph.parity}
-    size = sum((args.out / file).stat().st_size for file in manifest.files)
-    return {"path": str(args.out), "bytes": size, "graphs": graphs}
+    size = sum((out / file).stat().st_size for file in manifest.files)
+    return {"path": str(out), "bytes": size, "graphs": graphs}

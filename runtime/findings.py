@@ -60,7 +60,7 @@ class Subject:
         return None
 
 
-def judged(what: str, value: str, ok: bool, remedy: str) -> Finding:
+def assess(what: str, value: str, ok: bool, remedy: str) -> Finding:
     """A finding that is fine or wrong; the remedy is shown only if it is wrong."""
     return Finding(what, value, ok, "" if ok else remedy)
 

@@ -29,6 +29,18 @@ def platform_data_folder(tmp_path_factory):
         yield
 
 
+@pytest.fixture
+def empty_home(tmp_path, monkeypatch) -> Path:
+    """An empty HOME, in which the platform's data folder is, for this test and its processes."""
+    for name in list(os.environ):
+        if name.startswith("XDG_"):
+            monkeypatch.delenv(name)
+    home = tmp_path / "empty-home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    return home
+
+
 class Outcome(NamedTuple):
     """The result of a command."""
 

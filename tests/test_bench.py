@@ -1,4 +1,4 @@
-"""The harness behind `tiny-align bench`: noise is told from change, counts are right, what is written has its form."""
+"""`tiny-align bench`: finds regressions, not noise; counts right; results have their form."""
 
 import json
 import time
@@ -18,11 +18,11 @@ from tiny_align.benchmarks.standard import (
 )
 from tiny_align.benchmarks.standard import parts as standard
 from tiny_align.benchmarks.standard.counting import Cost, count
-from tiny_align.benchmarks.standard.limits import against
-from tiny_align.benchmarks.standard.processes import Served
+from tiny_align.benchmarks.standard.limits import limit_row
+from tiny_align.benchmarks.standard.processes import PeerProcess
 from tiny_align.runtime.errors import DataError
 
-SECONDS = {
+SECONDS = {  # of a typical turn
     "front end": 6e-3,
     "encoder": 15e-3,
     "projector": 2e-3,
@@ -32,83 +32,97 @@ SECONDS = {
 }
 
 
-def turns(
+def make_samples(
     seed: int,
-    n: int = standard.STAGES_PATIENCE.most,
     machine: float = 1.0,
-    slow: dict | None = None,
-) -> dict[str, list[float]]:
-    """A noisy machine's samples: it slows down for whole stretches, every part jitters, now and then one is held up."""
+    slow: dict[str, float] | None = None,
+    n: int = standard.STAGES_RULE.max_rounds,
+) -> harness.Samples:
+    """Samples of a noisy machine.
+
+    It slows down for whole stretches, every part jitters, and a turn in twenty takes twice as long.
+
+    Args:
+        machine: how many times as long everything takes, the kernel too.
+        slow: part -> how many times as long it takes.
+    """
     rng = np.random.default_rng(seed)
-    stretch = np.repeat(1 + 0.5 * (rng.random(n // 5) < 0.3), 5) * machine
-    parts = {"kernel": 1e-3, "prompt": 2e-5, "text": 1e-5, **SECONDS}
-
-    def taken(part: str, usual: float) -> list[float]:
-        own = 1 + 0.02 * rng.standard_normal()  # of this process, for good
+    stretches = np.repeat(1 + 0.5 * (rng.random(n // 5) < 0.3), 5) * machine
+    samples = {}
+    for part, seconds in {"kernel": 1e-3, "prompt": 2e-5, "text": 1e-5, **SECONDS}.items():
+        of_process = 1 + 0.02 * rng.standard_normal()  # for good
         jitter = rng.lognormal(0, 0.06, n) * (1 + (rng.random(n) < 0.05))
-        return (usual * (slow or {}).get(part, 1.0) * own * stretch * jitter).tolist()
+        factor = (slow or {}).get(part, 1.0)
+        samples[part] = (seconds * factor * of_process * stretches * jitter).tolist()
+    return samples
 
-    return {part: taken(part, usual) for part, usual in parts.items()}
 
-
-def regressions(a: dict, b: dict) -> list[str]:
-    return [change.what for change in diff.slower(a, b) if change.regression]
+def regressions(a: harness.Samples, b: harness.Samples) -> list[str]:
+    return [change.what for change in diff.speed_changes(a, b) if change.regression]
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_two_runs_alike_are_no_regression(seed):
-    assert regressions(turns(seed), turns(100 + seed)) == []
-    assert (
-        regressions(turns(seed), turns(200 + seed, machine=1.5)) == []
-    )  # the whole machine is slower
+def test_two_runs_of_the_same_code_are_no_regression(seed):
+    assert regressions(make_samples(seed), make_samples(100 + seed)) == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_slower_machine_is_no_regression(seed):
+    assert regressions(make_samples(seed), make_samples(200 + seed, machine=1.5)) == []
 
 
 @pytest.mark.parametrize("stage", SECONDS)
 @pytest.mark.parametrize("seed", range(5))
-def test_a_stage_that_is_slower_by_a_fifth_is_found(seed, stage):
-    assert regressions(turns(seed), turns(100 + seed, slow={stage: 1.2})) == [stage]
+def test_a_stage_slower_by_a_fifth_is_a_regression(seed, stage):
+    slower = make_samples(100 + seed, slow={stage: 1.2})
+    assert regressions(make_samples(seed), slower) == [stage]
 
 
-def test_everything_slower_than_the_kernel_is_found():
-    slow = dict.fromkeys(SECONDS, 1.4)
-    assert regressions(turns(1), turns(2, slow=slow)) == [diff.EVERYTHING]
+def test_all_stages_slower_than_the_kernel_are_one_regression():
+    slower = make_samples(2, slow=dict.fromkeys(SECONDS, 1.4))
+    assert regressions(make_samples(1), slower) == [diff.EVERYTHING]
 
 
 # --- taking turns ---
 
 
-def test_sides_take_turns_until_the_noise_is_small():
+def test_sides_take_turns_in_alternating_order():
     calls = []
-    sides = {
-        name: harness.timed(lambda name=name: (calls.append(name), time.sleep(0.002)))
-        for name in "ab"
-    }
-    patience = harness.Patience(least=4, most=4, seconds=60)
-    samples = harness.alternate(sides, patience)
+
+    def make_work(name):
+        def work():
+            calls.append(name)
+            time.sleep(0.002)
+
+        return work
+
+    sides = {name: harness.make_side(make_work(name)) for name in "ab"}
+    rule = harness.StoppingRule(min_rounds=4, max_rounds=4, max_s=60)
+    samples = harness.alternate(sides, rule)
     assert "".join(calls) == "ab" + "baab" * 2  # one each to warm up
-    assert all(len(side["seconds"]) == len(side["kernel"]) == 4 for side in samples.values())
-    assert all(second >= 0.002 for side in samples.values() for second in side["seconds"])
+    for side in samples.values():
+        assert len(side["seconds"]) == len(side["kernel"]) == 4
+        assert min(side["seconds"]) >= 0.002
 
 
-def test_more_turns_are_taken_where_there_is_more_noise():
-    calm, wild = (
-        {"x": {"a": values, "kernel": [1.0] * 20}} for values in ([1.0] * 20, [1.0, 2.0] * 10)
-    )
-    assert harness.settled(calm, 0.02) and not harness.settled(wild, 0.02)
-    patience = harness.Patience(least=5, most=20, seconds=60)
+def test_turns_go_on_until_the_noise_is_small():
+    calm = {"x": {"a": [1.0] * 20, "kernel": [1.0] * 20}}
+    noisy = {"x": {"a": [1.0, 2.0] * 10, "kernel": [1.0] * 20}}
+    assert harness.is_settled(calm, 0.02)
+    assert not harness.is_settled(noisy, 0.02)
+    rule = harness.StoppingRule(min_rounds=5, max_rounds=20, max_s=60)
     now = time.perf_counter()
-    assert [patience.lasts(n, now, calm) for n in (4, 5)] == [True, False]
-    assert [patience.lasts(n, now, wild) for n in (5, 20)] == [True, False]
-    assert not patience.lasts(5, now - 61, wild)
+    assert [rule.goes_on(n, now, calm) for n in (4, 5)] == [True, False]
+    assert [rule.goes_on(n, now, noisy) for n in (5, 20)] == [True, False]
+    assert not rule.goes_on(5, now - 61, noisy)
 
 
-def test_the_clock_stands_still_for_others_only():
-    began, waited = harness.now(), harness.waited()
+def test_the_clock_stops_only_while_waiting_for_a_core():
+    began = harness.now()
+    waited = harness.core_wait_s()
     time.sleep(0.05)
-    assert (
-        harness.now() - began >= 0.05 - (harness.waited() - waited)
-        and harness.waited() >= waited >= 0
-    )
+    assert harness.now() - began >= 0.05 - (harness.core_wait_s() - waited)
+    assert harness.core_wait_s() >= waited >= 0
 
 
 def test_a_stages_seconds_exclude_those_of_inner_stages():
@@ -149,55 +163,49 @@ class Peer:
         return {"answer": question + 1}
 
 
-def test_a_peer_lives_in_a_process_of_its_own():
-    peer = Served(Peer, 0.0, threads=1)
+def test_a_peer_is_measured_in_a_process_of_its_own():
+    peer = PeerProcess(Peer, 0.0, threads=1)
     row = peer.measure(4)
     peer.close()
-    assert row["answer"] == 5 and row["peak_bytes"] > 10 << 20 and row["load_s"] < 1
+    assert row["answer"] == 5
+    assert row["peak_bytes"] > 10 << 20
+    assert row["load_s"] < 1
 
 
-def test_a_peer_that_fails_says_why():
-    assert Served(Peer, -1.0, threads=1).why == "ValueError: no such peer"
-    slow = Served(Peer, 30.0, threads=1, patience_s=10.0)
-    slow._patience_s = 0.1
-    assert slow.measure(1) is None and slow.why == "it gave no answer within 0.1 s"
-    slow.close()
+def test_a_peer_that_cannot_be_made_has_a_failure():
+    assert PeerProcess(Peer, -1.0, threads=1).failure == "ValueError: no such peer"
 
 
-@pytest.mark.parametrize("make", [pipelines.plain, pipelines.torch_pipeline])
-def test_other_engines_say_the_same(make, assistant, speech):
+def test_a_peer_without_an_answer_in_time_has_a_failure():
+    peer = PeerProcess(Peer, 30.0, threads=1, timeout_s=10.0)
+    peer.timeout_s = 0.1
+    assert peer.measure(1) is None
+    assert peer.failure == "it gave no answer within 0.1 s"
+    assert peer.measure(1) is None
+    peer.close()
+
+
+@pytest.mark.parametrize("make", [pipelines.plain_graphs, pipelines.torch_eager])
+def test_other_engines_give_the_same_answer(make, assistant, speech):
     pytest.importorskip("transformers")
     with make(assistant.bundle, 1) as other:
         assert other.answer(speech).tokens == assistant.answer(speech).tokens
 
 
-def test_the_cascade_reads_the_encoders_own_letters(assistant, speech):
+def test_the_cascade_answers_the_encoders_own_transcript(assistant, speech):
     with pipelines.cascade(assistant.bundle, 1) as other:
-        letters, answer = other.transcript(speech), other.answer(speech)
-    assert set(letters) <= set(" abcdefghijklmnopqrstuvwxyz'") and len(letters) > 5
+        letters = other.transcript(speech)
+        answer = other.answer(speech)
+    assert set(letters) <= set(" abcdefghijklmnopqrstuvwxyz'")
+    assert len(letters) > 5
     assert answer.text == assistant.answer_text(letters).text
 
 
-def test_rotated_halves_become_neighbours():
+def test_rotary_pairs_become_neighbours():
     rows = np.arange(16, dtype=np.float32)[:, None]  # two heads of eight
-    assert pipelines.turned(rows, 8)[:, 0].tolist() == [
-        0,
-        4,
-        1,
-        5,
-        2,
-        6,
-        3,
-        7,
-        8,
-        12,
-        9,
-        13,
-        10,
-        14,
-        11,
-        15,
-    ]
+    first_head = [0, 4, 1, 5, 2, 6, 3, 7]
+    second_head = [8 + row for row in first_head]
+    assert pipelines.interleave_rotary(rows, 8)[:, 0].tolist() == first_head + second_head
 
 
 # --- counts ---
@@ -214,14 +222,14 @@ def test_a_graph_is_counted_as_by_hand(tmp_path):
     nodes = [
         helper.make_node(
             "Conv", ["x", "kernel"], ["c"], pads=[1, 1]
-        ),  # (1, 6, n), 12 products for each
+        ),  # (1, 6, n), 12 products each
         helper.make_node("Transpose", ["c"], ["t"], perm=[0, 2, 1]),
-        helper.make_node("MatMul", ["t", "matrix"], ["y"]),  # (1, n, 5), 6 products for each
+        helper.make_node("MatMul", ["t", "matrix"], ["y"]),  # (1, n, 5), 6 products each
     ]
-    value = helper.make_tensor_value_info
-    io = [value("x", TensorProto.FLOAT, [1, 4, "n"])], [value("y", TensorProto.FLOAT, [1, "n", 5])]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4, "n"])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, "n", 5])
     model = helper.make_model(
-        helper.make_graph(nodes, "g", *io, weights),
+        helper.make_graph(nodes, "g", [x], [y], weights),
         opset_imports=[helper.make_opsetid("", 17)],
         ir_version=9,
     )
@@ -234,41 +242,46 @@ def test_a_graph_is_counted_as_by_hand(tmp_path):
 def test_the_llm_is_counted_from_its_plain_graph(bundle_path, assistant):
     pytest.importorskip("onnx")
     spec = assistant.bundle.manifest.llm
-    step, deeper = (count(bundle_path / "llm.onnx", {"tokens": 1, "past": n}) for n in (10, 110))
-    heads = 6  # of the reference LLM, which its manifest does not tell: each reads keys and values
-    assert (
-        deeper.operations - step.operations == 2 * 2 * 100 * heads * spec.head_size * spec.n_layers
-    )
+    step = count(bundle_path / "llm.onnx", {"tokens": 1, "past": 10})
+    later_step = count(bundle_path / "llm.onnx", {"tokens": 1, "past": 110})
+    n_heads = 6  # of the reference LLM, not in its manifest: each reads keys and values
+    products = 2 * 100 * n_heads * spec.head_size * spec.n_layers
+    assert later_step.operations - step.operations == 2 * products
     with pytest.raises(ValueError, match="GroupQueryAttention"):
         count(bundle_path / "llm.ort.onnx", {})
 
 
-def test_the_share_of_a_limit_is_by_the_slower_of_two():
+def test_the_limit_is_the_slower_of_memory_and_arithmetic():
     cost = Cost(operations=2 * 10**9, weight_bytes=10**9, other_bytes=0)
-    row = against(cost, 0.5, gb_s=10.0, gflop_s=100.0)
-    assert row["limited_by"] == "memory" and row["share"] == pytest.approx(0.1 / 0.5)
+    row = limit_row(cost, 0.5, gb_s=10.0, gflop_s=100.0)
+    assert row["limited_by"] == "memory"
+    assert row["share"] == pytest.approx(0.1 / 0.5)
     assert row["predicted_s"]["68 GB/s"] == pytest.approx(1 / 68 / 0.8)
-    assert against(cost, 0.5, gb_s=1000.0, gflop_s=100.0)["limited_by"] == "arithmetic"
+    assert limit_row(cost, 0.5, gb_s=1000.0, gflop_s=100.0)["limited_by"] == "arithmetic"
 
 
 @pytest.mark.parametrize("power", [0.0, 1.0, 2.0])
 def test_the_exponent_is_that_of_the_data(power):
     sizes = [1, 2, 5, 10, 30]
-    assert growth.exponent(sizes, [3e-3 * size**power for size in sizes]) == pytest.approx(
-        power, abs=1e-9
-    )
+    seconds = [3e-3 * size**power for size in sizes]
+    assert growth.exponent(sizes, seconds) == pytest.approx(power, abs=1e-9)
 
 
-# --- what is written ---
+# --- results ---
 
 
 @pytest.fixture
 def result() -> dict:
     """A small one, of one part."""
-    samples = {standard.OURS: turns(1) | {stages.FIRST: [0.03] * 40, stages.PER_TOKEN: [1e-3] * 40}}
-    samples[standard.OURS][stages.ANSWER] = [sum(SECONDS.values()) * 1.01] * 40
-    samples[standard.ALONE] = {"encoder": [0.015] * 40, "kernel": [1e-3] * 40}
-    samples[standard.THREADED] = {stages.ANSWER: [0.03] * 40, "kernel": [1e-3] * 40}
+    ours = make_samples(1)
+    ours[stages.FIRST] = [0.03] * 40
+    ours[stages.PER_TOKEN] = [1e-3] * 40
+    ours[stages.ANSWER] = [sum(SECONDS.values()) * 1.01] * 40
+    samples = {
+        pipelines.OURS: ours,
+        standard.ENCODER_ALONE: {"encoder": [0.015] * 40, "kernel": [1e-3] * 40},
+        standard.WITH_THREADS: {stages.ANSWER: [0.03] * 40, "kernel": [1e-3] * 40},
+    }
     inference = {
         "audio_s": 2.0,
         "samples": 32_000,
@@ -276,7 +289,7 @@ def result() -> dict:
         "prompt_positions": 20,
         "answer_tokens": 6,
         "unexplained": 0.01,
-        "summary": {side: harness.summary(taken) for side, taken in samples.items()},
+        "summary": {side: harness.summary(turns) for side, turns in samples.items()},
         "timings": samples,
     }
     return {
@@ -305,19 +318,20 @@ def result() -> dict:
     }
 
 
-def test_a_result_has_its_form(result, tmp_path):
+def test_a_result_is_read_as_it_was_written(result, tmp_path):
     path = tmp_path / f"{results.machine_name(result['machine'])}.json"
     assert path.name == "intel-xeon-processor-2-cores.json"
     results.write(path, result)
     assert results.read(path) == result
+
+
+def test_a_report_has_tables_and_pictures(result, tmp_path):
+    path = tmp_path / "result.json"
     tables.write(path, result)
     report = path.with_suffix(".md").read_text(encoding="utf-8")
     assert "| unexplained |  | 1.0% |" in report
-    assert (
-        path.with_name("intel-xeon-processor-2-cores-inference.png")
-        .read_bytes()
-        .startswith(b"\x89PNG")
-    )
+    picture = tmp_path / "result-inference.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -333,23 +347,24 @@ def test_a_result_has_its_form(result, tmp_path):
         ),
     ],
 )
-def test_another_form_is_refused(result, change, fault):
+def test_a_result_of_another_form_is_refused(result, change, fault):
     change(result)
     assert fault in results.faults(result, results.FORM)
     with pytest.raises(DataError, match="measure again"):
         results.check(result, "a.json")
 
 
-def test_a_regression_is_the_commands_exit_status(result, tmp_path, run_cli):
+def test_diff_exits_with_1_on_a_regression(result, tmp_path, run_cli):
     slower = json.loads(json.dumps(result))
-    slower["parts"]["inference"]["timings"][standard.OURS] = turns(2, slow={"encoder": 1.3})
-    for name, one in (("a", result), ("b", slower)):
-        results.write(tmp_path / f"{name}.json", one)
-    same, worse = (
-        run_cli("bench", "diff", tmp_path / "a.json", tmp_path / f"{b}.json", "--json")
-        for b in "ab"
-    )
+    slower_samples = make_samples(2, slow={"encoder": 1.3})
+    slower["parts"]["inference"]["timings"][pipelines.OURS] = slower_samples
+    a = tmp_path / "a.json"
+    b = tmp_path / "b.json"
+    results.write(a, result)
+    results.write(b, slower)
+    same = run_cli("bench", "diff", a, a, "--json")
     assert (same.status, same.document["regressions"]) == (0, [])
+    worse = run_cli("bench", "diff", a, b, "--json")
     assert (worse.status, worse.document["regressions"]) == (1, ["encoder"])
 
 
@@ -359,8 +374,15 @@ def test_results_of_two_machines_are_not_compared(result):
         diff.compare(result, other)
 
 
-def test_the_parts_have_their_tables(run_cli):
+def test_every_part_has_a_table_and_a_form():
     assert tuple(standard.PARTS) == command.NAMES
-    assert set(standard.PARTS) == set(tables.TABLES) == {name.rstrip("?") for name in results.PARTS}
+    assert set(standard.PARTS) == set(tables.TABLES)
+    assert set(standard.PARTS) == {name.rstrip("?") for name in results.PARTS}
+
+
+def test_an_unknown_part_is_refused(run_cli):
     assert run_cli("bench", "speed").status == 2
+
+
+def test_slow_without_a_factor_is_refused(run_cli):
     assert "no STAGE=FACTOR" in run_cli("bench", "inference", "--slow", "encoder").stderr

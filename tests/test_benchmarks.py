@@ -1,4 +1,4 @@
-"""The benchmarks measure what is deployed, and their tables say what was measured."""
+"""The studies measure what is deployed, and the documents' tables hold what was measured."""
 
 import json
 import shutil
@@ -9,7 +9,17 @@ import pytest
 
 from tiny_align.align.model.users import load_projector
 from tiny_align.benchmarks.standard import training_cost
-from tiny_align.benchmarks.studies import alignment, encoder, families, quantisation, report, swap
+from tiny_align.benchmarks.studies import (
+    alignment,
+    alignment_curves,
+    alignment_data,
+    alignment_table,
+    encoder,
+    families,
+    quantisation,
+    report,
+    swap,
+)
 from tiny_align.runtime.bundle.bundle import Bundle
 
 
@@ -18,49 +28,60 @@ def voice(voice_path, tmp_path_factory):
     """Two of the shipped recordings to train on and three to test."""
     folder = tmp_path_factory.mktemp("voice")
     lines = (voice_path / "metadata.jsonl").read_text().splitlines()
-    for line in (chosen := lines[:2] + lines[-3:]):
+    chosen = lines[:2] + lines[-3:]
+    for line in chosen:
         name = json.loads(line)["file_name"]
         shutil.copyfile(voice_path / name, folder / name)
     (folder / "metadata.jsonl").write_text("\n".join(chosen))
     return folder
 
 
-def test_a_projector_in_pytorch_is_read_as_the_deployed_one_is(assistant):
+def test_a_projector_in_pytorch_gives_the_deployed_soft_tokens(assistant):
     projector = load_projector(assistant.bundle, assistant.bundle.graph("projector")).eval()
-    features = (
-        np.random.default_rng(0)
-        .standard_normal((61, projector.config.feature_size))
-        .astype(np.float32)
-    )
-    spoken = alignment.Speaking(assistant, projector).soft_tokens(features)
-    np.testing.assert_allclose(spoken, assistant.soft_tokens(features), atol=1e-3)
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((61, projector.config.feature_size)).astype(np.float32)
+    soft_tokens = alignment_data.TorchAssistant(assistant, projector).soft_tokens(features)
+    np.testing.assert_allclose(soft_tokens, assistant.soft_tokens(features), atol=1e-3)
 
 
-def test_a_recorded_command_names_what_was_chosen_and_no_folder(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "part", "expected"),
+    [
+        (
+            "--digits FOLDER --few 25 100 --objectives ctc --seeds 1 --out FOLDER",
+            "curves",
+            " --parts curves --digits FOLDER --objectives ctc --seeds 1 --few 25 100",
+        ),
+        ("--out FOLDER", "table", " --parts table"),
+    ],
+)
+def test_a_recorded_command_names_changed_options_and_no_folder(tmp_path, options, part, expected):
+    words = options.replace("FOLDER", str(tmp_path)).split()
+    args = alignment.make_parser().parse_args(words)
+    command = alignment.command_of(args, part)
+    assert command == f"python -m benchmarks.studies.alignment{expected}"
+
+
+def test_alignment_writes_a_document_for_each_part(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        alignment, "measure", lambda args, part: {"command": alignment._command(args, part)}
+        alignment, "measure", lambda args, part: {"command": alignment.command_of(args, part)}
     )
-    for drawn in ("table", "plot_table", "curves", "plot_curves"):
-        monkeypatch.setattr(alignment, drawn, lambda *_: "")
-    given = f"--digits {tmp_path} --few 25 100 --objectives ctc --seeds 1 --out {tmp_path}"
-    assert alignment.main(["--parts", "curves", *given.split()]) == 0
-    recorded = json.loads((tmp_path / "alignment-curves.json").read_text())["command"]
-    assert recorded == (
-        "python -m benchmarks.studies.alignment --parts curves --digits FOLDER --objectives ctc --seeds 1 --few 25 100"
-    )
-    assert alignment.main(["--parts", "table", "--out", str(tmp_path)]) == 0
-    recorded = json.loads((tmp_path / "alignment-table.json").read_text())["command"]
-    assert recorded == "python -m benchmarks.studies.alignment --parts table"
+    monkeypatch.setattr(alignment, "PARTS", {"curves": (lambda report: "", lambda *_: [])})
+    assert alignment.main(["--parts", "curves", "--out", str(tmp_path)]) == 0
+    document = json.loads((tmp_path / "alignment-curves.json").read_text())
+    assert document["command"] == "python -m benchmarks.studies.alignment --parts curves"
 
 
-def test_what_pools_is_measured_without_windows(bundle_path):
-    setting = SimpleNamespace(bundle=bundle_path)
-    framed, pooled = (alignment.bundle_for(setting, name).manifest for name in ("ctc", "paper"))
-    assert framed.windows and pooled.windows is None and framed.encoder_key != pooled.encoder_key
+def test_objectives_that_pool_are_measured_without_windows(bundle_path):
+    framed = alignment_data.open_bundle(bundle_path, "ctc").manifest
+    pooled = alignment_data.open_bundle(bundle_path, "paper").manifest
+    assert framed.windows
+    assert pooled.windows is None
+    assert framed.encoder_key != pooled.encoder_key
 
 
-def test_end_to_end_training_reads_the_prompt_the_runtime_assembles(assistant):
-    llm = alignment.frozen_llm(assistant)
+def test_end_to_end_training_has_the_prompt_that_the_runtime_assembles(assistant):
+    llm = alignment_table.frozen_llm(assistant)
     prompt = assistant.bundle.manifest.prompt
     speech = np.zeros((2, llm.after.shape[1]), np.float32)
     for before, instruction in zip(llm.prompts, (prompt.instruction, prompt.repeat_instruction)):
@@ -68,57 +89,65 @@ def test_end_to_end_training_reads_the_prompt_the_runtime_assembles(assistant):
         np.testing.assert_array_equal(ours, assistant.llm.assemble(speech, instruction))
 
 
-def test_every_sentence_that_is_trained_on_has_its_answer(assistant, voice):
-    examples = alignment.examples_of(assistant, voice)
-    assert [len(e.answers) for e in examples] == [2, 2]
+def test_every_training_sentence_has_both_answers(assistant, voice):
+    examples = alignment_data.load_examples(assistant, voice)
+    assert [len(example.answers) for example in examples] == [2, 2]
     end = assistant.bundle.manifest.llm.end_tokens[0]
     for example in examples:
         assert example.answers[1] == (*example.tokens, end)
 
 
-def test_what_an_instruction_is_worth_is_measured_for_everything_it_can_ask_for():
-    """Without one the LLM does one thing, which is right for that and wrong for the other."""
-    texts, answers = ["one two three", "four"], ["a b c", "d"]
-    rows = [
-        {"text": t, "typed": a, "spoken": a, "repeated": r}
-        for t, a, r in zip(texts, answers, ["one two three", "five"])
-    ]
-    told = SimpleNamespace(rougeL=1.0, rows=rows)
-    untold = SimpleNamespace(
-        rougeL=0.5, rows=[{"text": texts[0], "spoken": "a b c"}, {"text": "four", "spoken": "four"}]
+def test_the_instruction_effect_is_measured_for_every_task():
+    """Without an instruction the LLM does one task: right for that, wrong for the other."""
+    instructed = SimpleNamespace(
+        rougeL=1.0,
+        rows=[
+            {"text": "one two three", "spoken": "a b c", "repeated": "one two three"},
+            {"text": "four", "spoken": "d", "repeated": "five"},
+        ],
     )
-    got = alignment.instructed(told, untold)
-    assert got == {"answer": {"told": 1.0, "untold": 0.5}, "repeat": {"told": 0.5, "untold": 0.5}}
+    uninstructed = SimpleNamespace(
+        rougeL=0.5,
+        rows=[{"text": "one two three", "spoken": "a b c"}, {"text": "four", "spoken": "four"}],
+    )
+    assert alignment_table.instruction_effect(instructed, uninstructed) == {
+        "answer": {"told": 1.0, "untold": 0.5},
+        "repeat": {"told": 0.5, "untold": 0.5},
+    }
 
 
 @pytest.mark.parametrize("snr_db", [20, 0])
-def test_noise_changes_what_is_heard_but_not_what_was_said(assistant, voice, snr_db):
-    clean, noisy = (alignment.noisy(assistant, voice, db) for db in (None, snr_db))
-    assert [(h.text, h.typed) for h in clean] == [(h.text, h.typed) for h in noisy]
-    assert all(not np.array_equal(a.features, b.features) for a, b in zip(clean, noisy))
+def test_noise_changes_features_but_not_transcripts(assistant, voice, snr_db):
+    clean = alignment_curves.encode_noisy(assistant, voice, None)
+    noisy = alignment_curves.encode_noisy(assistant, voice, snr_db)
+    for a, b in zip(clean, noisy, strict=True):
+        assert (a.text, a.typed) == (b.text, b.typed)
+        assert not np.array_equal(a.features, b.features)
 
 
 def test_a_training_step_of_the_smallest_shape_is_measured():
     row = training_cost.measure("reference", "ctc", threads=1)
-    assert 0 < row["step_s"] < 10 and 0.1 < row["peak_gb"] < 8
+    assert 0 < row["step_s"] < 10
+    assert 0.1 < row["peak_gb"] < 8
 
 
-def test_tokens_after_the_first_difference_are_not_equal():
-    pairs = [([1, 2, 3], [1, 2, 3]), ([1, 2, 3, 4], [1, 9, 3, 4]), ([5], [5, 6, 7]), ([], [8])]
-    assert families._agreement(pairs) == {"answers": 4, "tokens": 11, "equal": 5}
+def test_agreement_counts_tokens_up_to_the_first_difference():
+    answers = [([1, 2, 3], [1, 2, 3]), ([1, 2, 3, 4], [1, 9, 3, 4]), ([5], [5, 6, 7]), ([], [8])]
+    assert families.agreement(answers) == {"answers": 4, "tokens": 11, "equal": 5}
 
 
-def test_the_table_of_families_is_whole():
-    """Every family has its row, and what it says holds: equal to the last token."""
+def test_the_table_of_families_has_every_family_equal_to_the_last_token():
     pytest.importorskip("transformers", reason="the families are transformers'")
     from tests.support import tiny_encoders, tiny_llms
 
     measured = json.loads(families.RESULTS.read_text(encoding="utf-8"))
     assert measured["encoders"].keys() == tiny_encoders.MAKERS.keys()
     assert measured["llms"].keys() == tiny_llms.FAMILIES.keys()
-    assert all(row["max_abs_diff"] < 1e-4 < row["max_abs"] for row in measured["encoders"].values())
+    for row in measured["encoders"].values():
+        assert row["max_abs_diff"] < 1e-4 < row["max_abs"]
     for row in measured["llms"].values():
-        assert all(row[way]["equal"] == row[way]["tokens"] > 100 for way in ("embeddings", "text"))
+        for found in (row["embeddings"], row["text"]):
+            assert found["equal"] == found["tokens"] > 100
 
 
 @pytest.mark.parametrize("path", report.DOCUMENTS, ids=lambda path: path.name)
@@ -128,68 +157,80 @@ def test_the_measured_tables_are_the_results(path):
 
 
 def test_the_report_replaces_only_between_markers():
-    text = "1.23\n<!-- table a -->\nold\n<!-- end a -->\n4.56 <!-- end a -->\n<!-- table b -->\n<!-- end b -->\n"
+    text = (
+        "1.23\n<!-- table a -->\nold\n<!-- end a -->\n4.56 <!-- end a -->\n"
+        "<!-- table b -->\n<!-- end b -->\n"
+    )
     expected = text.replace("old", "new a").replace("b -->\n<", "b -->\nnew b\n<")
     assert report.render(text, body=lambda name: f"new {name}") == expected
 
 
-def test_the_newest_result_is_reported_and_none_is_blank(tmp_path):
-    for name, day, parts in (("x", 1, {"memory": 1}), ("y", 2, {"memory": 2}), ("z", 3, {})):
-        (tmp_path / f"{name}.json").write_text(
-            json.dumps({"date": f"2026-01-0{day}T00:00:00", "parts": parts})
-        )
-    (tmp_path / "other.json").write_text("{}")
+def test_the_newest_result_is_reported(tmp_path):
+    results = {
+        "x": {"date": "2026-01-01T00:00:00", "parts": {"memory": 1}},
+        "y": {"date": "2026-01-02T00:00:00", "parts": {"memory": 2}},
+        "z": {"date": "2026-01-03T00:00:00", "parts": {}},
+        "other": {},
+    }
+    for name, result in results.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
     assert report.newest("memory", tmp_path)["parts"] == {"memory": 2}
     assert report.body_of("bench_growth", tmp_path) == ""
 
 
-def test_the_distance_of_features_is_by_direction_and_by_size():
+def test_distance_is_by_direction_and_by_size():
     exact = np.random.default_rng(0).standard_normal((30, 8)).astype(np.float32)
-    same, longer = (
-        encoder.distance([exact], [exact]),
-        encoder.distance([exact, 2 * exact], [exact, exact]),
-    )
-    assert same["cosine"] == pytest.approx(1) and same["relative_error"] == 0
-    assert longer["least_cosine"] == pytest.approx(1) and longer["relative_error"] == pytest.approx(
-        0.5
-    )
-    turned = exact.copy()
-    turned[7] *= -1
-    assert encoder.distance([turned], [exact])["least_cosine_of_a_frame"] == pytest.approx(-1)
+    same = encoder.distance([exact], [exact])
+    assert same["cosine"] == pytest.approx(1)
+    assert same["relative_error"] == 0
+    longer = encoder.distance([exact, 2 * exact], [exact, exact])
+    assert longer["least_cosine"] == pytest.approx(1)
+    assert longer["relative_error"] == pytest.approx(0.5)
+    inverted = exact.copy()
+    inverted[7] *= -1
+    assert encoder.distance([inverted], [exact])["least_cosine_of_a_frame"] == pytest.approx(-1)
 
 
-def test_the_same_function_has_other_weights_off_the_grid():
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "head_dim": 8,
-        "vocab_size": 50,
-    }
+def test_off_the_grid_changes_weights_but_not_logits():
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, **sizes
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=50,
+        initializer_range=0.2,
     )
-    llm, ids = transformers.LlamaForCausalLM(config).eval(), torch.arange(20)[None]
+    llm = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.arange(20)[None]
     with torch.no_grad():
         for name, value in llm.named_parameters():
-            value += 0.3 * torch.rand_like(value) * ("norm" in name)
-        before, weights = llm(ids).logits, [p.clone() for p in llm.model.layers.parameters()]
+            if "norm" in name:
+                value += 0.3 * torch.rand_like(value)
+        logits = llm(ids).logits
+        weights = [value.clone() for value in llm.model.layers.parameters()]
         quantisation.off_the_grid(llm)
-        torch.testing.assert_close(llm(ids).logits, before, atol=1e-4, rtol=0)
-    changed = [not torch.equal(a, b) for a, b in zip(weights, llm.model.layers.parameters())]
-    assert all(changed)
+        torch.testing.assert_close(llm(ids).logits, logits, atol=1e-4, rtol=0)
+    for before, after in zip(weights, llm.model.layers.parameters(), strict=True):
+        assert not torch.equal(before, after)
 
 
-def test_what_each_form_of_the_weights_costs_is_measured(monkeypatch, tmp_path):
+def test_the_cost_of_each_form_of_the_weights_is_measured(monkeypatch, tmp_path):
     pytest.importorskip("onnx")
-    monkeypatch.setattr(
-        quantisation, "LAYER", {n: (k // 8, m // 8) for n, (k, m) in quantisation.LAYER.items()}
-    )
+    small = {}
+    for name, (rows, columns) in quantisation.LAYER.items():
+        small[name] = (rows // 8, columns // 8)
+    monkeypatch.setattr(quantisation, "LAYER", small)
     monkeypatch.setattr(quantisation, "WAYS", quantisation.WAYS[:1] + quantisation.WAYS[-2:])
     exact, *others = quantisation.cost(0.1, tmp_path)
-    assert exact["bits"] == pytest.approx(32, abs=0.1) and exact["speed"] == 1
-    assert all(5 < row["bits"] < 6.2 and row["ms"] > 0 for row in others)
+    assert exact["bits"] == pytest.approx(32, abs=0.1)
+    assert exact["speed"] == 1
+    for row in others:
+        assert 5 < row["bits"] < 6.2
+        assert row["ms"] > 0
 
 
 def test_a_swap_is_timed_between_projectors_that_differ(bundle_copy):
@@ -198,11 +239,13 @@ def test_a_swap_is_timed_between_projectors_that_differ(bundle_copy):
     weights = graph.with_name(f"{graph.name}.data")
     assert weights.read_bytes() != (bundle_copy / weights.name).read_bytes()
     seconds = swap.swap_seconds(bundle, "onnxruntime", {"onnxruntime": graph}, repeats=2)
-    assert list(seconds) == ["onnxruntime"] and 0 < seconds["onnxruntime"] < 60
-    told = swap.table(
-        {"builder": "tensorrt_rtx 1.7", "build_s": 0.512, "swap_s": {"refit": 0.0213}}
-    )
-    assert told.splitlines()[2:] == [
+    assert list(seconds) == ["onnxruntime"]
+    assert 0 < seconds["onnxruntime"] < 60
+
+
+def test_the_table_of_swaps_is_in_milliseconds():
+    swaps = {"builder": "tensorrt_rtx 1.7", "build_s": 0.512, "swap_s": {"refit": 0.0213}}
+    assert swap.table(swaps).splitlines()[2:] == [
         "| an engine of their own is built (tensorrt_rtx 1.7) | 512 ms |",
-        "| put in, refit | 21.3 ms |",
+        "| swap, refit | 21.3 ms |",
     ]

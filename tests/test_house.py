@@ -2,7 +2,9 @@
 
 import ast
 import fnmatch
+import re
 import sys
+import tokenize
 from importlib import metadata
 from pathlib import Path
 
@@ -118,7 +120,7 @@ def test_the_syntax_is_that_of_python_3_10():
         ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10))
 
 
-def test_the_readme_names_every_folder():
+def test_the_documents_name_every_folder():
     ignored = [line.strip().rstrip("/") for line in (ROOT / ".gitignore").read_text().splitlines()]
     folders = [p.name for p in ROOT.iterdir() if p.is_dir() and not p.name.startswith((".", "__"))]
     folders = [
@@ -134,6 +136,137 @@ def test_tests_run_the_installed_package():
     import tiny_align.runtime
 
     assert "runtime" not in sys.modules and tiny_align.runtime.__name__ == "tiny_align.runtime"
+
+
+# --- rooms: imports go one way, lazy ones included ---
+
+ROOMS = {  # room -> the rooms beside and below it that it may import; files at the top of a stage are a room too
+    "runtime.audio": {"runtime"},
+    "runtime.front_ends": {"runtime"},
+    "runtime.bundle": {"runtime", "runtime.front_ends"},
+    "runtime.backends": {"runtime", "runtime.bundle"},
+    "runtime.privacy": {"runtime"},
+    "runtime.listening": {"runtime", "runtime.audio"},
+    "align.data": {"align"},
+    "align.model": {"align", "align.data"},
+    "align.training": {"align", "align.data", "align.model", "align.evaluation"},
+    "align.evaluation": {"align", "align.data"},
+    "benchmarks.standard": {"benchmarks"},
+}
+
+
+def module_name(path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in STAGE_MODULES}
+
+
+def dependencies(path) -> set[str]:
+    """The modules of ours that a module imports, anywhere in it."""
+    found = set()
+    for name in imported(path):
+        name = name.removeprefix("tiny_align.")
+        while name and name not in MODULES:
+            name = name.rpartition(".")[0]
+        if name:
+            found.add(name)
+    return found
+
+
+def test_no_import_is_circular():
+    graph = {name: dependencies(path) - {name} for name, path in MODULES.items()}
+    while leaves := [name for name, needed in graph.items() if not needed]:
+        for name in leaves:
+            del graph[name]
+        for needed in graph.values():
+            needed.difference_update(leaves)
+    assert not graph, f"circular, or importing what is: {sorted(graph)}"
+
+
+def room_of(name: str) -> str:
+    stage, _, rest = name.partition(".")
+    inner = rest.partition(".")[0]
+    return f"{stage}.{inner}" if (ROOT / stage / inner).is_dir() and inner else stage
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_import_what_is_below_them(room):
+    """Another stage is test_imports_point_at_runtime's business."""
+    stage = room.partition(".")[0]
+    for name, path in MODULES.items():
+        if room_of(name) == room:
+            rooms = {room_of(needed) for needed in dependencies(path)}
+            inside = {r for r in rooms if r.partition(".")[0] == stage}
+            assert inside <= ROOMS[room] | {room}, name
+
+
+# --- words and documents ---
+
+OLD_WORDS = {
+    *("told", "said", "given", "kept", "hear", "hears", "heard", "hearing", "ears", "mouth"),
+    *("person", "persons", "people", "somebody", "nobody", "everybody", "company", "wordless"),
+    *("judge", "judges", "assess", "effort", "halves", "climb"),
+    *("least", "usual", "most", "greatest"),
+}
+STANDARD = {"NothingHeard", "heard", "most_common"}  # public, or a library's
+
+
+def words(identifier: str) -> set[str]:
+    return {w.lower() for w in re.split(r"_|(?<=[a-z0-9])(?=[A-Z])", identifier)}
+
+
+@pytest.mark.parametrize("path", ALL_MODULES, ids=named)
+def test_names_use_the_words_of_the_glossary(path):
+    with open(path, "rb") as file:
+        names = {t.string for t in tokenize.tokenize(file.readline) if t.type == tokenize.NAME}
+    assert not [name for name in sorted(names - STANDARD) if words(name) & OLD_WORDS]
+    assert "given was" not in path.read_text(encoding="utf-8") or path == Path(__file__)
+
+
+def described() -> dict[str, str]:
+    """The tree of docs/architecture.md: path of a file -> its line."""
+    files = {}
+    folder = stage = ""
+    for line in (ROOT / "docs/architecture.md").read_text(encoding="utf-8").splitlines():
+        if heading := re.match(r"### ([\w/]+)/ ", line):
+            stage = heading[1]
+            folder = ""
+        elif entry := re.match(r"( *)([\w./-]+) {2,}\S", line):
+            indent, name = entry.groups()
+            if name.endswith("/"):
+                folder = name
+                continue
+            path = f"{stage}/{folder if indent else ''}{name}"
+            assert path not in files
+            files[path] = line
+    return files
+
+
+def test_every_module_has_one_line_in_the_architecture():
+    expected = {named(path) for path in STAGE_MODULES if path.name != "__init__.py"}
+    assert described().keys() == expected
+
+
+QUESTIONS = {  # what a newcomer asks -> the file, and a word of its line in the tree
+    "where is the end of speech decided?": ("runtime/listening/endpoint.py", "end of a turn"),
+    "which tokens may speech produce?": ("runtime/speech_vocabulary.py", "which tokens"),
+    "how is a user's projector bound to the bundle?": ("runtime/bundle/users.py", "bound"),
+    "who decides INT8 or FP16?": ("engines/select_precision.py", "decides"),
+    "where is the KV cache laid out?": ("runtime/backends/onnxruntime.py", "KV cache"),
+    "what happens to a half-written user?": ("align/model/users.py", "half-written"),
+    "when is the shortcut trained?": ("align/training/shortcut.py", "when"),
+    "where does a table of the documents come from?": ("benchmarks/studies/report.py", "table"),
+    "how are sampling parameters chosen?": ("runtime/llm.py", "sampling parameters"),
+    "how does a new encoder family get in?": ("export/encoders.py", "a new one"),
+}
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_the_tree_answers_what_a_newcomer_asks(question):
+    path, word = QUESTIONS[question]
+    assert word in described()[path]
 
 
 # --- nothing that is loaded runs code ---

@@ -1,4 +1,4 @@
-"""benchmarks/jetson.sh as it runs on this machine, and with a TensorRT backend that a stub plays."""
+"""benchmarks/jetson.sh as it runs on this machine, and with recorded results of TensorRT."""
 
 import json
 import os
@@ -16,6 +16,7 @@ from tiny_align.benchmarks.studies import jetson
 from tiny_align.runtime.commands.cli import COMMANDS
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "jetson.sh"
+# stubs for the script's PYTHON: one builds a single engine, the other has results of TensorRT
 WITH_ONE_ENGINE = """#!/bin/sh
 case "$*" in *build-engines*) exec {python} "$@" --graph projector ;; esac
 exec {python} "$@"
@@ -34,8 +35,8 @@ esac
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="a script for bash")
 
 
-def run(out: Path, python: str, *options) -> tuple[int, dict, str]:
-    """Exit status, document and stderr of the script under this interpreter."""
+def run(out: Path, python: str, *options: object) -> tuple[int, dict, str]:
+    """Exit status, document and stderr of the script; `python` is the text of its interpreter."""
     stub = out.with_suffix(".sh")
     stub.write_text(python)
     stub.chmod(0o755)
@@ -52,8 +53,8 @@ def states(document: dict) -> dict[str, str]:
     return {name: step["state"] for name, step in document["steps"].items()}
 
 
-def test_without_a_gpu_the_script_goes_as_far_as_it_can(tmp_path, bundle_copy):
-    if jetson.reason_against("build") or not jetson.reason_against("tensorrt"):
+def test_without_a_gpu_every_other_step_is_done(tmp_path, bundle_copy):
+    if jetson.problem_with("build") or not jetson.problem_with("tensorrt"):
         pytest.skip("for a machine that builds engines and cannot run them")
     python = WITH_ONE_ENGINE.format(python=sys.executable)
     status, document, errors = run(tmp_path / "out", python, "--quick", "--bundle", bundle_copy)
@@ -70,11 +71,8 @@ def test_without_a_gpu_the_script_goes_as_far_as_it_can(tmp_path, bundle_copy):
     results = document["results"]
     assert list(results["build"]["engines"]) == ["projector"]
     assert results["measure-onnxruntime"]["recordings"] == 2
-    assert (
-        0
-        < results["measure-onnxruntime"]["ttft_ms"]["median"]
-        <= results["measure-onnxruntime"]["ttft_ms"]["p90"]
-    )
+    ttft_ms = results["measure-onnxruntime"]["ttft_ms"]
+    assert 0 < ttft_ms["median"] <= ttft_ms["p90"]
     assert document["steps"]["measure-tensorrt"]["reason"]
     with tarfile.open(tmp_path / "out.tar.gz") as tar:
         names = {Path(name).name for name in tar.getnames()}
@@ -83,15 +81,22 @@ def test_without_a_gpu_the_script_goes_as_far_as_it_can(tmp_path, bundle_copy):
 
 @pytest.fixture
 def recorded(tmp_path):
-    """What `measure` leaves for both backends: recorded(features of TensorRT's, its answers)."""
+    """What `measure` writes for both backends, by a function.
+
+    It takes the noise in TensorRT's features, its answer and its ROUGE-L.
+    """
     folder = tmp_path / "recorded"
     folder.mkdir()
 
-    def write(backend: str, features: np.ndarray, texts: list[str], rouge: float) -> None:
+    def write(backend: str, features: np.ndarray, text: str, rouge: float) -> None:
         figure = {"median": 1.0, "p90": 1.0}
-        document = {"backend": backend, "recordings": 1, "shipped": False, "texts": texts}
-        document |= {"peak_memory_bytes": 1, "memory_taken_bytes": 1}
-        document |= {
+        document = {
+            "backend": backend,
+            "recordings": 1,
+            "shipped": False,
+            "texts": [text],
+            "peak_memory_bytes": 1,
+            "memory_taken_bytes": 1,
             "ttft_ms": figure,
             "ms_per_token": figure,
             "rtf": figure,
@@ -100,35 +105,36 @@ def recorded(tmp_path):
         (folder / f"{backend}.json").write_text(json.dumps(document))
         np.savez(folder / f"{backend}.npz", **{"0": features})
 
-    def both(noise: float, text: str, rouge: float) -> Path:
+    def write_both(noise: float, text: str, rouge: float) -> Path:
         exact = np.random.default_rng(0).standard_normal((9, 4)).astype(np.float32)
-        write("onnxruntime", exact, ["the light is on"], 0.9)
-        write("tensorrt", exact + noise * exact[::-1], [text], rouge)
+        write("onnxruntime", exact, "the light is on", 0.9)
+        write("tensorrt", exact + noise * exact[::-1], text, rouge)
         return folder
 
-    return both
+    return write_both
 
 
-def tensorrt(folder: Path, out: Path, doctor: str = "echo {}") -> str:
+def python_with_tensorrt(folder: Path, out: Path, doctor: str = "echo {}") -> str:
     return WITH_TENSORRT.format(python=sys.executable, recorded=folder, out=out, doctor=doctor)
 
 
 def test_a_backend_on_a_par_with_onnx_runtime_passes(tmp_path, recorded):
     out = tmp_path / "out"
-    status, document, errors = run(out, tensorrt(recorded(0.01, "the light is on", 0.89), out))
+    python = python_with_tensorrt(recorded(0.01, "the light is on", 0.89), out)
+    status, document, errors = run(out, python)
     assert status == 0, errors
-    assert (
-        states(document)["build"] == "left out"
-        and document["steps"]["build"]["reason"] == "no builder"
-    )
+    assert document["steps"]["build"] == {"state": "left out", "reason": "no builder"}
     row = document["results"]["parity"]["tensorrt"]
-    assert row["on_a_par"] and row["least_cosine"] > 0.999 and row["same_answers"] == 1.0
+    assert row["on_a_par"]
+    assert row["least_cosine"] > 0.999
+    assert row["same_answers"] == 1.0
     assert row["loss"] == pytest.approx(0.01)
 
 
 def test_a_failed_step_fails_the_script_and_stops_no_other(tmp_path, recorded):
     out = tmp_path / "out"
-    python = tensorrt(recorded(0.5, "the light is off", 0.7), out, doctor="echo broken >&2; exit 1")
+    results = recorded(0.5, "the light is off", 0.7)
+    python = python_with_tensorrt(results, out, doctor="echo broken >&2; exit 1")
     status, document, errors = run(out, python)
     assert status == 1
     assert states(document) == {
@@ -141,13 +147,16 @@ def test_a_failed_step_fails_the_script_and_stops_no_other(tmp_path, recorded):
         "doctor-after": "failed",
     }
     assert not document["results"]["parity"]["tensorrt"]["on_a_par"]
-    assert (out / "doctor.log").read_text() == "broken\n" and "broken" in errors
+    assert (out / "doctor.log").read_text() == "broken\n"
+    assert "broken" in errors
 
 
 @pytest.mark.parametrize("call", [["--bundle"], ["--loud"], ["--bundle", "/nowhere"]])
-def test_a_wrong_call_is_one_sentence(call):
+def test_wrong_options_exit_with_2_and_an_error(call):
     done = subprocess.run(["bash", str(SCRIPT), *call], capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and done.stderr.startswith("jetson.sh: ") and not done.stdout
+    assert done.returncode == 2
+    assert done.stderr.startswith("jetson.sh: ")
+    assert not done.stdout
 
 
 @pytest.mark.parametrize(
@@ -162,14 +171,15 @@ def test_a_wrong_call_is_one_sentence(call):
         ({"least_cosine": float("nan")}, False),
     ],
 )
-def test_what_is_on_a_par(row, passes):
-    assert jetson.on_a_par(row) is passes
+def test_on_a_par_is_a_high_cosine_and_a_low_loss(row, passes):
+    assert jetson.is_on_a_par(row) is passes
 
 
-def test_the_guide_names_commands_and_files_that_there_are():
+def test_the_guide_names_existing_commands_and_files():
     root = SCRIPT.parents[1]
     guide = (root / "docs/jetson.md").read_text(encoding="utf-8")
     assert set(re.findall(r"tiny-align ([a-z-]+)[ `\n]", guide)) <= set(COMMANDS)
     files = re.findall(r"\b(?:docker|benchmarks|reference)/[\w./-]+\w", guide)
     missing = {name for name in files if not (root / name).exists()}
-    assert len(files) > 8 and missing <= {"reference/bundle/engines"}
+    assert len(files) > 8
+    assert missing <= {"reference/bundle/engines"}

@@ -7,9 +7,12 @@ export is in export/test_export_private.py.
 import json
 import shutil
 import sys
+from pathlib import PurePosixPath
 
 import pytest
 
+from tiny_align.runtime.bundle.bundle import Bundle
+from tiny_align.runtime.bundle.user_folders import platform_users
 from tiny_align.runtime.commands.cli import COMMANDS
 
 CALL = "import sys; from tiny_align.runtime.commands.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -68,6 +71,24 @@ def test_a_command_attempts_no_network_and_writes_nothing_to_home(watch, command
     assert watched.outcome.status == 0, watched.outcome.stderr
     assert watched.outcome.document
     assert (watched.attempts, watched.files) == ([], [])
+
+
+@pytest.mark.parametrize("name", ["align", "enroll"])
+def test_a_user_is_written_to_the_platforms_data_folder_and_nothing_else_to_home(
+    watch, bundle_copy, data, name
+):
+    pytest.importorskip(NEEDS[name], reason=f"{name} needs it")
+    before = sorted(bundle_copy.rglob("*"))
+    call = ("--bundle", bundle_copy, "--data", data, "--user", "ana", "--steps", 2, *ONE_CORE)
+    watched = watch(sys.executable, "-c", CALL, name, *call)
+    assert watched.outcome.status == 0, watched.outcome.stderr
+    assert watched.attempts == [] and sorted(bundle_copy.rglob("*")) == before
+    users = platform_users(Bundle.open(bundle_copy)).name
+    place = f".local/share/tiny-align/users/{users}"
+    assert f"{place}/ana/user.json" in watched.files
+    folders = {str(folder) for folder in PurePosixPath(place).parents} | {place}
+    elsewhere = {path for path in watched.files if not path.startswith(f"{place}/")}
+    assert elsewhere <= folders
 
 
 PROGRAM = """

@@ -9,9 +9,9 @@ import json
 import re
 from pathlib import Path
 
-from tiny_align.align.commands.demo import shipped
 from tiny_align.align.data.datasets import load_dataset
 from tiny_align.runtime import Assistant
+from tiny_align.runtime.bundle.shipped import shipped
 
 RECORDED = Path(__file__).parent / "data" / "answers.json"
 N_SPOKEN = 100

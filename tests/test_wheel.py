@@ -1,4 +1,4 @@
-"""The built wheel, away from the checkout: the reference travels with it and the demo runs from it."""
+"""The built wheel, away from the checkout: it holds the reference bundle, the demo runs from it."""
 
 import json
 import os
@@ -16,38 +16,24 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
-    shutil.rmtree(
-        ROOT / "build", ignore_errors=True
-    )  # left by an earlier build: old files would get in
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "wheel",
-            "-q",
-            "--no-deps",
-            "--no-build-isolation",
-            "-w",
-            out,
-            ROOT,
-        ],
-        check=True,
-        env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
-    )
+    shutil.rmtree(ROOT / "build", ignore_errors=True)  # an earlier build's old files would get in
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    subprocess.run([*command, "-w", out, ROOT], check=True, env=environment)
     return next(out.glob("*.whl"))
 
 
 def test_the_wheel_holds_stages_and_reference(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    stages = (
+    modules = (
         "runtime/commands/cli.py",
         "align/training/trainer.py",
         "export/graphs.py",
         "engines/build.py",
         "reference/corpus.py",
+        "benchmarks/standard/command.py",
     )
-    for name in (*stages, "benchmarks/standard/command.py"):
+    for name in modules:
         assert f"tiny_align/{name}" in names
     manifest = json.loads((ROOT / "reference/bundle/manifest.json").read_text())
     for name in ("manifest.json", *manifest["files"]):
@@ -56,27 +42,25 @@ def test_the_wheel_holds_stages_and_reference(wheel):
     assert "tiny_align_telemetry_off.pth" in names  # executed at Python's start: setup.py
     for stage in ("runtime", "align", "export", "engines"):
         assert f"tiny_align/{stage}/py.typed" in names
-    assert not any(
-        "weights/" in n
-        or "/studies/" in n
-        or "/users/" in n
-        or "/results/" in n
-        or n.startswith("tests/")
-        for n in names
-    )
+    for name in names:
+        assert not name.startswith("tests/")
+        for folder in ("weights/", "/studies/", "/users/", "/results/"):
+            assert folder not in name
 
 
 def test_the_demo_runs_from_the_wheel(wheel, tmp_path):
-    """Unpacked into an empty folder that comes before the checkout's own packages on the path."""
+    """Unpacked into an empty folder, which precedes the checkout's own packages on the path."""
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
-    script = (
-        "import sys; sys.path[:] = [p for p in sys.path if not p.startswith('__editable__')]; "
-        "sys.meta_path[:] = [f for f in sys.meta_path if 'ditable' not in repr(f)]; "
-        f"sys.path.insert(0, {str(site)!r}); "
-        "from tiny_align.runtime.commands import cli; assert cli.__file__.startswith(sys.path[0]); "
-        "sys.exit(cli.main(['demo', '--steps', '2', '--utterances', '4', '--json', '--out', 'out']))"
-    )
+    script = f"""
+import sys
+sys.path[:] = [p for p in sys.path if not p.startswith("__editable__")]
+sys.meta_path[:] = [f for f in sys.meta_path if "ditable" not in repr(f)]
+sys.path.insert(0, {str(site)!r})
+from tiny_align.runtime.commands import cli
+assert cli.__file__.startswith(sys.path[0])
+sys.exit(cli.main(["demo", "--steps", "2", "--utterances", "4", "--json", "--out", "out"]))
+"""
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
     )

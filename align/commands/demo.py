@@ -7,11 +7,19 @@ side by side.
 
 import argparse
 import statistics
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tiny_align.align.commands.options import add_training_arguments
+from tiny_align.align.training.limits import TrainingLimits, share_cores
+from tiny_align.runtime.commands.options import (
+    ShippedBundleOptions,
+    ShippedDataOptions,
+    add_options,
+    option,
+    read_options,
+)
 
 if TYPE_CHECKING:
     from tiny_align.align.data.utterance import Utterance
@@ -22,48 +30,51 @@ N_ROWS = 8  # answers in the table
 N_STREAMED = 5
 
 
-def shipped(name: str) -> Path:
-    """A folder of the shipped reference: "bundle" or "voice"."""
-    from importlib.resources import files
-
-    return Path(str(files("tiny_align.reference"))) / name
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions(ShippedDataOptions, ShippedBundleOptions):
+    user: str = field(
+        default="demo", metadata=option("the user's name (default: demo)", metavar="NAME")
+    )
+    out: Path = field(
+        default=Path("tiny-align-demo"),
+        metadata=option("write the profile to DIR/users (default: tiny-align-demo)", metavar="DIR"),
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--bundle", type=Path, help="another bundle than the shipped one")
-    parser.add_argument("--data", type=Path, help="other recordings than the shipped ones")
-    parser.add_argument("--user", default="demo", help="the user's name (default: demo)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("tiny-align-demo"), help="where users/NAME is written"
-    )
-    add_training_arguments(parser)
+    add_options(parser, DemoOptions)
+    add_options(parser, TrainingLimits)
 
 
-def run(args: argparse.Namespace) -> dict:
-    from tiny_align.align.training.limits import TrainingLimits, share_cores
-
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Train a user and show the answers before and after; the command's document."""
     share_cores()  # before PyTorch is loaded
     from tiny_align.align.data.data_report import DataReport
     from tiny_align.align.data.datasets import load_dataset, split_of
     from tiny_align.align.training.align_user import align_user
 
-    bundle = args.bundle or shipped("bundle")
-    data = args.data or shipped("voice")
-    users = args.out / "users"
-    limits = TrainingLimits.from_args(args)
+    options = read_options(args, DemoOptions)
+    limits = read_options(args, TrainingLimits)
+    users = options.out / "users"
     report = DataReport()
-    utterances = load_dataset(data, report=report)
+    utterances = load_dataset(options.data, report=report)
     document, before, after = align_user(
-        bundle, utterances, args.user, users, limits, report=report
+        options.bundle, utterances, options.user, users, limits, report=report
     )
-    document |= _stream(bundle, args.user, users, split_of(utterances, "test"), args)
+    test = split_of(utterances, "test")
+    document |= _stream(options, users, test, limits.threads, quiet=args.json)
     if not args.json:
         _show(before, after, document)
     return document
 
 
 def _stream(
-    bundle: Path, user: str, users: Path, utterances: "list[Utterance]", args: argparse.Namespace
+    options: DemoOptions,
+    users: Path,
+    utterances: "list[Utterance]",
+    threads: int | None,
+    *,
+    quiet: bool,
 ) -> dict[str, float]:
     """Answer some of the test recordings, printing the text as it comes.
 
@@ -75,13 +86,13 @@ def _stream(
     from tiny_align.runtime.commands.answering import print_events
 
     answers: list[Answer] = []
-    with Assistant.load(bundle, user, users=users, threads=args.threads) as assistant:
+    with Assistant.load(options.bundle, options.user, users=users, threads=threads) as assistant:
         recordings = each_usable(utterances, lambda u: u.load(assistant.sample_rate), DataReport())
         for utterance, audio in islice(recordings, N_STREAMED + 1):
-            quiet = args.json or not answers  # the first answer warms up
-            if not quiet:
+            hidden = quiet or not answers  # the first answer warms up
+            if not hidden:
                 print(f"\n  you said:  {utterance.text}\n  answer:    ", end="", flush=True)
-            events = print_events(assistant.stream(audio), quiet=quiet)
+            events = print_events(assistant.stream(audio), quiet=hidden)
             answers.append(collect(events, len(audio) / assistant.sample_rate))
     timed = answers[1:] or answers
     return {

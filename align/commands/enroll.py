@@ -10,12 +10,21 @@ import io
 import itertools
 import json
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
-from tiny_align.align.commands.options import add_training_arguments
+from tiny_align.align.training.limits import TrainingLimits, share_cores
+from tiny_align.runtime.commands.options import (
+    BundleOptions,
+    SpeakerOptions,
+    TrainedUserOptions,
+    add_options,
+    option,
+    read_options,
+)
 from tiny_align.runtime.errors import DataError, TinyAlignError
 from tiny_align.runtime.files import read_errors, written_file
 
@@ -29,34 +38,46 @@ METADATA = "metadata.jsonl"  # of the recordings of a microphone
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 
+@dataclass(frozen=True, kw_only=True)
+class EnrollOptions(SpeakerOptions, TrainedUserOptions, BundleOptions):
+    user: str = field(metadata=option("the user's name", metavar="NAME"))
+    data: Path | None = field(
+        default=None,
+        metadata=option("recordings made elsewhere (default: the microphone)", metavar="DIR"),
+    )
+    sentences: int = field(
+        default=25, metadata=option("how many to read (default: 25)", metavar="N")
+    )
+    texts: Path | None = field(
+        default=None,
+        metadata=option(
+            "sentences to choose from, one per line (default: the bundle's)", metavar="FILE"
+        ),
+    )
+    device: str | None = field(
+        default=None, metadata=option("microphone (default: the system's)", metavar="NAME|NUMBER")
+    )
+    list: bool = field(default=False, metadata=option("only show the sentences to read"))
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument("--user", required=True, help="the user's name")
-    parser.add_argument("--out", type=Path, help="folder for users/NAME (default: the bundle)")
-    parser.add_argument(
-        "--data", type=Path, help="recordings made elsewhere (default: the microphone)"
-    )
-    parser.add_argument("--speaker", help="speaker code, for CHAT transcripts")
-    parser.add_argument("--sentences", type=int, default=25, help="how many to read (default: 25)")
-    parser.add_argument(
-        "--texts", type=Path, help="sentences to choose from, one per line (default: the bundle's)"
-    )
-    parser.add_argument("--device", help="microphone, by name or number (default: the system's)")
-    parser.add_argument("--list", action="store_true", help="only show the sentences to read")
-    add_training_arguments(parser)
+    add_options(parser, EnrollOptions)
+    add_options(parser, TrainingLimits)
 
 
-def run(args: argparse.Namespace) -> dict:
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Record and train, or list the sentences to read; the command's document."""
     from tiny_align.runtime.bundle.bundle import Bundle
+    from tiny_align.runtime.bundle.user_folders import find_users
 
-    bundle = Bundle.open(args.bundle)
-    users = (args.out or args.bundle) / "users"
-    folder = bundle.user_folder(args.user, users)  # refuses a bad name before anything is recorded
-    if args.list:
-        return _list_sentences(bundle, args)
+    options = read_options(args, EnrollOptions)
+    bundle = Bundle.open(options.bundle)
+    users = find_users(bundle, options.user, options.explicit_users)
+    folder = bundle.user_folder(options.user, users)  # refuses a bad name before a recording
+    if options.list:
+        return _list_sentences(bundle, options, quiet=args.json)
 
     from tiny_align.align.pictures import new_figure
-    from tiny_align.align.training.limits import TrainingLimits, share_cores
 
     new_figure(1, 1)  # refuses now, not after the training, if matplotlib is missing
     share_cores()  # before PyTorch is loaded
@@ -65,23 +86,23 @@ def run(args: argparse.Namespace) -> dict:
     from tiny_align.align.lock import training_lock
     from tiny_align.align.training.align_user import align_user
 
-    limits = TrainingLimits.from_args(args)
+    limits = read_options(args, TrainingLimits)
     output = sys.stderr if args.json else sys.stdout
     report = DataReport()
     with training_lock(folder):  # of the recordings and the curve too
-        if args.data:
-            utterances = load_dataset(args.data, args.speaker, report)
+        if options.data:
+            utterances = load_dataset(options.data, options.speaker, report)
         else:
-            recordings = users / f"{args.user}.recordings"
-            _record_sentences(bundle, recordings, args)
+            recordings = users / f"{options.user}.recordings"
+            _record_sentences(bundle, recordings, options)
             utterances = load_dataset(recordings)
         utterances = _check_recordings(bundle, utterances, output, report)
         document, _, _ = align_user(
-            args.bundle, utterances, args.user, users, limits, report=report
+            options.bundle, utterances, options.user, users, limits, report=report
         )
         record = json.loads((folder / "user.json").read_text(encoding="utf-8"))
         curve = record["training"]["curve"]
-        document["curve"] = str(write_curve(curve, folder / "curve.png", args.user))
+        document["curve"] = str(write_curve(curve, folder / "curve.png", options.user))
     print(curve_line(curve), file=output)
     return document
 
@@ -124,9 +145,9 @@ def _read_candidates(path: Path) -> list[str]:
     return candidates
 
 
-def _list_sentences(bundle: "Bundle", args: argparse.Namespace) -> dict:
-    chosen, share = choose_sentences(bundle, args.texts, args.sentences)
-    if not args.json:
+def _list_sentences(bundle: "Bundle", options: EnrollOptions, *, quiet: bool) -> dict[str, Any]:
+    chosen, share = choose_sentences(bundle, options.texts, options.sentences)
+    if not quiet:
         for i, text in enumerate(chosen, 1):
             print(f"{i:3d}  {text}")
     return {"sentences": chosen, "coverage": round(share, 3)}
@@ -135,14 +156,14 @@ def _list_sentences(bundle: "Bundle", args: argparse.Namespace) -> dict:
 # --- the microphone ---
 
 
-def _record_sentences(bundle: "Bundle", folder: Path, args: argparse.Namespace) -> None:
+def _record_sentences(bundle: "Bundle", folder: Path, options: EnrollOptions) -> None:
     """Record sentences that are not in the data set `folder` yet, one by one, and add them."""
     from tiny_align.runtime.listening.microphone import Microphone
 
     recorded = read_recorded_texts(folder)
-    chosen, _ = choose_sentences(bundle, args.texts, args.sentences + len(recorded))
-    remaining = [text for text in chosen if text not in recorded][: args.sentences]
-    with Microphone(bundle.manifest.front_end.sample_rate, args.device) as microphone:
+    chosen, _ = choose_sentences(bundle, options.texts, options.sentences + len(recorded))
+    remaining = [text for text in chosen if text not in recorded][: options.sentences]
+    with Microphone(bundle.manifest.front_end.sample_rate, options.device) as microphone:
         for i, text in enumerate(remaining, 1):
             audio = _record_until_good(microphone, text, f"{i}/{len(remaining)}")
             add_recording(folder, text, audio, microphone.sample_rate)

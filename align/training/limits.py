@@ -1,44 +1,43 @@
 """The limits of a training: steps, seconds, utterances, threads. Importing it loads no PyTorch."""
 
-import argparse
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tiny_align.align.model import objectives
 from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.checks import check_fields
+from tiny_align.runtime.commands.options import ThreadOptions, option
 
 
-@dataclass(frozen=True)
-class TrainingLimits:
-    """The limits that a caller sets; None leaves the default.
+@dataclass(frozen=True, kw_only=True)
+class TrainingLimits(ThreadOptions):
+    """The limits that a caller, or the options of a command, set; None leaves the default.
 
     Raises:
         TinyAlignError: a number out of its range.
     """
 
-    steps: int | None = None
-    max_seconds: float | None = None
-    utterances: int | None = None  # only the first so many of the train split
-    seed: int = 0
-    threads: int | None = None  # CPU threads; None: all cores
-    objective: str | None = None
+    objective: str | None = field(
+        default=None,
+        metadata=option(
+            "what to train for (default: ctc; paper if pooled)", choices=objectives.LLM_FREE
+        ),
+    )
+    steps: int | None = field(
+        default=None, metadata=option("maximum number of training steps", metavar="N")
+    )
+    max_seconds: float | None = field(
+        default=None, metadata=option("maximum seconds of training", metavar="S")
+    )
+    utterances: int | None = field(
+        default=None,
+        metadata=option("train on the first N utterances of the train split", metavar="N"),
+    )
+    seed: int = field(default=0, metadata=option("seed of the training (default: 0)", metavar="N"))
 
     def __post_init__(self) -> None:
         check_fields(self, "steps", "max_seconds", "utterances", "seed", "threads")
-
-    @classmethod
-    def from_args(cls, args: argparse.Namespace) -> "TrainingLimits":
-        """The limits of a command's options."""
-        return cls(
-            steps=args.steps,
-            max_seconds=args.max_seconds,
-            utterances=args.utterances,
-            seed=args.seed,
-            threads=args.threads,
-            objective=args.objective,
-        )
 
 
 def share_cores() -> None:

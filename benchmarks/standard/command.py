@@ -1,11 +1,11 @@
-"""`tiny-align bench`: how fast, how small and how good, beside what would be used instead and beside the limit.
+"""`tiny-align bench`: how fast, how small and how good, beside its peers and beside the limit.
 
-    tiny-align bench all [--short] [--out DIR]    # every part; writes DIR/MACHINE.json, .md and pictures
+    tiny-align bench all [--short] [--out DIR]    # every part; DIR/MACHINE.json, .md, pictures
     tiny-align bench inference memory             # some of them
     tiny-align bench diff A.json B.json           # exit status 1 on a regression beyond noise
 
-The parts are standard.py's. What takes hours (families, fewer bits, full sizes) are programs of their own in this
-folder: `make bench-full`.
+The parts are those of parts.py. What takes hours (families, fewer bits, full sizes) are programs of
+their own in benchmarks/studies: `make bench-full`.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tiny_align.runtime.commands.options import (
     ShippedBundleOptions,
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from tiny_align.benchmarks.standard.parts import Setting
 
 NAMES = ("inference", "streaming", "memory", "compare", "limits", "growth", "quality", "training")
-ALL, DIFF = "all", "diff"
+ALL = "all"
+DIFF = "diff"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, BenchOptions)
 
 
-def run(args: argparse.Namespace) -> dict:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """The result, or the differences of two; `exit_status` 1 with a regression.
 
     Raises:
@@ -69,42 +70,51 @@ def run(args: argparse.Namespace) -> dict:
     """
     options = read_options(args, BenchOptions)
     if options.parts[0] == DIFF:
-        return _diff(options, quiet=args.json)
+        return compare_files(options, quiet=args.json)
     names = list(NAMES) if ALL in options.parts else list(dict.fromkeys(options.parts))
-    if unknown := [name for name in names if name not in NAMES]:
-        raise TinyAlignError(
-            f"there is no part {unknown[0]!r}: choose of {', '.join(NAMES)}, {ALL} and {DIFF}"
-        )
-    return _measure(options, names, quiet=args.json)
+    for name in names:
+        if name not in NAMES:
+            raise TinyAlignError(
+                f"expected a part of {', '.join(NAMES)}, {ALL} and {DIFF}, got {name!r}"
+            )
+    return measure(options, names, quiet=args.json)
 
 
-def _diff(options: BenchOptions, quiet: bool) -> dict:
+def compare_files(options: BenchOptions, quiet: bool) -> dict[str, Any]:
+    """`tiny-align bench diff`."""
     from tiny_align.benchmarks.standard import diff, results
 
     if len(options.parts) != 3:
         raise TinyAlignError(f"{DIFF} takes two results: tiny-align bench {DIFF} A.json B.json")
-    found = diff.compare(*(results.read(Path(path)) for path in options.parts[1:]))
+    _, path_a, path_b = options.parts
+    found = diff.compare(results.read(Path(path_a)), results.read(Path(path_b)))
     if not quiet:
         print(diff.table(found))
     return found | {"exit_status": int(bool(found["regressions"]))}
 
 
-def _measure(options: BenchOptions, names: list[str], quiet: bool) -> dict:
+def measure(options: BenchOptions, names: list[str], quiet: bool) -> dict[str, Any]:
+    """Measure the named parts and write the result, its report and its pictures."""
     from tqdm import tqdm
 
     from tiny_align.benchmarks.standard import parts as standard
     from tiny_align.benchmarks.standard import results, tables
-    from tiny_align.benchmarks.standard.harness import state
+    from tiny_align.benchmarks.standard.harness import machine_state
 
-    setting = _setting(options)
+    setting = make_setting(options)
     with write_errors(options.out):  # before anything long
         options.out.mkdir(parents=True, exist_ok=True)
-    result = _stamp(names, setting)
-    began, parts = time.perf_counter(), {}
-    for name in (bar := tqdm(names, desc="bench", file=sys.stderr)):
+    result = stamp(names, setting)
+    began = time.perf_counter()
+    parts = {}
+    bar = tqdm(names, desc="bench", file=sys.stderr)
+    for name in bar:
         bar.set_postfix_str(name)
         parts[name] = standard.measure(name, setting)
-    result |= {"seconds": time.perf_counter() - began, "after": state(), "parts": parts}
+    result["seconds"] = time.perf_counter() - began
+    result["after"] = machine_state()
+    result["parts"] = parts
+
     path = options.out / f"{results.machine_name(result['machine'])}.json"
     with write_errors(options.out):
         results.write(path, result)
@@ -114,7 +124,7 @@ def _measure(options: BenchOptions, names: list[str], quiet: bool) -> dict:
     return result | {"path": str(path)}
 
 
-def _setting(options: BenchOptions) -> "Setting":
+def make_setting(options: BenchOptions) -> "Setting":
     from tiny_align.benchmarks.standard.parts import Setting
 
     return Setting(
@@ -122,22 +132,23 @@ def _setting(options: BenchOptions) -> "Setting":
         data=str(options.data),
         threads=options.threads or os.cpu_count() or 1,
         short=options.short,
-        slow=tuple(_slowed(text) for text in options.slow),
+        slow=tuple(parse_slow(text) for text in options.slow),
     )
 
 
-def _slowed(text: str) -> tuple[str, float]:
+def parse_slow(text: str) -> tuple[str, float]:
+    """An argument of `--slow` as stage and factor."""
     from tiny_align.benchmarks.standard.stages import STAGES
 
-    name, _, factor = text.partition("=")
-    if name not in STAGES or not re.fullmatch(r"[1-9]\d*(\.\d+)?", factor):
+    stage, _, factor = text.partition("=")
+    if stage not in STAGES or not re.fullmatch(r"[1-9]\d*(\.\d+)?", factor):
         raise TinyAlignError(
             f"--slow {text} is no STAGE=FACTOR: give one of {', '.join(STAGES)}, and =1.2"
         )
-    return name, float(factor)
+    return stage, float(factor)
 
 
-def _stamp(names: list[str], setting: "Setting") -> dict:
+def stamp(names: list[str], setting: "Setting") -> dict[str, Any]:
     """Where, when and what: everything but what is measured, without paths of this machine."""
     from tiny_align.benchmarks.standard import harness, results
     from tiny_align.runtime.bundle.bundle import Bundle
@@ -146,13 +157,14 @@ def _stamp(names: list[str], setting: "Setting") -> dict:
     from tiny_align.runtime.machine import describe
 
     bundle = Bundle.open(setting.bundle)
-    whole = " ".join([ALL] if tuple(names) == NAMES else names)
+    chosen = ALL if tuple(names) == NAMES else " ".join(names)
+    short = " --short" if setting.short else ""
     return {
         "schema": results.SCHEMA,
         "date": datetime.now().isoformat(timespec="seconds"),
-        "command": f"tiny-align bench {whole}" + " --short" * setting.short,
+        "command": f"tiny-align bench {chosen}{short}",
         "machine": describe(),
-        "versions": harness.versions(),
+        "versions": harness.package_versions(),
         "setting": {
             "threads": setting.threads,
             "short": setting.short,
@@ -161,5 +173,5 @@ def _stamp(names: list[str], setting: "Setting") -> dict:
             "data": Path(setting.data).name,
             "slow": dict(setting.slow),
         },
-        "before": harness.state(),
+        "before": harness.machine_state(),
     }

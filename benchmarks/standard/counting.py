@@ -1,18 +1,25 @@
 """What a graph must do at least, counted from its ONNX file: operations, and bytes moved.
 
-The plain graph is run once by ONNX Runtime on zeros, with the sizes of its products for outputs: so every dynamic
-size is known. Operations are those of matrix products and convolutions, two for a multiplication and an addition;
-what is done to single values is left out. Bytes are the weights as stored and the graph's inputs and outputs, each
-once: what a machine must move whose caches hold everything in between.
+ONNX Runtime runs the graph once on zeros and reports the shapes around every product, so every
+dynamic size is known. Operations are those of matrix products and convolutions, two for a
+multiplication and an addition; element-wise work is left out. Bytes are the weights as stored and
+the graph's inputs and outputs, each once: what a machine must move whose caches hold everything in
+between.
 """
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+if TYPE_CHECKING:
+    import onnx
+
 PRODUCTS = ("MatMul", "Gemm", "Conv")
 SMALL = 64  # bytes: smaller constants are shapes and scalars
+
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -31,71 +38,83 @@ class Cost:
         return asdict(self) | {"bytes": self.bytes}
 
 
+class Value(NamedTuple):
+    """What is known of a tensor in the graph."""
+
+    shape: Shape
+    n_bytes: int
+
+
 def count(path: Path, sizes: dict[str, int]) -> Cost:
     """The cost of a graph whose dynamic dimensions have these sizes.
 
-    Only of standard operators: a bundle's plain graphs, not those with ONNX Runtime's own.
+    Raises:
+        ValueError: the graph has operators that are not ONNX's own; count the plain graph instead.
     """
     import onnx
 
     model = onnx.load(str(path), load_external_data=False)
-    foreign = sorted(
-        {node.op_type for node in model.graph.node if node.domain not in ("", "ai.onnx")}
-    )
+    foreign = {node.op_type for node in model.graph.node if node.domain not in ("", "ai.onnx")}
     if foreign:
         raise ValueError(
-            f"{path} has {', '.join(foreign)}, whose operations are not known here: count the plain graph"
+            f"{path} has {', '.join(sorted(foreign))}, whose operations are not known here: "
+            "count the plain graph"
         )
-    shapes = shapes_of_products(model, path.parent, sizes)
+    values = run_on_zeros(model, path.parent, sizes)
     weights = {value.name: tuple(value.dims) for value in model.graph.initializer}
-    return Cost(
-        operations=sum(
-            operations(node, shapes, weights)
-            for node in model.graph.node
-            if node.op_type in PRODUCTS
-        ),
-        weight_bytes=sum(
-            n for value in model.graph.initializer if (n := stored_bytes(value)) >= SMALL
-        ),
-        other_bytes=sum(
-            shapes[name][1] for name in (v.name for v in (*model.graph.input, *model.graph.output))
-        ),
-    )
+
+    n_operations = 0
+    for node in model.graph.node:
+        if node.op_type in PRODUCTS:
+            n_operations += operations(node, values, weights)
+    weight_bytes = 0
+    for weight in model.graph.initializer:
+        n_bytes = stored_bytes(weight)
+        if n_bytes >= SMALL:
+            weight_bytes += n_bytes
+    other_bytes = 0
+    for value in (*model.graph.input, *model.graph.output):
+        other_bytes += values[value.name].n_bytes
+    return Cost(n_operations, weight_bytes, other_bytes)
 
 
-def operations(node, shapes: dict, weights: dict[str, tuple[int, ...]]) -> int:
-    """Two for every multiplication and addition of a product; `shapes` has those of its first input and its output."""
-    first, out = shapes[node.input[0]][0], shapes[node.output[0]][0]
+def operations(node: "onnx.NodeProto", values: dict[str, Value], weights: dict[str, Shape]) -> int:
+    """Two for every multiplication and addition of a product.
+
+    Args:
+        values: has those of the node's first input and of its output.
+    """
+    first = values[node.input[0]].shape
+    out = values[node.output[0]].shape
     if node.op_type == "Conv":
-        inner = int(
-            np.prod(weights[node.input[1]][1:])
-        )  # a group's channels, and the kernel's sizes
-    elif any(a.name == "transA" and a.i for a in node.attribute):
+        inner = int(np.prod(weights[node.input[1]][1:]))  # a group's channels, the kernel's sizes
+    elif any(attribute.name == "transA" and attribute.i for attribute in node.attribute):
         inner = first[0]
     else:
         inner = first[-1]
     return 2 * int(np.prod(out)) * inner
 
 
-def shapes_of_products(
-    model, folder: Path, sizes: dict[str, int]
-) -> dict[str, tuple[tuple[int, ...], int]]:
-    """Shape and bytes of every product's first input and output, and of the graph's own, from a run on zeros."""
+def run_on_zeros(model: "onnx.ModelProto", folder: Path, sizes: dict[str, int]) -> dict[str, Value]:
+    """The graph's inputs and outputs, its constants, and every product's first input and output.
+
+    Constants count no bytes here: `stored_bytes` knows them.
+    """
     import onnx
     import onnxruntime
 
-    feed = {value.name: zeros(value.type.tensor_type, sizes) for value in model.graph.input}
-    kept = {v.name for v in model.graph.output}
-    products = [node for node in model.graph.node if node.op_type in PRODUCTS]
-    wanted = (
-        {name for node in products for name in (node.input[0], node.output[0])} - kept - set(feed)
-    )
-    constants = {v.name: tuple(v.dims) for v in model.graph.initializer}
+    feed = {value.name: make_zeros(value.type.tensor_type, sizes) for value in model.graph.input}
+    constants = {value.name: tuple(value.dims) for value in model.graph.initializer}
+    known = {*feed, *constants, *(value.name for value in model.graph.output)}
+    probes: set[str] = set()
+    for node in model.graph.node:
+        if node.op_type in PRODUCTS:
+            probes.update((node.input[0], node.output[0]))
+
     probed = onnx.ModelProto()
     probed.CopyFrom(model)
-    probed.graph.output.extend(
-        onnx.ValueInfoProto(name=name) for name in sorted(wanted - constants.keys())
-    )
+    for name in sorted(probes - known):
+        probed.graph.output.append(onnx.ValueInfoProto(name=name))
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry(
@@ -105,26 +124,32 @@ def shapes_of_products(
         probed.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     names = [output.name for output in session.get_outputs()]
-    values = feed | dict(zip(names, session.run(names, feed)))
-    return {name: (value.shape, value.nbytes) for name, value in values.items()} | {
-        name: (shape, 0) for name, shape in constants.items()
-    }
+    arrays = dict(feed)
+    arrays.update(zip(names, session.run(names, feed)))
+
+    values = {name: Value(array.shape, array.nbytes) for name, array in arrays.items()}
+    for name, shape in constants.items():
+        values[name] = Value(shape, 0)
+    return values
 
 
-def zeros(tensor, sizes: dict[str, int]) -> np.ndarray:
+def make_zeros(tensor: "onnx.TypeProto.Tensor", sizes: dict[str, int]) -> np.ndarray:
     """An input of an ONNX tensor type."""
     import onnx
 
-    shape = [
-        sizes[size.dim_param] if size.dim_param else size.dim_value for size in tensor.shape.dim
-    ]
+    shape = []
+    for dimension in tensor.shape.dim:
+        named = dimension.dim_param
+        shape.append(sizes[named] if named else dimension.dim_value)
     return np.zeros(shape, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
 
 
-def stored_bytes(value) -> int:
+def stored_bytes(weight: "onnx.TensorProto") -> int:
     """Of a constant, inside of the file or beside it; two INT4 values share a byte."""
     import onnx
 
-    bits = {onnx.TensorProto.INT4: 4, onnx.TensorProto.UINT4: 4}.get(value.data_type)
-    bits = bits or 8 * onnx.helper.tensor_dtype_to_np_dtype(value.data_type).itemsize
-    return int(np.prod(value.dims)) * bits // 8
+    if weight.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
+        bits = 4
+    else:
+        bits = 8 * onnx.helper.tensor_dtype_to_np_dtype(weight.data_type).itemsize
+    return int(np.prod(weight.dims)) * bits // 8

@@ -1,27 +1,69 @@
-"""What costs grow with: length of the audio and of the context, the vocabulary that is heard, the number of persons.
+"""What costs grow with: length of audio and context, the speech vocabulary, the number of users.
 
-Each is measured over a range of one thing with everything else as it is; the exponent is the slope of the straight line
-through the logarithms, so that 1 is proportional and 0 is no growth. At the small end fixed costs make it smaller.
+Each cost is measured over a range of one size with everything else fixed. The exponent is the slope
+of the straight line through the logarithms: 1 is proportional, 0 is no growth. Fixed costs at the
+small end make it smaller.
 """
 
+import functools
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from tiny_align.benchmarks.standard.harness import KERNEL, Patience, alternate, spread, timed
+from tiny_align.benchmarks.standard.harness import (
+    KERNEL,
+    StoppingRule,
+    alternate,
+    make_side,
+    spread,
+)
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.bundle.users import write_user_record
 from tiny_align.runtime.files import link_file
-from tiny_align.runtime.llm import Cache
+from tiny_align.runtime.llm import Cache, LanguageModel
 
 AUDIO_S = (1, 2, 4, 8, 16, 30)
-SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 15 / 16)  # of the context
-VOCABULARIES = (500, 1000, 2000, 4000, 8000, 16_000)  # tokens that speech is read as
+CONTEXT_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 15 / 16)
+SPEECH_VOCABULARIES = (500, 1000, 2000, 4000, 8000, 16_000)  # tokens
 N_USERS = (1, 4, 16, 64)
+
+Works = dict[float, Callable[[], object]]  # size -> the work whose time is measured
+
+
+def measure(bundle: Path, threads: int, rule: StoppingRule) -> dict[str, dict]:
+    """Every curve under its name: the cost, " over ", and the size that varies."""
+    with Assistant.load(bundle, threads=threads) as assistant:
+        rng = np.random.default_rng(0)
+        curves = {
+            "encoder over seconds of audio": curve(encoding(assistant, rng), rule),
+            "prefill over positions": curve(prefilling(assistant, rng), rule),
+            "a token over positions before it": curve(decoding(assistant, rng), rule),
+            "readout over tokens that are heard": curve(reading_out(assistant, rng), rule),
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            works = loading_users(assistant.bundle, threads, Path(folder))
+            curves["loading a person over persons kept"] = curve(works, rule)
+    return curves
+
+
+def curve(works: Works, rule: StoppingRule) -> dict[str, Any]:
+    """Let all sizes take turns: the median seconds of each with their spread, and the exponent."""
+    samples = alternate({str(size): make_side(work) for size, work in works.items()}, rule)
+    points = []
+    for size in works:
+        points.append({"size": size, **spread(samples[str(size)]["seconds"])})
+    kernel_s = np.concatenate([side[KERNEL] for side in samples.values()])
+    medians = [point["median"] for point in points]
+    return {
+        "points": points,
+        "exponent": exponent(list(works), medians),
+        "kernel_s": float(np.median(kernel_s)),
+    }
 
 
 def exponent(sizes: list[float], costs: list[float]) -> float:
@@ -29,110 +71,97 @@ def exponent(sizes: list[float], costs: list[float]) -> float:
     return float(np.polyfit(np.log(sizes), np.log(costs), 1)[0])
 
 
-def curve(works: dict[float, Callable[[], object]], patience: Patience) -> dict:
-    """Size -> work, taking turns: the median seconds of each with their spread, and the exponent."""
-    samples = alternate({str(size): timed(work) for size, work in works.items()}, patience)
-    rows = [{"size": size, **spread(samples[str(size)]["seconds"])} for size in works]
-    return {
-        "points": rows,
-        "exponent": exponent([row["size"] for row in rows], [row["median"] for row in rows]),
-        "kernel_s": float(np.median([s for side in samples.values() for s in side[KERNEL]])),
-    }
+# --- the works ---
 
 
-def measure(bundle: Path, threads: int, patience: Patience) -> dict[str, dict]:
-    """Every curve, by what it is over."""
-    with Assistant.load(bundle, threads=threads) as assistant:
-        rng = np.random.default_rng(0)
-        return {
-            "encoder over seconds of audio": curve(over_audio(assistant, rng), patience),
-            "prefill over positions": curve(over_prompt(assistant, rng), patience),
-            "a token over positions before it": curve(over_context(assistant, rng), patience),
-            "readout over tokens that are heard": curve(over_vocabulary(assistant, rng), patience),
-            "loading a person over persons kept": over_persons(assistant.bundle, threads, patience),
-        }
-
-
-def over_audio(assistant: Assistant, rng) -> dict:
-    lengths = [s for s in AUDIO_S if s <= assistant.max_speech_s]
-    noise = {
-        s: (0.1 * rng.standard_normal(round(s * assistant.sample_rate))).astype(np.float32)
-        for s in lengths
-    }
-    return {s: lambda audio=audio: assistant.features(audio) for s, audio in noise.items()}
-
-
-def over_prompt(assistant: Assistant, rng) -> dict:
-    llm = assistant.llm
-    prompts = {n: llm.embed(rng.integers(llm.spec.vocabulary, size=n)) for n in positions(llm)}
-    caches = {n: Cache() for n in prompts}
-
-    def read(n: int) -> None:
-        llm.rewind(caches[n], 0)
-        llm.prefill(prompts[n], caches[n])
-
-    return {n: lambda n=n: read(n) for n in prompts}
-
-
-def over_context(assistant: Assistant, rng) -> dict:
-    llm, token = assistant.llm, assistant.llm.embed([0])
-
-    def read(cache: Cache, n: int) -> None:
-        llm.rewind(cache, n)
-        llm.prefill(token, cache)
-
-    works = {}
-    for n in positions(llm):
-        cache = Cache()
-        llm.prefill(llm.embed(rng.integers(llm.spec.vocabulary, size=n)), cache)
-        works[n] = lambda cache=cache, n=n: read(cache, n)
+def encoding(assistant: Assistant, rng: np.random.Generator) -> Works:
+    """Encode noise of so many seconds."""
+    works: Works = {}
+    for length_s in AUDIO_S:
+        if length_s <= assistant.max_speech_s:
+            noise = 0.1 * rng.standard_normal(round(length_s * assistant.sample_rate))
+            works[length_s] = functools.partial(assistant.features, noise.astype(np.float32))
     return works
 
 
-def positions(llm) -> list[int]:
-    return [round(share * llm.spec.max_context) for share in SHARES]
+def prefilling(assistant: Assistant, rng: np.random.Generator) -> Works:
+    """Prefill a random prompt of so many positions."""
+    llm = assistant.llm
+
+    def prefill(prompt: np.ndarray, cache: Cache) -> None:
+        llm.rewind(cache, 0)
+        llm.prefill(prompt, cache)
+
+    works: Works = {}
+    for n in context_positions(llm):
+        prompt = llm.embed(rng.integers(llm.spec.vocabulary, size=n))
+        works[n] = functools.partial(prefill, prompt, Cache())
+    return works
 
 
-def over_vocabulary(assistant: Assistant, rng) -> dict:
-    """The readout of four seconds of speech in which a word is said every so often, over random tables."""
+def decoding(assistant: Assistant, rng: np.random.Generator) -> Works:
+    """Decode one token after so many random positions."""
+    llm = assistant.llm
+    token = llm.embed([0])
+
+    def decode(cache: Cache, past: int) -> None:
+        llm.rewind(cache, past)
+        llm.prefill(token, cache)
+
+    works: Works = {}
+    for n in context_positions(llm):
+        cache = Cache()
+        llm.prefill(llm.embed(rng.integers(llm.spec.vocabulary, size=n)), cache)
+        works[n] = functools.partial(decode, cache, n)
+    return works
+
+
+def context_positions(llm: LanguageModel) -> list[int]:
+    """CONTEXT_SHARES of the LLM's context, in positions."""
+    return [round(share * llm.spec.max_context) for share in CONTEXT_SHARES]
+
+
+def reading_out(assistant: Assistant, rng: np.random.Generator) -> Works:
+    """Collapse four seconds of vectors, each of them a word, over a table of so many tokens."""
     from tiny_align.runtime.readout import collapse, ctc_scale
 
-    size = assistant.bundle.manifest.llm.hidden_size
+    hidden_size = assistant.bundle.manifest.llm.hidden_size
 
-    def work(n: int) -> Callable[[], object]:
-        table = rng.standard_normal((n, size), dtype=np.float32)
-        frames = np.pad(
-            table[rng.integers(n, size=50)], ((0, 0), (0, 1))
-        )  # every frame a word, the blank's logit 0
-        return lambda: collapse(frames, table, ctc_scale(table[:500]))
+    def read_out(vectors: np.ndarray, table: np.ndarray) -> np.ndarray:
+        return collapse(vectors, table, ctc_scale(table[:500]))
 
-    return {n: work(n) for n in VOCABULARIES}
+    works: Works = {}
+    for n in SPEECH_VOCABULARIES:
+        table = rng.standard_normal((n, hidden_size), dtype=np.float32)
+        words = table[rng.integers(n, size=50)]
+        vectors = np.pad(words, ((0, 0), (0, 1)))  # the blank's logit is 0
+        works[n] = functools.partial(read_out, vectors, table)
+    return works
 
 
-def over_persons(bundle: Bundle, threads: int, patience: Patience) -> dict:
-    """Bundles with so many persons, each with the general projector's weights; one of them is loaded."""
-    with tempfile.TemporaryDirectory() as temporary:
-        works = {}
-        for n in N_USERS:
-            copy = Path(temporary) / str(n)
-            shutil.copytree(
-                bundle.path, copy, ignore=shutil.ignore_patterns("users", "engines", ".*")
-            )
-            make_users(Bundle.open(copy, verify=False), n)
-            works[n] = lambda copy=copy: load(copy, threads)
-        return curve(works, patience)
+def loading_users(bundle: Bundle, threads: int, folder: Path) -> Works:
+    """Load one user of a bundle that has so many; the copies of the bundle are made in `folder`."""
+    works: Works = {}
+    for n in N_USERS:
+        copy = folder / str(n)
+        shutil.copytree(bundle.path, copy, ignore=shutil.ignore_patterns("users", "engines", ".*"))
+        make_users(Bundle.open(copy, verify=False), n)
+        works[n] = functools.partial(load_user, copy, threads)
+    return works
 
 
 def make_users(bundle: Bundle, n: int) -> None:
+    """Give the bundle `n` users, each with the general projector's weights."""
     graph = bundle.graph("projector")
+    weights = graph.with_name(f"{graph.name}.data")
     for i in range(n):
-        folder = bundle.user_folder(f"person-{i}")
+        folder = bundle.user_folder(f"user-{i}")
         folder.mkdir(parents=True)
-        for path in (graph, graph.with_name(f"{graph.name}.data")):
-            link_file(path, folder / path.name)
+        link_file(graph, folder / graph.name)
+        link_file(weights, folder / weights.name)
         write_user_record(folder, bundle.manifest, {"steps": 0})
 
 
-def load(bundle: Path, threads: int) -> None:
-    with Assistant.load(bundle, "person-0", threads=threads):
+def load_user(bundle: Path, threads: int) -> None:
+    with Assistant.load(bundle, "user-0", threads=threads):
         pass

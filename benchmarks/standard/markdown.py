@@ -1,7 +1,11 @@
 """Markdown of rows and columns."""
 
+from collections.abc import Iterable, Sequence
 
-def grid(head: list[str], rows: list[list]) -> str:
+
+def grid(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    lines = []
+    for cells in (head, ["---"] * len(head), *rows):
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)

@@ -1,14 +1,17 @@
-"""One LLM under several engines, each behind the same two calls: read a prompt, and one token more.
+"""One LLM under several engines, each behind two calls: prefill a prompt, decode one more token.
 
-A peer is made from the models of benchmarks.full_size and lives in a process of its own (processes.py). Nothing here
-measures quality: weights are random, but for llama.cpp's, which pipelines.py gives real ones.
+A peer is made from the models of benchmarks/studies/full_size.py and lives in a process of its own
+(processes.py). Nothing here measures quality: the weights are random. pipelines.py uses `Llama` and
+`write_gguf` with real ones.
 """
 
 import ctypes
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,17 +19,29 @@ from tiny_align.benchmarks.standard.training_cost import Shape
 from tiny_align.export.pretrained import load_pretrained
 from tiny_align.runtime.backends.onnxruntime import INT8_PRODUCTS
 
+if TYPE_CHECKING:
+    import torch
+
 CONTEXT = 512  # positions
 
 
-class Peer:
-    """An LLM: `prefill` reads a prompt's token ids and gives the next token, `step` reads that and gives one more."""
+class Peer(ABC):
+    """An LLM that decodes greedily."""
 
-    def measure(self, prompt: np.ndarray, tokens: int) -> dict:
-        """Seconds to read the prompt and, each, of `tokens` tokens."""
+    @abstractmethod
+    def prefill(self, ids: np.ndarray) -> int:
+        """Begin a new conversation with a prompt's token ids (T,) int; the next token."""
+
+    @abstractmethod
+    def step(self, token: int) -> int:
+        """Append a token; the next one."""
+
+    def measure(self, prompt: np.ndarray, n_tokens: int) -> dict[str, Any]:
+        """Seconds to prefill the prompt, and of each of `n_tokens` tokens."""
         began = time.perf_counter()
-        token, marks = self.prefill(prompt), [time.perf_counter()]
-        for _ in range(tokens):
+        token = self.prefill(prompt)
+        marks = [time.perf_counter()]
+        for _ in range(n_tokens):
             token = self.step(token)
             marks.append(time.perf_counter())
         return {"prefill_s": marks[0] - began, "steps_s": np.diff(marks).tolist()}
@@ -40,18 +55,22 @@ class TinyAlign(Peer):
         from tiny_align.runtime.bundle.bundle import Bundle
         from tiny_align.runtime.llm import Cache, LanguageModel
 
-        bundle, self._new = Bundle.open(work / "bundle", verify=False), Cache
+        bundle = Bundle.open(work / "bundle", verify=False)
         spec = bundle.manifest.graphs["llm"].on("onnxruntime")
-        self._llm = LanguageModel(
-            bundle, load_decoder(bundle.graph("llm", "onnxruntime"), spec, "onnxruntime", threads)
-        )
+        decoder = load_decoder(bundle.graph("llm", "onnxruntime"), spec, "onnxruntime", threads)
+        self._llm = LanguageModel(bundle, decoder)
+        self._new_cache = Cache
 
     def prefill(self, ids: np.ndarray) -> int:
-        self._cache = self._new()
-        return int(self._llm.prefill(self._llm.embed(ids), self._cache).topk(1)[0][0])
+        self._cache = self._new_cache()
+        return self._append(ids)
 
     def step(self, token: int) -> int:
-        return int(self._llm.prefill(self._llm.embed([token]), self._cache).topk(1)[0][0])
+        return self._append(np.array([token]))
+
+    def _append(self, ids: np.ndarray) -> int:
+        scores = self._llm.prefill(self._llm.embed(ids), self._cache)
+        return int(scores.topk(1)[0][0])
 
 
 class LlamaCpp(Peer):
@@ -60,7 +79,7 @@ class LlamaCpp(Peer):
     def __init__(self, work: Path, shape: Shape, threads: int):
         path = work / "llm.q4_0.gguf"
         if not path.exists():
-            write_gguf(path, shape, random_weights())
+            write_gguf(path, shape, random_tensors())
         self._llm = Llama(path, shape, threads)
         self._table = np.load(
             work / "bundle" / "token_embeddings.npy", mmap_mode="r", allow_pickle=False
@@ -68,10 +87,10 @@ class LlamaCpp(Peer):
 
     def prefill(self, ids: np.ndarray) -> int:
         self._llm.rewind(0)
-        return int(self._llm.read(self._table[ids].astype(np.float32)).argmax())
+        return int(self._llm.prefill(self._table[ids].astype(np.float32)).argmax())
 
     def step(self, token: int) -> int:
-        return int(self._llm.read_token(token).argmax())
+        return int(self._llm.step(token).argmax())
 
 
 class Llama:
@@ -91,7 +110,8 @@ class Llama:
         options.n_ctx = options.n_batch = options.n_ubatch = CONTEXT
         options.n_threads = options.n_threads_batch = threads
         self._context = api.llama_init_from_model(self._model, options)
-        self._vocabulary, self._past = shape.vocabulary, 0
+        self._vocabulary = shape.vocabulary
+        self._past = 0  # positions in the cache
         self._embeddings = api.llama_batch_init(CONTEXT, shape.hidden, 1)
         self._token = api.llama_batch_init(1, 0, 1)
 
@@ -100,7 +120,7 @@ class Llama:
         self._api.llama_memory_seq_rm(self._api.llama_get_memory(self._context), 0, length, -1)
         self._past = length
 
-    def read(self, rows: np.ndarray) -> np.ndarray:
+    def prefill(self, rows: np.ndarray) -> np.ndarray:
         """(T, D) float32 embeddings -> (V,) float32 logits of the last position."""
         rows = np.ascontiguousarray(rows)
         ctypes.memmove(
@@ -108,29 +128,31 @@ class Llama:
         )
         return self._decode(self._embeddings, len(rows))
 
-    def read_token(self, token: int) -> np.ndarray:
+    def step(self, token: int) -> np.ndarray:
+        """One token -> (V,) float32 logits."""
         self._token.token[0] = token
         return self._decode(self._token, 1)
 
-    def _decode(self, batch, n: int) -> np.ndarray:
+    def _decode(self, batch: Any, n: int) -> np.ndarray:
         batch.n_tokens = n
         for i in range(n):
-            batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = self._past + i, 1, 0
+            batch.pos[i] = self._past + i
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = 0
             batch.logits[i] = i == n - 1
         self._past += n
-        if status := self._api.llama_decode(self._context, batch):
+        status = self._api.llama_decode(self._context, batch)
+        if status:
             raise RuntimeError(f"llama_decode returned {status}")
-        return np.ctypeslib.as_array(
-            self._api.llama_get_logits_ith(self._context, -1), (self._vocabulary,)
-        )
+        logits = self._api.llama_get_logits_ith(self._context, -1)
+        return np.ctypeslib.as_array(logits, (self._vocabulary,))
 
 
-Weights = Callable[
-    [str, tuple[int, ...]], np.ndarray
-]  # a tensor's name in a GGUF file and its shape -> float32 values
+# a tensor's name in a GGUF file and its shape -> float32 values
+TensorSource = Callable[[str, tuple[int, ...]], np.ndarray]
 
 
-def random_weights() -> Weights:
+def random_tensors() -> TensorSource:
     rng = np.random.default_rng(0)
 
     def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -141,11 +163,14 @@ def random_weights() -> Weights:
     return draw
 
 
-def write_gguf(path: Path, shape: Shape, weights: Weights, rope_theta: float = 500_000.0) -> None:
+def write_gguf(
+    path: Path, shape: Shape, tensors: TensorSource, rope_theta: float = 500_000.0
+) -> None:
     """A llama of this shape whose output layer is its embedding table, every matrix in Q4_0."""
     import gguf
 
-    writer, kind = gguf.GGUFWriter(path, "llama"), gguf.GGMLQuantizationType.Q4_0
+    kind = gguf.GGMLQuantizationType.Q4_0
+    writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(4096)
     writer.add_embedding_length(shape.hidden)
     writer.add_block_count(shape.layers)
@@ -162,25 +187,28 @@ def write_gguf(path: Path, shape: Shape, weights: Weights, rope_theta: float = 5
     writer.add_token_types([1] * shape.vocabulary)
 
     def add(name: str, *sizes: int) -> None:
-        values, full = weights(name, sizes), f"{name}.weight"
+        values = tensors(name, sizes)
         if len(sizes) == 1:
-            writer.add_tensor(full, values)
+            writer.add_tensor(f"{name}.weight", values)
         else:
-            writer.add_tensor(full, gguf.quants.quantize(values, kind), raw_dtype=kind)
+            quantised = gguf.quants.quantize(values, kind)
+            writer.add_tensor(f"{name}.weight", quantised, raw_dtype=kind)
 
     add("token_embd", shape.vocabulary, shape.hidden)  # the output layer too
     add("output_norm", shape.hidden)
-    wide, narrow = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
-    for layer in range(shape.layers):
-        place = f"blk.{layer}"
-        add(f"{place}.attn_norm", shape.hidden)
-        add(f"{place}.ffn_norm", shape.hidden)
-        for name, rows in (("attn_q", wide), ("attn_k", narrow), ("attn_v", narrow)):
-            add(f"{place}.{name}", rows, shape.hidden)
-        add(f"{place}.attn_output", shape.hidden, wide)
-        add(f"{place}.ffn_gate", shape.mlp, shape.hidden)
-        add(f"{place}.ffn_up", shape.mlp, shape.hidden)
-        add(f"{place}.ffn_down", shape.hidden, shape.mlp)
+    query_size = shape.heads * shape.head_size
+    key_size = shape.kv_heads * shape.head_size
+    for i in range(shape.layers):
+        layer = f"blk.{i}"
+        add(f"{layer}.attn_norm", shape.hidden)
+        add(f"{layer}.ffn_norm", shape.hidden)
+        add(f"{layer}.attn_q", query_size, shape.hidden)
+        add(f"{layer}.attn_k", key_size, shape.hidden)
+        add(f"{layer}.attn_v", key_size, shape.hidden)
+        add(f"{layer}.attn_output", shape.hidden, query_size)
+        add(f"{layer}.ffn_gate", shape.mlp, shape.hidden)
+        add(f"{layer}.ffn_up", shape.mlp, shape.hidden)
+        add(f"{layer}.ffn_down", shape.hidden, shape.mlp)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -197,20 +225,18 @@ class Transformers(Peer):
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
         self._model = load_pretrained(AutoModelForCausalLM, work / "llm", dtype=torch.float32)
-        self._torch, self._new, self._embed = (
-            torch,
-            DynamicCache,
-            self._model.get_input_embeddings(),
-        )
+        self._embed = self._model.get_input_embeddings()
+        self._torch = torch
+        self._new_cache = DynamicCache
 
     def prefill(self, ids: np.ndarray) -> int:
-        self._cache = self._new()
-        return self._read(self._torch.from_numpy(ids))
+        self._cache = self._new_cache()
+        return self._append(self._torch.from_numpy(ids))
 
     def step(self, token: int) -> int:
-        return self._read(self._torch.tensor([token]))
+        return self._append(self._torch.tensor([token]))
 
-    def _read(self, ids) -> int:
+    def _append(self, ids: "torch.Tensor") -> int:
         out = self._model(
             inputs_embeds=self._embed(ids)[None],
             past_key_values=self._cache,
@@ -221,14 +247,15 @@ class Transformers(Peer):
 
 
 class Genai(Peer):
-    """onnxruntime-genai on the bundle's own graph, which it gets token ids for: it takes no embeddings."""
+    """onnxruntime-genai on the bundle's own graph, by token ids: it takes no embeddings."""
 
     def __init__(self, work: Path, shape: Shape, threads: int):
         import onnxruntime_genai as genai
 
         folder = work / "genai"
         write_genai(folder, work / "bundle", shape, threads)
-        self._api, self._model = genai, genai.Model(str(folder))
+        self._api = genai
+        self._model = genai.Model(str(folder))
 
     def prefill(self, ids: np.ndarray) -> int:
         options = self._api.GeneratorParams(self._model)
@@ -238,73 +265,96 @@ class Genai(Peer):
         return self.step(0)
 
     def step(self, token: int) -> int:
-        """Its next token; it remembers the one before."""
+        """Its next token; it has appended the one before itself."""
         self._generator.generate_next_token()
         return int(self._generator.get_next_tokens()[0])
 
 
 def write_genai(folder: Path, bundle: Path, shape: Shape, threads: int) -> None:
-    """Our fused graph with token ids and a mask for inputs, and the configuration that onnxruntime-genai reads."""
-    import onnx
-    from onnx import TensorProto, helper
-
+    """The bundle's LLM as onnxruntime-genai loads it: graph, weights and configuration."""
     folder.mkdir(exist_ok=True)
     for data in bundle.glob("llm*.data"):
         (folder / data.name).unlink(missing_ok=True)
         (folder / data.name).hardlink_to(data)  # a symbolic link is refused
+    write_genai_graph(folder, bundle)
+    config = genai_config(shape, threads)
+    (folder / "genai_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def write_genai_graph(folder: Path, bundle: Path) -> None:
+    """The bundle's graph for ONNX Runtime behind an embedding table: inputs are ids and a mask."""
+    import onnx
+    from onnx import TensorProto, helper
+
     table = np.load(bundle / "token_embeddings.npy", mmap_mode="r", allow_pickle=False)
     table.tofile(folder / "embeddings.data")
+    embeddings = TensorProto(name="embeddings", data_type=TensorProto.FLOAT16, dims=table.shape)
+    embeddings.data_location = TensorProto.EXTERNAL
+    embeddings.external_data.add(key="location", value="embeddings.data")
+
     model = onnx.load(str(bundle / "llm.ort.onnx"), load_external_data=False)
     graph = model.graph
-    rows = TensorProto(name="embeddings", data_type=TensorProto.FLOAT16, dims=table.shape)
-    rows.data_location = TensorProto.EXTERNAL
-    rows.external_data.add(key="location", value="embeddings.data")
-    graph.initializer.append(rows)
-    kept = [value for value in graph.input if value.name not in ("inputs_embeds", "length")]
+    graph.initializer.append(embeddings)
+    cache_inputs = []
+    for value in graph.input:
+        if value.name not in ("inputs_embeds", "length"):
+            cache_inputs.append(value)
     del graph.input[:]
     for name in ("input_ids", "attention_mask"):
         graph.input.append(helper.make_tensor_value_info(name, TensorProto.INT64, [1, name]))
-    graph.input.extend(kept)
-    front = [
-        helper.make_node("Gather", ["embeddings", "input_ids"], ["halves"]),
-        helper.make_node("Cast", ["halves"], ["inputs_embeds"], to=TensorProto.FLOAT),
-        helper.make_node("Shape", ["attention_mask"], ["wide_length"], start=1),
-        helper.make_node("Cast", ["wide_length"], ["length"], to=TensorProto.INT32),
+    graph.input.extend(cache_inputs)
+
+    embed_nodes = [
+        helper.make_node("Gather", ["embeddings", "input_ids"], ["fp16_embeds"]),
+        helper.make_node("Cast", ["fp16_embeds"], ["inputs_embeds"], to=TensorProto.FLOAT),
+        helper.make_node("Shape", ["attention_mask"], ["int64_length"], start=1),
+        helper.make_node("Cast", ["int64_length"], ["length"], to=TensorProto.INT32),
     ]
-    nodes = [*front, *graph.node]
+    nodes = [*embed_nodes, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)
     onnx.save(model, str(folder / "model.onnx"))
-    session = {
-        "intra_op_num_threads": threads,
-        "session.qdq_matmulnbits_accuracy_level": INT8_PRODUCTS,
-    }
-    names = {"past_key_names": "past.%d.key", "past_value_names": "past.%d.value"}
-    present = {"present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
+
+
+def genai_config(shape: Shape, threads: int) -> dict[str, Any]:
+    """genai_config.json of the graph that `write_genai_graph` writes."""
     decoder = {
-        "session_options": {**session, "provider_options": []},
+        "session_options": {
+            "intra_op_num_threads": threads,
+            "session.qdq_matmulnbits_accuracy_level": INT8_PRODUCTS,
+            "provider_options": [],
+        },
         "filename": "model.onnx",
         "head_size": shape.head_size,
         "hidden_size": shape.hidden,
         "num_attention_heads": shape.heads,
         "num_hidden_layers": shape.layers,
         "num_key_value_heads": shape.kv_heads,
-        "inputs": {"input_ids": "input_ids", "attention_mask": "attention_mask", **names},
-        "outputs": {"logits": "logits", **present},
+        "inputs": {
+            "input_ids": "input_ids",
+            "attention_mask": "attention_mask",
+            "past_key_names": "past.%d.key",
+            "past_value_names": "past.%d.value",
+        },
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
     }
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
-    model_part = {
+    model = {
         "type": "llama",
         "context_length": CONTEXT,
         "vocab_size": shape.vocabulary,
         "decoder": decoder,
-        **ids,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
     }
-    search = {"max_length": CONTEXT, "past_present_share_buffer": True}
-    (folder / "genai_config.json").write_text(json.dumps({"model": model_part, "search": search}))
+    return {"model": model, "search": {"max_length": CONTEXT, "past_present_share_buffer": True}}
 
 
-PEERS = {
+PEERS: dict[str, type[Peer]] = {
     "tiny-align": TinyAlign,
     "llama.cpp": LlamaCpp,
     "transformers": Transformers,

@@ -1,8 +1,9 @@
-"""The whole way from speech to text as others would build it: our pipeline with something else under it.
+"""From speech to text as others would build it: our pipeline with another engine under it.
 
-Front end, readout, prompt and text are the same everywhere, so that what differs is what does the work. Each is an
-Assistant and lives in a process of its own (processes.py). What a peer needs beside the bundle are the reference's
-weights, which lie in the source tree: such a peer measures the reference bundle only.
+Front end, readout, prompt and text are the same in all of them; only what executes the graphs
+differs. Each pipeline is an Assistant and lives in a process of its own (processes.py). Some need
+the reference's weights beside the bundle. These lie in the source tree, so such a pipeline measures
+the reference bundle only.
 """
 
 import functools
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +28,11 @@ from tiny_align.runtime.errors import TinyAlignError
 from tiny_align.runtime.llm import Decoding, LanguageModel
 from tiny_align.runtime.machine import gpu_compute_capability
 
+if TYPE_CHECKING:
+    import torch
+
+    from tiny_align.benchmarks.standard.peers import Llama, TensorSource
+
 OURS = "tiny-align"
 WEIGHTS = Path(__file__).parents[2] / "reference" / "weights"
 
@@ -36,8 +43,8 @@ class Pipeline:
     def __init__(self, name: str, bundle: Path, threads: int):
         self._assistant = PIPELINES[name](Bundle.open(bundle, verify=False), threads)
 
-    def measure(self, audio: np.ndarray) -> dict:
-        """Answer a recording (S,): what a person notices, and what was said."""
+    def measure(self, audio: np.ndarray) -> dict[str, Any]:
+        """Answer a recording (S,): the seconds that a user notices, and the text."""
         answer = self._assistant.answer(audio)
         n = len(answer.tokens)
         per_token = (answer.seconds - answer.ttft_s) / (n - 1) if n > 1 else float("nan")
@@ -49,7 +56,7 @@ def ours(bundle: Bundle, threads: int) -> Assistant:
     return Assistant.load(bundle, threads=threads)
 
 
-def reason_against_tensorrt() -> str | None:
+def tensorrt_problem() -> str | None:
     """Why this machine cannot run TensorRT engines; None if it can."""
     if find_spec("tensorrt") is None:
         return "TensorRT is not installed for this Python, see `tiny-align doctor`"
@@ -59,8 +66,9 @@ def reason_against_tensorrt() -> str | None:
 
 
 def tensorrt(bundle: Bundle, threads: int) -> Assistant:
-    if reason := reason_against_tensorrt():
-        raise TinyAlignError(reason)
+    problem = tensorrt_problem()
+    if problem:
+        raise TinyAlignError(problem)
     return Assistant.load(bundle, backend="tensorrt", threads=threads)
 
 
@@ -78,29 +86,27 @@ class Cascade(Assistant):
         *,
         user: User = None,
     ):
-        began, letters = time.perf_counter(), self.transcript(audio)
-        rows = (
-            self.llm.embed(self.llm.encode_words(letters))
-            if letters
-            else np.zeros((0, 1), np.float32)
-        )
+        began = time.perf_counter()
+        letters = self.transcript(audio)
+        rows = np.zeros((0, 1), np.float32)
+        if letters:
+            rows = self.llm.embed(self.llm.encode_words(letters))
         return self._events(rows, instruction, decoding, began)
 
     def transcript(self, audio: np.ndarray) -> str:
         """Letters of (S,) speech, no longer than a window: greedy CTC by the encoder's own head."""
         from tiny_align.reference.encoder import decode_letters
 
-        matrix, bias = self._head
-        return decode_letters(
-            (self.encode_window(audio)[:, -len(matrix) :] @ matrix + bias).argmax(axis=1)
-        )
+        matrix, bias = self._ctc_head
+        last_layer = self.encode_window(audio)[:, -len(matrix) :]  # it is the last of the features
+        return decode_letters((last_layer @ matrix + bias).argmax(axis=1))
 
     @functools.cached_property
-    def _head(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of the encoder's last layer, which is the last of the features."""
+    def _ctc_head(self) -> tuple[np.ndarray, np.ndarray]:
+        """Matrix and bias, from the encoder's last layer to the logits of letters."""
         from safetensors.numpy import load_file
 
-        stored = load_file(weights(self.bundle, "encoder") / "model.safetensors")
+        stored = load_file(weights_folder(self.bundle, "encoder") / "model.safetensors")
         return stored["ctc_head.weight"][:, :, 0].T, stored["ctc_head.bias"]
 
 
@@ -114,22 +120,20 @@ def cascade(bundle: Bundle, threads: int) -> Assistant:
 def with_llm(
     bundle: Bundle, decoder: Decoder, threads: int, backend: str | None = "onnxruntime"
 ) -> Assistant:
-    """Another decoder after our encoder and projector, in the form for `backend` or the plain one."""
-    encoder, projector = (
-        load_runner(
-            bundle.graph(name, backend),
-            bundle.manifest.graphs[name].on(backend),
-            "onnxruntime",
-            threads,
-        )
-        for name in ("encoder", "projector")
-    )
-    return Assistant(
-        bundle, encoder, projector, LanguageModel(bundle, decoder), "onnxruntime", threads
-    )
+    """Another decoder after our encoder and projector.
+
+    Args:
+        backend: whose form of the two graphs is run; None: the plain one.
+    """
+    runners = []
+    for name in ("encoder", "projector"):
+        spec = bundle.manifest.graphs[name].on(backend)
+        runners.append(load_runner(bundle.graph(name, backend), spec, "onnxruntime", threads))
+    llm = LanguageModel(bundle, decoder)
+    return Assistant(bundle, *runners, llm, "onnxruntime", threads)
 
 
-def plain(bundle: Bundle, threads: int) -> Assistant:
+def plain_graphs(bundle: Bundle, threads: int) -> Assistant:
     """Keys and values go through numpy at every step."""
     decoder = PlainDecoder(bundle.graph("llm"), bundle.manifest.graphs["llm"], threads)
     return with_llm(bundle, decoder, threads, backend=None)
@@ -139,9 +143,9 @@ def plain(bundle: Bundle, threads: int) -> Assistant:
 
 
 class TorchGraph(Runner):
-    """A module in the place of a graph of one input and one output."""
+    """A PyTorch module in the place of a graph of one input and one output."""
 
-    def __init__(self, spec: GraphSpec, module):
+    def __init__(self, spec: GraphSpec, module: "torch.nn.Module"):
         super().__init__(spec)
         self._module = module
 
@@ -155,7 +159,7 @@ class TorchGraph(Runner):
 class TorchDecoder(Decoder):
     """transformers' LLM with a cache that grows."""
 
-    def __init__(self, model):
+    def __init__(self, model: "torch.nn.Module"):
         self._model = model
 
     def open_cache(self, capacity: int):
@@ -176,10 +180,18 @@ class TorchDecoder(Decoder):
         cache.crop(length)
 
 
-def torch_pipeline(
-    bundle: Bundle, threads: int, prepare: Callable = lambda module: module
-) -> Assistant:
-    """Every graph by the PyTorch module it was exported from, in FP32; `prepare` may compile a module."""
+def torch_eager(bundle: Bundle, threads: int) -> Assistant:
+    return torch_modules(bundle, threads, lambda module: module)
+
+
+def torch_compiled(bundle: Bundle, threads: int) -> Assistant:
+    import torch
+
+    return torch_modules(bundle, threads, functools.partial(torch.compile, dynamic=True))
+
+
+def torch_modules(bundle: Bundle, threads: int, prepare: Callable) -> Assistant:
+    """Every graph by the PyTorch module it was exported from, in FP32; `prepare` may compile it."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -188,23 +200,20 @@ def torch_pipeline(
     from tiny_align.reference.build import ENCODER_LAYERS
 
     torch.set_num_threads(threads)
-    encoder = load_encoder(str(weights(bundle, "encoder")), ENCODER_LAYERS)
+    encoder = load_encoder(str(weights_folder(bundle, "encoder")), ENCODER_LAYERS)
     projector = load_projector(bundle, bundle.graph("projector")).eval()
-    llm = load_pretrained(AutoModelForCausalLM, weights(bundle, "llm")).eval()
+    llm = load_pretrained(AutoModelForCausalLM, weights_folder(bundle, "llm")).eval()
     for module in (encoder, projector, llm):
-        module.requires_grad_(False)  # whatever the thread: a session has its own
-    graphs, decoder = bundle.manifest.graphs, TorchDecoder(prepare(llm))
-    runners = (
+        module.requires_grad_(False)  # not by a context manager: a session has its own threads
+    graphs = bundle.manifest.graphs
+    return Assistant(
+        bundle,
         TorchGraph(graphs["encoder"], prepare(encoder)),
         TorchGraph(graphs["projector"], prepare(projector)),
+        LanguageModel(bundle, TorchDecoder(prepare(llm))),
+        "pytorch",
+        threads,
     )
-    return Assistant(bundle, *runners, LanguageModel(bundle, decoder), "pytorch", threads)
-
-
-def compiled(bundle: Bundle, threads: int) -> Assistant:
-    import torch
-
-    return torch_pipeline(bundle, threads, functools.partial(torch.compile, dynamic=True))
 
 
 # --- llama.cpp ---
@@ -213,7 +222,7 @@ def compiled(bundle: Bundle, threads: int) -> Assistant:
 class LlamaCppDecoder(Decoder):
     """llama.cpp in the LLM's place; it holds one conversation."""
 
-    def __init__(self, llm):
+    def __init__(self, llm: "Llama"):
         self._llm = llm
 
     def open_cache(self, capacity: int):
@@ -221,7 +230,7 @@ class LlamaCppDecoder(Decoder):
         return self._llm
 
     def run(self, embeddings: np.ndarray, cache, past: int) -> Scores:
-        return Scores(cache.read(embeddings))
+        return Scores(cache.prefill(embeddings))
 
     def rewind(self, cache, length: int) -> None:
         cache.rewind(length)
@@ -232,14 +241,16 @@ def llama_cpp(bundle: Bundle, threads: int) -> Assistant:
     from tiny_align.benchmarks.standard.peers import Llama, write_gguf
     from tiny_align.benchmarks.standard.training_cost import SHAPES
 
+    shape = SHAPES["reference"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "llm.gguf"
-        write_gguf(path, SHAPES["reference"], reference_weights(bundle), rope_theta=10_000.0)
-        decoder = LlamaCppDecoder(Llama(path, SHAPES["reference"], threads))
+        tensors = reference_tensors(bundle, shape.head_size)
+        write_gguf(path, shape, tensors, rope_theta=10_000.0)
+        decoder = LlamaCppDecoder(Llama(path, shape, threads))
     return with_llm(bundle, decoder, threads)
 
 
-GGUF_NAMES = {
+GGUF_NAMES = {  # in llama.cpp -> in transformers
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "attn_norm": "input_layernorm",
@@ -254,53 +265,55 @@ GGUF_NAMES = {
 }
 
 
-def reference_weights(bundle: Bundle) -> Callable[[str, tuple[int, ...]], np.ndarray]:
+def reference_tensors(bundle: Bundle, head_size: int) -> "TensorSource":
     """The reference LLM's tensors by their names in a GGUF file."""
     from safetensors.numpy import load_file
 
-    from tiny_align.benchmarks.standard.training_cost import SHAPES
+    stored = load_file(weights_folder(bundle, "llm") / "model.safetensors")
 
-    stored = load_file(weights(bundle, "llm") / "model.safetensors")
-
-    def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    def tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
         layer, _, part = name.rpartition(".")
-        place = layer.replace("blk", "model.layers") + "." if layer else ""
-        values = stored[f"{place}{GGUF_NAMES[part]}.weight"].astype(np.float32)
-        return (
-            turned(values, SHAPES["reference"].head_size)
-            if part in ("attn_q", "attn_k")
-            else values
-        )
+        prefix = layer.replace("blk", "model.layers") + "." if layer else ""
+        values = stored[f"{prefix}{GGUF_NAMES[part]}.weight"].astype(np.float32)
+        if part in ("attn_q", "attn_k"):
+            return interleave_rotary(values, head_size)
+        return values
 
-    return read
+    return tensor
 
 
-def turned(matrix: np.ndarray, head_size: int) -> np.ndarray:
-    """Rows of a head's two halves -> pairs: transformers rotates the halves, llama.cpp neighbours."""
+def interleave_rotary(matrix: np.ndarray, head_size: int) -> np.ndarray:
+    """Rows of a head's halves -> pairs: transformers rotates the halves, llama.cpp neighbours."""
     heads = matrix.reshape(-1, 2, head_size // 2, matrix.shape[1])
     return heads.swapaxes(1, 2).reshape(matrix.shape)
 
 
-def weights(bundle: Bundle, name: str) -> Path:
-    """The folder of the weights that the reference bundle is made of: "encoder" or "llm"."""
+def weights_folder(bundle: Bundle, name: str) -> Path:
+    """The folder of the weights that the reference bundle is made of: "encoder" or "llm".
+
+    Raises:
+        TinyAlignError: it is another bundle, or the source tree is not here.
+    """
     if bundle.manifest.name != "reference":
         raise TinyAlignError(
             "the bundle's weights are not known in this form, only the reference's are"
         )
-    if not (WEIGHTS / name).is_dir():
+    folder = WEIGHTS / name
+    if not folder.is_dir():
         raise TinyAlignError("the reference's weights are not here: run from the source tree")
-    return WEIGHTS / name
+    return folder
 
 
 PIPELINES: dict[str, Callable[[Bundle, int], Assistant]] = {
     OURS: ours,
     "cascade, by our runtime": cascade,
-    "ONNX Runtime, plain graphs": plain,
-    "PyTorch, eager": torch_pipeline,
-    "PyTorch, compiled": compiled,
+    "ONNX Runtime, plain graphs": plain_graphs,
+    "PyTorch, eager": torch_eager,
+    "PyTorch, compiled": torch_compiled,
     "LLM by llama.cpp": llama_cpp,
     "TensorRT": tensorrt,
 }
-LEFT_OUT = {  # peer -> why the whole way cannot be built on it
-    "onnxruntime-genai": "takes no embeddings; its LLM alone is in `python -m tiny_align.benchmarks.studies.llm`",
+LEFT_OUT = {  # peer -> why no whole pipeline can be built on it
+    "onnxruntime-genai": "takes no embeddings; its LLM alone is in "
+    "`python -m tiny_align.benchmarks.studies.llm`",
 }

@@ -1,12 +1,14 @@
 """A result of `tiny-align bench` on disk: its form, checked when it is written and when it is read.
 
-The form is written down once, in FORM: a type; a list of one form for lists; a dictionary of forms whose names must
-all be there, but for those that end in "?"; {str: form} for any names.
+The form is written down once, in FORM. A form is a type; or a list of one form; or a dictionary of
+forms, whose names must all be there unless they end in "?". The name `str` stands for any other
+names.
 """
 
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from tiny_align.runtime.errors import DataError
 from tiny_align.runtime.files import write_json
@@ -97,35 +99,45 @@ FORM = {
 }
 
 
-def faults(value, form, where: str = "") -> list[str]:
-    """What is not as the form says, each in a few words."""
+def faults(value: Any, form: Any, where: str = "") -> list[str]:
+    """Where a value does not have its form, each in a few words."""
     if form is object:
         return []
     if isinstance(form, dict):
-        return (
-            _faults_of_names(value, form, where)
-            if isinstance(value, dict)
-            else [f"{where} is no object"]
-        )
+        return _object_faults(value, form, where)
     if isinstance(form, list):
-        if not isinstance(value, list):
-            return [f"{where} is no list"]
-        return [f for i, one in enumerate(value) for f in faults(one, form[0], f"{where}[{i}]")]
-    right = isinstance(value, form) and (form is bool or not isinstance(value, bool))
-    return [] if right else [f"{where} is {value!r}"]
+        return _list_faults(value, form[0], where)
+    is_right = isinstance(value, form)
+    if isinstance(value, bool) and form is not bool:  # for Python a bool is an int
+        is_right = False
+    return [] if is_right else [f"{where} is {value!r}"]
 
 
-def _faults_of_names(value: dict, form: dict, where: str) -> list[str]:
-    named = {name.rstrip("?"): one for name, one in form.items() if name is not str}
-    needed = {name for name in form if name is not str and not name.endswith("?")}
-    found = [f"{where}.{name} is missing" for name in sorted(needed - value.keys())]
-    for name, one in value.items():
-        inner = named.get(name, form.get(str))
-        found += (
-            faults(one, inner, f"{where}.{name}")
-            if inner is not None
-            else [f"{where}.{name} is not known"]
-        )
+def _list_faults(value: Any, form: Any, where: str) -> list[str]:
+    if not isinstance(value, list):
+        return [f"{where} is no list"]
+    found = []
+    for i, item in enumerate(value):
+        found += faults(item, form, f"{where}[{i}]")
+    return found
+
+
+def _object_faults(value: Any, form: dict, where: str) -> list[str]:
+    if not isinstance(value, dict):
+        return [f"{where} is no object"]
+    forms = {}
+    found = []
+    for name in sorted(name for name in form if name is not str):
+        plain_name = name.rstrip("?")
+        forms[plain_name] = form[name]
+        if name == plain_name and name not in value:
+            found.append(f"{where}.{name} is missing")
+    for name, item in value.items():
+        inner = forms.get(name, form.get(str))
+        if inner is None:
+            found.append(f"{where}.{name} is not known")
+        else:
+            found += faults(item, inner, f"{where}.{name}")
     return found
 
 
@@ -135,21 +147,28 @@ def check(result: dict, where: str) -> dict:
     Raises:
         DataError: it has another form.
     """
-    if found := faults(result, FORM):
-        first = found[0].lstrip(".")
+    found = faults(result, FORM)
+    if found:
         raise DataError(
-            f"{where} is no result of this version's `tiny-align bench` ({first}): measure again"
+            f"{where} is no result of this version's `tiny-align bench` "
+            f"({found[0].lstrip('.')}): measure again"
         )
     return result
 
 
 def read(path: Path) -> dict:
+    """A result from a file.
+
+    Raises:
+        DataError: it cannot be read, or is no result.
+    """
     try:
-        return check(json.loads(path.read_text(encoding="utf-8")), str(path))
+        result = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(
             f"{path} cannot be read as a result ({error}): give the .json that `bench` wrote"
         ) from error
+    return check(result, str(path))
 
 
 def write(path: Path, result: dict) -> None:
@@ -158,7 +177,6 @@ def write(path: Path, result: dict) -> None:
 
 def machine_name(machine: dict) -> str:
     """A file's name for a machine: "intel-xeon-processor-2-cores"."""
-    told = f"{machine.get('jetson') or machine.get('processor') or machine['system']} {machine['cores']} cores"
-    return "-".join(
-        re.findall(r"[a-z0-9]+", re.sub(r"\((R|TM|C)\)", "", told, flags=re.IGNORECASE).lower())
-    )
+    name = machine.get("jetson") or machine.get("processor") or machine["system"]
+    name = re.sub(r"\((R|TM|C)\)", "", f"{name} {machine['cores']} cores", flags=re.IGNORECASE)
+    return "-".join(re.findall(r"[a-z0-9]+", name.lower()))

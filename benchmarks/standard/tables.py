@@ -1,32 +1,42 @@
-"""A result of `tiny-align bench` for people: Markdown tables and pictures."""
+"""A result of `tiny-align bench` as a report: Markdown tables and pictures."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tiny_align.align.pictures import new_figure
 from tiny_align.benchmarks.standard.markdown import grid
-from tiny_align.benchmarks.standard.parts import ALONE, THREADED
+from tiny_align.benchmarks.standard.parts import ENCODER_ALONE, WITH_THREADS
 from tiny_align.benchmarks.standard.pipelines import OURS
 from tiny_align.benchmarks.standard.stages import ANSWER, FIRST, PER_TOKEN, STAGES
 from tiny_align.runtime.files import write_text, written_file
+
+CURVE_NAMES = {  # of results files -> as we call them today
+    "readout over tokens that are heard": "readout over tokens of the speech vocabulary",
+    "loading a person over persons kept": "loading a user over users of the bundle",
+}
 
 
 def ms(seconds: float) -> str:
     return f"{1e3 * seconds:.3g}"
 
 
-def spread(told: dict) -> str:
+def ms_spread(seconds: dict[str, float]) -> str:
     """Milliseconds: the median, and in brackets the 10th and 90th percentile."""
-    return f"{ms(told['median'])} ({ms(told['p10'])}-{ms(told['p90'])})"
+    return f"{ms(seconds['median'])} ({ms(seconds['p10'])}-{ms(seconds['p90'])})"
 
 
-def mib(size: float) -> str:
-    return f"{size / 2**20:.0f}"
+def mib(n_bytes: float) -> str:
+    return f"{n_bytes / 2**20:.0f}"
 
 
-def compare(parts: dict) -> str:
-    """What people look for: ours and every peer, with their seconds over ours."""
-    part, trained = parts["compare"], parts.get("training")
+# --- tables ---
+
+
+def compare(parts: dict[str, Any]) -> str:
+    """Ours and every peer, with their seconds over ours."""
+    part = parts["compare"]
+    training = parts.get("training")
     head = [
         "",
         "speech to first token, ms",
@@ -34,58 +44,71 @@ def compare(parts: dict) -> str:
         "tokens/s",
         "ours over it",
         "real-time factor",
+        "over ours",
+        "peak memory, MiB",
+        "load, s",
+        "training, s",
+        "ROUGE-L",
     ]
-    head += ["over ours", "peak memory, MiB", "load, s", "training, s", "ROUGE-L"]
     rows = []
     for name, row in part["peers"].items():
-        first, per_token, answer = (row["seconds"][key] for key in (FIRST, PER_TOKEN, ANSWER))
-        cells = [
-            name,
-            spread(first),
-            times(row, FIRST),
-            f"{1 / per_token['median']:.0f}",
-            times(row, PER_TOKEN),
-        ]
-        cells += [
-            f"{answer['median'] / part['audio_s']:.4f}",
-            times(row, ANSWER),
-            mib(row["peak_bytes"]),
-        ]
-        seconds = f"{trained['train_seconds']:.0f}" if trained and name == OURS else ""
-        rows.append([*cells, f"{row['load_s']:.2f}", seconds, f"{row['rougeL']:.3f}"])
-    missing = "".join(f"\n- {name}: not measured, {why}" for name, why in part["missing"].items())
-    return grid(head, rows) + (f"\n{missing}" if missing else "")
+        seconds = row["seconds"]
+        ratios = row["ratios"]
+        training_s = ""
+        if training and name == OURS:
+            training_s = f"{training['train_seconds']:.0f}"
+        rows.append(
+            [
+                name,
+                ms_spread(seconds[FIRST]),
+                f"{ratios[FIRST]:.2f}x",
+                f"{1 / seconds[PER_TOKEN]['median']:.0f}",
+                f"{ratios[PER_TOKEN]:.2f}x",
+                f"{seconds[ANSWER]['median'] / part['audio_s']:.4f}",
+                f"{ratios[ANSWER]:.2f}x",
+                mib(row["peak_bytes"]),
+                f"{row['load_s']:.2f}",
+                training_s,
+                f"{row['rougeL']:.3f}",
+            ]
+        )
+    text = grid(head, rows)
+    if part["missing"]:
+        text += "\n"
+        for name, reason in part["missing"].items():
+            text += f"\n- {name}: not measured, {reason}"
+    return text
 
 
-def times(row: dict, part: str) -> str:
-    return f"{row['ratios'][part]:.2f}x"
-
-
-def inference(parts: dict) -> str:
+def inference(parts: dict[str, Any]) -> str:
     """One answer by stages, and how much of it no stage explains."""
     part = parts["inference"]
-    ours, whole = part["summary"][OURS], part["summary"][OURS][ANSWER]["median"]
-    rows = [[name, spread(ours[name]), f"{ours[name]['median'] / whole:.1%}"] for name in STAGES]
-    rows += [
-        ["unexplained", "", f"{part['unexplained']:.1%}"],
-        ["whole answer", spread(ours[ANSWER]), ""],
-    ]
-    alone, threaded = part["summary"][ALONE]["encoder"], part["summary"][THREADED][ANSWER]
-    return grid(["stage", "ms", "share"], rows) + (
-        f"\n\n{part['audio_s']:.1f} s of speech, {part['answer_tokens']} tokens answered. The encoder on its own takes "
-        f"{spread(alone)} ms; in the table it runs after the LLM's last turn. Stages are timed on "
-        "one core, one after another; with a session's hearing and reading beside each other the answer takes "
-        f"{spread(threaded)} ms."
+    ours = part["summary"][OURS]
+    answer_s = ours[ANSWER]["median"]
+    rows = []
+    for stage in STAGES:
+        share = ours[stage]["median"] / answer_s
+        rows.append([stage, ms_spread(ours[stage]), f"{share:.1%}"])
+    rows.append(["unexplained", "", f"{part['unexplained']:.1%}"])
+    rows.append(["whole answer", ms_spread(ours[ANSWER]), ""])
+    alone = ms_spread(part["summary"][ENCODER_ALONE]["encoder"])
+    with_threads = ms_spread(part["summary"][WITH_THREADS][ANSWER])
+    return (
+        f"{grid(['stage', 'ms', 'share'], rows)}\n\n"
+        f"{part['audio_s']:.1f} s of speech, {part['answer_tokens']} tokens answered. "
+        f"The encoder on its own takes {alone} ms; in the table it runs after the LLM's last "
+        "turn. Stages are timed on one core, one after another; with a session's threads for "
+        f"encoding and prefill side by side the answer takes {with_threads} ms."
     )
 
 
-def streaming(parts: dict) -> str:
+def streaming(parts: dict[str, Any]) -> str:
     from tiny_align.benchmarks.standard.streaming import table
 
     return table(parts["streaming"])
 
 
-def memory(parts: dict) -> str:
+def memory(parts: dict[str, Any]) -> str:
     part = parts["memory"]
     sizes = {
         "the bundle on disk": "bundle_bytes",
@@ -95,28 +118,20 @@ def memory(parts: dict) -> str:
         "after many": "after_many_bytes",
         "peak": "peak_bytes",
     }
-    rows = [[what, f"{mib(part[name])} MiB"] for what, name in sizes.items()]
-    rows += [["loading", f"{part['load_s']:.2f} s"]]
-    rows += [
-        [f"first token, {how}", f"{ms(part[f'{how}_first_token_s'])} ms"]
-        for how in ("cold", "warm")
-    ]
+    rows = [[label, f"{mib(part[name])} MiB"] for label, name in sizes.items()]
+    rows.append(["loading", f"{part['load_s']:.2f} s"])
+    rows.append(["first token, cold", f"{ms(part['cold_first_token_s'])} ms"])
+    rows.append(["first token, warm", f"{ms(part['warm_first_token_s'])} ms"])
     return grid(["", ""], rows)
 
 
-def limits(parts: dict) -> str:
+def limits(parts: dict[str, Any]) -> str:
     """Counts, the share of the machine's limit, and the prediction for a board."""
     part = parts["limits"]
-    boards = list(next(iter(part["stages"].values()))["predicted_s"])
-    head = [
-        "stage",
-        "MFLOP",
-        "MB",
-        "ms",
-        "limit",
-        "share of it",
-        *(f"*predicted*, {name}: ms" for name in boards),
-    ]
+    first_stage = next(iter(part["stages"].values()))
+    boards = list(first_stage["predicted_s"])
+    head = ["stage", "MFLOP", "MB", "ms", "limit", "share of it"]
+    head += [f"*predicted*, {board}: ms" for board in boards]
     rows = []
     for name, row in part["stages"].items():
         cells = [
@@ -124,58 +139,58 @@ def limits(parts: dict) -> str:
             f"{row['operations'] / 1e6:.0f}",
             f"{row['bytes'] / 1e6:.1f}",
             ms(row["seconds"]),
+            row["limited_by"],
+            f"{row['share']:.0%}",
         ]
-        cells += [row["limited_by"], f"{row['share']:.0%}"]
-        rows.append([*cells, *(ms(row["predicted_s"][board]) for board in boards)])
-    return grid(head, rows) + (
-        f"\n\nOne core reads {part['bandwidth_gb_s']:.1f} GB/s and does {part['products_gflop_s']:.0f} GFLOP/s "
-        "in FP32. The prediction is for an Orin Nano 8GB at 80 % of its memory's rate and by memory alone; no board "
-        "was measured."
+        cells += [ms(row["predicted_s"][board]) for board in boards]
+        rows.append(cells)
+    return (
+        f"{grid(head, rows)}\n\n"
+        f"One core reads {part['bandwidth_gb_s']:.1f} GB/s and does "
+        f"{part['products_gflop_s']:.0f} GFLOP/s in FP32. The prediction is for an Orin Nano 8GB "
+        "at 80 % of its memory's rate and by memory alone; no board was measured."
     )
 
 
-def growth(parts: dict) -> str:
+def growth(parts: dict[str, Any]) -> str:
     rows = []
     for name, curve in parts["growth"]["curves"].items():
-        first, last = curve["points"][0], curve["points"][-1]
-        ends = [f"{ms(p['median'])} ms at {p['size']:g}" for p in (first, last)]
-        rows.append([name, *ends, f"{curve['exponent']:.2f}"])
+        cells = [CURVE_NAMES.get(name, name)]
+        for point in (curve["points"][0], curve["points"][-1]):
+            cells.append(f"{ms(point['median'])} ms at {point['size']:g}")
+        rows.append([*cells, f"{curve['exponent']:.2f}"])
     return grid(["cost", "from", "to", "exponent"], rows)
 
 
-def quality(parts: dict) -> str:
+def quality(parts: dict[str, Any]) -> str:
     part = parts["quality"]
     rows = [
         [f"typed, {part['typed']} held-out sentences: exact", f"{part['typed_exact']:.3f}"],
         [f"spoken, {part['n']} recordings of a new voice: ROUGE-L", f"{part['rougeL']:.3f}"],
         ["chance", f"{part['rougeL_chance']:.3f}"],
         ["word error rate of repeating", f"{part['wer']:.3f}"],
-        [f"of {part['wordless']} sounds without a word answered", part["wordless_answered"]],
+        [f"of {part['wordless']} non-speech sounds answered", part["wordless_answered"]],
     ]
     return grid(["the general projector", ""], rows)
 
 
-def training(parts: dict) -> str:
+def training(parts: dict[str, Any]) -> str:
     part = parts["training"]
-    forms, ratios = part["cost"]["forms"], part["cost"]["step_ratio"]
-    rows = [
-        [
-            name,
-            f"{row['step_s']:.3f}",
-            f"{ratios[name]:.1f}x" if name in ratios else "",
-            f"{row['peak_gb']:.2f}",
-        ]
-        for name, row in forms.items()
-    ]
+    ratios = part["cost"]["step_ratio"]
+    rows = []
+    for name, row in part["cost"]["forms"].items():
+        ratio = f"{ratios[name]:.1f}x" if name in ratios else ""
+        rows.append([name, f"{row['step_s']:.3f}", ratio, f"{row['peak_gb']:.2f}"])
     return (
-        f"{part['train_seconds']:.0f} s for {part['utterances']} recordings ({part['steps']} steps, one core, "
-        f"{mib(part['peak_bytes'])} MiB): ROUGE-L {part['rougeL_before']:.3f} -> {part['rougeL_after']:.3f}, "
+        f"{part['train_seconds']:.0f} s for {part['utterances']} recordings "
+        f"({part['steps']} steps, one core, {mib(part['peak_bytes'])} MiB): "
+        f"ROUGE-L {part['rougeL_before']:.3f} -> {part['rougeL_after']:.3f}, "
         f"WER {part['wer_before']:.3f} -> {part['wer_after']:.3f}.\n\n"
-        + grid(["a step", "s", "over ours", "peak memory, GB"], rows)
+        f"{grid(['a step', 's', 'over ours', 'peak memory, GB'], rows)}"
     )
 
 
-TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {  # part -> title, table
     "compare": ("Beside what would be used instead", compare),
     "inference": ("One answer, stage by stage", inference),
     "streaming": ("Time to first token, by length of the speech", streaming),
@@ -187,57 +202,59 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
 }
 
 
-def markdown(result: dict, pictures: list[str] = ()) -> str:
-    """The whole report."""
-    where = (
-        result["machine"].get("jetson")
-        or result["machine"].get("processor")
-        or result["machine"]["system"]
-    )
-    state = [
-        f"- {when}: " + ", ".join(f"{k} {v}" for k, v in result[when].items())
-        for when in ("before", "after")
-    ]
-    head = [
-        f"# {where}, {result['machine']['cores']} cores, {result['date']}",
-        f"`{result['command']}`, {result['setting']['threads']} threads, {result['seconds']:.0f} s. "
-        + ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-        + ".\n\nMilliseconds are medians, with the 10th and 90th percentile in brackets.",
-        "\n".join(state),
-    ]
-    body = [
-        f"## {TABLES[name][0]}\n\n{TABLES[name][1](result['parts'])}"
-        for name in TABLES
-        if name in result["parts"]
-    ]
-    return "\n\n".join([*head, *body, *(f"![{name}]({name})" for name in pictures)]) + "\n"
+# --- the report ---
 
 
-def write(path: Path, result: dict) -> None:
-    """The report and its pictures beside the result at `path`."""
-    drawn = {"growth": draw_growth, "inference": draw_stages}
-    pictures = []
-    for name, draw in drawn.items():
+def markdown(result: dict[str, Any], pictures: Sequence[str] = ()) -> str:
+    """The whole report; `pictures` are file names beside it."""
+    machine = result["machine"]
+    where = machine.get("jetson") or machine.get("processor") or machine["system"]
+    versions = [f"{package} {version}" for package, version in result["versions"].items()]
+    sections = [
+        f"# {where}, {machine['cores']} cores, {result['date']}",
+        f"`{result['command']}`, {result['setting']['threads']} threads, "
+        f"{result['seconds']:.0f} s. {', '.join(versions)}.",
+        "Milliseconds are medians, with the 10th and 90th percentile in brackets.",
+        "\n".join(f"- {when}: {_state(result[when])}" for when in ("before", "after")),
+    ]
+    for name, (title, table) in TABLES.items():
         if name in result["parts"]:
-            pictures.append(f"{path.stem}-{name}.png")
-            with written_file(path.with_name(pictures[-1])) as file:
+            sections.append(f"## {title}\n\n{table(result['parts'])}")
+    for picture in pictures:
+        sections.append(f"![{picture}]({picture})")
+    return "\n\n".join(sections) + "\n"
+
+
+def _state(state: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in state.items())
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """The report and its pictures beside the result at `path`."""
+    drawings = {"growth": draw_growth, "inference": draw_stages}
+    pictures = []
+    for name, draw in drawings.items():
+        if name in result["parts"]:
+            picture = f"{path.stem}-{name}.png"
+            with written_file(path.with_name(picture)) as file:
                 draw(result["parts"][name], file)
+            pictures.append(picture)
     write_text(path.with_suffix(".md"), markdown(result, pictures))
 
 
-def draw_growth(part: dict, file: Path) -> None:
+def draw_growth(part: dict[str, Any], file: Path) -> None:
     """Every curve on logarithmic axes, one panel each."""
     figure = new_figure(9, 5)
     for place, (name, curve) in enumerate(part["curves"].items(), 1):
-        cost, _, over = name.partition(" over ")
-        axes = figure.add_subplot(
-            2, 3, place, title=f"{cost}: exponent {curve['exponent']:.2f}", xlabel=over
-        )
-        sizes, points = [p["size"] for p in curve["points"]], curve["points"]
-        axes.fill_between(
-            sizes, *([1e3 * p[q] for p in points] for q in ("p10", "p90")), color="0.85"
-        )
-        axes.loglog(sizes, [1e3 * p["median"] for p in points], "-o", color="0", markersize=4)
+        cost, _, over = CURVE_NAMES.get(name, name).partition(" over ")
+        title = f"{cost}: exponent {curve['exponent']:.2f}"
+        axes = figure.add_subplot(2, 3, place, title=title, xlabel=over)
+        sizes = [point["size"] for point in curve["points"]]
+        medians = [1e3 * point["median"] for point in curve["points"]]
+        low = [1e3 * point["p10"] for point in curve["points"]]
+        high = [1e3 * point["p90"] for point in curve["points"]]
+        axes.fill_between(sizes, low, high, color="0.85")
+        axes.loglog(sizes, medians, "-o", color="0", markersize=4)
         axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
         axes.tick_params(labelsize=8)
         axes.minorticks_off()
@@ -246,19 +263,23 @@ def draw_growth(part: dict, file: Path) -> None:
     figure.savefig(file, dpi=110, format="png")
 
 
-def draw_stages(part: dict, file: Path) -> None:
+def draw_stages(part: dict[str, Any], file: Path) -> None:
     """One answer's stages, with their 10th and 90th percentile."""
     ours = part["summary"][OURS]
+    medians = []
+    below = []
+    above = []
+    for stage in STAGES:
+        seconds = ours[stage]
+        medians.append(1e3 * seconds["median"])
+        below.append(1e3 * (seconds["median"] - seconds["p10"]))
+        above.append(1e3 * (seconds["p90"] - seconds["median"]))
     figure = new_figure(7, 3)
     axes = figure.add_subplot(xlabel="ms", title=f"one answer to {part['audio_s']:.1f} s of speech")
-    medians = [1e3 * ours[name]["median"] for name in STAGES]
-    around = [
-        [1e3 * abs(ours[name][q] - ours[name]["median"]) for name in STAGES] for q in ("p10", "p90")
-    ]
     axes.barh(
         STAGES,
         medians,
-        xerr=around,
+        xerr=[below, above],
         color="0.6",
         edgecolor="0",
         error_kw={"elinewidth": 1, "capsize": 3},

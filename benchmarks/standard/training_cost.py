@@ -1,40 +1,48 @@
-"""What one training step costs without the LLM and through it: seconds and peak memory at real LLM sizes.
+"""What one training step costs without the LLM and through it, at real LLM sizes.
 
-    python -m benchmarks.standard.training_cost [--shapes llama-3.2-1b llama-3.2-3b] [--device cuda] [--json]
+    python -m benchmarks.standard.training_cost [--shapes llama-3.2-1b] [--device cuda] [--json]
 
-Random weights of the named shapes; the same batch and utterance lengths on both sides, and those parts of a projector
-that a person's training changes: its entrance and, where nothing is pooled, its shortcut. Without the LLM the table is
-that of the speech vocabulary, of a few thousand tokens and of as many as a large data set has. Every measurement is a
-process of its own, so that its peak memory is its own; on a GPU it is what PyTorch's allocator says of the
-GPU's. Writes benchmarks/results/training_cost.json, or training_cost-gpu.json; the last line of stdout is the same
-document.
+Measures seconds and peak memory. Weights are random, of the named shapes. Both sides train on the
+same batch and utterance lengths, and change the parameters that a user's training changes: the
+projector's entrance and, where nothing is pooled, its shortcut. Without the LLM, the table is that
+of the speech vocabulary: of a few thousand tokens, and of as many as a large data set has. Every
+measurement is a process of its own, so its peak memory is its own; on a GPU it is that of PyTorch's
+allocator. Writes benchmarks/results/training_cost.json, or training_cost-gpu.json; the last line of
+stdout is the same document.
 """
 
-import argparse
 import multiprocessing
-import resource
 from dataclasses import dataclass, replace
-from datetime import date
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from tiny_align.benchmarks import finish
-from tiny_align.runtime.machine import describe
+from tiny_align.benchmarks import finish, new_parser, stamp
+from tiny_align.benchmarks.standard.markdown import grid
+from tiny_align.benchmarks.standard.processes import peak_memory_bytes
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tiny_align.align.data.examples import Example
+    from tiny_align.align.training.trainer import TrainOptions
 
 RESULTS = Path(__file__).parents[1] / "results" / "training_cost.json"
 GPU_RESULTS = RESULTS.with_name("training_cost-gpu.json")
 COMMAND = "python -m benchmarks.standard.training_cost"
-BATCH, FRAMES, WORDS, SOFT_TOKENS, PROMPT, ANSWER = (
-    16,
-    80,
-    8,
-    24,
-    12,
-    12,
-)  # a short sentence and its answer
-FEATURES = 768  # wav2vec2-base's
+GPU_STEPS = 20
+LARGE_VOCABULARY = 20_000  # tokens of the speech vocabulary of a large data set
+
+BATCH = 16  # a short sentence and its answer, so many times
+FEATURES = 80  # rows
+FEATURE_SIZE = 768  # wav2vec2-base's
+WORDS = 8
+SOFT_TOKENS = 24
+PROMPT = 12  # positions
+ANSWER = 12  # tokens
 
 
 @dataclass(frozen=True)
@@ -55,17 +63,26 @@ SHAPES = {  # the reference bundle's LLM, and two of https://huggingface.co/meta
     "llama-3.2-1b": Shape(2048, 16, 32, 8, 8192, 128_256, 64),
     "llama-3.2-3b": Shape(3072, 28, 24, 8, 8192, 128_256, 128),
 }
-GPU_STEPS = 20
-LARGEST = 20_000  # tokens of the speech vocabulary of a large data set
-FORMS = {  # what is trained: (objective, the LLM's precision, steps, tokens of the speech vocabulary)
-    "ctc": ("ctc", "float32", 30, 4000),
-    f"ctc, {LARGEST:,} tokens": ("ctc", "float32", 30, LARGEST),
-    "end-to-end": ("end-to-end", "float32", 2, None),
-    "end-to-end bf16": ("end-to-end", "bfloat16", 2, None),
+
+
+class Form(NamedTuple):
+    """One way to train."""
+
+    objective: str
+    precision: str  # of the LLM
+    steps: int  # on a CPU
+    speech_tokens: int | None  # None: all of the LLM's tokens
+
+
+FORMS = {
+    "ctc": Form("ctc", "float32", 30, 4000),
+    f"ctc, {LARGE_VOCABULARY:,} tokens": Form("ctc", "float32", 30, LARGE_VOCABULARY),
+    "end-to-end": Form("end-to-end", "float32", 2, None),
+    "end-to-end bf16": Form("end-to-end", "bfloat16", 2, None),
 }
 
 
-def llama_config(shape: Shape, **more):
+def llama_config(shape: Shape, **options: Any) -> "LlamaConfig":
     """transformers' configuration of a Llama of this shape."""
     from transformers import LlamaConfig
 
@@ -78,11 +95,11 @@ def llama_config(shape: Shape, **more):
         num_key_value_heads=shape.kv_heads,
         head_dim=shape.head_size,
         tie_word_embeddings=True,
-        **more,
+        **options,
     )
 
 
-def build_llm(shape: Shape, dtype):
+def build_llm(shape: Shape, dtype: "torch.dtype") -> "LlamaForCausalLM":
     """transformers' Llama with random weights, made in place in `dtype`."""
     import torch
     from transformers import LlamaForCausalLM
@@ -96,7 +113,10 @@ def build_llm(shape: Shape, dtype):
         torch.set_default_dtype(default)
 
 
-def make_objective(options, shape: Shape, dtype, n_tokens: int):
+def make_objective(
+    options: "TrainOptions", shape: Shape, dtype: "torch.dtype", n_tokens: int
+) -> Any:
+    """The options' objective, over a random table or through a random LLM."""
     import torch
 
     from tiny_align.align.model.objectives import make
@@ -110,137 +130,138 @@ def make_objective(options, shape: Shape, dtype, n_tokens: int):
     return make(options, table, ctc_scale(table.cpu().numpy()))
 
 
-def utterances(shape: Shape, n_tokens: int) -> list:
-    """A batch of them: noise for features, random words of the speech vocabulary."""
+def make_batch(shape: Shape, n_tokens: int) -> "list[Example]":
+    """A batch and a validation set: noise for features, random words of the speech vocabulary."""
     from tiny_align.align.data.examples import Example
     from tiny_align.align.training.validation import MIN_VALIDATION
 
     rng = np.random.default_rng(0)
-
-    def tokens(n: int, among: int) -> list[int]:
-        return rng.integers(among, size=n).tolist()
-
-    def one() -> Example:
-        features = rng.standard_normal((FRAMES, FEATURES)).astype(np.float32)
-        answer = tuple(tokens(ANSWER, shape.vocabulary))
-        return Example(features, tokens(WORDS, n_tokens), [5] * WORDS, answers=(answer,))
-
-    return [one() for _ in range(BATCH + MIN_VALIDATION)]  # which are held out
+    examples = []
+    for _ in range(BATCH + MIN_VALIDATION):
+        features = rng.standard_normal((FEATURES, FEATURE_SIZE)).astype(np.float32)
+        answer = tuple(rng.integers(shape.vocabulary, size=ANSWER).tolist())
+        words = rng.integers(n_tokens, size=WORDS).tolist()
+        examples.append(Example(features, words, [5] * WORDS, answers=(answer,)))
+    return examples
 
 
-def measure(shape_name: str, form: str, threads: int, device: str = "cpu") -> dict:
-    """Seconds per step and peak memory of one form on `device`; a training of one step before warms up."""
+def measure(shape_name: str, form: str, threads: int, device: str = "cpu") -> dict[str, Any]:
+    """Seconds per step and peak memory of one form on `device`."""
     import torch
 
     torch.set_num_threads(threads)
+    steps = GPU_STEPS if device == "cuda" else FORMS[form].steps
     with torch.device(device):
-        steps, record = _train(shape_name, form, GPU_STEPS if device == "cuda" else None)
+        record = train(SHAPES[shape_name], FORMS[form], steps)
+    peak_bytes = peak_memory_bytes()
     if device == "cuda":
-        peak = torch.cuda.max_memory_allocated()
+        peak_bytes = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"step_s": record["train_seconds"] / steps, "steps": steps, "peak_gb": peak / 1e9}
+    return {"step_s": record["train_seconds"] / steps, "steps": steps, "peak_gb": peak_bytes / 1e9}
 
 
-def _train(shape_name: str, form: str, n_steps: int | None) -> tuple[int, dict]:
-    """`n_steps` or as many as suit the form -> how many, and the training's record."""
+def train(shape: Shape, form: Form, steps: int) -> dict[str, Any]:
+    """Train a user's projector for one step, to warm up, then for `steps`; the latter's record."""
     import torch
 
     from tiny_align.align.model.projector import build_projector
     from tiny_align.align.training.trainer import Trainer, TrainOptions
 
     torch.manual_seed(0)
-    shape, (objective, precision, steps, spoken) = SHAPES[shape_name], FORMS[form]
-    n_tokens = min(spoken or shape.vocabulary, shape.vocabulary)
+    n_tokens = min(form.speech_tokens or shape.vocabulary, shape.vocabulary)
     options = TrainOptions(
-        objective=objective, shortcut_threshold=0.0, batch=BATCH, held_out=0.0, check_every=10**6
-    )  # somebody far: their shortcut is trained too
-    soft_tokens = None if objective == "ctc" else SOFT_TOKENS
-    sizes = {"feature_size": FEATURES, "shortcut_size": FEATURES, "embedding_size": shape.hidden}
-    sizes |= {"soft_tokens": soft_tokens, "kind": "bridgeformer"}
-    projector, examples = build_projector(sizes), utterances(shape, n_tokens)
-    target = make_objective(options, shape, getattr(torch, precision), n_tokens)
-    steps = n_steps or steps
+        objective=form.objective,
+        shortcut_threshold=0.0,  # the shortcut is trained too
+        batch=BATCH,
+        held_out=0.0,
+        check_every=10**6,
+    )
+    sizes = {
+        "feature_size": FEATURE_SIZE,
+        "shortcut_size": FEATURE_SIZE,
+        "embedding_size": shape.hidden,
+        "soft_tokens": None if form.objective == "ctc" else SOFT_TOKENS,
+        "kind": "bridgeformer",
+    }
+    projector = build_projector(sizes)
+    examples = make_batch(shape, n_tokens)
+    objective = make_objective(options, shape, getattr(torch, form.precision), n_tokens)
     for n in (1, steps):
-        record = (
-            Trainer(projector, examples, target, replace(options, steps=n), None)
-            .run(quiet=True)
-            .record
-        )
-    return steps, record
+        trainer = Trainer(projector, examples, objective, replace(options, steps=n), None)
+        record = trainer.run(quiet=True).record
+    return record
 
 
 def forms_of(shape: Shape) -> list[str]:
     """All but those with more tokens than there are."""
-    return [
-        form
-        for form, (*_, spoken) in FORMS.items()
-        if spoken != LARGEST or shape.vocabulary >= LARGEST
-    ]
+    if shape.vocabulary >= LARGE_VOCABULARY:
+        return list(FORMS)
+    return [name for name, form in FORMS.items() if form.speech_tokens != LARGE_VOCABULARY]
 
 
-def compare(shape_name: str, threads: int, device: str = "cpu") -> dict:
+def compare(shape_name: str, threads: int, device: str = "cpu") -> dict[str, dict]:
     """Every form, on a CPU in a process of its own, and end-to-end's step over ours."""
     names = forms_of(SHAPES[shape_name])
+    forms = {}
     if device == "cuda":
-        forms = {form: measure(shape_name, form, threads, device) for form in names}
+        for name in names:
+            forms[name] = measure(shape_name, name, threads, device)
     else:
         with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-            forms = {form: pool.apply(measure, (shape_name, form, threads)) for form in names}
-    ratios = {
-        form: row["step_s"] / forms["ctc"]["step_s"]
-        for form, row in forms.items()
-        if not form.startswith("ctc")
-    }
+            for name in names:
+                forms[name] = pool.apply(measure, (shape_name, name, threads))
+    ratios = {}
+    for name in names:
+        if not name.startswith("ctc"):
+            ratios[name] = forms[name]["step_s"] / forms["ctc"]["step_s"]
     return {"forms": forms, "step_ratio": ratios}
 
 
-def gpu_of(device: str) -> dict[str, str]:
+def gpu_name(device: str) -> dict[str, str]:
     """A GPU's name, for the stamp of a measurement."""
     import torch
 
     return {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
 
 
-def table(report: dict) -> str:
+def table(report: dict[str, Any]) -> str:
     """The report as the README's table."""
-    lines = [
-        "| LLM's shape | training | seconds per step | end-to-end / ours | peak memory |",
-        "|---|---|---|---|---|",
-    ]
-    for name, shape in report["shapes"].items():
+    head = ["LLM's shape", "training", "seconds per step", "end-to-end / ours", "peak memory"]
+    rows = []
+    for shape_name, shape in report["shapes"].items():
         for form, row in shape["forms"].items():
             ratio = shape["step_ratio"].get(form)
-            shown = f"{ratio:.0f}x" if ratio else ""
-            lines.append(
-                f"| {name} | {form} | {row['step_s']:.3f} | {shown} | {row['peak_gb']:.1f} GB |"
+            rows.append(
+                [
+                    shape_name,
+                    form,
+                    f"{row['step_s']:.3f}",
+                    f"{ratio:.0f}x" if ratio else "",
+                    f"{row['peak_gb']:.1f} GB",
+                ]
             )
-    return "\n".join(lines)
+    return grid(head, rows)
 
 
-def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: list[str] | None = None) -> int:
+    parser = new_parser(__doc__, None)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--out", type=Path, help="file (default: beside the other results)")
-    parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
-    args.out = args.out or (GPU_RESULTS if args.device == "cuda" else RESULTS)
-    report = {"machine": describe() | gpu_of(args.device), "date": str(date.today())}
-    report["command"] = f"{COMMAND} --device cuda" if args.device == "cuda" else COMMAND
-    report |= {"threads": args.threads}
+    on_gpu = args.device == "cuda"
+    args.out = args.out or (GPU_RESULTS if on_gpu else RESULTS)
+    report = stamp(f"{COMMAND} --device cuda" if on_gpu else COMMAND)
+    report["machine"] |= gpu_name(args.device)
     report |= {
+        "threads": args.threads,
         "batch": BATCH,
-        "frames": FRAMES,
+        "frames": FEATURES,
         "words": WORDS,
         "soft_tokens": SOFT_TOKENS,
         "answer": ANSWER,
+        "shapes": {},
     }
-    report["shapes"] = {}
     for name in tqdm(args.shapes, desc="shapes"):
         report["shapes"][name] = compare(name, args.threads, args.device)
     return finish(report, args, table(report))

@@ -1,1 +1,1 @@
-"""Measurements for the documents, run from a checkout: `python -m benchmarks.studies.NAME`. Not in the wheel."""
+"""Measurements for the documents: `python -m benchmarks.studies.NAME`. Not in the wheel."""

@@ -1,54 +1,54 @@
-"""What building engines takes: seconds and memory of each graph's process, and what a timing cache saves.
+"""What building engines takes, in seconds and memory, and what a timing cache saves.
 
     python -m benchmarks.studies.engines [--full-size DIR] [--repeats 5] [--json]
 
-Takes the builder that is installed: TensorRT-RTX needs no GPU. Builds every graph of the shipped bundle and of the
-one that benchmarks.full_size makes, from copies. Writes benchmarks/results/engines.json;
-the last line of stdout is the same document.
+Measures each graph's build process. Uses the builder that is installed: TensorRT-RTX needs no GPU.
+Builds every graph of the shipped bundle and of the one that benchmarks.studies.full_size makes, in
+copies. Writes benchmarks/results/engines.json; the last line of stdout is the same document.
 """
 
-import argparse
-import json
 import shutil
 import statistics
 import tempfile
-from datetime import date
 from pathlib import Path
+from typing import Any
 
-from tiny_align.align.commands.demo import shipped
+from tiny_align.benchmarks import finish, new_parser, stamp
+from tiny_align.benchmarks.standard.markdown import grid
 from tiny_align.engines.build import build_engines, graph_source, make_job
 from tiny_align.engines.builder import Builder, find_builder
 from tiny_align.engines.preflight import build_need_bytes
 from tiny_align.engines.process import run_build
 from tiny_align.runtime.bundle.bundle import Bundle
-from tiny_align.runtime.files import link_tree, write_json
-from tiny_align.runtime.machine import describe
+from tiny_align.runtime.bundle.shipped import shipped
+from tiny_align.runtime.files import link_tree
 
 RESULTS = Path(__file__).parents[1] / "results" / "engines.json"
 COMMAND = "python -m benchmarks.studies.engines --full-size work/full_size/bundle"
 
 
+COLUMNS = ("precision", "bytes", "seconds", "peak_memory_bytes")  # of the builder's report
+
+
 def costs(path: Path) -> dict[str, dict]:
-    """Builds every graph of a bundle, in a copy of it."""
+    """Build every graph of a bundle, in a copy of it."""
+    rows = {}
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "bundle"
         link_tree(path, copy)
         shutil.rmtree(copy / "engines", ignore_errors=True)
         bundle = Bundle.open(copy)
-        return {
-            name: _row(bundle, entry) for name, entry in build_engines(bundle, force=True).items()
-        }
-
-
-def _row(bundle: Bundle, entry: dict) -> dict:
-    graph_bytes = sum((bundle.path / file).stat().st_size for file in entry["files"])
-    kept = ("precision", "bytes", "seconds", "peak_memory_bytes")
-    return {"graph_bytes": graph_bytes, **{k: entry[k] for k in kept}}
+        for name, entry in build_engines(bundle, force=True).items():
+            graph_bytes = sum((copy / file).stat().st_size for file in entry["files"])
+            rows[name] = {"graph_bytes": graph_bytes}
+            for column in COLUMNS:
+                rows[name][column] = entry[column]
+    return rows
 
 
 def timing_cache(bundle: Bundle, builder: Builder, repeats: int) -> dict[str, float]:
-    """Median seconds of building the LLM's engine with nothing timed yet and with the cache of an earlier build."""
-    seconds = {"empty": [], "filled": []}
+    """Median seconds of building the LLM's engine, by whether the timing cache is filled."""
+    seconds: dict[str, list[float]] = {"empty": [], "filled": []}
     profile = graph_source(bundle, "llm")["profile"]
     with tempfile.TemporaryDirectory() as folder:
         job = make_job(bundle.graph("llm"), "llm", builder, Path(folder), profile)
@@ -61,65 +61,70 @@ def timing_cache(bundle: Bundle, builder: Builder, repeats: int) -> dict[str, fl
     return {state: statistics.median(values) for state, values in seconds.items()}
 
 
-def table(report: dict) -> str:
-    lines = [
-        "| bundle | graph | precision | graph | engine | build | most memory | of the graph | estimate |",
-        "|---|---|---|---|---|---|---|---|---|",
+def table(report: dict[str, Any]) -> str:
+    """The report as the README's table."""
+    head = [
+        "bundle",
+        "graph",
+        "precision",
+        "graph",
+        "engine",
+        "build",
+        "peak memory",
+        "of the graph",
+        "estimate",
     ]
+    rows = []
     for bundle, graphs in report["bundles"].items():
         for name, row in graphs.items():
-            need = build_need_bytes(row["graph_bytes"])
-            ratio = row["peak_memory_bytes"] / row["graph_bytes"]
-            cells = (_megabytes(row[k]) for k in ("graph_bytes", "bytes"))
-            lines.append(
-                f"| {bundle} | {name} | {row['precision']} | {' | '.join(cells)} | {row['seconds']:.1f} s | "
-                f"{_megabytes(row['peak_memory_bytes'])} | {ratio:.2f}x | {_megabytes(need)} |"
+            rows.append(
+                [
+                    bundle,
+                    name,
+                    row["precision"],
+                    megabytes(row["graph_bytes"]),
+                    megabytes(row["bytes"]),
+                    f"{row['seconds']:.1f} s",
+                    megabytes(row["peak_memory_bytes"]),
+                    f"{row['peak_memory_bytes'] / row['graph_bytes']:.2f}x",
+                    megabytes(build_need_bytes(row["graph_bytes"])),
+                ]
             )
     cache = report["timing_cache_s"]
-    told = (
-        f"{report['builder']} for compute capability {report['compute_capability']}. The shipped LLM's build with an "
-        f"empty timing cache took {cache['empty']:.2f} s, with a filled one {cache['filled']:.2f} s."
+    return (
+        f"{grid(head, rows)}\n\n"
+        f"{report['builder']} for compute capability {report['compute_capability']}. "
+        f"The shipped LLM's build with an empty timing cache took {cache['empty']:.2f} s, "
+        f"with a filled one {cache['filled']:.2f} s."
     )
-    return "\n".join([*lines, "", told])
 
 
-def _megabytes(n_bytes: int) -> str:
+def megabytes(n_bytes: float) -> str:
     return f"{n_bytes / 1e6:,.1f} MB"
 
 
-def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: list[str] | None = None) -> int:
+    parser = new_parser(__doc__, RESULTS)
     parser.add_argument(
         "--full-size",
         type=Path,
         metavar="DIR",
-        help="the bundle of benchmarks.full_size (default: none)",
+        help="the bundle of benchmarks.studies.full_size (default: none)",
     )
     parser.add_argument(
         "--repeats", type=int, default=5, help="of the build with and without a timing cache"
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print nothing but the JSON document on stdout"
-    )
     args = parser.parse_args(argv)
-    builder, own = find_builder(), Bundle.open(shipped("bundle"))
-    bundles = {"reference": own.path} | ({"full size": args.full_size} if args.full_size else {})
-    report = {
-        "command": COMMAND,
-        "date": date.today().isoformat(),
-        "machine": describe(),
-        "builder": f"{builder.package} {builder.version}",
-        "compute_capability": builder.compute_capability,
-        "bundles": {name: costs(path) for name, path in bundles.items()},
-        "timing_cache_s": timing_cache(own, builder, args.repeats),
-    }
-    write_json(RESULTS, report)
-    if not args.json:
-        print(table(report))
-    print(json.dumps(report))
-    return 0
+    builder = find_builder()
+    reference = Bundle.open(shipped("bundle"))
+    report = stamp(COMMAND)
+    report["builder"] = f"{builder.package} {builder.version}"
+    report["compute_capability"] = builder.compute_capability
+    report["bundles"] = {"reference": costs(reference.path)}
+    if args.full_size:
+        report["bundles"]["full size"] = costs(args.full_size)
+    report["timing_cache_s"] = timing_cache(reference, builder, args.repeats)
+    return finish(report, args, table(report))
 
 
 if __name__ == "__main__":

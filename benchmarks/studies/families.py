@@ -1,40 +1,43 @@
-"""Every family of encoders and LLMs that `tiny-align export` takes, beside transformers: features and greedy answers.
+"""Every family of encoders and LLMs that `tiny-align export` takes, beside transformers.
 
     python -m benchmarks.studies.families [--json]
 
-Each is a tiny random model (tiny_encoders.py, tiny_llms.py), exported in FP32 as the command does and run by the
-runtime on the shipped recordings and on prompts of several lengths. Writes benchmarks/results/families.json; the last
-line of stdout is the same document.
+Compares features and greedy answers. Each is a tiny random model (tests/support), exported in FP32
+as the command does and run by the runtime on the shipped recordings and on prompts of several
+lengths. Writes benchmarks/results/families.json; the last line of stdout is the same document.
 """
 
-import argparse
 import contextlib
 import sys
 import tempfile
-from datetime import date
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from tiny_align.align.commands.demo import shipped
-from tiny_align.benchmarks import finish
+from tiny_align.benchmarks import finish, new_parser, stamp
+from tiny_align.benchmarks.standard.markdown import grid
 from tiny_align.runtime.assistant import Assistant
+from tiny_align.runtime.bundle.shipped import shipped
 from tiny_align.runtime.llm import Decoding
-from tiny_align.runtime.machine import describe
 
 RESULTS = Path(__file__).parents[1] / "results" / "families.json"
 COMMAND = "python -m benchmarks.studies.families"
 RECORDINGS = 4
-PROMPTS = (1, 3, 8, 15, 16, 17, 32, 48, 96)  # embeddings; a window of tiny_llms.py is 16
-WITH_ENCODER, WITH_LLM = "parakeet", "smollm2"  # what the others are exported beside
+SAMPLE_RATE = 16_000  # Hz
+PROMPTS = (1, 3, 8, 15, 16, 17, 32, 48, 96)  # positions; a sliding window of tiny_llms.py has 16
+ENCODER = "parakeet"  # beside which the LLMs are exported
+LLM = "smollm2"  # beside which the encoders are
 
 
 @contextlib.contextmanager
-def traced_once(*names: str):
-    """While it lasts, the named functions of export/bundle.py trace the first module only.
+def traced_once(*names: str) -> Iterator[None]:
+    """Within it, the named functions of export/bundle.py trace the first module only.
 
-    Its graph serves every later one: they must be equal, and each bundle's parity check holds that.
+    Its graph is used for every later one: they must be equal, and each bundle's parity check holds
+    that.
     """
     from unittest import mock
 
@@ -46,11 +49,12 @@ def traced_once(*names: str):
         yield
 
 
-def _once(trace):
-    graphs = []
+def _once(trace: Callable) -> Callable:
+    graphs: list = []
 
-    def traced(module):
-        graphs.append(graphs[0] if graphs else trace(module))
+    def traced(module: Any) -> Any:
+        if not graphs:
+            graphs.append(trace(module))
         return graphs[0]
 
     return traced
@@ -67,58 +71,73 @@ def export(encoder: Path, llm: Path, out: Path, max_context: int) -> Path:
     return out
 
 
-def encoder_row(family: str, folder: Path, bundle: Path, recordings: list[np.ndarray]) -> dict:
+def encoder_row(
+    family: str, folder: Path, bundle: Path, recordings: list[np.ndarray]
+) -> dict[str, Any]:
     """The largest difference between the runtime's features and transformers'."""
     from tests.support.tiny_encoders import features
 
-    worst, largest, n_frames = 0.0, 0.0, 0
+    max_abs_diff = 0.0
+    max_abs = 0.0
+    n_frames = 0
     with Assistant.load(bundle, threads=1) as assistant:
         for audio in recordings:
-            ours, theirs = assistant.encode_window(audio), features(family, folder, audio)
-            worst, largest = (
-                max(worst, float(np.abs(ours - theirs).max())),
-                max(largest, float(np.abs(theirs).max())),
-            )
+            ours = assistant.encode_window(audio)
+            theirs = features(family, folder, audio)
+            max_abs_diff = max(max_abs_diff, float(np.abs(ours - theirs).max()))
+            max_abs = max(max_abs, float(np.abs(theirs).max()))
             n_frames += len(theirs)
-    return {"max_abs_diff": worst, "max_abs": largest, "frames": n_frames}
+    return {"max_abs_diff": max_abs_diff, "max_abs": max_abs, "frames": n_frames}
 
 
-def llm_row(family: str, folder: Path, bundle: Path, sentences: list[str]) -> dict:
-    """How many tokens of the runtime's greedy answers are those of `generate`, end tokens left out of both."""
+Answers = tuple[list[int], list[int]]  # the runtime's tokens and transformers'
+
+
+def llm_row(family: str, folder: Path, bundle: Path, sentences: list[str]) -> dict[str, Any]:
+    """How many tokens of greedy answers equal transformers', without end tokens."""
     import torch
 
-    from tests.support.tiny_llms import INSTRUCTION, N_TOKENS, Beside
+    from tests.support.tiny_llms import INSTRUCTION, N_TOKENS, ModelPair
 
-    decoding, pairs = Decoding(max_tokens=N_TOKENS, loop_tokens=0), {"embeddings": [], "text": []}
+    decoding = Decoding(max_tokens=N_TOKENS, loop_tokens=0)
+    from_embeddings = []
+    from_text = []
     with Assistant.load(bundle, threads=1) as assistant:
-        both = Beside.load(family, folder, assistant)
+        pair = ModelPair.load(family, folder, assistant)
         parity = assistant.bundle.manifest.graphs["llm"].parity["max_abs_diff_to_pytorch"]
-        with both.endless():
-            for n in (n for n in PROMPTS if n + N_TOKENS <= assistant.llm.spec.max_context):
-                prompt = both.prompt(n)
-                theirs = both.generate(inputs_embeds=torch.from_numpy(prompt)[None])
-                pairs["embeddings"].append((list(assistant.llm.generate(prompt, decoding)), theirs))
+        with pair.endless():
+            for n in PROMPTS:
+                if n + N_TOKENS > assistant.llm.spec.max_context:
+                    continue
+                prompt = pair.prompt(n)
+                ours = list(assistant.llm.generate(prompt, decoding))
+                theirs = pair.generate(inputs_embeds=torch.from_numpy(prompt)[None])
+                from_embeddings.append((ours, theirs))
             for text in sentences:
-                ours = assistant.answer_text(text, INSTRUCTION, decoding).tokens
-                pairs["text"].append((list(ours), both.generate(input_ids=both.template(text))))
-    return {"max_abs_diff": max(parity.values())} | {
-        name: _agreement(said) for name, said in pairs.items()
-    }
-
-
-def _agreement(pairs: list[tuple[list[int], list[int]]]) -> dict:
-    """Tokens compared, and those equal up to the first that is not, over pairs of answers."""
-    equal = [
-        next((i for i, (a, b) in enumerate(zip(*p)) if a != b), min(map(len, p))) for p in pairs
-    ]
+                ours = list(assistant.answer_text(text, INSTRUCTION, decoding).tokens)
+                theirs = pair.generate(input_ids=pair.template(text))
+                from_text.append((ours, theirs))
     return {
-        "answers": len(pairs),
-        "tokens": sum(max(map(len, p)) for p in pairs),
-        "equal": sum(equal),
+        "max_abs_diff": max(parity.values()),
+        "embeddings": agreement(from_embeddings),
+        "text": agreement(from_text),
     }
 
 
-def measure(encoders: list[str], llms: list[str]) -> dict:
+def agreement(answers: list[Answers]) -> dict[str, int]:
+    """Tokens compared, and those equal up to the first that is not, over pairs of answers."""
+    n_tokens = 0
+    n_equal = 0
+    for ours, theirs in answers:
+        n_tokens += max(len(ours), len(theirs))
+        for our_token, their_token in zip(ours, theirs):
+            if our_token != their_token:
+                break
+            n_equal += 1
+    return {"answers": len(answers), "tokens": n_tokens, "equal": n_equal}
+
+
+def measure(encoders: list[str], llms: list[str]) -> dict[str, Any]:
     import torch
 
     from tests.support.tiny_encoders import make_encoder
@@ -126,24 +145,20 @@ def measure(encoders: list[str], llms: list[str]) -> dict:
     from tiny_align.align.data.datasets import load_dataset
 
     torch.set_num_threads(1)
-    spoken = load_dataset(shipped("voice"))[:RECORDINGS]
-    recordings, sentences = [u.load(16_000) for u in spoken], [u.text for u in spoken]
-    report = {
-        "machine": describe(),
-        "date": str(date.today()),
-        "command": COMMAND,
-        "encoders": {},
-        "llms": {},
-    }
+    utterances = load_dataset(shipped("voice"))[:RECORDINGS]
+    recordings = [utterance.load(SAMPLE_RATE) for utterance in utterances]
+    sentences = [utterance.text for utterance in utterances]
+    report = stamp(COMMAND) | {"encoders": {}, "llms": {}}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        make_encoder(WITH_ENCODER, folder / "encoder")
-        make_model(WITH_LLM, folder / "llm")
+        make_encoder(ENCODER, folder / "encoder")
+        make_model(LLM, folder / "llm")
         with traced_once("llm_graph", "projector_graph"):
             for family in tqdm(encoders, desc="encoders"):
-                made = make_encoder(family, folder / family)
-                bundle = export(made, folder / "llm", folder / "bundle", CONTEXT)
-                report["encoders"][family] = encoder_row(family, made, bundle, recordings)
+                make_encoder(family, folder / family)
+                bundle = export(folder / family, folder / "llm", folder / "bundle", CONTEXT)
+                row = encoder_row(family, folder / family, bundle, recordings)
+                report["encoders"][family] = row
         with traced_once("encoder_graph", "projector_graph"):
             for family in tqdm(llms, desc="LLMs"):
                 make_model(family, folder / family)
@@ -152,45 +167,33 @@ def measure(encoders: list[str], llms: list[str]) -> dict:
     return report
 
 
-def encoder_table(report: dict) -> str:
+def encoder_table(report: dict[str, Any]) -> str:
     """The encoders as the README's table."""
-    lines = [
-        "| encoder | features compared | largest difference | largest value |",
-        "|---|---|---|---|",
-    ]
+    rows = []
     for name, row in report["encoders"].items():
-        lines.append(
-            f"| {name} | {row['frames']} | {row['max_abs_diff']:.1e} | {row['max_abs']:.1f} |"
-        )
-    return "\n".join(lines)
+        rows.append([name, row["frames"], f"{row['max_abs_diff']:.1e}", f"{row['max_abs']:.1f}"])
+    return grid(["encoder", "features compared", "largest difference", "largest value"], rows)
 
 
-def llm_table(report: dict) -> str:
+def llm_table(report: dict[str, Any]) -> str:
     """The LLMs as the README's table."""
-    lines = [
-        "| LLM | graph to PyTorch | tokens equal, from embeddings | from typed text |",
-        "|---|---|---|---|",
-    ]
+    rows = []
     for name, row in report["llms"].items():
-        cells = (f"{row[way]['equal']} of {row[way]['tokens']}" for way in ("embeddings", "text"))
-        lines.append(f"| {name} | {row['max_abs_diff']:.1e} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        cells = [name, f"{row['max_abs_diff']:.1e}"]
+        for found in (row["embeddings"], row["text"]):
+            cells.append(f"{found['equal']} of {found['tokens']}")
+        rows.append(cells)
+    head = ["LLM", "graph to PyTorch", "tokens equal, from embeddings", "from typed text"]
+    return grid(head, rows)
 
 
-def main(argv=None) -> int:
-    from tests.support import tiny_encoders, tiny_llms
+def main(argv: list[str] | None = None) -> int:
+    from tests.support.tiny_encoders import MAKERS
+    from tests.support.tiny_llms import FAMILIES
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--encoders", nargs="*", choices=tiny_encoders.MAKERS, default=list(tiny_encoders.MAKERS)
-    )
-    parser.add_argument(
-        "--llms", nargs="*", choices=tiny_llms.FAMILIES, default=list(tiny_llms.FAMILIES)
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--json", action="store_true")
+    parser = new_parser(__doc__, RESULTS)
+    parser.add_argument("--encoders", nargs="*", choices=MAKERS, default=list(MAKERS))
+    parser.add_argument("--llms", nargs="*", choices=FAMILIES, default=list(FAMILIES))
     args = parser.parse_args(argv)
     report = measure(args.encoders, args.llms)
     return finish(report, args, f"{encoder_table(report)}\n\n{llm_table(report)}")

@@ -1,131 +1,156 @@
-"""Decoding and prefill of one INT4 LLM: ours beside llama.cpp, transformers and onnxruntime-genai, in one run.
+"""Prefill and decoding of one INT4 LLM: ours, llama.cpp, transformers and onnxruntime-genai.
 
-    python -m benchmarks.studies.full_size && python -m benchmarks.studies.llm [--threads 1 2] [--rounds 7] [--json]
+    python -m benchmarks.studies.full_size
+    python -m benchmarks.studies.llm [--threads 1 2] [--rounds 7] [--json]
 
-The models are those of benchmarks.full_size: Llama-3.2-1B's shape, random weights. Every engine is a process of its
-own; they take turns, and a ratio is the median over the rounds. An engine that is not installed (pip install
-'tiny-align[peers]') or that fails is reported with its reason. Writes benchmarks/results/llm.json; the last line of
-stdout is the same document. (llama-cpp-python 0.3.36 crashes on processors with AMX unless it is compiled without: see
-CMAKE_ARGS in the Makefile.) `ratios` holds the worst over the numbers of threads; above 1, ours is faster.
+The models are those of benchmarks.studies.full_size: Llama-3.2-1B's shape, random weights. Every
+engine is a process of its own; they take turns, and a ratio is the median over the rounds. An
+engine that is not installed (pip install 'tiny-align[peers]') or that fails is reported with its
+reason. `ratios` holds the worst over the numbers of threads; above 1, ours is faster. Writes
+benchmarks/results/llm.json; the last line of stdout is the same document.
+
+llama-cpp-python 0.3.36 crashes on processors with AMX unless it is compiled without: see CMAKE_ARGS
+in the Makefile.
 """
 
 import argparse
 import sys
 import time
-from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from tiny_align.benchmarks import finish
+from tiny_align.benchmarks import finish, new_parser, stamp
 from tiny_align.benchmarks.standard.limits import measure_bandwidth
+from tiny_align.benchmarks.standard.markdown import grid
 from tiny_align.benchmarks.standard.peers import PEERS
-from tiny_align.benchmarks.standard.processes import Served
+from tiny_align.benchmarks.standard.processes import PeerProcess
 from tiny_align.benchmarks.standard.training_cost import SHAPES
 from tiny_align.benchmarks.studies.full_size import WORK
 from tiny_align.runtime.errors import DataError
-from tiny_align.runtime.machine import describe
 
 RESULTS = Path(__file__).parents[1] / "results" / "llm.json"
 COMMAND = "python -m benchmarks.studies.llm"
 OURS = "tiny-align"
+SLOW = "transformers"  # it decodes a quarter of the tokens
 PACKAGES = ("onnxruntime", "llama-cpp-python", "transformers", "torch", "onnxruntime-genai")
 PAUSE_S = 0.1  # between turns: an engine's threads spin a little after their work
 
 
-def compare(args, threads: int, bar) -> dict:
+def compare(args: argparse.Namespace, threads: int, bar: tqdm) -> dict[str, Any]:
     """All engines at one number of threads, taking turns."""
     prompt = np.random.default_rng(0).integers(1000, 8000, args.prompt)
-    peers = {
-        name: Served(PEERS[name], args.work, SHAPES[args.shape], threads, threads=threads)
-        for name in args.peers
-    }
-    rows = {name: [] for name in peers}
-    gb_s = [measure_bandwidth(threads)]
-    for round_ in range(args.rounds + 1):  # the first is to warm up
+    shape = SHAPES[args.shape]
+    peers = {}
+    turns: dict[str, list[dict]] = {}
+    for name in args.peers:
+        peers[name] = PeerProcess(PEERS[name], args.work, shape, threads, threads=threads)
+        turns[name] = []
+    bandwidth_before = measure_bandwidth(threads)
+    for i in range(args.rounds + 1):
         for name, peer in peers.items():
             time.sleep(PAUSE_S)
-            n_tokens = args.tokens if name != "transformers" else max(2, args.tokens // 4)
-            row = peer.measure(prompt, n_tokens)
-            rows[name] += [row] if round_ and row else []
+            n_tokens = max(2, args.tokens // 4) if name == SLOW else args.tokens
+            turn = peer.measure(prompt, n_tokens)
+            if turn and i > 0:  # the first round warms up
+                turns[name].append(turn)
             bar.update()
-    gb_s.append(measure_bandwidth(threads))
+    bandwidth = max(bandwidth_before, measure_bandwidth(threads))
     for peer in peers.values():
         peer.close()
-    engines = {
-        name: {"missing": peer.why} if peer.why else summary(rows[name], prompt)
-        for name, peer in peers.items()
-    }
-    read = sum(p.stat().st_size for p in (args.work / "bundle").glob("llm*.data")) / 1e9
-    gb_s, share = max(gb_s), read * engines[OURS]["decode_tokens_per_s"] if OURS in engines else 0.0
+
+    engines: dict[str, dict] = {}
+    working = {}
+    for name, peer in peers.items():
+        if peer.failure is None:
+            engines[name] = summary(turns[name], len(prompt))
+            working[name] = turns[name]
+        else:
+            engines[name] = {"missing": peer.failure}
+    weight_files = (args.work / "bundle").glob("llm*.data")
+    weights_gb = sum(path.stat().st_size for path in weight_files) / 1e9
+    read_gb_s = weights_gb * engines[OURS]["decode_tokens_per_s"] if OURS in working else 0.0
     return {
         "engines": engines,
-        "ratios": ratios({name: r for name, r in rows.items() if peers[name].why is None}),
-        "weights_gb": read,
-        "bandwidth_gb_per_s": gb_s,
-        "bandwidth_share": share / gb_s,
+        "ratios": ratios(working),
+        "weights_gb": weights_gb,
+        "bandwidth_gb_per_s": bandwidth,
+        "bandwidth_share": read_gb_s / bandwidth,
     }
 
 
-def summary(rows: list[dict], prompt: np.ndarray) -> dict:
+def summary(turns: list[dict], n_prompt: int) -> dict[str, Any]:
     """The medians of an engine's turns."""
-    steps = np.concatenate([row["steps_s"] for row in rows])
+    prefill_s = float(np.median([turn["prefill_s"] for turn in turns]))
+    steps_s = np.concatenate([turn["steps_s"] for turn in turns])
+    p10, p90 = np.percentile(steps_s, [10, 90])
     return {
-        "prefill_tokens_per_s": len(prompt) / float(np.median([row["prefill_s"] for row in rows])),
-        "decode_tokens_per_s": 1 / float(np.median(steps)),
-        "decode_ms_p10_p90": [float(v) * 1e3 for v in np.percentile(steps, [10, 90])],
-        "load_s": rows[-1]["load_s"],
-        "peak_gb": rows[-1]["peak_bytes"] / 2**30,
+        "prefill_tokens_per_s": n_prompt / prefill_s,
+        "decode_tokens_per_s": 1 / float(np.median(steps_s)),
+        "decode_ms_p10_p90": [float(p10) * 1e3, float(p90) * 1e3],
+        "load_s": turns[-1]["load_s"],
+        "peak_gb": turns[-1]["peak_bytes"] / 2**30,
     }
 
 
-def ratios(rows: dict[str, list[dict]]) -> dict[str, float]:
-    """Peer's seconds over ours, round by round; the median."""
-    found = {}
-    for name, theirs in rows.items():
-        if name == OURS or OURS not in rows:
+def ratios(turns: dict[str, list[dict]]) -> dict[str, float]:
+    """Each peer's seconds over ours, round by round; the median."""
+    found: dict[str, float] = {}
+    if OURS not in turns:
+        return found
+    for name, theirs in turns.items():
+        if name == OURS:
             continue
+        decode = []
+        prefill = []
+        for their_turn, our_turn in zip(theirs, turns[OURS]):
+            decode.append(np.median(their_turn["steps_s"]) / np.median(our_turn["steps_s"]))
+            prefill.append(their_turn["prefill_s"] / our_turn["prefill_s"])
         key = name.replace("onnxruntime-", "").replace(".", "_")
-        pairs = list(zip(theirs, rows[OURS]))
-        decode = [np.median(a["steps_s"]) / np.median(b["steps_s"]) for a, b in pairs]
         found[f"decode_vs_{key}"] = float(np.median(decode))
-        found[f"prefill_vs_{key}"] = float(
-            np.median([a["prefill_s"] / b["prefill_s"] for a, b in pairs])
-        )
+        found[f"prefill_vs_{key}"] = float(np.median(prefill))
     return found
 
 
-def worst(by_threads: dict[str, dict]) -> dict[str, float]:
-    """Each ratio's least over the numbers of threads."""
-    names = {name for row in by_threads.values() for name in row["ratios"]}
-    return {
-        n: min(row["ratios"][n] for row in by_threads.values() if n in row["ratios"])
-        for n in sorted(names)
-    }
+def worst_ratios(by_threads: dict[str, dict]) -> dict[str, float]:
+    """Each ratio's minimum over the numbers of threads."""
+    worst: dict[str, float] = {}
+    for row in by_threads.values():
+        for name, ratio in row["ratios"].items():
+            worst[name] = min(ratio, worst.get(name, ratio))
+    return dict(sorted(worst.items()))
 
 
-def table(report: dict) -> str:
+def table(report: dict[str, Any]) -> str:
     """The report as the README's table."""
-    lines = [
-        "| threads | engine | prompt, tokens/s | answer, tokens/s | peak memory |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for threads, row in report["by_threads"].items():
         for name, engine in row["engines"].items():
-            if "missing" in engine:
-                lines.append(f"| {threads} | {name} | {engine['missing']} | | |")
-                continue
-            speeds = f"{engine['prefill_tokens_per_s']:.0f} | {engine['decode_tokens_per_s']:.1f}"
-            lines.append(f"| {threads} | {name} | {speeds} | {engine['peak_gb']:.2f} GiB |")
+            rows.append([threads, name, *_engine_cells(engine)])
         share = f"{row['bandwidth_share']:.0%} of {row['bandwidth_gb_per_s']:.1f} GB/s"
-        lines.append(f"| {threads} | ours, memory bandwidth reached | | {share} | |")
-    said = ", ".join(f"`{name}` {value:.2f}" for name, value in report["ratios"].items())
-    return "\n".join(lines) + f"\n\nRatios, the worse of both numbers of threads: {said}."
+        rows.append([threads, "ours, memory bandwidth reached", "", share, ""])
+    head = ["threads", "engine", "prompt, tokens/s", "answer, tokens/s", "peak memory"]
+    shown = [f"`{name}` {value:.2f}" for name, value in report["ratios"].items()]
+    return (
+        f"{grid(head, rows)}\n\nRatios, the worse of both numbers of threads: {', '.join(shown)}."
+    )
+
+
+def _engine_cells(engine: dict[str, Any]) -> list[str]:
+    if "missing" in engine:
+        return [engine["missing"], "", ""]
+    return [
+        f"{engine['prefill_tokens_per_s']:.0f}",
+        f"{engine['decode_tokens_per_s']:.1f}",
+        f"{engine['peak_gb']:.2f} GiB",
+    ]
 
 
 def versions() -> dict[str, str]:
+    """The version of every package, or that it is not installed."""
     found = {}
     for package in PACKAGES:
         try:
@@ -135,36 +160,32 @@ def versions() -> dict[str, str]:
     return found
 
 
-def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: list[str] | None = None) -> int:
+    parser = new_parser(__doc__, RESULTS)
     parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-1b")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--prompt", type=int, default=128, help="embeddings to read")
-    parser.add_argument("--tokens", type=int, default=24, help="to say after them")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--prompt", type=int, default=128, help="positions of the prompt")
+    parser.add_argument("--tokens", type=int, default=24, help="to decode after it")
     args = parser.parse_args(argv)
     if not (args.work / "bundle" / "manifest.json").exists():
         raise DataError(
             f"{args.work} holds no bundle: run python -m benchmarks.studies.full_size first"
         )
-    report = {
-        "machine": describe(),
-        "date": str(date.today()),
-        "command": f"{COMMAND} --rounds {args.rounds}",
+    report = stamp(f"{COMMAND} --rounds {args.rounds}") | {
         "versions": versions(),
+        "shape": args.shape,
+        "prompt": args.prompt,
+        "rounds": args.rounds,
+        "by_threads": {},
     }
-    report |= {"shape": args.shape, "prompt": args.prompt, "rounds": args.rounds, "by_threads": {}}
     total = len(args.threads) * len(args.peers) * (args.rounds + 1)
     with tqdm(total=total, desc="turns", file=sys.stderr) as bar:
         for threads in args.threads:
             report["by_threads"][str(threads)] = compare(args, threads, bar)
-    report["ratios"] = worst(report["by_threads"])
+    report["ratios"] = worst_ratios(report["by_threads"])
     return finish(report, args, table(report))
 
 

@@ -1,10 +1,10 @@
-"""Writes the measured tables of the README and of docs/measured.md from benchmarks/results/: no number there is typed.
+"""Write the measured tables of README.md and docs/measured.md from benchmarks/results/.
 
-python -m benchmarks.studies.report            # rewrite both
-python -m benchmarks.studies.report --check    # exit 1 if one is not up to date
+    python -m benchmarks.studies.report            # rewrite both
+    python -m benchmarks.studies.report --check    # exit 1 if one is not up to date
 
-Only what lies between a table's markers is replaced. The standard run's tables are those of its newest result; what was
-not measured stays blank.
+No number there is typed: only what lies between a table's markers is replaced. The standard run's
+tables are those of its newest result; what was not measured stays blank.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tiny_align.benchmarks.standard import streaming, tables, training_cost
 from tiny_align.benchmarks.studies import (
@@ -30,7 +31,7 @@ from tiny_align.runtime.files import write_text
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "measured.md")
 RESULTS = ROOT / "benchmarks" / "results"
-PROGRAMS = {
+PROGRAMS: dict[str, tuple[Path, Callable[[dict], str]]] = {  # table -> results, how to show them
     "encoder_families": (families.RESULTS, families.encoder_table),
     "llm_families": (families.RESULTS, families.llm_table),
     "encoder": (encoder.RESULTS, encoder.table),
@@ -54,55 +55,68 @@ STANDARD = "bench_"  # before the name of a part
 def body_of(name: str, folder: Path = RESULTS) -> str:
     """A table and where it was measured; "" for what was not."""
     if name.startswith(STANDARD):
-        result = newest(name.removeprefix(STANDARD), folder)
-        return (
-            f"{tables.TABLES[name.removeprefix(STANDARD)][1](result['parts'])}\n\n{_stamp(result)}"
-            if result
-            else ""
-        )
+        part = name.removeprefix(STANDARD)
+        result = newest(part, folder)
+        if result is None:
+            return ""
+        _, part_table = tables.TABLES[part]
+        return f"{part_table(result['parts'])}\n\n{stamp_line(result)}"
     results, table = PROGRAMS[name]
     if not results.exists():
         return ""
-    report = json.loads(results.read_text(encoding="utf-8"))
-    return f"{table(report)}\n\n{_stamp(report)}"
+    report = read(results)
+    return f"{table(report)}\n\n{stamp_line(report)}"
 
 
-def newest(part: str, folder: Path) -> dict | None:
+def newest(part: str, folder: Path) -> dict[str, Any] | None:
     """The newest result of `tiny-align bench` that has this part."""
-    told = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json")))
-    standard = [result for result in told if part in result.get("parts", ())]
-    return max(standard, key=lambda result: result["date"], default=None)
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        result = read(path)
+        if part in result.get("parts", ()):
+            found.append(result)
+    return max(found, key=lambda result: result["date"], default=None)
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def stamp_line(report: dict[str, Any]) -> str:
+    """By what command, where and when a report was measured."""
+    machine = report["machine"]
+    names = ("jetson", "gpu", "processor", "cores")
+    where = ", ".join(str(machine[name]) for name in names if name in machine)
+    return f"`{report['command']}` on {where} cores, {report['date'][:10]}."
 
 
 def render(text: str, body: Callable[[str], str] = body_of) -> str:
     """A document with every marked table made anew; nothing else of it changes."""
     marked = re.compile(r"<!-- table (?P<name>\w+) -->\n.*?<!-- end (?P=name) -->", re.DOTALL)
-    return marked.sub(
-        lambda m: f"<!-- table {m['name']} -->\n{body(m['name'])}\n<!-- end {m['name']} -->", text
-    )
+
+    def replacement(match: re.Match[str]) -> str:
+        name = match["name"]
+        return f"<!-- table {name} -->\n{body(name)}\n<!-- end {name} -->"
+
+    return marked.sub(replacement, text)
 
 
-def _stamp(report: dict) -> str:
-    machine = report["machine"]
-    where = ", ".join(
-        str(machine[k]) for k in ("jetson", "gpu", "processor", "cores") if k in machine
-    )
-    return f"`{report['command']}` on {where} cores, {report['date'][:10]}."
-
-
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--check", action="store_true", help="change nothing")
     args = parser.parse_args(argv)
-    old = {path: path.read_text(encoding="utf-8") for path in DOCUMENTS}
-    new = {path: render(text) for path, text in old.items()}
-    if not args.check:
-        for path, text in new.items():
-            write_text(path, text)
-    print(json.dumps({"up_to_date": old == new}))
-    return int(args.check and old != new)
+    up_to_date = True
+    for path in DOCUMENTS:
+        old = path.read_text(encoding="utf-8")
+        new = render(old)
+        if new != old:
+            up_to_date = False
+            if not args.check:
+                write_text(path, new)
+    print(json.dumps({"up_to_date": up_to_date}))
+    return int(args.check and not up_to_date)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from tiny_align.runtime.backends.base import (
 from tiny_align.runtime.backends.huge_pages import on_huge_pages
 from tiny_align.runtime.bundle.manifest import GraphSpec, TensorSpec
 from tiny_align.runtime.errors import BackendError
-from tiny_align.runtime.findings import Finding, Subject, judged
+from tiny_align.runtime.findings import Finding, Subject, assess
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, OrtValue
@@ -204,7 +204,7 @@ def check(subject: Subject) -> Iterator[Finding]:
         "the two overwrite each other's files: pip uninstall onnxruntime onnxruntime-gpu, then "
         "install one of them"
     )
-    yield judged("ONNX Runtime", f"{versions}: {providers}", len(builds) == 1, remedy)
+    yield assess("ONNX Runtime", f"{versions}: {providers}", len(builds) == 1, remedy)
 
 
 def _providers(distribution: metadata.Distribution) -> list[str]:

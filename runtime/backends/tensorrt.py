@@ -61,7 +61,7 @@ from tiny_align.runtime.findings import (
     DOCS,
     Finding,
     Subject,
-    judged,
+    assess,
     optional,
     version_numbers,
 )
@@ -325,7 +325,7 @@ def check(subject: Subject) -> Iterator[Finding]:
     if package:
         remedy = f"engines need 10.3 or later: flash JetPack 6.2 or 7.2, see {DOCS}"
         new_enough = version_numbers(package.version) >= MIN_VERSION
-        yield judged("TensorRT", package.version, new_enough, remedy)
+        yield assess("TensorRT", package.version, new_enough, remedy)
     elif system:
         yield _hidden(system, "python" + ".".join(subject.python.split(".")[:2]))
     elif subject.jetson:

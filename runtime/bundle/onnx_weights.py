@@ -1,4 +1,4 @@
-"""The weights of an ONNX graph: where they are stored, their values, and the products that use them.
+"""Weights of an ONNX graph: where they are stored, their values, and the products that use them.
 
 Small tensors are in the ONNX file itself. Large ones are in a file beside it ("external data"): the
 graph holds the file's name, an offset and a length. Answering needs none of this; export, engines

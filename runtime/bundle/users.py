@@ -27,6 +27,14 @@ class UserProjector:
     speech_tokens: np.ndarray = field(compare=False)  # (K,) int32, in training order
 
 
+def user_names(users: Path) -> list[str]:
+    """The users in a directory of user profiles, which need not exist.
+
+    Hidden folders are no users: a training that was killed may have left `.NAME-*`.
+    """
+    return sorted(record.parent.name for record in users.glob(f"[!.]*/{USER_RECORD}"))
+
+
 def digest_of(files: dict[str, str]) -> str:
     """Hex SHA-256 of files' names and hashes."""
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
@@ -54,9 +62,9 @@ def _read_record(folder: Path, manifest: Manifest) -> dict[str, Any]:
     """The record, if its projector was made for this bundle."""
     path = folder / USER_RECORD
     if not path.is_file():
-        known = sorted(p.parent.name for p in folder.parent.glob(f"*/{USER_RECORD}"))
+        known = ", ".join(user_names(folder.parent)) or "none"
         raise UserError(
-            f"no user {folder.name!r} in {folder.parent} (known: {', '.join(known) or 'none'}): "
+            f"no user {folder.name!r} in {folder.parent} (known: {known}): "
             f"train one with `tiny-align align --user {folder.name}`"
         )
     try:

@@ -58,18 +58,20 @@ def load(options: AnsweringOptions, bundle: "Bundle", *, announce: bool = False)
 
 
 def prepare_seal(options: AnsweringOptions, bundle: "Bundle") -> "Seal | None":
-    """With `--sealed`, restrict writing to the directories of users, before anything is loaded.
+    """With `--sealed`, restrict writing to the user's directory, before anything is loaded.
+
+    It is the one that `find_users` finds; if it does not exist, nothing can be written.
 
     Raises:
         TinyAlignError: this system cannot seal a process.
     """
     if not options.sealed:
         return None
-    from tiny_align.runtime.bundle.user_folders import users_directories
+    from tiny_align.runtime.bundle.user_folders import find_users
     from tiny_align.runtime.privacy.sealing import Seal
 
-    directories = users_directories(bundle, options.users)
-    return Seal([directory for directory in directories if directory.is_dir()])
+    users = find_users(bundle, options.user, options.users)
+    return Seal([users] if users.is_dir() else [])
 
 
 def close_seal(seal: "Seal | None", *, microphone: bool = False) -> dict[str, Any]:

@@ -10,16 +10,19 @@ import argparse
 import platform
 import re
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tiny_align.runtime import machine
 from tiny_align.runtime.backends import registry
+from tiny_align.runtime.bundle.shipped import shipped_bundle, shipped_voice
+from tiny_align.runtime.commands.options import add_options, option, read_options
 from tiny_align.runtime.findings import (
     DOCS,
     Finding,
     Subject,
-    judged,
+    assess,
     optional,
     version_numbers,
 )
@@ -55,7 +58,7 @@ def check_board(subject: Subject) -> Iterator[Finding]:
             return
         value = f"{machine.JETPACKS.get(release, 'not one we know')} (Jetson Linux {release})"
         remedy = f"its TensorRT is older than 10.3: flash JetPack 6.2 or 7.2, see {DOCS}"
-        yield judged("JetPack", value, version_numbers(release) >= MIN_L4T, remedy)
+        yield assess("JetPack", value, version_numbers(release) >= MIN_L4T, remedy)
 
 
 def check_gpu(subject: Subject) -> Iterator[Finding]:
@@ -76,7 +79,7 @@ def check_cuda(subject: Subject) -> Iterator[Finding]:
     version = machine.cuda_toolkit(subject.root)
     if version or subject.jetson:
         value = version or "no toolkit"
-        yield judged("CUDA", value, bool(version), "sudo apt install nvidia-jetpack")
+        yield assess("CUDA", value, bool(version), "sudo apt install nvidia-jetpack")
 
 
 def check_backends(subject: Subject) -> Iterator[Finding]:
@@ -99,7 +102,7 @@ def check_torch(subject: Subject) -> Iterator[Finding]:
     fits = not (cuda and toolkit) or cuda.split(".")[0] == toolkit.split(".")[0]
     value = f"{torch.version}, " + (f"CUDA {cuda}" if cuda else "for the CPU")
     remedy = f"the machine has CUDA {toolkit}: install a build for it, see {DOCS}"
-    yield judged("PyTorch", value, fits, remedy)
+    yield assess("PyTorch", value, fits, remedy)
 
 
 def check_extras(subject: Subject) -> Iterator[Finding]:
@@ -120,12 +123,12 @@ def check_power(subject: Subject) -> Iterator[Finding]:
             f"{mode.fastest} is faster, if power and cooling allow: "
             f"sudo nvpmodel -m {mode.fastest_id}"
         )
-        yield judged("power mode", mode.name, is_fastest, remedy)
+        yield assess("power mode", mode.name, is_fastest, remedy)
     events = machine.power_shortages(subject.root)
     if events is not None:
         value = f"fell short {events} times since the start"
         remedy = "the board slowed down: use a stronger power supply, or a lower mode of nvpmodel"
-        yield judged("power supply", value, events == 0, remedy)
+        yield assess("power supply", value, events == 0, remedy)
 
 
 def check_clocks(subject: Subject) -> Iterator[Finding]:
@@ -147,7 +150,7 @@ def check_heat(subject: Subject) -> Iterator[Finding]:
         cool = hottest.celsius < hottest.limit - THROTTLES_WITHIN_C
         value = f"{hottest.celsius:.0f} °C at {hottest.zone}, slowed down from {hottest.limit:.0f}"
         remedy = "clean or add a fan, or choose a lower power mode"
-        yield judged("temperature", value, cool, remedy)
+        yield assess("temperature", value, cool, remedy)
 
 
 def check_memory(subject: Subject) -> Iterator[Finding]:
@@ -155,7 +158,7 @@ def check_memory(subject: Subject) -> Iterator[Finding]:
     if "MemAvailable" in memory:
         available = memory["MemAvailable"]
         value = f"{available / GIB:.1f} GiB available of {memory['MemTotal'] / GIB:.1f}"
-        yield judged(
+        yield assess(
             "memory", value, available >= MIN_AVAILABLE, "close other programs, or restart"
         )
     if subject.small_board and machine.starts_a_desktop(subject.root):
@@ -175,7 +178,7 @@ def check_cma(subject: Subject) -> Iterator[Finding]:
             "TensorRT runs out of contiguous memory first: add cma=950M to the APPEND line of "
             f"/boot/extlinux/extlinux.conf, then restart, see {DOCS}"
         )
-        yield judged("contiguous memory", value, enough, remedy)
+        yield assess("contiguous memory", value, enough, remedy)
 
 
 def check_swap(subject: Subject) -> Iterator[Finding]:
@@ -186,7 +189,7 @@ def check_swap(subject: Subject) -> Iterator[Finding]:
         return
     on_disk = sum(size for name, size in areas.items() if not name.startswith("/dev/zram"))
     remedy = f"builds need some on an NVMe disk, at least {MIN_SWAP / GIB:.0f} GiB: see {DOCS}"
-    yield judged("swap", value, on_disk >= MIN_SWAP, remedy)
+    yield assess("swap", value, on_disk >= MIN_SWAP, remedy)
 
 
 def check_sound(subject: Subject) -> Iterator[Finding]:
@@ -221,33 +224,41 @@ CHECKS = (
 # --- the command ---
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--bundle", type=Path, help="check this bundle too")
-    parser.add_argument(
-        "--prove-private",
-        action="store_true",
-        help="answer a recording in a sealed process, and try to get out of it",
+@dataclass(frozen=True, kw_only=True)
+class DoctorOptions:
+    bundle: Path | None = field(
+        default=None,
+        metadata=option("check this bundle too", metavar="DIR"),
+    )
+    prove_private: bool = field(
+        default=False,
+        metadata=option("answer a recording in a sealed process, and try to get out of it"),
     )
 
 
-def run(args: argparse.Namespace) -> dict:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_options(parser, DoctorOptions)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """{"machine", "findings", "wrong"}; with --bundle "bundle", with --prove-private "private".
 
     Raises:
         BundleError: a damaged bundle; whatever else is wrong is in the report.
         TinyAlignError: a process cannot be sealed here.
     """
-    bundle = _bundle(args.bundle) if args.bundle else None
+    options = read_options(args, DoctorOptions)
+    bundle = _bundle(options.bundle) if options.bundle else None
     findings = examine(Subject(machine.gpu_compute_capability()))
     if bundle:
         value = f"{bundle['name']}: every file is there and unchanged"
         findings.append(Finding("bundle", value, True))
-    private = _private(args.bundle) if args.prove_private else None
+    private = _private(options.bundle) if options.prove_private else None
     if private:
         findings.append(_privacy(private))
     if not args.json:
         show(findings)
-    report: dict = {
+    report: dict[str, Any] = {
         "machine": machine.describe(),
         "findings": [asdict(finding) for finding in findings],
         "wrong": [finding.what for finding in findings if finding.ok is False],
@@ -260,27 +271,29 @@ def run(args: argparse.Namespace) -> dict:
     return report
 
 
-def _bundle(path: Path) -> dict:
+def _bundle(path: Path) -> dict[str, Any]:
     """What the document says about a bundle."""
     from tiny_align.runtime.bundle.bundle import Bundle
+    from tiny_align.runtime.bundle.user_folders import users_directories
+    from tiny_align.runtime.bundle.users import user_names
 
-    manifest = Bundle.open(path).manifest
-    users = sorted(record.parent.name for record in path.glob("users/*/user.json"))
+    bundle = Bundle.open(path)
+    users: set[str] = set()
+    for directory in users_directories(bundle):
+        users.update(user_names(directory))
     engines = sorted(record.parent.name for record in path.glob("engines/[!.]*/engine.json"))
-    return {"name": manifest.name, "whole": True, "users": users, "engines": engines}
+    name = bundle.manifest.name
+    return {"name": name, "whole": True, "users": sorted(users), "engines": engines}
 
 
-def _private(bundle: Path | None) -> dict:
+def _private(bundle: Path | None) -> dict[str, Any]:
     """A recording that ships, answered in a sealed process by `bundle` or the one that ships."""
-    from importlib.resources import files
-
     from tiny_align.runtime.commands.proof import prove
 
-    shipped = Path(str(files("tiny_align.reference")))
-    return prove(bundle or shipped / "bundle", shipped / "voice/test-100.flac")
+    return prove(bundle or shipped_bundle(), shipped_voice() / "test-100.flac")
 
 
-def _privacy(private: dict) -> Finding:
+def _privacy(private: dict[str, Any]) -> Finding:
     from tiny_align.runtime.commands.proof import REFUSALS
 
     denied = private["denied"]
@@ -291,7 +304,7 @@ def _privacy(private: dict) -> Finding:
     counts = (private["attempted"] or {}).items()
     value += ", ".join(f"{kind} {count}" for kind, count in counts) or "?"
     remedy = f"not denied: {', '.join(opened) or 'none'}. Do not rely on it here, and report it"
-    return judged("privacy", value, private["proved"], remedy)
+    return assess("privacy", value, private["proved"], remedy)
 
 
 def show(findings: list[Finding]) -> None:

@@ -60,15 +60,18 @@ def option(help: str, **settings: Any) -> dict[str, Option]:
 def add_options(parser: argparse.ArgumentParser, group: "type[DataclassInstance]") -> None:
     """Add an option for each field of `group` that is one: `max_tokens` becomes `--max-tokens`."""
     hints = typing.get_type_hints(group)
-    alternatives: dict[str, argparse._MutuallyExclusiveGroup] = {}
-    for entry in _option_fields(group):
+    entries = _option_fields(group)
+    added: set[str] = set()  # names of `one_of`
+    for entry in entries:
         name = entry.metadata[METADATA].one_of
         if name is None:
             _add_option(parser, entry, hints[entry.name])
-            continue
-        if name not in alternatives:
-            alternatives[name] = parser.add_mutually_exclusive_group(required=True)
-        _add_option(alternatives[name], entry, hints[entry.name])
+        elif name not in added:  # all at once: argparse shows only neighbours as alternatives
+            added.add(name)
+            alternatives = parser.add_mutually_exclusive_group(required=True)
+            for other in entries:
+                if other.metadata[METADATA].one_of == name:
+                    _add_option(alternatives, other, hints[other.name])
 
 
 def read_options(args: argparse.Namespace, group: type[Group]) -> Group:
@@ -172,7 +175,7 @@ class TrainedUserOptions(UserOptions):
     )
 
     @property
-    def given_users(self) -> Path | None:
+    def explicit_users(self) -> Path | None:
         """The directory of user profiles that the command line names, if any: for `find_users`.
 
         Raises:
@@ -241,14 +244,20 @@ class AnsweringOptions(AssistantOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions:
+class SpeakerOptions:
+    """Whose utterances of a data set to take."""
+
+    speaker: str | None = field(
+        default=None, metadata=option("speaker code, for CHAT transcripts", metavar="CODE")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(SpeakerOptions):
     """A data set of recordings and transcripts."""
 
     data: Path = field(
         metadata=option("metadata folder, NeMo manifest or CHAT transcripts", metavar="DIR")
-    )
-    speaker: str | None = field(
-        default=None, metadata=option("speaker code, for CHAT transcripts", metavar="CODE")
     )
 
 

@@ -27,6 +27,7 @@ from tiny_align.align.training.validation import Score
 from tiny_align.runtime.assistant import Assistant
 from tiny_align.runtime.backends.registry import load_runner
 from tiny_align.runtime.bundle.bundle import Bundle
+from tiny_align.runtime.bundle.user_folders import platform_users
 from tiny_align.runtime.bundle.users import check_user
 from tiny_align.runtime.commands.cli import main
 from tiny_align.runtime.files import sha256
@@ -77,6 +78,17 @@ def align(run_cli, bundle_path, few_recordings, tmp_path):
 
 
 @pytest.fixture
+def align_somewhere(run_cli, bundle_copy, few_recordings):
+    """`align` for bo in two steps, without --out: align_somewhere(*arguments) -> Outcome."""
+
+    def run(*arguments):
+        arguments = ("--user", "bo", "--steps", 2, *arguments)
+        return run_cli(*align_arguments(bundle_copy, few_recordings, None, *arguments))
+
+    return run
+
+
+@pytest.fixture
 def steps_taken(monkeypatch):
     """The steps that this process trains, as a list that grows."""
     taken = []
@@ -97,9 +109,13 @@ def align_arguments(bundle, data, out, *arguments):
     return [str(argument) for argument in (*command, *arguments)]
 
 
+def files_of(folder):
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
 def contents(folder):
     """Every file of a folder with its hash."""
-    return {p.relative_to(folder): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {path.relative_to(folder): sha256(path) for path in files_of(folder)}
 
 
 def written_names(users):
@@ -163,14 +179,51 @@ def test_the_quality_afterwards_equals_that_of_eval(aligned, run_cli, bundle_pat
     assert all(got[name] == aligned[f"{name}_after"] for name in MEASURES)
 
 
-def test_without_out_the_user_lies_in_the_bundle_which_stays_whole(
-    run_cli, bundle_copy, few_recordings
+def test_a_new_user_is_written_to_the_platforms_data_folder_only(
+    align_somewhere, bundle_copy, empty_home
 ):
-    arguments = ("--user", "bo", "--steps", 2)
-    outcome = run_cli(*align_arguments(bundle_copy, few_recordings, None, *arguments))
+    before = contents(bundle_copy)
+    outcome = align_somewhere()
+    users = platform_users(Bundle.open(bundle_copy))
+    assert outcome.status == 0 and outcome.document["path"] == str(users / "bo")
+    assert written_names(users) == [".bo.align", "bo"]
+    assert all(users in path.parents for path in files_of(empty_home))
+    assert contents(bundle_copy) == before
+
+
+def test_a_new_user_is_written_into_a_bundle_that_has_a_directory_of_users(
+    align_somewhere, bundle_copy, empty_home
+):
+    (bundle_copy / "users").mkdir()
+    outcome = align_somewhere()
     assert outcome.status == 0 and outcome.document["path"] == str(bundle_copy / "users/bo")
     bundle = Bundle.open(bundle_copy, verify=True)
     assert check_user(bundle_copy / "users/bo", bundle.manifest)["training"]["steps"] == 2
+    assert not files_of(empty_home)
+
+
+def test_a_user_that_an_older_version_wrote_into_the_bundle_is_trained_there(
+    align_somewhere, bundle_copy, make_user, empty_home
+):
+    """Also if another user is in the platform's data folder."""
+    bundle = Bundle.open(bundle_copy)
+    own = make_user(bundle, bundle_copy / "users/bo") / "projector.onnx.data"
+    ana = make_user(bundle, platform_users(bundle) / "ana")
+    older = sha256(own)
+    outcome = align_somewhere()
+    assert outcome.status == 0 and outcome.document["path"] == str(bundle_copy / "users/bo")
+    training = check_user(bundle_copy / "users/bo", bundle.manifest)["training"]
+    assert training["steps"] == 2 and (sha256(own) != older) == training["improved"]
+    assert {path.parent for path in files_of(empty_home)} == {ana}
+
+
+def test_only_the_named_directory_of_users_is_written(
+    align_somewhere, bundle_copy, tmp_path, empty_home
+):
+    (bundle_copy / "users").mkdir()
+    outcome = align_somewhere("--users", tmp_path / "given")
+    assert outcome.status == 0 and outcome.document["path"] == str(tmp_path / "given/bo")
+    assert not files_of(bundle_copy / "users") and not files_of(empty_home)
 
 
 def test_utterances_limits_the_train_split(align):
@@ -488,6 +541,22 @@ def test_an_invalid_user_name_exits_with_2(align, tmp_path, user):
 def test_limits_out_of_range_exit_with_2(align, tmp_path, flag, value):
     refused(align(flag, value), f"{flag} is {value}: expected ")
     assert not (tmp_path / "out").exists()
+
+
+def test_two_places_for_a_profile_are_refused(align, tmp_path):
+    refused(align("--users", tmp_path / "users"), "--users and --out name two places")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "users").exists()
+
+
+@pytest.mark.parametrize("place", ["--users", "--out"])
+def test_the_general_projector_has_no_other_place_than_the_bundle(
+    run_cli, bundle_copy, few_recordings, tmp_path, place
+):
+    before = contents(bundle_copy)
+    arguments = ("--general", place, tmp_path / "elsewhere")
+    outcome = run_cli(*align_arguments(bundle_copy, few_recordings, None, *arguments))
+    refused(outcome, f"{place} is for a user's projector", f"leave {place} away")
+    assert contents(bundle_copy) == before and not (tmp_path / "elsewhere").exists()
 
 
 def refused(outcome, *messages):

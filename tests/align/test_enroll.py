@@ -11,6 +11,8 @@ from tiny_align.align.commands.enroll import add_recording, curve_line
 from tiny_align.align.data.recording import check_recording
 from tiny_align.align.data.sentences import choose, coverage, units
 from tiny_align.runtime.audio.samples import read_audio
+from tiny_align.runtime.bundle.bundle import Bundle
+from tiny_align.runtime.bundle.user_folders import platform_users
 from tiny_align.runtime.errors import TinyAlignError
 from tiny_align.runtime.listening import microphone as microphone_module
 
@@ -213,10 +215,13 @@ def test_each_sentence_is_recorded_until_it_is_good(
     assert [json.loads(line)["transcription"] for line in lines] == chosen
 
 
-def test_recordings_remain_if_standard_input_ends(
-    run_cli, bundle_path, microphone, tmp_path, monkeypatch
+def test_recordings_are_kept_if_standard_input_ends(
+    run_cli, bundle_path, microphone, empty_home, monkeypatch
 ):
-    """The input ends after four times Enter: one muted recording and one that is good."""
+    """The input ends after four times Enter: one muted recording and one that is good.
+
+    They are where the user would be.
+    """
     presses = iter([""] * 4)
 
     def enter():
@@ -225,12 +230,12 @@ def test_recordings_remain_if_standard_input_ends(
         raise EOFError
 
     monkeypatch.setattr("builtins.input", enter)
-    call = ("enroll", "--bundle", bundle_path, "--user", "ana", "--out", tmp_path / "out", *QUICK)
-    done = run_cli(*call)
+    done = run_cli("enroll", "--bundle", bundle_path, "--user", "ana", *QUICK)
     assert (done.status, done.stdout) == (2, "")
     assert "waits for Enter, and standard input has ended" in done.stderr
-    folder = tmp_path / "out/users/ana.recordings"
-    assert [p.name for p in sorted(folder.iterdir())] == ["0000.flac", "metadata.jsonl"]
+    folder = platform_users(Bundle.open(bundle_path)) / "ana.recordings"
+    files = [path for path in sorted(empty_home.rglob("*")) if path.is_file()]
+    assert files == [folder / "0000.flac", folder / "metadata.jsonl"]
 
 
 @pytest.mark.parametrize("line", [b'{"file_name": "0001.fl', b"[]", b"{}", b"\xff", b"null"])

@@ -13,6 +13,8 @@ import soundfile
 
 from tiny_align.align.data.datasets import load_dataset
 from tiny_align.align.evaluation.quality import evaluate
+from tiny_align.runtime.bundle.bundle import Bundle
+from tiny_align.runtime.bundle.user_folders import platform_users
 
 REPEAT = "Repeat it."
 DATA_KEYS = {
@@ -234,8 +236,9 @@ def test_no_usable_recording_is_refused_with_the_reasons(
 
 
 @pytest.fixture
-def eval_command(run_cli, bundle_path, recordings):
-    options = ("--bundle", bundle_path, "--data", recordings, "--threads", 1, "--json")
+def eval_command(run_cli, recordings):
+    """`eval` of the shipped bundle, which is the default: eval_command(*arguments) -> Outcome."""
+    options = ("--data", recordings, "--threads", 1, "--json")
     return lambda *arguments: run_cli("eval", *options, *arguments)
 
 
@@ -247,6 +250,16 @@ def test_the_command_measures_the_test_split(eval_command):
     assert (got["backend"], got["user"]) == ("onnxruntime", None)
     assert all(0 <= got[name] <= 1 for name in ("rouge1", "rougeL", "rougeL_chance"))
     assert got["wer"] >= 0
+
+
+@pytest.mark.parametrize("where", [platform_users, lambda bundle: bundle.path / "users"])
+def test_a_user_is_found_in_the_platforms_data_folder_and_in_the_bundle(
+    eval_command, bundle_copy, make_user, empty_home, where
+):
+    bundle = Bundle.open(bundle_copy)
+    make_user(bundle, where(bundle) / "ana")
+    outcome = eval_command("--bundle", bundle_copy, "--user", "ana")
+    assert outcome.status == 0 and outcome.document["user"] == "ana"
 
 
 def test_all_splits_with_their_rows(eval_command, recordings):

@@ -16,6 +16,7 @@ from tiny_align.align.data.rehearsal import read_rehearsal
 from tiny_align.align.lock import LOCK, training_lock, work_folder
 from tiny_align.align.model.users import load_projector, write_general
 from tiny_align.runtime.bundle.bundle import Bundle
+from tiny_align.runtime.bundle.user_folders import platform_users
 from tiny_align.runtime.bundle.users import check_user
 from tiny_align.runtime.errors import TinyAlignError
 
@@ -147,14 +148,17 @@ def finish(*processes: subprocess.Popen) -> tuple[list[dict], str]:
     return documents, stderr
 
 
-def test_two_trainings_of_one_user_both_succeed(bundle_copy, write_recordings, tmp_path):
+def test_two_trainings_of_one_user_both_succeed(
+    bundle_copy, write_recordings, tmp_path, empty_home
+):
     write_recordings(tmp_path / "few", 3, 1)
     call = ("--bundle", bundle_copy, "--data", tmp_path / "few", "--user", "ana", "--steps", 2)
     documents, stderr = finish(start_command("align", *call), start_command("enroll", *call))
     assert stderr.count("another process is training ana: waiting until it has finished") == 1
     assert all(document["steps"] == 2 for document in documents)
-    users = bundle_copy / "users"
-    assert check_user(users / "ana", Bundle.open(bundle_copy).manifest)["training"]["steps"] == 2
+    bundle = Bundle.open(bundle_copy)
+    users = platform_users(bundle)
+    assert check_user(users / "ana", bundle.manifest)["training"]["steps"] == 2
     assert [p.name for p in sorted(users.iterdir())] == [".ana.align", "ana"]
     assert [p.name for p in (users / ".ana.align").iterdir()] == ["features"]
 

@@ -1,4 +1,4 @@
-"""What the tests of export share: a tiny LLM, made once, and the command, to be obeyed or to refuse."""
+"""Fixtures for export: a tiny LLM, made once, and the command, expected to work or to refuse."""
 
 import contextlib
 import io
@@ -32,22 +32,25 @@ def make_tokenizer():
 
 @pytest.fixture(scope="session")
 def tiny_llm(tmp_path_factory) -> Path:
-    """LlamaForCausalLM, 2 layers x 64, 128 positions, lively enough not to say the same token for ever."""
+    """LlamaForCausalLM, 2 layers x 64, 128 positions; its weights are large enough to vary tokens."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder, tokenizer = tmp_path_factory.mktemp("models") / "llm", make_tokenizer()
-    sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
-    sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.2}
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    folder = tmp_path_factory.mktemp("models") / "llm"
+    tokenizer = make_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), **sizes, **ids, pad_token_id=tokenizer.eos_token_id
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
     )
     LlamaForCausalLM(config).half().float().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -66,17 +69,8 @@ def export():
     """Call the command: export({"encoder": folder, "llm": folder}, out, *options) -> Exported."""
 
     def call(models: dict[str, Path], out: Path, *options) -> Exported:
-        line = [
-            "export",
-            "--encoder",
-            models["encoder"],
-            "--llm",
-            models["llm"],
-            "--out",
-            out,
-            "--json",
-            *options,
-        ]
+        paths = ["--encoder", models["encoder"], "--llm", models["llm"], "--out", out]
+        line = ["export", *paths, "--json", *options]
         with contextlib.redirect_stdout(io.StringIO()) as stdout:
             status = main([str(argument) for argument in line])
         assert status == 0
@@ -90,10 +84,9 @@ def refused(run_cli):
     """Try to export: refused(models, out, *options, encoder=...) -> the sentence."""
 
     def call(models: dict[str, Path], out: Path, *options, **other) -> str:
-        paths = {**models, **other}
-        done = run_cli(
-            "export", "--encoder", paths["encoder"], "--llm", paths["llm"], "--out", out, *options
-        )
+        folders = {**models, **other}
+        paths = ["--encoder", folders["encoder"], "--llm", folders["llm"], "--out", out]
+        done = run_cli("export", *paths, *options)
         assert done.status == 2 and done.stdout == "" and "Traceback" not in done.stderr
         return next(line for line in done.stderr.splitlines() if line.startswith("tiny-align: "))
 

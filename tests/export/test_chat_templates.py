@@ -1,4 +1,4 @@
-"""Chat templates of every kind -> the prompt's pieces: today's date, named templates, what a template insists on.
+"""Chat templates -> the prompt's pieces: today's date, system messages, named templates.
 
 The oracle is transformers' own rendering, on whatever day its clock shows.
 """
@@ -24,7 +24,7 @@ from tiny_align.runtime.llm import encode_around, encode_in_place  # noqa: E402
 INSTRUCTION, WORDS = "Answer the user.", "what is the time"
 DAY = datetime(2031, 5, 9, 17, 3, 8)
 TODAY_IN_SYSTEM = LLAMA3.replace("{{ bos_token }}", "{{ bos_token }}Today Date: {{ TODAY }}\n\n", 1)
-DATED = {  # template -> what stands in the prompt of DAY
+DATED = {  # template -> what the prompt of DAY contains
     "Llama 3.2's": (
         "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
         "{%- set date_string = strftime_now('%d %b %Y') %}{%- else %}{%- set date_string = '26 Jul 2024' %}"
@@ -76,7 +76,7 @@ def clock(monkeypatch, day: datetime) -> None:
 
 
 @pytest.mark.parametrize(("template", "text"), DATED.values(), ids=DATED)
-def test_the_date_is_the_day_of_the_conversation(template, text):
+def test_date_is_that_of_the_conversation(template, text):
     spec = spec_of(template)
     assert text in spec.on(DAY).before and spec.on(DAY).dates == {}
     assert datetime.now().strftime("%Y") not in json.dumps(
@@ -85,7 +85,7 @@ def test_the_date_is_the_day_of_the_conversation(template, text):
 
 
 @pytest.mark.parametrize("template", [t for t, _ in DATED.values()], ids=DATED)
-def test_on_any_day_the_tokens_are_transformers_own(template, monkeypatch):
+def test_tokens_equal_transformers_on_any_day(template, monkeypatch):
     tokenizer, spec = tokenizer_of(template), spec_of(template)
     messages = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": WORDS}]
     options = {"add_generation_prompt": True, "enable_thinking": False, "return_dict": True}
@@ -97,7 +97,7 @@ def test_on_any_day_the_tokens_are_transformers_own(template, monkeypatch):
         assert got == tokenizer.apply_chat_template(messages, **options)["input_ids"]
 
 
-def test_a_date_in_every_turn_is_in_the_next_one_too():
+def test_date_in_every_turn_is_in_next_too():
     spec = spec_of(DATED["several formats"][0])
     assert spec.on(DAY).next.endswith("<|im_start|>user\n[17:03]\n")
 
@@ -110,15 +110,13 @@ def test_a_date_in_every_turn_is_in_the_next_one_too():
         ("July 26, 2024", "May 09, 2031"),
     ],
 )
-def test_a_date_that_a_template_takes_as_a_variable_is_todays(default, text):
-    """As Llama 3.1's first template has it; the default's format is kept."""
+def test_variable_with_a_default_date_is_today(default, text):
+    """As in Llama 3.1's first template; the date has the default's format."""
     defined = (
         "{%- if not date_string is defined %}{%- set date_string = '" + default + "' %}{%- endif %}"
     )
-    assert (
-        f"Today Date: {text}\n"
-        in spec_of(defined + TODAY_IN_SYSTEM.replace("TODAY", "date_string")).on(DAY).before
-    )
+    variable = defined + TODAY_IN_SYSTEM.replace("TODAY", "date_string")
+    assert f"Today Date: {text}\n" in spec_of(variable).on(DAY).before
     piped = TODAY_IN_SYSTEM.replace("TODAY", f"today_date | default('{default}')")
     assert f"Today Date: {text}\n" in spec_of(piped).on(DAY).before
 
@@ -131,7 +129,7 @@ def test_a_date_that_a_template_takes_as_a_variable_is_todays(default, text):
         "{% if date is defined %}{{ date }}{% endif %}" + CHATML,
     ],
 )
-def test_a_template_without_today_in_it_has_no_dates(template):
+def test_template_without_a_date_has_no_dates(template):
     assert spec_of(template).dates == {}
     assert spec_of(template).on(DAY) == spec_of(template)
 
@@ -144,20 +142,18 @@ def test_a_template_without_today_in_it_has_no_dates(template):
         "'Merry' if strftime_now('%m') == '12' else 'Hello'",
     ],
 )
-def test_a_template_that_calculates_with_the_date_is_refused(expression):
+def test_template_that_calculates_with_the_date_is_refused(expression):
     with pytest.raises(TinyAlignError, match="calculates with the date or changes its letters"):
         spec_of(TODAY_IN_SYSTEM.replace("TODAY", expression))
 
 
-def test_a_date_that_joins_the_words_on_some_days_only_is_refused():
+def test_date_that_joins_the_words_on_some_days_is_refused():
     """The tokenizer has one merge: an r before a w, as in "October" before "what"."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: n for n, token in enumerate([*alphabet, "rw"])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("r", "w")]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     tokenizer.chat_template = (
         "{{ messages[0]['content'] }}\n{{ strftime_now('%B') }}{{ messages[-1]['content'] }}\n"
@@ -166,26 +162,30 @@ def test_a_date_that_joins_the_words_on_some_days_only_is_refused():
         prompt_spec(tokenizer, INSTRUCTION, "Repeat.")
 
 
-# --- what a template insists on ---
+# --- system messages ---
 
 
-def test_a_template_that_insists_on_a_system_message_takes_more_turns():
-    must = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('a system message first') }}{% endif %}"
-    tokenizer, plain = tokenizer_of(must + CHATML), spec_of(CHATML)
-    assert prompt_spec(tokenizer, INSTRUCTION, "Repeat.") == plain and plain.next
+def test_template_that_requires_a_system_message_has_a_next_turn():
+    must = (
+        "{% if messages[0]['role'] != 'system' %}{{ raise_exception('a system message first') }}"
+        "{% endif %}"
+    )
+    tokenizer = tokenizer_of(must + CHATML)
+    expected = spec_of(CHATML)
+    assert prompt_spec(tokenizer, INSTRUCTION, "Repeat.") == expected and expected.next
     assert turn_end(tokenizer) == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
 
 
-def test_a_default_system_message_is_not_in_the_prompt():
+def test_default_system_message_is_not_in_the_prompt():
     spec = spec_of(CHATML)
     assert "You are helpful" not in f"{spec.before}{spec.between}{spec.after}{spec.next}"
 
 
-def test_a_template_that_refuses_system_messages_has_the_instruction_in_the_users_turn():
+def test_template_that_refuses_system_messages_has_the_instruction_in_the_users_turn():
     assert spec_of(NO_SYSTEM).between == "\n\n" and spec_of(NO_SYSTEM).next
 
 
-def test_a_template_that_shows_the_system_message_in_the_last_turn_knows_no_next_turn_of_it():
+def test_system_message_shown_in_the_last_turn_is_not_in_next():
     """As Mistral's: the instruction would be in between."""
     template = (
         "{% for m in messages if m['role'] != 'system' %}{% if m['role'] == 'user' %}<|im_start|>"
@@ -205,7 +205,7 @@ def test_a_template_that_shows_the_system_message_in_the_last_turn_knows_no_next
         "{{ range(10 ** 9) | list }}",
     ],
 )
-def test_a_template_is_rendered_in_the_sandbox(escape, tmp_path, monkeypatch):
+def test_template_is_rendered_in_a_sandbox(escape, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(TinyAlignError, match="it cannot be cut"):
         spec_of(escape + CHATML)
@@ -214,7 +214,7 @@ def test_a_template_is_rendered_in_the_sandbox(escape, tmp_path, monkeypatch):
 
 # --- named templates ---
 
-TOOLS = "{% for t in tools %}{{ t }}{% endfor %}"  # not for a plain chat
+TOOLS = "{% for t in tools %}{{ t }}{% endfor %}"  # not for chat
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ TOOLS = "{% for t in tools %}{{ t }}{% endfor %}"  # not for a plain chat
         ({"only": CHATML}, CHATML),
     ],
 )
-def test_the_default_or_the_only_fitting_template_is_taken(templates, chosen):
+def test_default_or_only_fitting_template_is_chosen(templates, chosen):
     assert choose_template(tokenizer_of(templates)) == chosen
 
 
@@ -240,7 +240,7 @@ def test_the_default_or_the_only_fitting_template_is_taken(templates, chosen):
         ({"tools": TOOLS}, "tools"),
     ],
 )
-def test_of_several_templates_one_must_be_chosen(templates, names):
+def test_several_fitting_templates_need_a_choice(templates, names):
     tokenizer = tokenizer_of(templates)
     with pytest.raises(
         TinyAlignError,
@@ -251,7 +251,7 @@ def test_of_several_templates_one_must_be_chosen(templates, names):
         assert choose_template(tokenizer, name) == template
 
 
-def test_a_template_may_come_from_a_file(tmp_path):
+def test_template_is_read_from_a_file(tmp_path):
     (tmp_path / "mine.jinja").write_text(CHATML, encoding="utf-8")
     for templates in (None, {}, NO_SYSTEM, {"one": NO_SYSTEM, "two": NO_SYSTEM}):
         assert choose_template(tokenizer_of(templates), str(tmp_path / "mine.jinja")) == CHATML
@@ -261,7 +261,7 @@ def test_a_template_may_come_from_a_file(tmp_path):
     ("templates", "there"),
     [({"one": CHATML, "two": CHATML}, "its chat templates are one, two"), (None, "it has no chat")],
 )
-def test_a_template_that_is_not_there_is_refused(templates, there, tmp_path):
+def test_unknown_template_is_refused(templates, there, tmp_path):
     for name in ("three", str(tmp_path), str(tmp_path / "no.jinja")):
         with pytest.raises(TinyAlignError, match=f"expected a name or a text file: {there}"):
             choose_template(tokenizer_of(templates), name)
@@ -281,16 +281,12 @@ def save(folder, how: str, templates: dict[str, str]) -> None:
         return
     (folder / "additional_chat_templates").mkdir()
     for name, text in templates.items():
-        inner = (
-            "chat_template.jinja"
-            if name == "default"
-            else f"additional_chat_templates/{name}.jinja"
-        )
-        (folder / inner).write_text(text)
+        inner = "chat_template" if name == "default" else f"additional_chat_templates/{name}"
+        (folder / f"{inner}.jinja").write_text(text)
 
 
 @pytest.mark.parametrize("how", ["a list", "files"])
-def test_named_templates_are_found_in_a_list_and_in_files(tmp_path, how):
+def test_named_templates_are_found_in_the_configuration_and_in_files(tmp_path, how):
     save(tmp_path / "default", how, {"default": CHATML, "tool_use": NO_SYSTEM})
     assert load_tokenizer(tmp_path / "default").chat_template == CHATML
     save(tmp_path / "none", how, {"rag": CHATML, "tool_use": NO_SYSTEM})
@@ -299,7 +295,7 @@ def test_named_templates_are_found_in_a_list_and_in_files(tmp_path, how):
         load_tokenizer(tmp_path / "none")
 
 
-def test_the_command_writes_the_chosen_template_and_the_dates_format(
+def test_command_writes_the_chosen_template_and_its_date_format(
     tiny_llm, tmp_path, export, refused
 ):
     from test_export import make_encoder
@@ -310,20 +306,14 @@ def test_the_command_writes_the_chosen_template_and_the_dates_format(
         "<bos>{{ strftime_now('%d %b %Y') }}\n{{ messages[0]['content'] }}"
         "<user>{{ messages[-1]['content'] }}<assistant>"
     )
-    models, mine = (
-        {"encoder": tmp_path / "encoder", "llm": tmp_path / "llm"},
-        tmp_path / "mine.jinja",
-    )
-    prompt = export(
-        models, tmp_path / "out", "--chat-template", mine, "--precision", "fp32"
-    ).bundle.manifest.prompt
-    assert (prompt.before, prompt.dates) == (
-        "<bos>DATE-0-goes-HERE\n",
-        {"DATE-0-goes-HERE": "%d %b %Y"},
-    )
+    models = {"encoder": tmp_path / "encoder", "llm": tmp_path / "llm"}
+    options = ("--chat-template", tmp_path / "mine.jinja", "--precision", "fp32")
+    prompt = export(models, tmp_path / "out", *options).bundle.manifest.prompt
+    assert prompt.before == "<bos>DATE-0-goes-HERE\n"
+    assert prompt.dates == {"DATE-0-goes-HERE": "%d %b %Y"}
     sentence = refused(models, tmp_path / "no", "--chat-template", "rag")
-    assert (
+    expected = (
         "--chat-template is rag, expected a name or a text file: its chat templates are default"
-        in sentence
     )
+    assert expected in sentence
     assert not (tmp_path / "no").exists()

@@ -1,8 +1,8 @@
-"""Every family of encoders, from a tiny checkpoint through the command to features, against transformers.
+"""Every family of encoders: a tiny checkpoint, through the command, to features; against transformers.
 
-Each family's model (tests/support/tiny_encoders.py) is random and small and lies on disk as the hub has it: config.json,
-weights, and the preprocessor_config.json of its own feature extractor. The LLM and the projector beside it are
-traced once.
+Each family's model (tests/support/tiny_encoders.py) is random and small, and on disk as on the hub:
+config.json, weights, and the preprocessor_config.json of its own feature extractor. The LLM and the
+projector beside it are traced once.
 """
 
 import functools
@@ -42,9 +42,8 @@ from tiny_align.export.graphs import OPSET  # noqa: E402
 from tiny_align.export.parity import TOLERANCE  # noqa: E402
 
 RATE = 16_000  # Hz
-FEATURES_TOLERANCE = (
-    1e-4  # largest absolute difference, of features of size about 3: front end and graph together
-)
+# Largest absolute difference, of features of size about 3: front end and graph together.
+FEATURES_TOLERANCE = 1e-4
 PREPROCESSOR = "preprocessor_config.json"
 FRAME_S = {"moonshine": 0.024, "parakeet": 0.08}  # all others: 20 ms
 
@@ -68,7 +67,7 @@ class Case(NamedTuple):
 
 @pytest.fixture(scope="module")
 def exported(checkpoint, tiny_llm, export, tmp_path_factory):
-    """exported(family) -> Case: the features are the first layer's and the last one's, side by side."""
+    """exported(family) -> Case: its features are those of the first and the last layer."""
     with traced_once("llm_graph", "projector_graph"):  # the same for every encoder of these sizes
 
         @functools.cache
@@ -97,70 +96,66 @@ def recordings(voice_path) -> list[np.ndarray]:
 # --- features ---
 
 
-def test_features_are_transformers_own(case, recordings):
+def test_features_equal_transformers(case, recordings):
     with Assistant.load(case.bundle, threads=1) as assistant:
         for audio in recordings:
             ours, theirs = assistant.encode_window(audio), features(case.family, case.folder, audio)
             assert ours.shape == theirs.shape and ours.dtype == np.float32
             difference = np.abs(ours - theirs)
             assert difference.max() <= FEATURES_TOLERANCE, (
-                f"{case.family}, {len(audio)} samples: max {difference.max():.2g}, mean {difference.mean():.2g}"
+                f"{case.family}, {len(audio)} samples: max {difference.max():.2g}, "
+                f"mean {difference.mean():.2g}"
             )
-            assert (
-                theirs.std() > 0.05 and np.abs(theirs[1:] - theirs[:-1]).max() > 0.05
-            )  # they tell frames apart
+            changes = np.abs(theirs[1:] - theirs[:-1])
+            assert theirs.std() > 0.05 and changes.max() > 0.05  # they tell frames apart
 
 
-def test_speech_goes_all_the_way(case, speech):
+def test_speech_becomes_soft_tokens(case, speech):
     with Assistant.load(case.bundle, threads=1) as assistant:
         rows = assistant.soft_tokens(assistant.features(speech))
     assert rows.ndim == 2 and rows.shape[1] == case.bundle.manifest.llm.hidden_size
 
 
-# --- what the manifest says of it ---
+# --- sizes and graphs ---
 
 
-def test_the_manifest_has_the_encoders_sizes(case):
-    manifest, graph = case.bundle.manifest, case.bundle.manifest.graphs["encoder"]
+def test_manifest_has_the_encoders_sizes(case):
+    manifest = case.bundle.manifest
+    graph = manifest.graphs["encoder"]
     assert manifest.encoder.feature_size == LAYERS * SIZE == graph.outputs[0].shape[2]
     assert manifest.encoder.frame_s == pytest.approx(FRAME_S.get(case.family, 0.02))
     rows = graph.inputs[0].shape[1]
-    assert rows == {"whisper": 3000, "wav2vec2-bert": "frames", "parakeet": "frames"}.get(
-        case.family, "samples"
-    )
+    expected = {"whisper": 3000, "wav2vec2-bert": "frames", "parakeet": "frames"}
+    assert rows == expected.get(case.family, "samples")
     max_rows = manifest.dims[rows][2] if isinstance(rows, str) else rows
     assert max_rows * manifest.front_end.row_samples == 30 * RATE
 
 
-def test_every_length_makes_as_many_features_as_the_convolutions_say(checkpoint):
+def test_n_features_is_the_encoders_own_for_every_length(checkpoint):
     for family in MAKERS:
         encoder = load_encoder(str(checkpoint(family)))
         min_rows, opt_rows, max_rows = encoder.row_range
-        lengths = {max_rows}
+        lengths = {min_rows, opt_rows, max_rows}
         if min_rows < max_rows:
             assert encoder.n_features(min_rows) == MIN_FEATURES
-            lengths |= {min_rows, opt_rows, opt_rows + 1}
+            lengths.add(opt_rows + 1)
         for n_rows in lengths:
+            expected = (1, encoder.n_features(n_rows), SIZE)
             with torch.no_grad():
-                shape = encoder(encoder.example(n_rows)).shape
-            assert shape == (1, encoder.n_features(n_rows), SIZE), (family, n_rows)
+                assert encoder(encoder.example(n_rows)).shape == expected, (family, n_rows)
 
 
-def test_the_shortest_and_the_longest_recording(case):
-    swell = 1 + np.sin(
-        8 * np.pi * np.arange(30 * RATE + 1) / RATE
-    )  # noise that stays as loud is no speech
-    noise = (0.1 * np.random.default_rng(0).standard_normal(30 * RATE + 1) * swell).astype(
-        np.float32
-    )
+def test_shortest_and_longest_recordings_are_encoded_or_refused(case):
+    # Noise of one level would be no speech.
+    level = 0.1 * (1 + np.sin(8 * np.pi * np.arange(30 * RATE + 1) / RATE))
+    noise = (np.random.default_rng(0).standard_normal(30 * RATE + 1) * level).astype(np.float32)
     max_features = case.bundle.manifest.dims["features"][2]
     with Assistant.load(case.bundle, threads=1) as assistant:
         whole = assistant.encode_window(noise[:-1])
         assert 0 <= max_features - len(whole) <= 1  # a filter bank's last row is not full
         if assistant.windows:
-            assert assistant.max_speech_s == np.inf and len(assistant.features(noise)) > len(
-                whole
-            )  # they overlap
+            assert assistant.max_speech_s == np.inf
+            assert len(assistant.features(noise)) > len(whole)  # windows overlap
         else:  # an encoder of one length
             assert case.family == "whisper" and assistant.max_speech_s == 30
             with pytest.raises(AudioError, match="at most 30 s"):
@@ -170,11 +165,9 @@ def test_the_shortest_and_the_longest_recording(case):
                 assistant.features(noise[: RATE // 10])
 
 
-def test_the_graph_is_plain_onnx_held_to_pytorch(case):
-    model, spec = (
-        onnx.load(str(case.bundle.graph("encoder"))),
-        case.bundle.manifest.graphs["encoder"],
-    )
+def test_graph_is_standard_onnx_and_equals_pytorch(case):
+    model = onnx.load(str(case.bundle.graph("encoder")))
+    spec = case.bundle.manifest.graphs["encoder"]
     assert {(o.domain, o.version) for o in model.opset_import} == {("", OPSET)}
     assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"} and not model.functions
     figures = spec.parity["max_abs_diff_to_pytorch"]
@@ -182,21 +175,19 @@ def test_the_graph_is_plain_onnx_held_to_pytorch(case):
     assert all(0 <= figure < TOLERANCE for figure in figures.values())
 
 
-# --- what is left out, and what is cut to size ---
+# --- parts left out or cut ---
 
 
-def test_weights_that_are_computed_are_computed_once(checkpoint):
+def test_parametrized_weights_are_computed_at_export(checkpoint):
     for family in ("wav2vec2", "hubert", "wavlm"):
         encoder = load_encoder(str(checkpoint(family)))
         names = {name for name, _ in encoder.named_parameters() if "pos_conv_embed" in name}
-        assert (
-            not [n for n in names if "parametrizations" in n or n.endswith(("_g", "_v"))]
-            and len(names) == 2
-        )
+        parts = [n for n in names if "parametrizations" in n or n.endswith(("_g", "_v"))]
+        assert len(names) == 2 and not parts
 
 
 @pytest.mark.parametrize("make", [wav2vec2, wav2vec2_bert])
-def test_an_adapter_is_left_out(make, tmp_path):
+def test_adapter_is_left_out(make, tmp_path):
     folder = save(tmp_path / "adapted", make(add_adapter=True, output_hidden_size=SIZE))
     encoder = load_encoder(str(folder))
     with torch.no_grad():
@@ -204,24 +195,24 @@ def test_an_adapter_is_left_out(make, tmp_path):
         assert encoder(encoder.example(n_rows)).shape[1] == encoder.n_features(n_rows)
 
 
-def test_whispers_window_is_the_checkpoints(checkpoint, edit_json, tmp_path):
+def test_whisper_window_is_that_of_the_checkpoint(checkpoint, edit_json, tmp_path):
     folder = shutil.copytree(checkpoint("whisper"), tmp_path / "short")
     edit_json(folder / "preprocessor_config.json", lambda v: v.update(chunk_length=5))
-    whole, short = load_encoder(str(checkpoint("whisper"))), load_encoder(str(folder))
+    whole = load_encoder(str(checkpoint("whisper")))
+    short = load_encoder(str(folder))
     assert short.front_end.padded_samples == 5 * RATE and short.input.shape == (1, 500, 80)
-    assert torch.equal(
-        short.encoder.embed_positions.weight, whole.encoder.embed_positions.weight[:250]
-    )
+    positions = whole.encoder.embed_positions.weight
+    assert torch.equal(short.encoder.embed_positions.weight, positions[:250])
     with torch.no_grad():
         assert short(short.example(500)).shape == (1, 250, SIZE)
 
 
-def test_mel_bins_are_the_checkpoints(tmp_path):
+def test_mel_bins_are_those_of_the_checkpoint(tmp_path):
     encoder = load_encoder(str(save(tmp_path / "large", whisper(n_mels=128))))
     assert encoder.front_end.n_mels == 128 and encoder.input.shape == (1, 3000, 128)
 
 
-def test_a_front_end_inside_a_processor_is_found(checkpoint, tmp_path):
+def test_front_end_in_processor_config_is_found(checkpoint, tmp_path):
     """As newer checkpoints have it: one processor_config.json."""
     folder = shutil.copytree(checkpoint("whisper"), tmp_path / "nested")
     value = json.loads((folder / PREPROCESSOR).read_text()) | {"chunk_length": 10}
@@ -230,7 +221,7 @@ def test_a_front_end_inside_a_processor_is_found(checkpoint, tmp_path):
     assert load_encoder(str(folder)).front_end.padded_samples == 10 * RATE
 
 
-def test_older_checkpoints_are_read(checkpoint, tmp_path):
+def test_older_checkpoints_give_the_same_features(checkpoint, tmp_path):
     """pytorch_model.bin, and the names that normalised weights had."""
     from safetensors.torch import load_file
 
@@ -249,10 +240,10 @@ def test_older_checkpoints_are_read(checkpoint, tmp_path):
         assert torch.equal(now(now.example(16_000)), then(then.example(16_000)))
 
 
-# --- what is refused, before anything is exported ---
+# --- refused before anything is exported ---
 
 
-def test_every_family_has_a_case(checkpoint):
+def test_every_family_is_tested(checkpoint):
     covered = {
         json.loads((checkpoint(family) / "config.json").read_text())["model_type"]
         for family in MAKERS
@@ -354,7 +345,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize(("family", "damage", "sentence"), DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_checkpoint_is_refused(
+def test_damaged_checkpoint_is_refused(
     refused, checkpoint, tiny_llm, tmp_path, family, damage, sentence
 ):
     folder = shutil.copytree(checkpoint(family), tmp_path / "checkpoint")
@@ -364,13 +355,13 @@ def test_a_damaged_checkpoint_is_refused(
 
 
 @pytest.mark.parametrize("layers", [(3,), (-3,), (1, 9)])
-def test_a_layer_that_is_not_there_is_refused(refused, checkpoint, tiny_llm, tmp_path, layers):
+def test_unknown_layer_is_refused(refused, checkpoint, tiny_llm, tmp_path, layers):
     models = {"encoder": checkpoint("moonshine"), "llm": tiny_llm}
     assert "has 2 layers" in refused(models, tmp_path / "out", "--encoder-layers", *layers)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_window_s_features_are_counted_and_split_again(case, speech):
+def test_features_are_split_into_those_of_each_window(case, speech):
     with Assistant.load(case.bundle, threads=1) as assistant:
         if (spec := assistant.windows) is None:
             assert case.family == "whisper"
@@ -383,7 +374,7 @@ def test_a_window_s_features_are_counted_and_split_again(case, speech):
             len(assistant.encode_window(window)) for window in cuts
         ]
         n_vectors = 0
-        for part, keep in zip(parts, spec.keep_slices(len(parts))):
-            n_vectors += len(assistant.project(part)[keep])
+        for part, which in zip(parts, spec.keep_slices(len(parts))):
+            n_vectors += len(assistant.project(part)[which])
         expected = len(without_pauses) / spec.vector_samples
         assert expected - 2 <= n_vectors <= expected + 1

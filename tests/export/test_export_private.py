@@ -1,4 +1,4 @@
-"""Nothing leaves: an export from local folders reaches for no network and leaves HOME as it was."""
+"""An export from local folders uses no network and leaves HOME as it was."""
 
 import json
 import sys
@@ -19,8 +19,6 @@ def make_encoder(folder: Path) -> Path:
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
         "intermediate_size": 64,
-    }
-    sizes |= {
         "conv_kernel_size": 5,
         "subsampling_conv_channels": 8,
         "num_mel_bins": 80,
@@ -33,7 +31,7 @@ def make_encoder(folder: Path) -> Path:
     return folder
 
 
-def test_export_reaches_for_nothing(watch, tiny_llm, tmp_path):
+def test_export_uses_no_network_and_writes_nothing_to_home(watch, tiny_llm, tmp_path):
     encoder = make_encoder(tmp_path / "encoder")
     options = ("--encoder", encoder, "--llm", tiny_llm, "--out", tmp_path / "bundle", "--json")
     watched = watch(sys.executable, "-c", CALL, "export", *options)

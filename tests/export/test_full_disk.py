@@ -1,4 +1,4 @@
-"""A disk that fills up during `tiny-align export`, at whatever is being written: one sentence, and nothing is left."""
+"""A disk that fills up during `tiny-align export`: one sentence, and no file is left."""
 
 import functools
 
@@ -33,7 +33,8 @@ def of(name: str):
     return lambda arguments: any(getattr(a, "name", "") == name for a in arguments)
 
 
-WRITERS = {  # what is written when the disk is full: (where the writer is, its name, whether it is this call)
+# A file that is being written when the disk fills up -> its writer: owner, name, and which call.
+WRITERS = {
     "the encoder": (Graph, "save", of("encoder.onnx")),
     "the projector": (Graph, "save", of("projector.onnx")),
     "the LLM in FP32": (Graph, "save", of("llm.onnx")),
@@ -63,7 +64,7 @@ def full_while(monkeypatch, full_disk):
 
 
 @pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)
-def test_a_disk_that_fills_up_is_one_sentence_and_nothing_is_left(
+def test_full_disk_is_one_sentence_and_leaves_no_file(
     refused, models, full_while, tmp_path, writer
 ):
     full_while(*writer)
@@ -72,7 +73,7 @@ def test_a_disk_that_fills_up_is_one_sentence_and_nothing_is_left(
     assert not list((tmp_path / "home").iterdir())
 
 
-def test_an_older_bundle_survives_a_full_disk(refused, models, full_while, bundle_copy):
+def test_older_bundle_survives_a_full_disk(refused, models, full_while, bundle_copy):
     before = Bundle.open(bundle_copy).manifest
     full_while(*WRITERS["the embedding table"])
     refused(models, bundle_copy)

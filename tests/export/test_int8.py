@@ -10,6 +10,7 @@ from tiny_align.runtime import Assistant
 from tiny_align.runtime.audio.samples import read_audio
 from tiny_align.runtime.backends.onnxruntime import quantised_activations
 from tiny_align.runtime.bundle.bundle import Bundle
+from tiny_align.runtime.bundle.onnx_weights import data_files, load_graph, read_weight
 
 onnx = pytest.importorskip("onnx", reason="exported graphs are read with onnx")
 pytest.importorskip("transformers", reason="models are exported from transformers")
@@ -35,19 +36,16 @@ def case(request, tiny_llm, export, tmp_path_factory) -> tuple[str, Path, Bundle
 
 @pytest.fixture
 def graphs(case) -> dict:
-    """The plain graph and ONNX Runtime's, their weights not read."""
+    """The standard graph and ONNX Runtime's, without their weights."""
     _, _, bundle = case
-    return {
-        b: onnx.load(str(bundle.graph("encoder", b)), load_external_data=False)
-        for b in (None, "onnxruntime")
-    }
+    return {b: load_graph(bundle.graph("encoder", b)) for b in (None, "onnxruntime")}
 
 
 def operators(model) -> list[str]:
     return [node.op_type for node in model.graph.node]
 
 
-def test_features_stay_near_transformers_own(case, voice_path):
+def test_features_are_close_to_transformers(case, voice_path):
     family, source, bundle = case
     with Assistant.load(bundle, threads=1) as assistant:
         for path in sorted(voice_path.glob("test-*.flac"))[:3]:
@@ -57,23 +55,20 @@ def test_features_stay_near_transformers_own(case, voice_path):
             assert ours.shape == exact.shape and MIN_COSINE < cosine < MAX_COSINE
 
 
-def test_the_manifest_says_what_it_costs(case):
-    plain = case[2].manifest.graphs["encoder"]
-    ort = plain.on("onnxruntime")
-    assert (plain.file, ort.file, plain.on("tensorrt")) == (
-        "encoder.onnx",
-        "encoder.ort.onnx",
-        plain,
-    )
-    for spec in (plain, ort):
+def test_manifest_has_the_cosine_of_int8(case):
+    standard = case[2].manifest.graphs["encoder"]
+    ort = standard.on("onnxruntime")
+    assert (standard.file, ort.file) == ("encoder.onnx", "encoder.ort.onnx")
+    assert standard.on("tensorrt") == standard
+    for spec in (standard, ort):
         assert spec.precision == "int8" and spec.file in case[2].manifest.files
         exact, cost = spec.parity["max_abs_diff_to_pytorch"], spec.parity["int8_cosine_to_pytorch"]
         assert exact.keys() == cost.keys() and max(exact.values()) < 1e-3
         assert all(MIN_COSINE < figure < MAX_COSINE for figure in cost.values())
-    assert plain.parity != ort.parity
+    assert standard.parity != ort.parity
 
 
-def test_the_manifest_says_how_activations_are_quantised(case):
+def test_manifest_says_how_activations_are_quantised(case):
     """And what it says is what is found in a graph whose manifest does not say it."""
     bundle = case[2]
     specs = bundle.manifest.graphs
@@ -89,42 +84,33 @@ def test_the_manifest_says_how_activations_are_quantised(case):
 def test_weights_are_stored_once_in_int8(case, graphs):
     for model in graphs.values():
         stored = {t.name: t for t in model.graph.initializer}
-        products = [n for n in model.graph.node if n.op_type in ("MatMul", "MatMulInteger")]
-        assert not [
-            n
-            for n in products
-            if n.input[1] in stored and stored[n.input[1]].data_type != onnx.TensorProto.INT8
-        ]
-        places = {e.value for t in stored.values() for e in t.external_data if e.key == "location"}
-        assert places == {"encoder.onnx.data"}
+        for node in model.graph.node:
+            if node.op_type in ("MatMul", "MatMulInteger") and node.input[1] in stored:
+                assert stored[node.input[1]].data_type == onnx.TensorProto.INT8
+        assert data_files(model) == ["encoder.onnx.data"]
     assert not (case[2].path / "encoder.ort.onnx.data").exists()
 
 
-def test_no_sum_of_two_products_overflows_16_bits(case):
-    model = onnx.load(str(case[2].graph("encoder", "onnxruntime")))
-    codes = [
-        onnx.numpy_helper.to_array(t)
-        for t in model.graph.initializer
-        if t.data_type == onnx.TensorProto.INT8
-    ]
-    weights = [c.astype(int) for c in codes if c.ndim == 2]
-    assert weights and all(2 * 255 * np.abs(w).max() < 2**15 for w in weights)
-    assert (
-        np.abs(np.concatenate([w.ravel() for w in weights])).max() == 63
-    )  # and no bit is given away
+def test_sums_of_two_products_fit_16_bits(case):
+    graph = case[2].graph("encoder", "onnxruntime")
+    largest = []
+    for tensor in load_graph(graph).graph.initializer:
+        if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) == 2:
+            largest.append(np.abs(read_weight(tensor, graph.parent).astype(int)).max())
+    assert largest and 2 * 255 * max(largest) < 2**15
+    assert max(largest) == 63  # no bit is wasted
 
 
-def test_onnx_runtime_multiplies_integers_and_the_plain_graph_floats(graphs):
-    plain, ort = operators(graphs[None]), operators(graphs["onnxruntime"])
-    n_weights = plain.count("DequantizeLinear")
+def test_only_onnx_runtimes_graph_multiplies_integers(graphs):
+    standard = operators(graphs[None])
+    ort = operators(graphs["onnxruntime"])
+    n_weights = standard.count("DequantizeLinear")
     assert n_weights == ort.count("MatMulInteger") > 10 and "DequantizeLinear" not in ort
-    assert "MatMulInteger" not in plain and "DynamicQuantizeLinear" not in plain
-    assert (
-        0 < ort.count("DynamicQuantizeLinear") < n_weights
-    )  # queries, keys and values: what comes in is the same
+    assert "MatMulInteger" not in standard and "DynamicQuantizeLinear" not in standard
+    assert 0 < ort.count("DynamicQuantizeLinear") < n_weights  # queries, keys, values: one input
 
 
-def test_nothing_is_masked_and_no_norm_is_taken_apart(case, graphs):
+def test_graph_has_no_mask_and_whole_norms(case, graphs):
     if (
         case[0] == "wav2vec2"
     ):  # Parakeet's attention has a bias by distance, which looks like a mask
@@ -132,14 +118,14 @@ def test_nothing_is_masked_and_no_norm_is_taken_apart(case, graphs):
         assert "InstanceNormalization" in found and not found & {"Where", "GroupNormalization"}
 
 
-def test_the_plain_graph_builds(case):
+def test_tensorrt_builds_the_standard_graph(case):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is what builds engines without a GPU")
     pytest.importorskip("polygraphy")
     built = build_engines(case[2], compute_capability=86, graphs=["encoder"])
     assert built["encoder"]["precision"] == "int8" and built["encoder"]["bytes"] > 0
 
 
-def test_a_precision_there_is_not_is_refused(run_cli, tmp_path):
+def test_unknown_encoder_precision_is_refused(run_cli, tmp_path):
     line = ("export", "--encoder", tmp_path, "--llm", tmp_path, "--out", tmp_path / "out")
     done = run_cli(*line, "--encoder-precision", "int4")
     assert done.status == 2 and "choose from" in done.stderr and not (tmp_path / "out").exists()

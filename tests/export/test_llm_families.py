@@ -1,7 +1,8 @@
-"""`tiny-align export --llm` for every supported family: the runtime says what transformers says, token by token.
+"""`tiny-align export --llm` for every family: the runtime equals transformers, token by token.
 
-Each family's tiny model (tests/support/tiny_llms.py) is exported once, through the command, in FP32. The reference is
-transformers' own `generate` on the saved folder, where a sliding layer forgets; the runtime's cache is whole.
+Each family's tiny model (tests/support/tiny_llms.py) is exported once, through the command, in FP32.
+The reference is transformers' own `generate` on the saved folder, where a sliding layer drops its
+past; the runtime's cache is whole.
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ from tests.support.tiny_llms import (  # noqa: E402
     LONGROPE_CONTEXT,
     N_TOKENS,
     WINDOW,
-    Beside,
+    ModelPair,
     make_model,
     typed,
 )
@@ -65,7 +66,7 @@ def exported(request, encoder, export, tmp_path_factory):
     models = {"encoder": encoder, "llm": folder / "llm"}
     export(models, folder / "out", "--precision", "fp32", "--max-context", CONTEXT)
     with Assistant.load(folder / "out", threads=1) as assistant:
-        yield Beside.load(request.param, folder / "llm", assistant)
+        yield ModelPair.load(request.param, folder / "llm", assistant)
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def endless(exported):
 # --- token by token ---
 
 
-def test_embeddings_are_what_the_model_looks_up(exported):
+def test_embeddings_equal_the_models(exported):
     ids = list(range(len(exported.tokenizer)))
     with torch.no_grad():
         wanted = exported.model.get_input_embeddings()(torch.tensor(ids)).numpy()
@@ -86,23 +87,21 @@ def test_embeddings_are_what_the_model_looks_up(exported):
 
 
 @pytest.mark.parametrize("n_prompt", [3, WINDOW - 1, WINDOW, 3 * WINDOW])
-def test_generation_from_embeddings_is_transformers_own(endless, n_prompt):
+def test_generation_from_embeddings_equals_transformers(endless, n_prompt):
     prompt = endless.prompt(n_prompt)
     got = list(endless.assistant.llm.generate(prompt, DECODING))
     assert got == endless.generate(inputs_embeds=torch.from_numpy(prompt)[None])
-    assert len(got) == N_TOKENS and len(set(got)) > N_TOKENS / 4  # says more than one thing
+    assert len(got) == N_TOKENS and len(set(got)) > N_TOKENS / 4  # the answer varies
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_typed_text_through_the_chat_template_is_transformers_own(endless, text):
+def test_generation_from_typed_text_equals_transformers(endless, text):
     got = endless.assistant.answer_text(text, INSTRUCTION, DECODING).tokens
-    assert (
-        list(got) == endless.generate(input_ids=endless.template(text.strip()))
-        and len(got) == N_TOKENS
-    )
+    assert list(got) == endless.generate(input_ids=endless.template(text.strip()))
+    assert len(got) == N_TOKENS
 
 
-def test_a_second_turn_is_what_transformers_makes_of_the_whole_conversation(endless):
+def test_second_turn_equals_transformers_on_the_whole_conversation(endless):
     llm, few = endless.assistant.llm, Decoding(max_tokens=5, loop_tokens=0)
     session = endless.assistant.listen(INSTRUCTION, few)
     answer = [event.token for event in session.say("Call my mother")]
@@ -116,7 +115,7 @@ def test_a_second_turn_is_what_transformers_makes_of_the_whole_conversation(endl
     assert again == endless.generate(input_ids=torch.tensor([whole]))[:5]
 
 
-def test_turns_are_joined_as_in_the_chat_template(exported):
+def test_turns_are_joined_as_by_the_chat_template(exported):
     if exported.name in ("qwen3", "smollm3"):
         pytest.skip(
             "its template takes the mark of an answer without thinking out of turns that are over"
@@ -124,7 +123,8 @@ def test_turns_are_joined_as_in_the_chat_template(exported):
     messages = [*typed(exported.name, INSTRUCTION, "one"), {"role": "assistant", "content": "two"}]
     messages += [{"role": "user", "content": "three"}]
     prompt = exported.assistant.llm.prompt
-    joined = f"{prompt.before}{INSTRUCTION}{prompt.between}one{prompt.after}two{prompt.next}three{prompt.after}"
+    first = f"{prompt.before}{INSTRUCTION}{prompt.between}one{prompt.after}two"
+    joined = f"{first}{prompt.next}three{prompt.after}"
     assert joined == exported.tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=False
     )
@@ -137,7 +137,7 @@ def test_an_answer_ends_where_transformers_ends_it(exported, text):
     assert text != ENDED_TEXT or len(got) < N_TOKENS // 2
 
 
-def test_a_prompt_in_parts_gives_the_whole_ones_logits(exported):
+def test_prefill_in_chunks_equals_prefill_of_the_whole(exported):
     """Prefill in chunks, as a later loop may do it, beyond a window too."""
     prompt, cache = exported.prompt(3 * WINDOW), Cache()
     for part in np.split(prompt, [1, 7, 2 * WINDOW]):
@@ -148,21 +148,20 @@ def test_a_prompt_in_parts_gives_the_whole_ones_logits(exported):
 
 
 @pytest.mark.parametrize("exported", SLIDING, indirect=True)
-def test_the_window_is_seen_in_the_tokens(endless, monkeypatch):
-    """The tests above would notice a graph without the window: beyond it, and only there, the answer is another."""
+def test_tokens_depend_on_the_sliding_window(endless, monkeypatch):
+    """A graph without the window gives another answer beyond it, and only there."""
     monkeypatch.setattr(endless.model.config, "sliding_window", CONTEXT)
     for n_prompt, window_matters in ((3, False), (3 * WINDOW, True)):
         prompt = endless.prompt(n_prompt)
-        decoding = dataclasses.replace(
-            DECODING, max_tokens=N_TOKENS if window_matters else WINDOW - n_prompt
-        )
+        max_tokens = N_TOKENS if window_matters else WINDOW - n_prompt
+        decoding = dataclasses.replace(DECODING, max_tokens=max_tokens)
         got = list(endless.assistant.llm.generate(prompt, decoding))
         other = endless.generate(inputs_embeds=torch.from_numpy(prompt)[None])[: len(got)]
         assert (got != other) == window_matters
 
 
-def test_text_is_streamed_whole(exported):
-    """Whatever the tokenizer's kind, what was encoded comes out in pieces, also characters of several tokens."""
+def test_streamed_pieces_join_to_the_text(exported):
+    """For every kind of tokenizer, and for characters of several tokens."""
     for text in ("what is the time", "né 日 😀!"):
         stream = TextStream(exported.assistant.llm.tokenizer)
         pieces = [stream.push(token) for token in exported.assistant.llm.encode_words(text)]
@@ -172,66 +171,57 @@ def test_text_is_streamed_whole(exported):
 # --- the bundle ---
 
 
-def test_every_length_is_held_to_pytorch(exported):
+def test_every_length_equals_pytorch_within_the_tolerance(exported):
     figures = exported.bundle.manifest.graphs["llm"].parity["max_abs_diff_to_pytorch"]
     assert len(figures) >= 4 and all(0 <= figure < TOLERANCE for figure in figures.values()), (
         figures
     )
 
 
-def test_the_manifest_says_what_the_model_is(exported):
+def test_manifest_describes_the_llm(exported):
     spec, config = exported.bundle.manifest.llm, exported.model.config
     scale = math.sqrt(config.hidden_size) if exported.name.startswith("gemma") else 1
     assert spec.embedding_scale == pytest.approx(scale)
     assert spec.head_size == FAMILIES[exported.name].sizes.get("head_dim", config.hidden_size // 4)
-    assert (
-        spec.vocabulary == config.vocab_size > len(exported.tokenizer)
-    )  # padding rows are none of the tokenizer's
+    # Padding rows are no tokens of the tokenizer.
+    assert spec.vocabulary == config.vocab_size > len(exported.tokenizer)
     family, listed = FAMILIES[exported.name], exported.model.generation_config.eos_token_id
     assert set(spec.end_tokens) == {*listed, *exported.ids((*family.ends, *family.also_ends))}
     assert spec.max_context == (LONGROPE_CONTEXT if exported.name == "phi3" else CONTEXT)
 
 
-def test_the_graph_is_plain_and_static_but_for_lengths(exported):
+def test_graph_is_standard_onnx_with_dynamic_lengths_only(exported):
     graph = onnx.load(str(exported.bundle.graph("llm")), load_external_data=False).graph
     assert {node.domain for node in graph.node} <= {"", "ai.onnx"}
-    dims = {
-        d.dim_param for v in (*graph.input, *graph.output) for d in v.type.tensor_type.shape.dim
-    } - {""}
-    assert dims == {"tokens", "past", "total"}
+    names = set()
+    for value in (*graph.input, *graph.output):
+        names.update(dim.dim_param for dim in value.type.tensor_type.shape.dim)
+    assert names - {""} == {"tokens", "past", "total"}
 
 
-def test_the_readouts_scale_is_for_the_table_as_the_llm_sees_it(exported):
-    table, scale = (
-        exported.assistant.speech_vocabulary.table,
-        exported.bundle.manifest.readout.scale,
-    )
+def test_readout_scale_is_for_the_scaled_table(exported):
+    table = exported.assistant.speech_vocabulary.table
+    scale = exported.bundle.manifest.readout.scale
     assert scale == pytest.approx(1 / (table.std() * math.sqrt(table.shape[1])), rel=1e-4)
 
 
-def test_every_weight_is_quantised_and_the_output_layer_is_found(exported, tmp_path):
+def test_every_weight_is_quantised_and_the_output_layer_is_int8(exported, tmp_path):
     """Gemma 2 caps its logits after the MatMul that makes them."""
     spec = exported.bundle.manifest.graphs["llm"].on("onnxruntime")
     quantise(exported.bundle.graph("llm", "onnxruntime"), tmp_path / "llm.onnx", *forms("int4"))
     graph = onnx.load(str(tmp_path / "llm.onnx"), load_external_data=False).graph
     kinds = {t.name: (t.data_type, tuple(t.dims)) for t in graph.initializer}
     codes = [kinds[n.input[0]] for n in graph.node if n.op_type == "DequantizeLinear"]
-    large = [
-        n
-        for n, (kind, dims) in kinds.items()
-        if kind == onnx.TensorProto.FLOAT and len(dims) > 1 and max(dims) > 8
-    ]
-    assert [name for name in large if not name.endswith(".scales")] == []
+    for name, (kind, dims) in kinds.items():
+        if kind == onnx.TensorProto.FLOAT and len(dims) > 1 and max(dims) > 8:
+            assert name.endswith(".scales")
     heads = [kind for kind, (_, n) in codes if n == exported.bundle.manifest.llm.vocabulary]
-    assert heads == [onnx.TensorProto.INT8] and len(codes) == 1 + len(
-        [c for c in codes if c[0] == onnx.TensorProto.INT4]
-    )
+    layers = [kind for kind, _ in codes if kind == onnx.TensorProto.INT4]
+    assert heads == [onnx.TensorProto.INT8] and len(codes) == 1 + len(layers)
     with load_decoder(tmp_path / "llm.onnx", spec, "onnxruntime", 1) as decoder:
         llm = LanguageModel(exported.bundle, decoder)
-        assert (
-            len(list(llm.generate(exported.prompt(9), dataclasses.replace(DECODING, max_tokens=3))))
-            <= 3
-        )
+        few = dataclasses.replace(DECODING, max_tokens=3)
+        assert len(list(llm.generate(exported.prompt(9), few))) <= 3
 
 
 # --- prompts ---
@@ -240,9 +230,14 @@ def test_every_weight_is_quantised_and_the_output_layer_is_found(exported, tmp_p
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """folders(name) -> the folder of a family's model, made once; read only."""
-    return functools.cache(
-        lambda name: make_model(name, folder := tmp_path_factory.mktemp(name)) or folder
-    )
+
+    @functools.cache
+    def make(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        make_model(name, folder)
+        return folder
+
+    return make
 
 
 def tokenizer_of(folders, name):
@@ -255,7 +250,7 @@ def pieces_of(tokenizer):
     return spec.before, spec.between, spec.after
 
 
-def test_a_template_without_a_system_message_has_the_instruction_in_the_users_turn(folders):
+def test_template_without_a_system_message_has_the_instruction_in_the_users_turn(folders):
     after = "<end_of_turn>\n<start_of_turn>model\n"
     for name in ("gemma2", "gemma3"):
         assert pieces_of(tokenizer_of(folders, name)) == (
@@ -265,7 +260,7 @@ def test_a_template_without_a_system_message_has_the_instruction_in_the_users_tu
         )
 
 
-def test_a_template_that_drops_the_system_message_has_the_instruction_in_the_users_turn(folders):
+def test_template_that_drops_the_system_message_has_the_instruction_in_the_users_turn(folders):
     tokenizer = tokenizer_of(folders, "smollm2")
     tokenizer.chat_template = "<|im_start|>{{ messages[-1]['content'] }}<|im_end|>"
     assert pieces_of(tokenizer) == ("<|im_start|>", "\n\n", "<|im_end|>")
@@ -278,8 +273,8 @@ def test_thinking_is_switched_off(folders, name):
     assert name == "qwen3" or "/no_think" in before
 
 
-def test_a_word_is_encoded_as_in_its_place(folders):
-    """Phi's tokenizer puts a space before the first word of a text, and there is none in the prompt."""
+def test_word_is_encoded_as_within_the_prompt(folders):
+    """Phi's tokenizer puts a space before a text's first word; the prompt has none there."""
     tokenizer = tokenizer_of(folders, "phi3")
     spec = prompt_spec(tokenizer, "", INSTRUCTION)
     alone = tokenizer.backend_tokenizer.encode("what", add_special_tokens=False).ids
@@ -287,21 +282,19 @@ def test_a_word_is_encoded_as_in_its_place(folders):
     assert alone != placed and tokenizer.convert_ids_to_tokens(placed)[0][0] == "w"
 
 
-def test_a_tokenizers_truncation_and_padding_are_removed(folders, tmp_path):
+def test_truncation_and_padding_of_a_tokenizer_are_switched_off(folders, tmp_path):
     shutil.copytree(folders("smollm2"), tmp_path / "llm")
-    saved = Tokenizer.from_file(str(tmp_path / "llm/tokenizer.json"))
-    saved.enable_truncation(4)
-    saved.enable_padding(length=9)
-    saved.save(str(tmp_path / "llm/tokenizer.json"))
+    stored = Tokenizer.from_file(str(tmp_path / "llm/tokenizer.json"))
+    stored.enable_truncation(4)
+    stored.enable_padding(length=9)
+    stored.save(str(tmp_path / "llm/tokenizer.json"))
     _, tokenizer = load_llm(str(tmp_path / "llm"))
     assert pieces_of(tokenizer) == pieces_of(tokenizer_of(folders, "smollm2"))
-    assert (
-        tokenizer.backend_tokenizer.truncation is None
-        and tokenizer.backend_tokenizer.padding is None
-    )
+    assert tokenizer.backend_tokenizer.truncation is None
+    assert tokenizer.backend_tokenizer.padding is None
 
 
-def test_special_tokens_may_be_beyond_the_table_and_no_others(folders, tmp_path):
+def test_only_special_tokens_may_be_beyond_the_table(folders, tmp_path):
     """As Gemma 3's text models have them: the token of an image, for which there is no row."""
     shutil.copytree(folders("gemma3"), tmp_path / "llm")
     tokenizer = tokenizer_of(folders, "gemma3")
@@ -320,7 +313,7 @@ def test_special_tokens_may_be_beyond_the_table_and_no_others(folders, tmp_path)
         load_llm(str(tmp_path / "llm"))
 
 
-def test_a_tokenizer_that_joins_words_and_template_is_refused(folders):
+def test_tokenizer_that_joins_words_and_template_is_refused(folders):
     tokenizer = tokenizer_of(folders, "smollm2")
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}"
@@ -329,7 +322,7 @@ def test_a_tokenizer_that_joins_words_and_template_is_refused(folders):
         prompt_spec(tokenizer, "Answer.", "Repeat.")
 
 
-def test_a_template_without_places_is_refused(folders):
+def test_template_without_holes_is_refused(folders):
     tokenizer = tokenizer_of(folders, "smollm2")
     for template in (
         "hello",
@@ -345,18 +338,17 @@ def test_a_template_without_places_is_refused(folders):
 # --- end tokens and lengths ---
 
 
-def test_without_any_end_token_an_llm_is_refused(folders):
+def test_llm_without_an_end_token_is_refused(folders):
     model, tokenizer = load_llm(str(folders("smollm2")))
     model.generation_config.eos_token_id = tokenizer.eos_token = None
-    assert end_tokens(model, tokenizer) == (
-        tokenizer.convert_tokens_to_ids("<|im_end|>"),
-    )  # the template's
+    of_template = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end_tokens(model, tokenizer) == (of_template,)
     tokenizer.chat_template = "{{ messages[-1]['content'] }}"
     with pytest.raises(TinyAlignError, match="no end token: name one in its generation_config"):
         end_tokens(model, tokenizer)
 
 
-def test_graphs_are_checked_beyond_the_window_and_never_beyond_the_context(folders):
+def test_lengths_exceed_the_window_and_never_the_context(folders):
     config = transformers.AutoConfig.from_pretrained(folders("gemma3"))
     config.sliding_window, config.max_position_embeddings = 512, 4096
     assert {(1, 512), (4, 512)} <= set(llm_lengths(config, 1024))
@@ -365,18 +357,18 @@ def test_graphs_are_checked_beyond_the_window_and_never_beyond_the_context(folde
     assert all(sum(length) <= 100 for length in llm_lengths(config, 1024))
 
 
-def test_a_table_beyond_float16_is_refused(folders):
+def test_table_beyond_float16_is_refused(folders):
     model, _ = load_llm(str(folders("smollm2")))
     model.get_input_embeddings().weight.data[3, 4] = 1e5
     with pytest.raises(TinyAlignError, match="values beyond float16"):
         embedding_table(model)
 
 
-# --- what is refused ---
+# --- refused ---
 
 
 def in_parts(folder: Path) -> Path:
-    """The weights as several files with an index, as a large model has them; returns one of the files."""
+    """Split the weights into files with an index, as of a large model; returns one of the files."""
     transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(
         folder, max_shard_size="200KB"
     )
@@ -425,19 +417,18 @@ DAMAGES = {
     "a tokenizer of another model": (with_more_tokens, "they belong to different models"),
     "no chat template": (lambda f: (f / "chat_template.jinja").unlink(), "has no chat template: use an"),
     "an encoder-only model": (lambda f: edit(f / CONFIG, model_type="bert"), f"supported LLMs: {', '.join(LLMS)}"),
-    "a kind nobody knows": (lambda f: edit(f / CONFIG, model_type="llama9"), "is a 'llama9'; supported LLMs: llama"),
+    "an unknown kind": (lambda f: edit(f / CONFIG, model_type="llama9"), "is a 'llama9'; supported LLMs: llama"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("damage", "sentence"), DAMAGES.values(), ids=DAMAGES)
-def test_what_cannot_be_used_is_one_sentence_and_nothing_is_written(
+def test_damaged_llm_is_one_sentence_and_writes_no_file(
     run_cli, encoder, folders, tmp_path, damage, sentence
 ):
     shutil.copytree(folders("smollm2"), tmp_path / "llm")
     damage(tmp_path / "llm")
-    done = run_cli(
-        "export", "--encoder", encoder, "--llm", tmp_path / "llm", "--out", tmp_path / "out"
-    )
+    paths = ("--encoder", encoder, "--llm", tmp_path / "llm", "--out", tmp_path / "out")
+    done = run_cli("export", *paths)
     sentences = [line for line in done.stderr.splitlines() if line.startswith("tiny-align: ")]
     assert (done.status, done.stdout) == (2, "") and "Traceback" not in done.stderr
     assert len(sentences) == 1 and sentence in sentences[0]

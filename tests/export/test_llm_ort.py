@@ -1,4 +1,4 @@
-"""The LLM's graph for ONNX Runtime, products packed into one, and weights stored once."""
+"""The LLM's graph for ONNX Runtime, products packed into one, and equal weights stored once."""
 
 import numpy as np
 import onnx
@@ -12,16 +12,17 @@ from tiny_align.export.llm_ort import llm_ort_graph
 from tiny_align.export.llms import load_llm
 from tiny_align.export.packing import pack_products, share_weights
 from tiny_align.runtime.backends.registry import load_decoder
+from tiny_align.runtime.bundle.onnx_weights import load_graph
 from tiny_align.runtime.errors import TinyAlignError
 
 
 def make_graph(weights: dict[str, np.ndarray], shared_input: bool = True) -> onnx.ModelProto:
     """x (n, 8) times every weight, the products beside each other."""
-    inputs = ["x"] + ["other"] * (not shared_input)
-    nodes = [
-        helper.make_node("MatMul", [inputs[min(i, len(inputs) - 1)], name], [f"{name}_out"])
-        for i, name in enumerate(weights)
-    ]
+    inputs = ["x"] if shared_input else ["x", "other"]
+    nodes = []
+    for i, name in enumerate(weights):
+        factor = inputs[min(i, len(inputs) - 1)]
+        nodes.append(helper.make_node("MatMul", [factor, name], [f"{name}_out"]))
     nodes.append(helper.make_node("Concat", [f"{name}_out" for name in weights], ["y"], axis=-1))
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 8]) for name in inputs]
     out = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", "m"])
@@ -58,16 +59,16 @@ def x():
     return np.random.default_rng(1).standard_normal((4, 8)).astype(np.float32)
 
 
-def test_products_of_one_value_become_one(weights, x, tmp_path):
+def test_products_of_one_value_are_packed_into_one(weights, x, tmp_path):
     program = ir.serde.deserialize_model(make_graph(weights))
     pack_products(program)
     assert sorted(node.op_type for node in program.graph) == ["Concat", "MatMul", "Split"]
     ir.save(program, str(tmp_path / "packed.onnx"))
-    want = np.concatenate([x @ weight for weight in weights.values()], axis=1)
-    np.testing.assert_allclose(run(tmp_path / "packed.onnx", x=x), want, rtol=1e-6)
+    expected = np.concatenate([x @ weight for weight in weights.values()], axis=1)
+    np.testing.assert_allclose(run(tmp_path / "packed.onnx", x=x), expected, rtol=1e-6)
 
 
-def test_products_of_different_values_stay(weights):
+def test_products_of_different_values_are_not_packed(weights):
     program = ir.serde.deserialize_model(
         make_graph(dict(list(weights.items())[:2]), shared_input=False)
     )
@@ -76,23 +77,21 @@ def test_products_of_different_values_stay(weights):
 
 
 def test_equal_weights_are_stored_once(weights, x, tmp_path):
-    keeper, other = tmp_path / "keeper.onnx", tmp_path / "other.onnx"
+    keeper = tmp_path / "keeper.onnx"
+    other = tmp_path / "other.onnx"
     save(make_graph(weights), keeper)
     save(make_graph({"a": weights["w1"], "b": weights["w0"] + 1}), other)
     before = run(other, x=x)
     share_weights(keeper, other)
     np.testing.assert_array_equal(run(other, x=x), before)
     assert (tmp_path / "other.onnx.data").stat().st_size == weights["w0"].nbytes
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "keeper.onnx",
-        "keeper.onnx.data",
-        "other.onnx",
-        "other.onnx.data",
-    ]
+    files = ["keeper.onnx", "keeper.onnx.data", "other.onnx", "other.onnx.data"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == files
 
 
-def test_a_graph_without_weights_of_its_own_needs_no_file(weights, x, tmp_path):
-    keeper, other = tmp_path / "keeper.onnx", tmp_path / "other.onnx"
+def test_graph_without_weights_of_its_own_has_no_data_file(weights, x, tmp_path):
+    keeper = tmp_path / "keeper.onnx"
+    other = tmp_path / "other.onnx"
     save(make_graph(weights), keeper)
     save(make_graph({"a": weights["w2"]}), other)
     share_weights(keeper, other)
@@ -101,7 +100,7 @@ def test_a_graph_without_weights_of_its_own_needs_no_file(weights, x, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
-def test_a_bundle_stores_the_llms_weights_once(tiny_llm, tmp_path, precision):
+def test_weights_of_both_llm_graphs_are_stored_once(tiny_llm, tmp_path, precision):
     from tiny_align.export.bundle import ExportOptions, write_llm
 
     llm, _ = load_llm(str(tiny_llm))
@@ -110,22 +109,17 @@ def test_a_bundle_stores_the_llms_weights_once(tiny_llm, tmp_path, precision):
     other = spec.on("onnxruntime")
     assert (spec.file, other.file, spec.on("tensorrt")) == ("llm.onnx", "llm.ort.onnx", spec)
     own = tmp_path / f"{other.file}.data"
-    assert (own.stat().st_size if own.exists() else 0) < 0.01 * (
-        tmp_path / "llm.onnx.data"
-    ).stat().st_size
-    kinds = [
-        node.op_type
-        for node in onnx.load(str(tmp_path / other.file), load_external_data=False).graph.node
-    ]
+    own_bytes = own.stat().st_size if own.exists() else 0
+    assert own_bytes < 0.01 * (tmp_path / "llm.onnx.data").stat().st_size
+    kinds = [node.op_type for node in load_graph(tmp_path / other.file).graph.node]
     assert kinds.count("GroupQueryAttention") == llm.config.num_hidden_layers
 
 
-def test_conversations_do_not_disturb_each_other(tiny_llm, tmp_path):
+def test_caches_are_independent(tiny_llm, tmp_path):
     llm, _ = load_llm(str(tiny_llm))
     spec = llm_ort_graph(llm).save(tmp_path / "llm.onnx")
-    rows = (
-        np.random.default_rng(0).standard_normal((2, 9, llm.config.hidden_size)).astype(np.float32)
-    )
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((2, 9, llm.config.hidden_size)).astype(np.float32)
     with load_decoder(tmp_path / "llm.onnx", spec, "onnxruntime", 1) as decoder, torch.no_grad():
         caches = [decoder.open_cache(16) for _ in rows]
         for position in range(9):
@@ -134,13 +128,13 @@ def test_conversations_do_not_disturb_each_other(tiny_llm, tmp_path):
                 for row, c in zip(rows, caches)
             ]
         got = [scores.logits for scores in read]
-        want = [
+        expected = [
             llm(inputs_embeds=torch.from_numpy(row)[None]).logits[0, -1].numpy() for row in rows
         ]
-    np.testing.assert_allclose(got, want, atol=1e-4)
+    np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
-def test_going_back_in_a_cache_reads_over_what_was_there(tiny_llm, tmp_path):
+def test_later_positions_of_a_cache_are_overwritten(tiny_llm, tmp_path):
     llm, _ = load_llm(str(tiny_llm))
     spec = llm_ort_graph(llm).save(tmp_path / "llm.onnx")
     rows = np.random.default_rng(0).standard_normal((12, llm.config.hidden_size)).astype(np.float32)
@@ -152,7 +146,7 @@ def test_going_back_in_a_cache_reads_over_what_was_there(tiny_llm, tmp_path):
         np.testing.assert_allclose(got, decoder.run(rows[:2], fresh, 5).logits, atol=1e-5)
 
 
-def test_heads_that_onnx_runtime_does_not_take_are_refused(tiny_llm):
+def test_head_size_that_onnx_runtime_does_not_support_is_refused(tiny_llm):
     llm, _ = load_llm(str(tiny_llm))
     llm.config.head_dim = 12
     with pytest.raises(TinyAlignError, match=r"heads have the size 12: .* multiples of 8"):

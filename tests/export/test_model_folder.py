@@ -1,4 +1,4 @@
-"""What a model folder may be: nothing in it runs, and what is no whole model is named before it is loaded."""
+"""Model folders: no code runs, and anything but a whole model is described before it is loaded."""
 
 import json
 import pickle
@@ -20,10 +20,8 @@ from tiny_align.export.llms import LLMS, load_llm  # noqa: E402
 from tiny_align.export.model_folder import model_folder  # noqa: E402
 from tiny_align.runtime.errors import TinyAlignError  # noqa: E402
 
-WEIGHTS, POINTER = (
-    "model.safetensors",
-    "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
-)
+WEIGHTS = "model.safetensors"
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 EVIL = "import pathlib\n\npathlib.Path(__file__).with_name('RAN').write_text('yes')\n"
 CODE = {
     "AutoConfig": "evil.Config",
@@ -47,7 +45,7 @@ def edit(path: Path, **changes) -> None:
     path.write_text(json.dumps({**value, **changes}))
 
 
-def test_a_whole_model_is_taken(folder):
+def test_whole_model_is_accepted(folder):
     (folder / "pytorch_model.bin").write_text(POINTER)  # safetensors come first
     (folder / "README.md").write_text(POINTER)
     edit(folder / "vocab.json", auto_map=7)  # a token
@@ -94,7 +92,7 @@ def test_a_whole_model_is_taken(folder):
         ),
     ],
 )
-def test_a_folder_that_names_code_is_refused(folder, file, content, field):
+def test_folder_that_names_code_is_refused(folder, file, content, field):
     edit(folder / file, **content)
     (folder / "evil.py").write_text(EVIL)
     with pytest.raises(TinyAlignError, match="has code of its own") as refusal:
@@ -102,7 +100,7 @@ def test_a_folder_that_names_code_is_refused(folder, file, content, field):
     assert field in str(refusal.value) and not (folder / "RAN").exists()
 
 
-def test_code_is_found_however_its_name_is_written(folder):
+def test_escaped_name_of_code_is_found(folder):
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(
         text.replace("{", '{"auto\\u005fmap": {"AutoConfig": "evil.Config"},', 1)
@@ -111,7 +109,7 @@ def test_code_is_found_however_its_name_is_written(folder):
         check(folder)
 
 
-def test_a_custom_generate_folder_is_refused(folder):
+def test_custom_generate_folder_is_refused(folder):
     (folder / "custom_generate").mkdir()
     (folder / "custom_generate/generate.py").write_text(EVIL)
     with pytest.raises(
@@ -120,8 +118,8 @@ def test_a_custom_generate_folder_is_refused(folder):
         check(folder)
 
 
-def test_the_command_asks_nothing_and_runs_nothing(folder, tmp_path):
-    """Whatever stdin would answer: there is no question."""
+def test_command_asks_no_question_and_runs_no_code(folder, tmp_path):
+    """Whatever stdin would answer."""
     edit(folder / "config.json", auto_map=CODE, model_type="my_llama")
     (folder / "evil.py").write_text(EVIL)
     line = ["export", "--encoder", folder, "--llm", folder, "--out", tmp_path / "out"]
@@ -129,26 +127,21 @@ def test_the_command_asks_nothing_and_runs_nothing(folder, tmp_path):
     done = subprocess.run(
         command, input="y\n" * 99, capture_output=True, text=True, timeout=60, check=False
     )
-    assert (
-        done.returncode == 2
-        and done.stderr.count("\n") == 1
-        and "auto_map in its config.json" in done.stderr
-    )
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["llm"] and not list(tmp_path.rglob("RAN"))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "auto_map in its config.json" in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["llm"]
+    assert not list(tmp_path.rglob("RAN"))
 
 
-def test_attention_that_a_configuration_names_is_not_fetched(folder):
+def test_attention_named_by_a_configuration_is_not_downloaded(folder):
     """transformers would take it from the hub, where the package `kernels` is installed."""
-    edit(
-        folder / "config.json",
-        attn_implementation="someone/attention",
-        _attn_implementation="someone/attention",
-    )
+    name = "someone/attention"
+    edit(folder / "config.json", attn_implementation=name, _attn_implementation=name)
     assert load_llm(str(folder))[0].config._attn_implementation == "sdpa"
 
 
 class Evil:
-    """What writes a file when it is unpickled."""
+    """An object that writes a file when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -158,7 +151,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_pickle_of_code_is_never_run(folder, tmp_path, zipped):
+def test_pickle_of_code_is_not_run(folder, tmp_path, zipped):
     weights = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
     torch.save(
@@ -173,7 +166,7 @@ def test_a_pickle_of_code_is_never_run(folder, tmp_path, zipped):
     assert not (tmp_path / "RAN").exists() and "weights_only" not in str(refusal.value)
 
 
-def test_a_pickle_of_tensors_is_loaded_as_such(folder):
+def test_pickle_of_tensors_is_loaded(folder):
     wanted = load_file(folder / WEIGHTS)
     torch.save(wanted, folder / "pytorch_model.bin")
     (folder / WEIGHTS).unlink()
@@ -182,7 +175,7 @@ def test_a_pickle_of_tensors_is_loaded_as_such(folder):
 
 
 @pytest.mark.parametrize("name", ["vocab.pkl", "vocab.bin", "vocab_file"])
-def test_a_pickled_vocabulary_is_never_run(folder, tmp_path, name):
+def test_pickled_vocabulary_is_not_run(folder, tmp_path, name):
     """As TransfoXL's tokenizer has it."""
     (folder / "tokenizer.json").unlink()
     (folder / name).write_bytes(pickle.dumps(Evil(tmp_path / "RAN")))
@@ -196,7 +189,7 @@ def test_a_pickled_vocabulary_is_never_run(folder, tmp_path, name):
 # --- the network ---
 
 
-def test_a_local_folder_is_loaded_without_the_network(folder, tmp_path, monkeypatch):
+def test_local_folder_is_loaded_without_the_network(folder, tmp_path, monkeypatch):
     from tests.support.tiny_encoders import make_encoder
 
     asked = []
@@ -204,9 +197,8 @@ def test_a_local_folder_is_loaded_without_the_network(folder, tmp_path, monkeypa
     monkeypatch.setattr(socket.socket, "connect", lambda _, address: asked.append(address))
     weights = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
-    torch.save(
-        weights, folder / "pytorch_model.bin"
-    )  # what transformers would ask the hub to convert
+    # Transformers would ask the hub to convert it.
+    torch.save(weights, folder / "pytorch_model.bin")
     edit(folder / "config.json", transformers_version="4.40.0", _name_or_path="someone/model")
     load_llm(str(folder))
     load_encoder(str(make_encoder("whisper", tmp_path / "encoder")))
@@ -215,7 +207,7 @@ def test_a_local_folder_is_loaded_without_the_network(folder, tmp_path, monkeypa
 
 @pytest.fixture
 def hub(folder, tmp_path, monkeypatch):
-    """A hub with the folder under the id "someone/model"; hub() -> the files that were taken from it."""
+    """A hub with the folder under the id "someone/model"; hub() -> the files downloaded from it."""
     from huggingface_hub.utils import filter_repo_objects
 
     cache = tmp_path / "0123abcd"  # a commit
@@ -232,7 +224,7 @@ def hub(folder, tmp_path, monkeypatch):
     return lambda: {p.relative_to(cache).as_posix() for p in cache.rglob("*") if p.is_file()}
 
 
-def test_of_a_hub_id_only_what_is_needed_is_taken(folder, hub):
+def test_only_needed_files_of_a_hub_id_are_downloaded(folder, hub):
     (folder / "pytorch_model.bin").write_bytes(b"the same in another form")
     (folder / "model.onnx").write_bytes(b"and in another")
     model, tokenizer = load_llm("someone/model")
@@ -240,7 +232,7 @@ def test_of_a_hub_id_only_what_is_needed_is_taken(folder, hub):
     assert "pytorch_model.bin" not in hub() and "model.onnx" not in hub() and WEIGHTS in hub()
 
 
-def test_of_a_sharded_model_on_the_hub_every_shard_is_taken(folder, hub):
+def test_every_shard_of_a_hub_id_is_downloaded(folder, hub):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     (folder / WEIGHTS).unlink()
     model.save_pretrained(folder, max_shard_size="100KB")
@@ -249,14 +241,14 @@ def test_of_a_sharded_model_on_the_hub_every_shard_is_taken(folder, hub):
     assert len(shards) > 1 and shards <= hub()
 
 
-def test_a_model_of_the_hub_with_code_is_refused_before_its_weights_come(folder, hub):
+def test_hub_id_with_code_is_refused_before_its_weights_are_downloaded(folder, hub):
     edit(folder / "config.json", auto_map=CODE)
     with pytest.raises(TinyAlignError, match="someone/model has code of its own"):
         load_llm("someone/model")
     assert WEIGHTS not in hub()
 
 
-# --- what is no whole model ---
+# --- no whole model ---
 
 
 def only(folder: Path, *names: str) -> None:
@@ -368,14 +360,14 @@ KINDS = {
 
 
 @pytest.mark.parametrize(("change", "sentence"), KINDS.values(), ids=KINDS)
-def test_what_is_no_whole_model_is_named(folder, change, sentence):
+def test_folder_that_is_no_whole_model_is_described(folder, change, sentence):
     change(folder)
     with pytest.raises(TinyAlignError) as refusal:
         check(folder)
     assert sentence in str(refusal.value) and "\n" not in str(refusal.value)
 
 
-def test_a_file_in_place_of_a_folder_is_named(tmp_path):
+def test_file_in_place_of_a_folder_is_described(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(
         TinyAlignError, match=r"is a file \(GGUF, llama\.cpp's format\): give the folder of a"
@@ -383,7 +375,7 @@ def test_a_file_in_place_of_a_folder_is_named(tmp_path):
         check(tmp_path / "model.gguf")
 
 
-def test_a_quantised_encoder_is_refused_too(tmp_path):
+def test_quantised_encoder_is_refused(tmp_path):
     from tests.support.tiny_encoders import make_encoder
 
     make_encoder("whisper", tmp_path / "encoder")
@@ -392,7 +384,7 @@ def test_a_quantised_encoder_is_refused_too(tmp_path):
         model_folder(str(tmp_path / "encoder"), "encoder", FAMILIES)
 
 
-# --- what only the weights show ---
+# --- values of weights ---
 
 
 def with_value(folder: Path, name: str, value: float) -> None:
@@ -402,14 +394,15 @@ def with_value(folder: Path, name: str, value: float) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_weight_that_is_no_number_is_named(folder, value):
+def test_weight_with_nan_or_infinity_is_named(folder, value):
     with_value(folder, "model.layers.1.mlp.up_proj.weight", value)
-    sentence = r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinity \(1 of 8,192 values\)\. Such a model"
+    name = r"model\.layers\.1\.mlp\.up_proj\.weight"
+    sentence = rf"{name} holds NaN or infinity \(1 of 8,192 values\)\. Such a model"
     with pytest.raises(TinyAlignError, match=sentence):
         load_llm(str(folder))
 
 
-def test_a_weight_of_an_encoder_counts_where_it_is_used(tmp_path):
+def test_only_weights_that_are_used_are_checked(tmp_path):
     from tests.support.tiny_encoders import make_encoder
 
     folder = make_encoder("whisper", tmp_path / "encoder")
@@ -420,14 +413,14 @@ def test_a_weight_of_an_encoder_counts_where_it_is_used(tmp_path):
         load_encoder(str(folder))
 
 
-def test_tensors_that_the_model_has_no_place_for_are_named(folder):
+def test_tensor_without_a_place_in_the_model_is_named(folder):
     weights = load_file(folder / WEIGHTS)
-    more = {
-        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
-        "v_head.weight": torch.ones(1, 64),
-    }
-    save_file({**weights, **more}, folder / WEIGHTS, {"format": "pt"})
-    load_llm(str(folder))  # what older checkpoints keep, and a head beside the model
+    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    head = {"v_head.weight": torch.ones(1, 64)}
+    save_file({**weights, **frequencies, **head}, folder / WEIGHTS, {"format": "pt"})
+    load_llm(
+        str(folder)
+    )  # older checkpoints have the frequencies; a head beside the model is ignored
     bias = {"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}
     save_file({**weights, **bias}, folder / WEIGHTS, {"format": "pt"})
     with pytest.raises(

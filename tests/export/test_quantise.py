@@ -1,4 +1,4 @@
-"""Weights in fewer bits: what onnxruntime's own quantiser makes, fused by ONNX Runtime and taken by TensorRT."""
+"""Weights in fewer bits: equal to onnxruntime's, fused by ONNX Runtime, built by TensorRT."""
 
 import dataclasses
 import importlib.util
@@ -17,7 +17,7 @@ ort = pytest.importorskip("onnxruntime")
 
 from tiny_align.export.quantise import Form, forms, quantise  # noqa: E402
 
-COSTS = {  # precision -> min and max error, max share of the bytes
+COSTS = {  # precision -> min and max error, max share of the bytes of FP32
     "fp16": (0, 1e-3, 0.51),
     "int8": (0.005, 0.1, 0.3),
     "int4": (0.1, 0.8, 0.2),
@@ -36,12 +36,10 @@ def exact(tmp_path_factory, tiny_llm):
 
 
 def weight_graph(path, weight: np.ndarray):
-    """x (n, K) times a weight that lies beside the graph."""
+    """x (n, K) times a weight in a data file."""
     rows, columns = weight.shape
-    x, y = (
-        onnx.helper.make_tensor_value_info(n, 1, ["n", size])
-        for n, size in (("x", rows), ("logits", columns))
-    )
+    x = onnx.helper.make_tensor_value_info("x", 1, ["n", rows])
+    y = onnx.helper.make_tensor_value_info("logits", 1, ["n", columns])
     node = onnx.helper.make_node("MatMul", ["x", "w"], ["logits"])
     graph = onnx.helper.make_graph(
         [node], "g", [x], [y], [onnx.numpy_helper.from_array(weight, "w")]
@@ -55,12 +53,11 @@ def weight_graph(path, weight: np.ndarray):
 
 
 def product(path, x: np.ndarray) -> np.ndarray:
-    return ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"x": x})[
-        0
-    ]
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": x})[0]
 
 
-def test_int4_is_onnxruntimes_own():
+def test_int4_codes_equal_onnxruntimes():
     from onnxruntime.quantization import QuantFormat
     from onnxruntime.quantization.matmul_nbits_quantizer import (
         DefaultWeightOnlyQuantConfig,
@@ -73,37 +70,31 @@ def test_int4_is_onnxruntimes_own():
         block_size=32, is_symmetric=True, quant_format=QuantFormat.QDQ
     )
     packed, scales, _ = DefaultWeightOnlyQuantizer(config).qbits_block_quant(rows)
-    theirs = (
-        np.stack([packed.ravel() & 15, packed.ravel() >> 4], axis=1)
-        .ravel()
-        .reshape(rows.shape)
-        .astype(np.int8)
-    )
+    unpacked = np.stack([packed.ravel() & 15, packed.ravel() >> 4], axis=1)
+    theirs = unpacked.ravel().reshape(rows.shape).astype(np.int8)
+    theirs = np.where(theirs > 7, theirs - 16, theirs)
     codes, ours = quantise_columns(rows, 4)
     np.testing.assert_allclose(np.delete(ours, 7), np.delete(scales.ravel(), 7), rtol=1e-6)
-    assert (
-        np.mean(codes == np.where(theirs > 7, theirs - 16, theirs)) > 0.999
-    )  # a tie may be rounded otherwise
+    assert np.mean(codes == theirs) > 0.999  # a tie may be rounded otherwise
 
 
 @pytest.mark.parametrize("form", [Form(4), Form(8), Form(4, 128), Form(8, 64)])
 @pytest.mark.parametrize(
     "shape", [(64, 48), (200, 33), (7, 5), (130, 4099)]
 )  # blocks cut short, odd sizes, two tiles
-def test_no_weight_is_further_off_than_its_scale(form, shape, tmp_path):
+def test_weights_are_within_a_step_of_their_block(form, shape, tmp_path):
     weight = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     weight_graph(tmp_path / "exact.onnx", weight)
     quantise(tmp_path / "exact.onnx", tmp_path / "w.onnx", form, form)
     onnx.checker.check_model(str(tmp_path / "w.onnx"))
     blocks = [weight[i : i + form.block] for i in range(0, len(weight), form.block)]
-    scales = np.concatenate([np.broadcast_to(np.abs(b).max(axis=0), b.shape) for b in blocks]) / (
-        2 ** (form.bits - 1) - 1
-    )
+    largest = [np.broadcast_to(np.abs(block).max(axis=0), block.shape) for block in blocks]
+    scales = np.concatenate(largest) / (2 ** (form.bits - 1) - 1)
     stored = product(tmp_path / "w.onnx", np.eye(len(weight), dtype=np.float32))
     assert (np.abs(stored - weight) <= 1.01 * scales).all()
 
 
-def test_a_weight_beyond_float16_is_refused(tmp_path):
+def test_weight_beyond_float16_is_refused(tmp_path):
     weight_graph(tmp_path / "exact.onnx", np.full((64, 64), 1e5, np.float32))
     with pytest.raises(
         TinyAlignError, match="the LLM's weight w goes beyond float16: choose another --precision"
@@ -112,22 +103,23 @@ def test_a_weight_beyond_float16_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("precision", COSTS)
-def test_each_precision_costs_what_it_may(precision, exact, tmp_path):
-    """In accuracy and bytes, of the whole LLM, through the runtime's backend."""
+def test_error_and_size_of_each_precision_are_bounded(precision, exact, tmp_path):
+    """Of the whole LLM, through the runtime's backend; its weights fit float16."""
     path, spec = exact
     target = tmp_path / "llm.onnx"
-    min_error, max_error, max_share = COSTS[precision]
+    min_error, max_error, share = COSTS[precision]
     quantise(path, target, *forms(precision))
-    rng = np.random.default_rng(0)
-    feed = {
-        t.name: np.zeros([d if isinstance(d, int) else 0 for d in t.shape], np.float32)
-        for t in spec.inputs
-    }
-    feed["inputs_embeds"] = 0.2 * rng.standard_normal((1, 9, 64)).astype(np.float32)
-    want, got = (load_runner(p, spec, "onnxruntime", 1)(feed)["logits"] for p in (path, target))
-    error = np.sqrt(np.mean((got - want) ** 2)) / want.std()
-    assert min_error <= error < max_error  # the weights fit float16
-    assert data_bytes(target) < max_share * data_bytes(path)
+    feed = {}
+    for tensor in spec.inputs:
+        shape = [size if isinstance(size, int) else 0 for size in tensor.shape]
+        feed[tensor.name] = np.zeros(shape, np.float32)
+    embeddings = np.random.default_rng(0).standard_normal((1, 9, 64)).astype(np.float32)
+    feed["inputs_embeds"] = 0.2 * embeddings
+    expected = load_runner(path, spec, "onnxruntime", 1)(feed)["logits"]
+    got = load_runner(target, spec, "onnxruntime", 1)(feed)["logits"]
+    error = np.sqrt(np.mean((got - expected) ** 2)) / expected.std()
+    assert min_error <= error < max_error
+    assert data_bytes(target) < share * data_bytes(path)
 
 
 def data_bytes(path) -> int:
@@ -152,22 +144,10 @@ def test_tensorrt_builds_every_precision(precision, exact, bundle_copy, run_cli)
         pytest.skip("TensorRT is installed: it builds on the GPU it builds for")
     path, spec = exact
     quantise(path, bundle_copy / "llm.onnx", *forms(precision))
-    manifest, llm = (
-        Bundle.open(bundle_copy, verify=False).manifest,
-        dataclasses.replace(spec, precision=precision),
-    )
-    write_manifest(
-        bundle_copy, dataclasses.replace(manifest, graphs={**manifest.graphs, "llm": llm})
-    )
-    done = run_cli(
-        "build-engines",
-        "--bundle",
-        bundle_copy,
-        "--graph",
-        "llm",
-        "--compute-capability",
-        86,
-        "--json",
-    )
+    manifest = Bundle.open(bundle_copy, verify=False).manifest
+    graphs = {**manifest.graphs, "llm": dataclasses.replace(spec, precision=precision)}
+    write_manifest(bundle_copy, dataclasses.replace(manifest, graphs=graphs))
+    options = ("--graph", "llm", "--compute-capability", 86, "--json")
+    done = run_cli("build-engines", "--bundle", bundle_copy, *options)
     assert done.status == 0, done.stderr
     assert done.document["engines"]["llm"]["precision"] == precision

@@ -137,7 +137,7 @@ def test_no_word_recognised_is_one_event_and_an_empty_answer(assistant_without_w
     assert not answer.heard and answer.text == "" and answer.tokens == ()
 
 
-def test_an_answer_to_words_has_recognised_a_word(assistant, speech):
+def test_an_answer_to_words_is_no_nothing_event(assistant, speech):
     assert assistant.answer(speech).heard
     assert assistant.answer_text("stop the music").heard
 

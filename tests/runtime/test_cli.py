@@ -1,6 +1,7 @@
 """The command line: recordings of every kind, one sentence for each error, light imports."""
 
 import json
+import re
 import sys
 from importlib import metadata
 
@@ -11,6 +12,7 @@ import soxr
 
 from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.bundle.manifest import MANIFEST
+from tiny_align.runtime.bundle.user_folders import platform_users
 from tiny_align.runtime.bundle.users import USER_RECORD
 from tiny_align.runtime.commands.cli import COMMANDS
 
@@ -19,7 +21,10 @@ RESULT = {"text", "heard", "tokens", "ttft_ms", "rtf", "audio_s", "backend", "us
 QUICK = ("--max-tokens", 6, "--threads", 1)
 
 HEAVY = ("torch", "transformers", "onnx", "tensorrt", "tensorrt_rtx", "polygraphy")
-NOT_FOR_HELP = ("onnxruntime", "sounddevice", "matplotlib")
+NOT_FOR_HELP = (
+    *("onnxruntime", "sounddevice", "matplotlib"),
+    *("soundfile", "soxr", "tokenizers"),
+)
 LIGHT = """
 import sys
 from tiny_align.runtime.commands.cli import main
@@ -122,6 +127,37 @@ def test_a_command_names_the_extra_it_needs(without, bundle_path, voice_path, tm
 def test_a_wrong_call_is_explained(run_cli, call):
     done = run_cli(*call)
     assert done.status == 2 and not done.stdout and "usage: tiny-align" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["align", "enroll", "build-engines"])
+def test_a_command_that_trains_or_builds_requires_a_bundle(run_cli, command):
+    done = run_cli(command, "--user", "ana")
+    assert done.status == 2 and not done.stdout
+    assert "the following arguments are required: --bundle" in done.stderr
+
+
+ANSWERING = "bundle user users instruction backend max-tokens temperature seed context threads"
+TRAINING = "objective steps max-seconds utterances seed threads"
+OLDER_OPTIONS = {  # as they were before they became the fields of dataclasses
+    "demo": f"bundle data user out {TRAINING}",
+    "align": f"bundle data user general out speaker {TRAINING}",
+    "enroll": f"bundle user out data speaker sentences texts device list {TRAINING}",
+    "eval": "bundle data user users split instruction speaker rows backend threads",
+    "export": "encoder llm encoder-precision encoder-layers sentences chat-template projector "
+    "precision head-precision block-size name max-context soft-tokens window-s out",
+    "build-engines": "bundle compute-capability graph data precision user users force",
+    "run": f"{ANSWERING} sealed",
+    "listen": f"{ANSWERING} sealed wav fast device",
+    "chat": f"{ANSWERING} sealed",
+    "bench": "bundle data short out slow threads",
+    "doctor": "bundle prove-private",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_options_of_older_versions_are_still_there(run_cli, command):
+    shown = set(re.findall(r"--([a-z-]+)", run_cli(command, "--help").stdout))
+    assert set(OLDER_OPTIONS[command].split()) <= shown
 
 
 # --- run ---
@@ -348,8 +384,11 @@ def test_an_option_that_cannot_be_used(
 # --- doctor and eval ---
 
 
-def test_doctor_reports_in_json(run_cli, bundle_copy, make_user):
-    make_user(Bundle.open(bundle_copy), bundle_copy / "users/ana")
+def test_doctor_reports_in_json(run_cli, bundle_copy, make_user, empty_home):
+    bundle = Bundle.open(bundle_copy)
+    for folder in (bundle_copy / "users/ana", platform_users(bundle) / "ben"):
+        make_user(bundle, folder)
+        make_user(bundle, folder.with_name(f".{folder.name}-killed"))
     done = run_cli("doctor", "--json", "--bundle", bundle_copy)
     assert (done.status, done.stderr, len(done.stdout.splitlines())) == (0, "", 1)
     report = done.document
@@ -359,7 +398,7 @@ def test_doctor_reports_in_json(run_cli, bundle_copy, make_user):
     onnxruntime = findings["ONNX Runtime"]
     assert onnxruntime["value"].startswith("onnxruntime") and onnxruntime["ok"]
     assert report["wrong"] == [what for what, f in findings.items() if f["ok"] is False]
-    assert report["bundle"]["users"] == ["ana"] and report["bundle"]["whole"] is True
+    assert report["bundle"]["users"] == ["ana", "ben"] and report["bundle"]["whole"] is True
 
 
 def test_doctor_prints_a_table_before_the_document(run_cli, bundle_path):

@@ -110,7 +110,7 @@ def test_another_past_changes_the_logits(llm, prompt):
 # --- decoding ---
 
 
-def test_greedy_decoding_takes_the_top_token_of_an_uncached_prefill(llm, prompt):
+def test_greedy_decoding_takes_the_likeliest_token_of_an_uncached_prefill(llm, prompt):
     tokens = list(llm.generate(prompt, Decoding(max_tokens=6)))
     for n, token in enumerate(tokens):
         logits = llm.prefill(np.concatenate([prompt, llm.embed(tokens[:n])]), Cache()).logits

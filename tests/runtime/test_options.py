@@ -40,9 +40,10 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Either:
-    """Exactly one of two."""
+    """Exactly one of two, and another between them."""
 
     user: str | None = field(default=None, metadata=option("a user", one_of="projector"))
+    out: Path | None = field(default=None, metadata=option("folder to write", metavar="DIR"))
     general: bool = field(default=False, metadata=option("the general one", one_of="projector"))
 
 
@@ -116,6 +117,12 @@ def test_a_wrong_command_line_is_refused(capsys, group, words, message):
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_the_help_shows_alternatives_as_such(capsys):
+    with pytest.raises(SystemExit):
+        read(Either, "--help")
+    assert "(--user USER | --general) [--out DIR]" in capsys.readouterr().out
+
+
 def test_exactly_one_of_two_options_is_read():
     assert read(Either, "--user", "ana") == Either(user="ana")
     assert read(Either, "--general") == Either(general=True)
@@ -132,13 +139,13 @@ def test_the_shipped_bundle_is_the_default_of_commands_that_answer(bundle_path, 
     [((), None), (("--users", "a"), Path("a")), (("--out", "b"), Path("b/users"))],
 )
 def test_a_profile_is_written_to_users_or_below_out(words, users):
-    assert read(TrainedUserOptions, *words).given_users == users
+    assert read(TrainedUserOptions, *words).explicit_users == users
 
 
 def test_users_and_out_exclude_each_other():
     options = read(TrainedUserOptions, "--users", "a", "--out", "b")
     with pytest.raises(TinyAlignError, match="--users and --out name two places"):
-        _ = options.given_users
+        _ = options.explicit_users
 
 
 def test_a_shipped_folder_that_is_not_installed_is_refused(monkeypatch):

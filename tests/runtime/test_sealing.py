@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from tiny_align.runtime.bundle.bundle import Bundle
+from tiny_align.runtime.bundle.user_folders import platform_users
 from tiny_align.runtime.errors import TinyAlignError
 from tiny_align.runtime.privacy import sealing
 
@@ -95,6 +97,13 @@ status = main(sys.argv[4:])
 finish()
 sys.exit(status)
 """
+COMMAND_BEFORE_THREADS = """
+from tiny_align.runtime.commands.cli import main
+status = main(sys.argv[4:])
+before.start()
+finish()
+sys.exit(status)
+"""
 
 
 @pytest.fixture
@@ -167,6 +176,42 @@ def test_a_sealed_command_stays_sealed_and_answers_the_same(
     assert answer.pop("sealed")["network"] == "seccomp"
     assert set(answer) == set(plain) and "sealed" not in plain
     assert (answer["text"], answer["tokens"]) == (plain["text"], plain["tokens"])
+
+
+@pytest.mark.skipif(not landlock(), reason="this kernel has no Landlock")
+def test_a_sealed_command_can_write_its_directory_of_users(
+    tried, bundle_path, voice_path, tmp_path
+):
+    call = ("run", voice_path / "train-000.flac", "--bundle", bundle_path, *QUICK, "--sealed")
+    done = tried(TRIES + COMMAND_BEFORE_THREADS, *call, "--users", tmp_path / "users")
+    assert_refused(done, "users")
+
+
+@pytest.mark.skipif(not landlock(), reason="this kernel has no Landlock")
+@pytest.mark.parametrize("where", ["platform", "inside"])
+def test_a_sealed_command_can_write_only_the_directory_that_holds_the_user(
+    run_python, bundle_copy, voice_path, make_user, empty_home, where
+):
+    """There are two: the platform's, and the bundle's own."""
+    bundle = Bundle.open(bundle_copy)
+    directories = {"platform": platform_users(bundle), "inside": bundle_copy / "users"}
+    for directory in directories.values():
+        directory.mkdir(parents=True)
+    make_user(bundle, directories[where] / "ana")
+    call = ("run", voice_path / "train-000.flac", "--bundle", bundle_copy, *QUICK, "--sealed")
+    done = run_python(CALL, *call, "--user", "ana")
+    assert done.status == 0, done.stderr
+    assert done.document["sealed"]["writable"] == [str(directories[where].resolve())]
+
+
+@pytest.mark.skipif(not landlock(), reason="this kernel has no Landlock")
+def test_a_sealed_command_creates_no_directory_of_users(
+    run_python, bundle_path, voice_path, empty_home
+):
+    call = ("run", voice_path / "train-000.flac", "--bundle", bundle_path, *QUICK, "--sealed")
+    done = run_python(CALL, *call)
+    assert done.status == 0 and done.document["sealed"]["writable"] == []
+    assert not list(empty_home.iterdir())
 
 
 CALL = "import sys; from tiny_align.runtime.commands.cli import main; sys.exit(main(sys.argv[1:]))"

@@ -9,7 +9,7 @@ from datetime import datetime
 import numpy as np
 import pytest
 
-from tiny_align.benchmarks.standard.streaming import resident_bytes
+from tiny_align.benchmarks.standard.processes import resident_bytes
 from tiny_align.runtime import Assistant, Decoding
 from tiny_align.runtime.errors import AudioError, TinyAlignError
 from tiny_align.runtime.front_ends.base import KINDS

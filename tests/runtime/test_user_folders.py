@@ -8,6 +8,7 @@ import pytest
 from tiny_align.runtime import Assistant
 from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.bundle.user_folders import find_users, platform_users, users_directories
+from tiny_align.runtime.bundle.users import user_names
 from tiny_align.runtime.errors import UserError
 
 QUICK = ("--max-tokens", 6, "--threads", 1, "--json")
@@ -103,6 +104,14 @@ def test_a_user_who_is_nowhere_is_refused_and_nothing_is_created(
     done = run_cli(*call, "--user", "ana")
     assert done.status == 2 and f"no user 'ana' in {platform}" in done.stderr
     assert not platform.exists()
+
+
+def test_a_folder_that_a_killed_training_left_is_not_listed(bundle, platform, make_user):
+    make_user(bundle, platform / "ben")
+    make_user(bundle, platform / ".ana-killed")
+    assert user_names(platform) == ["ben"]
+    with pytest.raises(UserError, match=r"no user 'ana' in .* \(known: ben\)"):
+        bundle.user_projector("ana", platform)
 
 
 @pytest.mark.parametrize("where", ["platform", "inside"])

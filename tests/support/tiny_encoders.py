@@ -1,9 +1,11 @@
-"""Tiny random encoders of every supported family, as the hub has them, and their features by transformers.
+"""Tiny random encoders of every family, as the hub has them, and their features by transformers.
 
-The suite holds the exported ones to these; benchmarks/studies/families.py makes the README's table.
+The suite compares the exported ones with these; benchmarks/studies/families.py makes the README's
+table of them.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +13,8 @@ import transformers
 
 from tiny_align.export.pretrained import load_pretrained
 
-LAYERS, SIZE = 2, 32
+LAYERS = 2
+SIZE = 32
 
 COMMON = {
     "hidden_size": SIZE,
@@ -20,90 +23,99 @@ COMMON = {
     "intermediate_size": 48,
 }
 POSITIONS = {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
-CONVOLUTIONS = POSITIONS | {
+CONVOLUTIONS = {  # quick to trace
+    **POSITIONS,
     "conv_dim": [16] * 3,
     "conv_kernel": [10, 8, 8],
     "conv_stride": [5, 8, 8],
-}  # quick to trace
+}
+
+Made = tuple[transformers.PreTrainedModel, Any]  # a model and its feature extractor
 
 
-def wave(**options):
+def wave(**options: Any) -> transformers.Wav2Vec2FeatureExtractor:
+    """The feature extractor of models that take normalised samples."""
     return transformers.Wav2Vec2FeatureExtractor(**options)
 
 
-def wav2vec2(**options):
-    """As wav2vec2-base, a checkpoint with its CTC head; the seven convolutions are those of all the real ones."""
+def wav2vec2(**options: Any) -> Made:
+    """As wav2vec2-base, a checkpoint with its CTC head and the seven convolutions of real ones."""
     config = transformers.Wav2Vec2Config(
         **COMMON, **POSITIONS, conv_dim=[16] * 7, vocab_size=30, **options
     )
     return transformers.Wav2Vec2ForCTC(config), wave()
 
 
-def wav2vec2_layer_norm():
+def wav2vec2_layer_norm() -> Made:
     """As wav2vec2-large-lv60."""
-    options = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
-    model = transformers.Wav2Vec2Model(
-        transformers.Wav2Vec2Config(**COMMON, **CONVOLUTIONS, **options)
+    config = transformers.Wav2Vec2Config(
+        **COMMON,
+        **CONVOLUTIONS,
+        feat_extract_norm="layer",
+        do_stable_layer_norm=True,
+        conv_bias=True,
     )
-    return model, wave(return_attention_mask=True)
+    return transformers.Wav2Vec2Model(config), wave(return_attention_mask=True)
 
 
-def hubert():
-    return transformers.HubertModel(transformers.HubertConfig(**COMMON, **CONVOLUTIONS)), wave()
+def hubert() -> Made:
+    config = transformers.HubertConfig(**COMMON, **CONVOLUTIONS)
+    return transformers.HubertModel(config), wave()
 
 
-def wavlm():
+def wavlm() -> Made:
     model = transformers.WavLMModel(transformers.WavLMConfig(**COMMON, **CONVOLUTIONS))
-    torch.nn.init.normal_(
-        model.encoder.layers[0].attention.rel_attn_embed.weight
-    )  # positions count
+    positions = model.encoder.layers[0].attention.rel_attn_embed
+    torch.nn.init.normal_(positions.weight)  # so that positions make a difference
     return model, wave(do_normalize=False)
 
 
-def data2vec():
+def data2vec() -> Made:
     sizes = CONVOLUTIONS | {"num_conv_pos_embeddings": 3, "conv_pos_kernel_size": 5}
-    return transformers.Data2VecAudioModel(
-        transformers.Data2VecAudioConfig(**COMMON, **sizes)
-    ), wave()
+    config = transformers.Data2VecAudioConfig(**COMMON, **sizes)
+    return transformers.Data2VecAudioModel(config), wave()
 
 
-def moonshine():
-    sizes = {
-        f"{part}_num_{what}": 2
-        for part in ("encoder", "decoder")
-        for what in ("hidden_layers", "attention_heads")
-    }
-    sizes |= {"hidden_size": SIZE, "intermediate_size": 48, "vocab_size": 50}
-    model = transformers.MoonshineForConditionalGeneration(transformers.MoonshineConfig(**sizes))
-    return model, wave(do_normalize=False)
+def moonshine() -> Made:
+    config = transformers.MoonshineConfig(
+        hidden_size=SIZE,
+        intermediate_size=48,
+        vocab_size=50,
+        encoder_num_hidden_layers=LAYERS,
+        encoder_num_attention_heads=2,
+        decoder_num_hidden_layers=LAYERS,
+        decoder_num_attention_heads=2,
+    )
+    return transformers.MoonshineForConditionalGeneration(config), wave(do_normalize=False)
 
 
-def whisper(n_mels=80):
-    sizes = {
-        f"{part}_{what}": 2
-        for part in ("encoder", "decoder")
-        for what in ("layers", "attention_heads")
-    }
-    sizes |= {
-        "d_model": SIZE,
-        "encoder_ffn_dim": 48,
-        "decoder_ffn_dim": 48,
-        "vocab_size": 60,
-        "num_mel_bins": n_mels,
-    }
-    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-    model = transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**sizes, **ids))
+def whisper(n_mels: int = 80) -> Made:
+    config = transformers.WhisperConfig(
+        d_model=SIZE,
+        encoder_layers=LAYERS,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=48,
+        decoder_layers=LAYERS,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=48,
+        vocab_size=60,
+        num_mel_bins=n_mels,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+    )
+    model = transformers.WhisperForConditionalGeneration(config)
     return model, transformers.WhisperFeatureExtractor(feature_size=n_mels)
 
 
-def wav2vec2_bert(**options):
+def wav2vec2_bert(**options: Any) -> Made:
     config = transformers.Wav2Vec2BertConfig(**COMMON, conv_depthwise_kernel_size=7, **options)
-    return transformers.Wav2Vec2BertModel(config), transformers.SeamlessM4TFeatureExtractor(
-        padding_value=1
-    )
+    extractor = transformers.SeamlessM4TFeatureExtractor(padding_value=1)
+    return transformers.Wav2Vec2BertModel(config), extractor
 
 
-def parakeet():
+def parakeet() -> Made:
     sizes = {"conv_kernel_size": 5, "subsampling_conv_channels": 8, "num_mel_bins": 80}
     config = transformers.ParakeetCTCConfig(
         vocab_size=29, pad_token_id=28, encoder_config=COMMON | sizes
@@ -124,30 +136,31 @@ MAKERS = {
 }
 
 
-def save(folder: Path, made) -> Path:
+def save(folder: Path, made: Made) -> Path:
     for part in made:
         part.save_pretrained(folder)
     return folder
 
 
 def make_encoder(family: str, folder: Path) -> Path:
-    """A checkpoint in `folder`: config.json, weights, and the preprocessor_config.json of its feature extractor."""
+    """A checkpoint in `folder`: config.json, weights, preprocessor_config.json."""
     torch.manual_seed(0)
     return save(folder, MAKERS[family]())
 
 
 @torch.no_grad()
 def features(family: str, folder: Path, audio: np.ndarray) -> np.ndarray:
-    """(N, 2 Da) as transformers computes them: its feature extractor, its model; without those of padding."""
+    """(N, 2 Da) as transformers computes them, without those of padding."""
     extract = load_pretrained(transformers.AutoFeatureExtractor, folder)
     model = load_pretrained(transformers.AutoModel, folder).eval()
     encoder = model.encoder if family in ("moonshine", "parakeet", "whisper") else model
     inputs = extract(audio, sampling_rate=extract.sampling_rate, return_tensors="pt")
     out = encoder(**inputs, output_hidden_states=True)
-    features = torch.cat([out.hidden_states[1], out.last_hidden_state], dim=-1)[0].numpy()
-    heard = {
-        "parakeet": lambda: int(out.attention_mask.sum()),
-        "wav2vec2-bert": lambda: int(inputs["attention_mask"].sum()),
-        "whisper": lambda: -(-len(audio) // 320),  # every 20 ms that has begun
-    }.get(family, lambda: len(features))
-    return features[: heard()]
+    found = torch.cat([out.hidden_states[1], out.last_hidden_state], dim=-1)[0].numpy()
+    if family == "parakeet":
+        return found[: int(out.attention_mask.sum())]
+    if family == "wav2vec2-bert":
+        return found[: int(inputs["attention_mask"].sum())]
+    if family == "whisper":
+        return found[: -(-len(audio) // 320)]  # every 20 ms that has begun
+    return found
