@@ -33,7 +33,7 @@ from tiny_align.runtime.windows import cut
 
 log = logging.getLogger(__name__)
 
-User = str | UserProjector | None  # a user's name, what Bundle.user_projector gave, or the default
+User = str | UserProjector | None  # a name, Bundle.user_projector's result, or the default
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ class Assistant:
 
     def _rows_of(self, audio: np.ndarray) -> np.ndarray:
         """The front end's output for a window: (frames, M) or (S,)."""
-        # some front ends give no row for less
+        # with less audio some front ends return no row
         if len(audio) < MIN_SECONDS * self.sample_rate:
             seconds = len(audio) / self.sample_rate
             raise AudioError(
@@ -215,7 +215,7 @@ class Assistant:
         if len(rows) < min_rows:
             raise AudioError(
                 f"the audio has {len(rows) * self._row_s:.3f} s for the encoder, "
-                f"at least {min_rows * self._row_s:.3f} s are needed: record longer"
+                f"expected at least {min_rows * self._row_s:.3f} s: record longer"
             )
         return np.ascontiguousarray(rows)
 
@@ -229,7 +229,7 @@ class Assistant:
         return runner({"features": features[None]})["soft_tokens"][0]
 
     def reader(self, projector: LoadedProjector | None = None) -> Reader:
-        """What makes one utterance's soft tokens of its windows' vectors.
+        """A readout for one utterance: its windows' vectors in, soft tokens out.
 
         Args:
             projector: a user's; None: the default.
@@ -255,7 +255,7 @@ class Assistant:
         """Make another projector graph the default, with its speech vocabulary.
 
         It holds from the next window on, for open sessions too, but not for those that were opened
-        for a user. The old one goes when no window is in it any more.
+        for a user. The old graph is freed when no window and no session uses it.
 
         Raises:
             BackendError, BundleError: the default stays.
@@ -275,7 +275,7 @@ class Assistant:
         """Answer speech: (S,) float32 mono at `sample_rate` -> a Token each, or one NothingHeard.
 
         Args:
-            user: who speaks; None: the user whom the assistant was loaded for.
+            user: as `listen` takes it.
         """
         began = time.perf_counter()
         with self.stage("front end"):
@@ -348,7 +348,7 @@ class Assistant:
         """A conversation: push chunks of audio, then finish; any number of turns, spoken and typed.
 
         Args:
-            user: who speaks, a name or what `Bundle.user_projector` gave; "general": the general
+            user: a name, or the result of `Bundle.user_projector`; "general": the general
                 projector; None: the user whom the assistant was loaded for. A name is looked up and
                 checked each time. A user's projector is loaded once, and stays until `close`.
         Raises:

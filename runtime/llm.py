@@ -31,7 +31,7 @@ class Decoding:
     temperature: float = 0.0
     top_k: int = 40
     seed: int = 0
-    loop_tokens: int = 24  # an answer ends when its last so many tokens repeat a phrase; 0: never
+    loop_tokens: int = 24  # end an answer whose last so many tokens repeat a phrase; 0: never
 
     def __post_init__(self) -> None:
         check_fields(self, "max_tokens", "temperature", "top_k", "seed", "loop_tokens")

@@ -166,7 +166,7 @@ class Room:
 
 @dataclass(frozen=True)
 class _Cgroups:
-    """The files in which a version of control groups has what it knows of memory."""
+    """Names of the files in which one version of control groups reports memory."""
 
     mount: Path
     limit: str
@@ -189,13 +189,15 @@ CGROUP_1 = _Cgroups(
 
 
 def memory_limits(root: Path = ROOT) -> list[Room]:
-    """What this process's control groups (a container is one) and ulimit leave it, if they limit
-    memory."""
+    """The memory that control groups (a container is one) and ulimit leave this process.
+
+    A limit that is not set has no entry.
+    """
     return [*_control_group_rooms(root), *_ulimit_rooms(root)]
 
 
 def _control_group_rooms(root: Path) -> Iterator[Room]:
-    """Of the process's own group and all above it that it sees: a container sees its own as /."""
+    """Those of the process's own group and the groups above it; a container sees its own as /."""
     groups = re.findall(r"^\d+:([^:]*):(/.*)$", read(under(root, CGROUPS)), re.MULTILINE)
     for controllers, path in groups:
         if controllers and "memory" not in controllers.split(","):

@@ -53,7 +53,7 @@ class PromptCache:
         self._llm = llm
         self._decoding = decoding
         self._stage = stage
-        with stage("prompt"):  # its fixed pieces, all of the day on which the session began
+        with stage("prompt"):  # its fixed pieces; a date in them is that of the session's start
             self._before, self._after = llm.around(instruction)  # (P, D), (Q, D)
             self._between_turns = llm.following()  # (R, D)
         self._cache = Cache()

@@ -34,8 +34,8 @@ def ctc_scale(table: np.ndarray) -> float:
 class CtcReader:
     """Greedy CTC over the embedding table: a run of one token becomes its expected embedding.
 
-    Nothing comes out where no word is recognised, or so few and so doubtful ones that they are a
-    noise. A copy (copy.copy) goes on by itself: no value is changed in place.
+    There are no soft tokens if no word is recognised, or only a few doubtful ones, which are taken
+    for noise. A copy (copy.copy) goes on by itself: no value is changed in place.
     """
 
     def __init__(self, table: np.ndarray, scale: float) -> None:

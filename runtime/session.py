@@ -287,8 +287,8 @@ class Session:
     def anticipate(self) -> None:
         """Encode and prefill in a pause what was pushed, as if the turn ended here.
 
-        Then `finish` has nothing left to do. More that is pushed undoes it; the answer is the same
-        with it and without.
+        Then `finish` has nothing left to do. Pushing more undoes it. The answer is the same as
+        without it.
         """
         turn = self._turn
         if turn is None or not turn.cutter.n_samples:

@@ -41,7 +41,7 @@ class TrainingLimits(ThreadOptions):
 
 
 def share_cores() -> None:
-    """Let PyTorch's threads sleep while they wait: spinning, they take a core that others want.
+    """Let PyTorch's threads sleep while they wait: by spinning they would keep cores from others.
 
     OpenMP reads the variable when PyTorch is loaded, so call this before. If it is set, it stays.
     """

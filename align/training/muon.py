@@ -1,4 +1,4 @@
-"""Muon: momentum whose every matrix is made orthogonal before it is taken as a step.
+"""Muon: a step is the momentum, each of its matrices made orthogonal first.
 
 Jordan et al. 2024, https://kellerjordan.github.io/posts/muon. PyTorch's own computes in bfloat16,
 which takes seconds a step on a CPU without instructions for it; this one computes in float32.

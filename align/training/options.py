@@ -10,7 +10,7 @@ class TrainOptions:
     objective: str = "ctc"  # one of align.model.objectives.FRAMED and POOLED
     # steps in which "ctc" and "aligned" cast the targets evenly, before they align them themselves
     flat_start: int = 0
-    # what the names of the trainable parameters begin with, beside the shortcut's; (): all
+    # prefixes of the names of the trainable parameters, beside the shortcut's; (): all parameters
     trainable: tuple[str, ...] = ("enter",)
     # token error rate of the general projector above which the shortcut is trained (shortcut.py);
     # None: never

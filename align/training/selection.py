@@ -70,16 +70,16 @@ def _optional(utterances: Sequence[Utterance], split: str) -> list[Utterance]:
 def check_enough_for_user(training: Sequence, report: DataReport) -> None:
     if len(training) < MIN_USER_UTTERANCES:
         raise DataError(
-            f"{len(training)} recordings to train on: give at least {MIN_USER_UTTERANCES}, "
-            f"better 25 or more{_reasons(report)}"
+            f"expected at least {MIN_USER_UTTERANCES} recordings to train on, better 25 or more, "
+            f"got {len(training)}{_reasons(report)}"
         )
 
 
 def check_enough_for_general(training: Sequence, report: DataReport) -> None:
     if len(training) < MIN_GENERAL_UTTERANCES:
         raise DataError(
-            f"{len(training)} recordings that can be trained on: a general projector needs at "
-            f"least {MIN_GENERAL_UTTERANCES}, better thousands, by many speakers{_reasons(report)}"
+            f"expected at least {MIN_GENERAL_UTTERANCES} recordings to train a general projector "
+            f"on, better thousands, by many speakers, got {len(training)}{_reasons(report)}"
         )
 
 

@@ -11,7 +11,7 @@ from tiny_align.align.data.examples import Example
 from tiny_align.align.model.projector import BridgeFormer
 from tiny_align.align.training.validation import Validator
 
-SHORTCUT = "shortcut"  # its parameters' names begin so
+SHORTCUT = "shortcut"  # prefix of its parameters' names
 
 
 def needs_shortcut(
@@ -38,7 +38,7 @@ def choose_trainable(
     """Freeze every parameter that a training must not change.
 
     Args:
-        trainable: what the names of the trainable parameters begin with; (): all of them.
+        trainable: prefixes of the names of the trainable parameters; (): all of them.
         with_shortcut: whether the shortcut is trained beside them.
     """
     for name, parameter in projector.named_parameters():

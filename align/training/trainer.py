@@ -68,12 +68,14 @@ class Trainer:
         general: BridgeFormer | None = None,
         validation: Sequence[Example] = (),
     ):
-        """Args:
-        work: folder for the checkpoint; None: the training cannot be resumed.
-        rehearsal: other speakers' utterances and non-speech; `options.n_rehearsal` in every step.
-        windows: the bundle's, how the features are cut.
-        general: decides whether the shortcut is trained; None: the projector itself.
-        validation: judges the training; if empty, some of the examples are held out for it.
+        """
+        Args:
+            work: folder for the checkpoint; None: the training cannot be resumed.
+            rehearsal: other speakers' utterances and non-speech; `options.n_rehearsal` of them in
+                every step.
+            windows: the bundle's, by which the features are cut.
+            general: decides whether the shortcut is trained; None: the projector itself.
+            validation: judges the training; if empty, some of the examples are held out for it.
         """
         self.projector = projector
         self.objective = objective

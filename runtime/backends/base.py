@@ -138,7 +138,7 @@ class Chain:
 class Scores:
     """What a token is chosen by: the logits of all tokens, or the top k logits and their tokens."""
 
-    logits: np.ndarray  # (V,) float32; or (K,), greatest first
+    logits: np.ndarray  # (V,) float32; or (K,), highest first
     tokens: np.ndarray | None = None  # (K,) the tokens of the logits; None: all, in order
 
     def topk(self, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -161,7 +161,7 @@ class Scores:
 
 
 def _topk(logits: np.ndarray, n: int) -> np.ndarray:
-    """Indices of the `n` greatest of (V,), the greatest first; of equals the first."""
+    """Indices of the `n` highest of (V,), the highest first; of equals the first."""
     if n == 1:  # greedy decoding, at every token: no partition
         return logits.argmax(axis=0, keepdims=True)
     candidates = np.argpartition(logits, -n)[-n:] if n < len(logits) else np.arange(len(logits))

@@ -1,8 +1,8 @@
 """What a loaded bundle takes of memory, computed from its files before anything is loaded.
 
 Everything is laid out at the start: weights, one KV cache per conversation for its whole context,
-and the memory that graphs work in. The last is an estimate: `python -m benchmarks.studies.full_size`
-measured a little less.
+and the memory that graphs work in. The last is an estimate: a little more than
+`python -m benchmarks.studies.full_size` measured.
 """
 
 import math
@@ -34,7 +34,7 @@ class Budget:
 
     @property
     def total(self) -> int:
-        """With one conversation."""
+        """Bytes with one conversation."""
         return BASE_BYTES + sum(self.weights.values()) + self.cache + self.speech
 
     def __str__(self) -> str:

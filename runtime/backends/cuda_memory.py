@@ -2,7 +2,7 @@
 
 Every return value is checked. If the GPU has no memory of its own (a Jetson), small arrays are
 shared with it instead of copied: see `exchange`. Kernels are TensorRT's, not launched here.
-Nothing of CUDA is looked for before the first call.
+libcudart is loaded at the first call.
 """
 
 import ctypes
@@ -155,7 +155,7 @@ def exchange(size: int, dtype: str) -> Copied | Mapped:
 
 
 def shares_memory() -> bool:
-    """Whether the GPU's memory is the machine's, as on a Jetson, and ZERO_COPY does not say no."""
+    """Whether the GPU uses the machine's memory, as on a Jetson, and ZERO_COPY is not "0"."""
     device = INT()
     call("cudaGetDevice", ctypes.byref(device))
     for attribute in (INTEGRATED, CAN_MAP_HOST_MEMORY):
@@ -186,7 +186,7 @@ class Stream:
     def shorten(
         self, origin: Buffer, to: Buffer, n_rows: int, row_bytes: int, prefix_bytes: int
     ) -> None:
-        """Copy the first `prefix_bytes` of each of `n_rows` rows to another buffer, without gaps."""
+        """Copy the first `prefix_bytes` of each of `n_rows` rows to a buffer, without gaps."""
         fits = n_rows * row_bytes <= origin.n_bytes and n_rows * prefix_bytes <= to.n_bytes
         if not fits or prefix_bytes > row_bytes:
             raise BackendError(

@@ -10,8 +10,8 @@ What crosses between CPU and GPU. In a Chain the encoder's features stay on the 
 projector reads them there. The projector's vectors come to the CPU, kilobytes of them, because
 the readout (readout.py) makes soft tokens there and puts the prompt's embeddings around them. A
 step of the LLM sends its embeddings and fetches the top k logits and tokens, which the graph
-picks itself (export/topk.py); on a Jetson neither is copied (cuda_memory.exchange). A graph that
-picks none, as its manifest tells, has all logits fetched.
+picks itself (export/topk.py); on a Jetson neither is copied (cuda_memory.exchange). If the graph
+does not pick them, as its manifest says, all logits are fetched.
 
 The KV cache. A conversation has two sets of buffers on the device (`CacheMemory`), one buffer for
 each tensor (1, H, past, size) of keys or values, each large enough for the whole context. A step
@@ -307,8 +307,7 @@ def _contiguous(feed: Arrays) -> Arrays:
 
 
 def _chosen_by(scores: tuple[TensorSpec, ...]) -> list[TensorSpec]:
-    """The outputs that a token is chosen by, in Scores' order: top k logits and tokens, or all
-    logits."""
+    """The outputs that make Scores, in its order: top k logits and tokens, or all logits."""
     by_name = {tensor.name: tensor for tensor in scores}
     if TOPK_LOGITS in by_name and TOPK_TOKENS in by_name:
         return [by_name[TOPK_LOGITS], by_name[TOPK_TOKENS]]

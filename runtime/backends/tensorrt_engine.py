@@ -6,7 +6,8 @@ manifest's names and types. A user's projector has an engine of its own, in engi
 folder; without one the bundle's engine is loaded and *refitted*: given the weights of the user's
 graph.
 
-TensorRT says no by returning None or False, and why in its log: see `Engine._require`.
+A call of TensorRT that fails returns None or False, and the reason is in the log: see
+`Engine._require`.
 """
 
 import functools
@@ -105,7 +106,7 @@ class Engine:
         self._context = self._require(context, "make an execution context")
 
     def _require(self, value: Any, what: str) -> Any:
-        """The value, unless TensorRT says no with None or False: why is in its log."""
+        """Return the value, or raise with TensorRT's reason if it is None or False."""
         if value is None or value is False:
             reason = " ".join(self._log.errors) or "it does not say why"
             version = f"{self._trt.__name__} {self._trt.__version__}"

@@ -379,7 +379,7 @@ def test_a_validation_split_is_not_trained_on_and_a_test_split_is_optional(
 def test_too_few_recordings_are_refused_before_any_is_encoded(run_cli, unchanged, words, encoded):
     n = MIN_GENERAL_UTTERANCES - 1
     outcome = run_cli(*arguments(unchanged, words, "--utterances", n))
-    refused(outcome, f"{n} recordings", f"needs at least {MIN_GENERAL_UTTERANCES}")
+    refused(outcome, f"expected at least {MIN_GENERAL_UTTERANCES} recordings", f"got {n}")
     assert not encoded
 
 
@@ -394,7 +394,8 @@ def test_no_usable_recording_is_refused(run_cli, unchanged, some_words, change_r
     change_rows(some_words, silent)
     refused(
         run_cli(*arguments(unchanged, some_words)),
-        "0 recordings that can be trained on",
+        f"expected at least {MIN_GENERAL_UTTERANCES} recordings",
+        "got 0 (",
         "nothing was heard (",
     )
 

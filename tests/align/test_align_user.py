@@ -430,7 +430,9 @@ def only_one_to_train(rows):
         pytest.param(
             only_train, ["no utterances in split 'test'", "train (4)"], id="no test split"
         ),
-        pytest.param(only_one_to_train, ["1 recordings", "at least 2"], id="one recording"),
+        pytest.param(
+            only_one_to_train, ["expected at least 2 recordings", "got 1"], id="one recording"
+        ),
     ],
 )
 def test_data_that_cannot_be_used_exits_with_2_and_writes_nothing(
@@ -487,8 +489,8 @@ def test_too_few_usable_recordings_are_refused_with_the_reasons(
         (few_recordings / name).write_bytes(b"no flac")
     refused(
         align("--steps", 2),
-        "1 recordings to train on",
-        "at least 2",
+        "expected at least 2 recordings to train on",
+        "got 1 (",
         "left out 2: is not audio we can read (2, e.g.",
     )
     assert contents(folder) == old

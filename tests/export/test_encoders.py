@@ -161,7 +161,7 @@ def test_shortest_and_longest_recordings_are_encoded_or_refused(case):
             with pytest.raises(AudioError, match="at most 30 s"):
                 assistant.features(noise)
         if case.family in ("moonshine", "parakeet"):
-            with pytest.raises(AudioError, match=r"at least .* needed: record longer"):
+            with pytest.raises(AudioError, match=r"expected at least .*: record longer"):
                 assistant.features(noise[: RATE // 10])
 
 

@@ -421,7 +421,7 @@ BAD = {
     "infinite": (lambda a, s: np.append(s, np.float32(np.inf)), "NaN or infinite"),
     "silence": (lambda a, s: np.zeros(RATE, np.float32), "nothing was heard"),
     "0.05 s": (lambda a, s: s[:800], r"lasts 0\.050 s, expected at least"),
-    "0.12 s": (lambda a, s: s[8_000:9_920], "at least .* needed: record longer"),
+    "0.12 s": (lambda a, s: s[8_000:9_920], "expected at least .*: record longer"),
     "empty": (lambda a, s: s[:0], "is empty"),
     "integers": (lambda a, s: (s * 32767).astype(np.int16), "int16 samples"),
     "loud": (lambda a, s: s * np.float32(32768), "divide 16-bit samples"),
