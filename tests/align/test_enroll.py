@@ -215,7 +215,7 @@ def test_each_sentence_is_recorded_until_it_is_good(
     assert [json.loads(line)["transcription"] for line in lines] == chosen
 
 
-def test_recordings_are_kept_if_standard_input_ends(
+def test_recordings_remain_if_standard_input_ends(
     run_cli, bundle_path, microphone, empty_home, monkeypatch
 ):
     """The input ends after four times Enter: one muted recording and one that is good.
