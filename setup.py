@@ -80,7 +80,7 @@ setup(
     cmdclass={"build_py": BuildWithStart},
     name="tiny-align",
     version="0.1.0",
-    description="Talk to a language model on a small device, in your own voice: Tiny-Align on the edge",
+    description="Talk to a language model on a small device, in your own voice",
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

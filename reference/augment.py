@@ -1,4 +1,5 @@
-"""Augmentation of log-mel batches: other throats, rooms, microphones and telephones, at almost no cost.
+"""Augmentation of log-mel batches: other throats, rooms, microphones and telephones, at almost no
+cost.
 
 Everything acts on un-normalised log-mel power (B, T, M) as NemoMel.log_mel gives it, so that one
 synthesised recording serves many times. Noise and echo are added as powers (cross terms neglected).
@@ -56,10 +57,11 @@ def stretch(x: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch
 def warp_tract(
     x: torch.Tensor, slope=(0.84, 1.2), shift: float = 2.5, wobble: float = 0.7
 ) -> torch.Tensor:
-    """Other vocal tracts: the mel axis read stretched, shifted and, formant by formant, a little elsewhere.
+    """Other vocal tracts: the mel axis read stretched, shifted and, formant by formant, a little
+    elsewhere.
 
-    On Slaney's scale a shorter tract is a stretch below 1 kHz and a shift above; the two are drawn freely.
-    `shift` and `wobble` are in mel bands.
+    On Slaney's scale a shorter tract is a stretch below 1 kHz and a shift above; the two are drawn
+    freely. `shift` and `wobble` are in mel bands.
     """
     n, _, n_mels = x.shape
     band, pivot = torch.arange(n_mels).float(), n_mels / 4  # about 800 Hz
@@ -73,7 +75,9 @@ def warp_tract(
 
 
 def _smooth_field(n: int, length: int, n_mels: int, scale: torch.Tensor) -> torch.Tensor:
-    """(n, length, n_mels): random surfaces through normal points every 0.15 s and 13 mels, `scale` (n,) of each."""
+    """(n, length, n_mels): random surfaces through normal points every 0.15 s and 13 mels, `scale`
+    (n,) of each.
+    """
     knots = (
         torch.randn(n, 1, max(2, length // 15), max(2, n_mels // 13)) * scale[:, None, None, None]
     )
@@ -81,8 +85,9 @@ def _smooth_field(n: int, length: int, n_mels: int, scale: torch.Tensor) -> torc
 
 
 def realise(x: torch.Tensor, shift: float = 1.2, gain_db: float = 4.0) -> torch.Tensor:
-    """Every sound made a little differently: formants move and swell from moment to moment, by up to `shift` mels
-    and `gain_db` (standard deviations). A synthesiser makes a sound one way; people don't."""
+    """Every sound made a little differently: formants move and swell from moment to moment, by up
+    to `shift` mels and `gain_db` (standard deviations). A synthesiser makes a sound one way; people
+    don't."""
     n, length, n_mels = x.shape
     where = torch.arange(n_mels).float() + _smooth_field(n, length, n_mels, _uniform(n, 0, shift))
     x = _resample(x.flatten(0, 1).unsqueeze(-1), where.flatten(0, 1)).view(n, length, n_mels)
@@ -133,9 +138,11 @@ def noise(power: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 def gate(
     power: torch.Tensor, clean: torch.Tensor, odds: float = 0.4, hold: int = 12
 ) -> torch.Tensor:
-    """Nothing between the words, as noise suppression and cut recordings leave it: `power` where `clean` is loud.
+    """Nothing between the words, as noise suppression and cut recordings leave it: `power` where
+    `clean` is loud.
 
-    The gate opens and closes by up to `hold` frames too soon or too late, so that a noise is heard around the words.
+    The gate opens and closes by up to `hold` frames too soon or too late, so that a noise is heard
+    around the words.
     """
     n = len(power)
     depth_db = torch.where(torch.rand(n) < odds, _uniform(n, 15, 45), torch.tensor(300.0))
@@ -146,13 +153,17 @@ def gate(
 
 
 def _frames_to_open(is_open: torch.Tensor) -> torch.Tensor:
-    """(B, T) where a gate is open -> (B, T) frames to the next place where it is; inside, minus those to a closed one,
-    but for one: 0 on the last open frame. So `<= k` opens it k frames earlier and longer, or later and shorter."""
+    """(B, T) where a gate is open -> (B, T) frames to the next place where it is; inside, minus
+    those to a closed one, but for one: 0 on the last open frame. So `<= k` opens it k frames
+    earlier and longer, or later and shorter."""
     return _frames_to(is_open) - (_frames_to(~is_open) - 1).clamp(min=0)
 
 
 def _frames_to(there: torch.Tensor) -> torch.Tensor:
-    """(B, T) -> (B, T): frames to the nearest place that is `there`, before or after; T where none is."""
+    """(B, T) -> (B, T): frames to the nearest place that is `there`, before or after.
+
+    T where none is.
+    """
     length = there.shape[1]
     place = torch.arange(length).expand_as(there)
     before = torch.where(there, place, -length).cummax(dim=1).values
@@ -161,7 +172,9 @@ def _frames_to(there: torch.Tensor) -> torch.Tensor:
 
 
 def telephone(x: torch.Tensor, odds: float = 0.4) -> torch.Tensor:
-    """Nothing above 3.3-4.2 kHz (of 80 Slaney mels up to 8 kHz), for some nothing below 200 Hz or so."""
+    """Nothing above 3.3-4.2 kHz (of 80 Slaney mels up to 8 kHz), for some nothing below 200 Hz or
+    so.
+    """
     n, _, n_mels = x.shape
     band = torch.arange(n_mels).unsqueeze(0)
     top = torch.where(

@@ -1,7 +1,7 @@
 """The encoder's weights as the weighted mean of two trainings, of which one continued the other.
 
-Such a mean is better on other speech than either (Wortsman et al. 2022, "Model soups"; our figures are in
-docs/reference-bundle.md).
+Such a mean is better on other speech than either (Wortsman et al. 2022, "Model soups"; our figures
+are in docs/reference-bundle.md).
 
     python -m tiny_align.reference.average BEFORE AFTER --share 0.3 --out reference/weights/encoder
 """

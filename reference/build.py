@@ -1,4 +1,5 @@
-"""Puts the reference bundle together from the trained weights: export, general projector, the demo's voice.
+"""Puts the reference bundle together from the trained weights: export, general projector, the
+demo's voice.
 
 python -m tiny_align.reference.build
 """

@@ -1,7 +1,8 @@
-"""Trains the reference encoder: a small FastConformer (transformers' Parakeet) with CTC over letters.
+"""Trains the reference encoder: a small FastConformer (transformers' Parakeet) with CTC over
+letters.
 
-On synthetic speech (spoken.py), augmented anew in every step (augment.py), on a GPU in minutes. Resumable: run the
-same command again.
+On synthetic speech (spoken.py), augmented anew in every step (augment.py), on a GPU in minutes.
+Resumable: run the same command again.
 
     python -m tiny_align.reference.encoder --work work --out reference/weights/encoder --device cuda
 """
@@ -43,7 +44,9 @@ def decode_letters(ids: np.ndarray) -> str:
 
 
 def save_front_end(out: Path) -> None:
-    """preprocessor_config.json, as transformers' ParakeetFeatureExtractor has it, and what our front end adds."""
+    """preprocessor_config.json, as transformers' ParakeetFeatureExtractor has it, and what our
+    front end adds.
+    """
     names = {
         "n_mels": "feature_size",
         "sample_rate": "sampling_rate",
@@ -90,9 +93,11 @@ def build_model():
 
 
 def _shifted_depthwise(conv, x):
-    """A depthwise convolution as shifted products of the input's phases: same result, a backward pass 5x faster here.
+    """A depthwise convolution as shifted products of the input's phases: same result, a backward
+    pass 5x faster here.
 
-    The input is first split into `step` x `step` phases, so that what a shift leaves out stays small.
+    The input is first split into `step` x `step` phases, so that what a shift leaves out stays
+    small.
     """
     import torch.nn.functional as F
 
@@ -130,7 +135,9 @@ def _speed_up(model) -> None:
 def ctc_step(
     model, log_mel, lengths, texts: list[list[int]], inter_layer: int = 3, inter_weight: float = 0.3
 ):
-    """CTC loss of the letters' numbers at the top and, to train deep layers sooner, half-way up (arXiv 2102.03216)."""
+    """CTC loss of the letters' numbers at the top and, to train deep layers sooner, half-way up
+    (arXiv 2102.03216).
+    """
     import torch
     import torch.nn.functional as F
 
@@ -181,7 +188,8 @@ def check_sets(n: int = 40) -> dict[str, tuple[list[np.ndarray], list[str]]]:
 
 
 def rate_at(step: int, done: float, warmup: int = 200, decay: float = 0.4) -> float:
-    """Share of the peak rate: rises, stays, and falls to nothing over the last `decay` of the training.
+    """Share of the peak rate: rises, stays, and falls to nothing over the last `decay` of the
+    training.
 
     Args:
         done: share of the training that is over.
@@ -190,7 +198,9 @@ def rate_at(step: int, done: float, warmup: int = 200, decay: float = 0.4) -> fl
 
 
 def train(args) -> dict:
-    """Trains as `args` (main) says, from the beginning, from `args.start`'s weights or from the checkpoint in work."""
+    """Trains as `args` (main) says, from the beginning, from `args.start`'s weights or from the
+    checkpoint in work.
+    """
     import torch
     from transformers import ParakeetForCTC
 

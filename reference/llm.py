@@ -1,10 +1,11 @@
 """Trains the reference LLM: a 2 M parameter Llama with a BPE tokenizer of its own, on the corpus.
 
-It learns to answer or to repeat, as the instruction says. In a part of its training the user's words
-come as soft tokens would: stretched over more positions, blended at the seams and noisy, so that it
-accepts speech it was never trained with. In the last third its weights are rounded to INT4 blocks in the
-forward pass (straight-through), so that quantising for the bundle costs nothing. A last phase with fewer stretched
-rows keeps it exact on typed words: "two two" must not be taken for a stretched "two".
+It learns to answer or to repeat, as the instruction says. In a part of its training the user's
+words come as soft tokens would: stretched over more positions, blended at the seams and noisy, so
+that it accepts speech it was never trained with. In the last third its weights are rounded to INT4
+blocks in the forward pass (straight-through), so that quantising for the bundle costs nothing. A
+last phase with fewer stretched rows keeps it exact on typed words: "two two" must not be taken for
+a stretched "two".
 
     python -m tiny_align.reference.llm --work work --out reference/weights/llm
 """
@@ -87,7 +88,10 @@ def build_model(tokenizer):
 
 
 class Example:
-    """One training row as token ids: before the user's words, the words, after them, and the output."""
+    """One training row as token ids.
+
+    Before the user's words, the words, after them, and the output.
+    """
 
     def __init__(self, encode, sentence: corpus.Sentence, rng: random.Random):
         repeat = rng.random() < 0.3
@@ -101,7 +105,10 @@ class Example:
 
 
 def stretch_places(n_words: int, rng: random.Random) -> list[float]:
-    """Fractional word positions, as a pooled utterance has them: uneven, by rate or over a fixed number."""
+    """Fractional word positions, as a pooled utterance has them.
+
+    Uneven, by rate or over a fixed number.
+    """
     n_places = round(n_words * rng.uniform(1.0, 4.5)) if rng.random() < 0.5 else rng.randint(20, 32)
     edges = [0.0]
     for _ in range(n_words):
@@ -149,7 +156,9 @@ def collate(model, rows: list[Example], rng: random.Random, stretched: float):
 
 
 def int4_rounding():
-    """A parametrisation that rounds a linear weight (out, in) to symmetric INT4 blocks, gradient straight through."""
+    """A parametrisation that rounds a linear weight (out, in) to symmetric INT4 blocks, gradient
+    straight through.
+    """
     import torch
 
     class Rounding(torch.nn.Module):
@@ -206,7 +215,10 @@ def exact_share(model, tokenizer, n: int = 300, batch: int = 50) -> float:
 
 
 def _rate(step: int, steps: int, finish: int) -> float:
-    """Share of the peak rate: up over a tenth, down by a cosine; then a smaller cosine to finish."""
+    """Share of the peak rate.
+
+    Up over a tenth, down by a cosine; then a smaller cosine to finish.
+    """
     if step >= steps:
         return 0.3 * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - steps) / finish)))
     rise = steps / 10

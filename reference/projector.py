@@ -1,9 +1,11 @@
 """Trains the bundle's general projector on many synthetic voices and puts it into the bundle.
 
-The training is `tiny-align align --general`'s; what is special is its recordings: augmented speech of the voices the
-encoder was trained on, made as log-mel frames. flite's new voices and humans are not among them.
+The training is `tiny-align align --general`'s; what is special is its recordings: augmented speech
+of the voices the encoder was trained on, made as log-mel frames. flite's new voices and humans are
+not among them.
 
-    python -m tiny_align.reference.projector --bundle reference/bundle --out reference/weights/projector.safetensors
+    python -m tiny_align.reference.projector --bundle reference/bundle \\
+        --out reference/weights/projector.safetensors
 """
 
 import argparse

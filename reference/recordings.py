@@ -1,6 +1,7 @@
 """Recordings of a voice that the encoder was not trained on: FLAC files and metadata.jsonl.
 
-The shipped ones (reference/voice) are a child's; train and test sentences come from the two splits of the corpus.
+The shipped ones (reference/voice) are a child's; train and test sentences come from the two splits
+of the corpus.
 
     python -m tiny_align.reference.recordings --voice child --out reference/voice
 """

@@ -1,9 +1,11 @@
-"""Synthetic speakers: espeak-ng's and some of flite's voices for training, other flite voices as new speakers.
+"""Synthetic speakers: espeak-ng's and some of flite's voices for training, other flite voices as
+new speakers.
 
-espeak-ng is driven through its C library (Debian: libespeak-ng1), in a copy of its data directory to
-which random voice variants are added: formants, pitch, breath and tone drawn at random, so that
-hundreds of different "speakers" say the corpus. flite's voices (Debian: flite) are made of recordings of
-humans. `TRAINING_VOICES` are trained on too; nothing the project ships is trained on `NEW_VOICES`.
+espeak-ng is driven through its C library (Debian: libespeak-ng1), in a copy of its data directory
+to which random voice variants are added: formants, pitch, breath and tone drawn at random, so that
+hundreds of different "speakers" say the corpus. flite's voices (Debian: flite) are made of
+recordings of humans. `TRAINING_VOICES` are trained on too; nothing the project ships is trained on
+`NEW_VOICES`.
 """
 
 import ctypes
@@ -33,7 +35,8 @@ STOCK_VARIANTS = [
 ]  # fmt: skip
 TRAINING_VOICES = ("kal", "kal16", "rms")  # of flite: one man recorded in two ways, and another
 NEW_VOICES = ("awb", "slt")  # of flite: a Scottish man and a woman
-FOREIGN = {  # an English sound in espeak-ng's spelling -> what later learners of English say instead
+# an English sound in espeak-ng's spelling -> what later learners of English say instead
+FOREIGN = {
     "T": "tsf", "D": "dzv", "r": "R", "h": "", "w": "v", "v": "wb", "z": "s", "N": "n", "dZ": ("Z", "tS"), "tS": "S",
     "I": ("i:", "e"), "i:": "I", "V": "aE0", "a": "E", "3:": "Ee", "@": "Ea", "A:": "a", "O:": "o", "U": ("u:",),
     "eI": ("e", "E", "e:"), "oU": ("o", "O:"), "aI": "a", "i@": ("i:", "i"), "e@": "E", "o@": "oO", "A@": "a",
@@ -77,10 +80,11 @@ def random_variant(rng: random.Random, name: str) -> str:
 
 
 def foreign_sounds(rng: random.Random, share: float) -> list[str]:
-    """Lines of a variant that replace about `share` of the sounds that foreigners find hard, in the whole voice.
+    """Lines of a variant that replace about `share` of the sounds that foreigners find hard, in the
+    whole voice.
 
-    The sounds are those that the literature on learners' English names; which of them go together is drawn at random,
-    so that no one language is meant.
+    The sounds are those that the literature on learners' English names; which of them go together
+    is drawn at random, so that no one language is meant.
     """
     kinds = []
     for sound, replacements in FOREIGN.items():
@@ -95,7 +99,10 @@ def foreign_sounds(rng: random.Random, share: float) -> list[str]:
 
 
 def _not_english(folder: str, names: list[str]) -> list[str]:
-    """What to leave out of the copy: the library lists at most 350 voices, and English is all we need."""
+    """What to leave out of the copy.
+
+    The library lists at most 350 voices, and English is all we need.
+    """
     if Path(folder).name == "lang":
         return [name for name in names if name != "gmw"]
     return [name for name in names if name == "mb"]
@@ -125,7 +132,9 @@ class Synthesiser:
     def say_haltingly(
         self, text: str, rng: random.Random, pause_s: tuple[float, float] = (0.03, 0.6)
     ) -> np.ndarray:
-        """`say_randomly` with one voice and a pause after every few words, as digits are read aloud."""
+        """`say_randomly` with one voice and a pause after every few words, as digits are read
+        aloud.
+        """
         voice, words, pieces = rng.choice(self.voices), text.split(), []
         rate, pitch = rng.randint(115, 230), rng.randint(25, 75)
         while words:
@@ -222,7 +231,9 @@ class Flite(Synthesiser):
 
 
 def flite(text: str, voice: str, settings: dict[str, float] | None = None) -> np.ndarray:
-    """(S,) float32 at 16 kHz in one of flite's voices, as it speaks by itself or with other `settings` of its own."""
+    """(S,) float32 at 16 kHz in one of flite's voices, as it speaks by itself or with other
+    `settings` of its own.
+    """
     options = []
     for name, value in (settings or {}).items():
         options += ["--setf", f"{name}={value:.3f}"]

@@ -1,7 +1,9 @@
-"""The speech that the encoder and the general projector are trained on: synthesised once, stored as log-mel.
+"""The speech that the encoder and the general projector are trained on: synthesised once, stored as
+log-mel.
 
-Three quarters are espeak-ng's, in hundreds of random voices a shard; the rest is flite's. Other processes
-synthesise while the training uses the shards that are complete. Every batch is augmented anew (augment.py).
+Three quarters are espeak-ng's, in hundreds of random voices a shard; the rest is flite's. Other
+processes synthesise while the training uses the shards that are complete. Every batch is augmented
+anew (augment.py).
 """
 
 import json
@@ -18,7 +20,8 @@ from tiny_align.runtime.front_ends.nemo import NemoMel
 
 FRONT_END = NemoMel(floor_db=60.0, speech_share=0.2)
 SHARD = 500  # recordings
-FLITE_EVERY = 4  # one shard in so many is flite's; each of the others has 200 random espeak-ng voices of its own
+# one shard in so many is flite's; each of the others has 200 random espeak-ng voices of its own
+FLITE_EVERY = 4
 HALTING = 0.4  # share of the recordings with pauses between the words
 ENOUGH = 16  # shards before a training begins
 
@@ -42,7 +45,10 @@ def texts_to_say(n: int, seed: int) -> list[str]:
 
 
 def speak_shard(shard: int, path: Path) -> None:
-    """Synthesise SHARD recordings: `path`, (frames of all, M) float16, and beside it their texts and lengths."""
+    """Synthesise SHARD recordings.
+
+    `path`, (frames of all, M) float16, and beside it their texts and lengths.
+    """
     from tiny_align.reference.speech import Espeak, Flite
 
     rng = random.Random(1000 + shard)
@@ -74,7 +80,10 @@ def read_shard(path: Path) -> list[tuple[np.ndarray, str]]:
 
 
 def speak(work: Path, n: int, workers: int | None = None):
-    """Synthesise the missing shards of `n` recordings in other processes; `.get()` of the result waits for them."""
+    """Synthesise the missing shards of `n` recordings in other processes.
+
+    `.get()` of the result waits for them.
+    """
     work.mkdir(parents=True, exist_ok=True)
     missing = [(i, path) for i, path in enumerate(shards_of(work, n)) if not path.exists()]
     pool = multiprocessing.get_context("spawn").Pool(workers or os.cpu_count(), maxtasksperchild=1)
@@ -87,7 +96,8 @@ class Spoken:
     """The recordings synthesised so far, on `device`, in batches of similar length.
 
     Args:
-        work: where the shards lie; those missing of `n` recordings are synthesised meanwhile, on two cores of three.
+        work: where the shards lie; those missing of `n` recordings are synthesised meanwhile, on
+            two cores of three.
         encode: a text -> what `batch` gives for it.
     """
 
@@ -124,7 +134,9 @@ class Spoken:
         return len(self._waiting)
 
     def batch(self, rng: random.Random, frames: int):
-        """(B, T, M) float32 log-mel, padded, of about `frames` in all, (B,) frame counts, and the targets."""
+        """(B, T, M) float32 log-mel, padded, of about `frames` in all, (B,) frame counts, and the
+        targets.
+        """
         import torch
 
         start = rng.randrange(len(self))

@@ -1,4 +1,7 @@
-"""The house rules that a machine can hold: who may import whom, what an import costs, what a bare install needs."""
+"""The house rules that a machine can hold.
+
+Who may import whom, what an import costs, what a bare install needs.
+"""
 
 import ast
 import fnmatch
@@ -140,7 +143,9 @@ def test_tests_run_the_installed_package():
 
 # --- rooms: imports go one way, lazy ones included ---
 
-ROOMS = {  # room -> the rooms beside and below it that it may import; files at the top of a stage are a room too
+# room -> the rooms beside and below it that it may import; files at the top of a stage are a room
+# too
+ROOMS = {
     "runtime.audio": {"runtime"},
     "runtime.front_ends": {"runtime"},
     "runtime.bundle": {"runtime", "runtime.front_ends"},
@@ -278,7 +283,9 @@ SAFELY = {
 
 
 def loads(path) -> list[tuple[str, dict]]:
-    """(call, constant keywords) of what a module loads by numpy, torch, pickle and the hub's libraries."""
+    """(call, constant keywords) of what a module loads by numpy, torch, pickle and the hub's
+    libraries.
+    """
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call):

@@ -32,7 +32,10 @@ def make_tokenizer():
 
 @pytest.fixture(scope="session")
 def tiny_llm(tmp_path_factory) -> Path:
-    """LlamaForCausalLM, 2 layers x 64, 128 positions; its weights are large enough to vary tokens."""
+    """LlamaForCausalLM, 2 layers x 64, 128 positions.
+
+    Its weights are large enough to vary tokens.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

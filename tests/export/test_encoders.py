@@ -1,4 +1,5 @@
-"""Every family of encoders: a tiny checkpoint, through the command, to features; against transformers.
+"""Every family of encoders: a tiny checkpoint, through the command, to features; against
+transformers.
 
 Each family's model (tests/support/tiny_encoders.py) is random and small, and on disk as on the hub:
 config.json, weights, and the preprocessor_config.json of its own feature extractor. The LLM and the

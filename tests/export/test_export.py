@@ -1,4 +1,5 @@
-"""`tiny-align export` on tiny random models: standard graphs that equal PyTorch's, and what is refused.
+"""`tiny-align export` on tiny random models: standard graphs that equal PyTorch's, and what is
+refused.
 
 Two exports of the same models are made once, with INT4 and with FP32 weights, both through the
 command; the tests look at the bundles. The weights fit float16, so the bundle's embedding table is

@@ -1,8 +1,8 @@
 """`tiny-align export --llm` for every family: the runtime equals transformers, token by token.
 
-Each family's tiny model (tests/support/tiny_llms.py) is exported once, through the command, in FP32.
-The reference is transformers' own `generate` on the saved folder, where a sliding layer drops its
-past; the runtime's cache is whole.
+Each family's tiny model (tests/support/tiny_llms.py) is exported once, through the command, in
+FP32. The reference is transformers' own `generate` on the saved folder, where a sliding layer drops
+its past; the runtime's cache is whole.
 """
 
 import dataclasses

@@ -1,4 +1,6 @@
-"""The contract of a backend, on a toy one (tests/support/toy_backend.py), and what the registry makes of it."""
+"""The contract of a backend, on a toy one (tests/support/toy_backend.py), and what the registry
+makes of it.
+"""
 
 import dataclasses
 

@@ -1,4 +1,6 @@
-"""runtime/backends/tensorrt.py on an emulation of TensorRT and CUDA that computes (support/trt_emulation.py)."""
+"""runtime/backends/tensorrt.py on an emulation of TensorRT and CUDA that computes
+(support/trt_emulation.py).
+"""
 
 import ctypes
 import dataclasses
@@ -36,7 +38,10 @@ SIZE = 192  # D of its LLM
 
 
 def plain_decoder(bundle: Bundle) -> PlainDecoder:
-    """What TensorRT is compared with: the fused graph rounds differently, which may decide a near-tie."""
+    """What TensorRT is compared with.
+
+    The fused graph rounds differently, which may decide a near-tie.
+    """
     return PlainDecoder(bundle.graph("llm"), bundle.manifest.graphs["llm"], 1)
 
 
@@ -118,7 +123,10 @@ def test_answers_equal_onnx_runtimes_before_and_after_each_swap(
 def test_conversations_with_hot_swaps_equal_onnx_runtimes_token_for_token(
     tensorrt, plain, recordings, ana, ben
 ):
-    """Four conversations of five turns, taking turns; the projector is swapped twice while all are open."""
+    """Four conversations of five turns, taking turns.
+
+    The projector is swapped twice while all are open.
+    """
     assert len(recordings) == N_UTTERANCES
     swaps = {7: ana, 14: ben}  # by refit; an engine of their own
     conversations = {assistant: [Cache() for _ in range(4)] for assistant in (tensorrt, plain)}
@@ -187,7 +195,10 @@ def test_a_top_k_beyond_the_graphs_is_refused(tensorrt):
 
 
 def test_a_graph_without_topk_gives_all_logits(bundle_path, tmp_path, machine):
-    """A bundle of an earlier export: its manifest has no such outputs, and all logits are fetched."""
+    """A bundle of an earlier export.
+
+    Its manifest has no such outputs, and all logits are fetched.
+    """
     target = tmp_path / "bundle"
     shutil.copytree(bundle_path, target, ignore=shutil.ignore_patterns("users", "engines"))
     bundle = without_topk(target)
@@ -738,7 +749,9 @@ API = json.loads((Path(__file__).parents[1] / "data/tensorrt-api.json").read_tex
 
 @pytest.mark.parametrize("version", API["versions"])
 def test_tensorrt_has_all_of_the_emulation(version):
-    """Whatever the backend uses is in the emulation, so it is in this version with these parameters."""
+    """Whatever the backend uses is in the emulation, so it is in this version with these
+    parameters.
+    """
     known = API["versions"][version]
     for kind in trt_emulation.API:
         for name, member in vars(kind).items():
@@ -768,7 +781,10 @@ def parameters(function) -> list[str]:
 
 
 def test_tensorrt_rtx_itself_has_the_api():
-    """The signatures in an installed TensorRT-RTX's docstrings; it follows the newest of the versions."""
+    """The signatures in an installed TensorRT-RTX's docstrings.
+
+    It follows the newest of the versions.
+    """
     rtx = pytest.importorskip("tensorrt_rtx")
     for name, overloads in API["versions"]["11.0"]["names"].items():
         owner, _, member = name.rpartition(".")

@@ -1,14 +1,15 @@
-"""Stands in for `tensorrt` and libcudart, and computes: on the bytes at the addresses that are set, in the shapes set.
+"""Stands in for `tensorrt` and libcudart, and computes: on the bytes at the addresses that are set,
+in the shapes set.
 
-What the backend gets wrong goes wrong here too. Memory of the "device" is NaN until it is written and
-after it was freed. Outputs are overwritten with NaN before inputs are read. A range that leaves its
-allocation is an illegal address. Nothing runs and nothing comes back before the stream is synchronised.
-A shape outside the profile is refused. Memory shared with the host has another address there than on
-the "device".
+What the backend gets wrong goes wrong here too. Memory of the "device" is NaN until it is written
+and after it was freed. Outputs are overwritten with NaN before inputs are read. A range that leaves
+its allocation is an illegal address. Nothing runs and nothing comes back before the stream is
+synchronised. A shape outside the profile is refused. Memory shared with the host has another
+address there than on the "device".
 
-An "engine" is a JSON file that names the ONNX graph, which ONNX Runtime runs. Speed is not emulated, nor
-is TensorRT's arithmetic. Classes and parameters are those of tests/data/tensorrt-api.json: test_trt.py
-checks that.
+An "engine" is a JSON file that names the ONNX graph, which ONNX Runtime runs. Speed is not
+emulated, nor is TensorRT's arithmetic. Classes and parameters are those of
+tests/data/tensorrt-api.json: test_trt.py checks that.
 """
 
 import ctypes
@@ -53,7 +54,8 @@ class Cudart:
         self.n_mallocs = 0
         self.copied = {cuda_memory.TO_DEVICE: [], cuda_memory.TO_HOST: []}  # bytes of each copy
         self.live: dict[int, np.ndarray] = {}  # address -> its bytes
-        self._freed: list = []  # not given back, so that a stray address does no harm to the process
+        # not given back, so that a stray address does no harm to the process
+        self._freed: list = []
         self._queues: dict[int, list] = {}
 
     @property
@@ -410,7 +412,10 @@ ENUMS = (DataType, TensorIOMode, TensorLocation, ILogger.Severity)
 
 
 def install(monkeypatch, version: str = "10.3.0", capacity: int = 1 << 30) -> Cudart:
-    """A machine with TensorRT and a GPU of compute capability 8.7, until the test is over; returns its memory."""
+    """A machine with TensorRT and a GPU of compute capability 8.7, until the test is over.
+
+    Returns its memory.
+    """
     module = types.ModuleType("tensorrt")
     module.__dict__.update({c.__name__: c for c in (*API, DataType, TensorIOMode, TensorLocation)})
     module.__version__, module.nptype, module.Builder = version, nptype, object
