@@ -85,7 +85,7 @@ def test_a_batch_holds_whole_recordings_padded_with_zeros(tmp_path):
 def test_an_encoders_training_resumes_where_it_stopped(tmp_path):
     write_shard(tmp_path / "spoken0.npy", ["one two", "three", "four", "five six"])
     options = ["--work", str(tmp_path), "--out", str(tmp_path / "encoder"), "--device", "cpu"]
-    options += ["--speech", "500", "--assess", "0", "--batch", "200", "--check-every", "1"]
+    options += ["--speech", "500", "--judged", "0", "--batch", "200", "--check-every", "1"]
     for steps in (1, 3, 3):  # the last finds nothing to do
         assert encoder.main([*options, "--steps", str(steps)]) == 0
         record = json.loads((tmp_path / "encoder/training.json").read_text())
