@@ -89,6 +89,7 @@ setup(
     package_dir={f"tiny_align.{stage}": stage for stage in STAGES},
     package_data={
         "tiny_align.reference": ["bundle/**", "voice/**"],
+        "tiny_align.runtime.bundle": ["*.json"],
         **{
             f"tiny_align.{stage}": ["py.typed"]
             for stage in ("runtime", "align", "export", "engines")
