@@ -46,7 +46,7 @@ from tiny_align.engines.engine_folder import (
     write_record,
 )
 from tiny_align.engines.ladder import Ladder
-from tiny_align.engines.preflight import require_memory
+from tiny_align.engines.preflight import require_legal, require_memory
 from tiny_align.engines.process import BuildJob, run_build
 from tiny_align.engines.progress import ReportProgress, progress_bar
 from tiny_align.engines.select_precision import Selection, select_precision
@@ -78,7 +78,7 @@ def build_engines(
         compute_capability: the target GPU's, 86 for 8.6; see builder.find_builder for None.
         graphs: names of the graphs to build; None: all without a matching engine.
         ladder: the precision of each graph; None: the bundle's own, where there is no engine yet.
-        force: build even if there seems to be too little memory.
+        force: build with too little memory too, and a graph that TensorRT's rules forbid.
 
     Returns:
         The entry in engine.json of each graph that was requested, the largest first.
@@ -104,13 +104,18 @@ def build_engines(
         entries.update(take_over(target, folder, builder, others))
         pending = [name for name in names if name not in entries]
         for name, report in progress_bar(pending):
+            graph = bundle.graph(name)
+            profile = graph_profile(bundle.manifest.graphs[name], bundle.manifest.dims)
             if not force:
+                require_legal(name, graph, profile, builder)
                 # TensorRT builds in the GPU's memory; on a Jetson that is the machine's own,
                 # and it cannot go to swap.
                 swaps = builder.package != "tensorrt"
                 require_memory(name, _graph_bytes(bundle, sources[name]), swaps=swaps)
             report(0.0, "choosing a precision")
             selection = select_precision(bundle, name, ladder or Ladder(), folder)
+            if selection.graph != graph and not force:
+                require_legal(name, selection.graph, profile, builder)
             entries[name] = _build_graph(name, selection, sources[name], builder, folder, report)
             write_record(folder, builder, entries)
         write_record(folder, builder, entries)

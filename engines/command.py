@@ -54,7 +54,10 @@ class BuildOptions(UsersOptions, BundleOptions):
         metadata=option("build only an engine of this user's projector", metavar="NAME"),
     )
     force: bool = field(
-        default=False, metadata=option("build even if there seems to be too little memory")
+        default=False,
+        metadata=option(
+            "build even if there seems to be too little memory, or TensorRT's rules forbid a graph"
+        ),
     )
 
 

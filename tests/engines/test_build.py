@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import re
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from tiny_align.engines import process as process_module
 from tiny_align.engines.build import build_engines, graph_files, graph_source, make_job
 from tiny_align.engines.builder import find_builder
 from tiny_align.engines.progress import Phases, make_monitor
+from tiny_align.engines.select_precision import Selection
 from tiny_align.runtime import machine
 from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.bundle.engines import check_engine
@@ -94,12 +96,12 @@ def save_cached(folder: Path) -> None:
     save(folder, CACHED, nodes, [weight], **external)
 
 
-def save_int4(folder: Path) -> None:
+def save_int4(folder: Path, scale: float = 0.01) -> None:
     """Weights dequantised block by block along the input axis, as opset 21 has it."""
     quantised = np.random.default_rng(0).integers(-8, 8, SIZE * SIZE)
     weights = [
         onnx.helper.make_tensor("w", onnx.TensorProto.INT4, (SIZE, SIZE), quantised),
-        onnx.numpy_helper.from_array(np.full((SIZE // BLOCK, SIZE), 0.01, np.float32), "scale"),
+        onnx.numpy_helper.from_array(np.full((SIZE // BLOCK, SIZE), scale, np.float32), "scale"),
     ]
     nodes = [
         onnx.helper.make_node(
@@ -814,3 +816,44 @@ def test_help_needs_nothing_heavy():
         f"print([name for name in {heavy} if name in sys.modules])"
     )
     assert subprocess.check_output([sys.executable, "-c", script], text=True).strip() == "[]"
+
+
+# ---- what TensorRT forbids ----
+
+FORBIDDEN = r"'int4'.*DequantizeLinear to 'dequantised' breaks the rule 'positive scale'"
+
+
+@pytest.fixture
+def forbidden(child, tmp_path):
+    """A bundle with a graph that TensorRT refuses and TensorRT-RTX takes."""
+    child(FAKE_BUILD)
+    bundle = make_bundle(tmp_path, "int4")
+    save_int4(tmp_path, scale=-0.01)
+    return bundle
+
+
+def test_a_graph_that_tensorrt_forbids_is_refused_before_it_is_built(forbidden, monkeypatch):
+    pretend(monkeypatch, 87, tensorrt=fake("10.3.0"))
+    with pytest.raises(BackendError, match=f"TensorRT 10.3.0 refuses the graph {FORBIDDEN}"):
+        build_engines(forbidden)
+    assert not (forbidden.path / "engines").exists() and not (forbidden.path / "built").exists()
+    assert list(build_engines(forbidden, force=True)) == ["int4"]
+
+
+def test_tensorrt_rtx_builds_it_with_a_warning(forbidden, caplog):
+    assert list(build_engines(forbidden)) == ["int4"]
+    (message,) = caplog.messages
+    assert re.match(f"TensorRT would refuse the graph {FORBIDDEN}", message)
+
+
+def test_a_rung_that_tensorrt_forbids_is_refused(forbidden, monkeypatch):
+    """As where FP16 rounds a scale to zero."""
+    pretend(monkeypatch, 87, tensorrt=fake("10.3.0"))
+    rung = forbidden.path / "rung"
+    rung.mkdir()
+    save_int4(rung, scale=0.0)
+    save_int4(forbidden.path)
+    selection = Selection(rung / "int4.onnx", "int4/fp16", None)
+    monkeypatch.setattr(build_module, "select_precision", lambda *_: selection)
+    with pytest.raises(BackendError, match=f"TensorRT 10.3.0 refuses the graph {FORBIDDEN}"):
+        build_engines(forbidden)
