@@ -4,6 +4,7 @@ Models come from local folders or hub ids, as transformers' `from_pretrained` ta
 """
 
 import dataclasses
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -54,6 +55,9 @@ from tiny_align.runtime.bundle.manifest import (
     PromptSpec,
     write_manifest,
 )
+from tiny_align.runtime.bundle.onnx_weights import load_graph
+from tiny_align.runtime.bundle.profile import graph_profile
+from tiny_align.runtime.bundle.tensorrt_rules import Violation, summary, violations
 from tiny_align.runtime.bundle.users import user_names
 from tiny_align.runtime.errors import TinyAlignError
 from tiny_align.runtime.files import sha256, write_errors, written_folder
@@ -66,6 +70,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     CheckGraph = Callable[[Path, GraphSpec], parity.Differences]
+
+log = logging.getLogger(__name__)
 
 LARGE_VOCABULARY = (
     8192  # rows of the embedding table; of more, speech may produce listed tokens only
@@ -101,7 +107,33 @@ def export_bundle(options: ExportOptions, out: Path) -> Manifest:
     sources = load_sources(options)
     with write_errors(out), written_folder(out) as folder:
         manifest = _write(folder, options, sources)
+        check_rules(folder, manifest)
         return write_manifest(folder, manifest)
+
+
+# --- what TensorRT takes ---
+
+
+def tensorrt_violations(folder: Path, manifest: Manifest) -> dict[str, list[Violation]]:
+    """The nodes that TensorRT would refuse, by graph; graphs that it takes are left out.
+
+    Args:
+        folder: of the bundle, finished or not.
+    """
+    refused = {}
+    for name, spec in manifest.graphs.items():
+        profile = graph_profile(spec, manifest.dims)
+        found = violations(load_graph(folder / spec.file), folder, profile)
+        if found:
+            refused[name] = found
+    return refused
+
+
+def check_rules(folder: Path, manifest: Manifest) -> None:
+    """Warn of graphs that TensorRT would refuse, with the first node that breaks each rule."""
+    for name, found in tensorrt_violations(folder, manifest).items():
+        message = f"TensorRT would refuse the graph {name!r}: {summary(found)}"
+        log.warning(message)  # to refuse the export: raise TinyAlignError(message)
 
 
 # --- checks ---

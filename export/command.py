@@ -24,8 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Export, and report the precision and parity of the graphs and the size of the bundle."""
-    from tiny_align.export.bundle import export_bundle
+    """Export, and report the size of the bundle and each graph's precision and parity.
+
+    "tensorrt_violations" counts the nodes by the rule of TensorRT that they break.
+    """
+    from tiny_align.export.bundle import export_bundle, tensorrt_violations
+    from tiny_align.runtime.bundle.tensorrt_rules import count_by_rule
 
     options = read_options(args, ExportOptions)
     out = read_options(args, NewBundleOptions).out
@@ -33,8 +37,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         options = dataclasses.replace(options, name=out.name)
     with contextlib.redirect_stdout(sys.stderr):  # the exporter's own progress
         manifest = export_bundle(options, out)
+    refused = tensorrt_violations(out, manifest)
     graphs = {}
     for name, graph in manifest.graphs.items():
-        graphs[name] = {"precision": graph.precision, "parity": graph.parity}
+        graphs[name] = {
+            "precision": graph.precision,
+            "parity": graph.parity,
+            "tensorrt_violations": count_by_rule(refused.get(name, [])),
+        }
     size = sum((out / file).stat().st_size for file in manifest.files)
     return {"path": str(out), "bytes": size, "graphs": graphs}

@@ -18,6 +18,8 @@ from tiny_align.runtime.backends.base import TOPK_TOKENS
 from tiny_align.runtime.backends.registry import load_runner
 from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.bundle.onnx_weights import data_files, load_graph
+from tiny_align.runtime.bundle.profile import graph_profile
+from tiny_align.runtime.bundle.tensorrt_rules import count_by_rule, violations
 from tiny_align.runtime.errors import TinyAlignError
 
 torch = pytest.importorskip("torch", reason="models are exported from torch")
@@ -25,7 +27,7 @@ transformers = pytest.importorskip("transformers", reason="models are exported f
 onnx = pytest.importorskip("onnx", reason="exported graphs are read with onnx")
 
 from tiny_align.export import parity  # noqa: E402 - needs the packages above
-from tiny_align.export.bundle import sentence_tokens  # noqa: E402
+from tiny_align.export.bundle import check_rules, sentence_tokens  # noqa: E402
 from tiny_align.export.encoders import FAMILIES, load_encoder, load_front_end  # noqa: E402
 from tiny_align.export.graphs import OPSET  # noqa: E402
 from tiny_align.export.llms import LLMS, load_llm  # noqa: E402
@@ -106,10 +108,35 @@ def test_report_is_the_only_line(exported):
     assert report["path"] == str(exported.bundle.path)
     files = [exported.bundle.path / name for name in exported.bundle.manifest.files]
     assert report["bytes"] == sum(file.stat().st_size for file in files) > 0
-    graphs = exported.bundle.manifest.graphs
-    assert report["graphs"] == {
-        n: {"precision": g.precision, "parity": g.parity} for n, g in graphs.items()
-    }
+    for name, graph in exported.bundle.manifest.graphs.items():
+        assert report["graphs"].pop(name) == {
+            "precision": graph.precision,
+            "parity": graph.parity,
+            "tensorrt_violations": broken_rules(exported.bundle, name),
+        }
+    assert report["graphs"] == {}
+
+
+def broken_rules(bundle: Bundle, name: str) -> dict[str, int]:
+    profile = graph_profile(bundle.manifest.graphs[name], bundle.manifest.dims)
+    return count_by_rule(violations(read(bundle, name), bundle.path, profile))
+
+
+def test_tensorrt_takes_what_is_not_quantised(int4, fp32):
+    for name in GRAPHS:
+        assert broken_rules(fp32.bundle, name) == {}
+    assert broken_rules(int4.bundle, "encoder") == broken_rules(int4.bundle, "projector") == {}
+
+
+def test_what_tensorrt_would_refuse_is_logged(exported, caplog):
+    """Until the LLM's weights in INT4 have positive scales, and those in INT8 no blocks."""
+    check_rules(exported.bundle.path, exported.bundle.manifest)
+    if exported.bundle.manifest.name == "exact":
+        assert caplog.messages == []
+    else:
+        assert set(broken_rules(exported.bundle, "llm")) == {"positive scale", "type in blocks"}
+        (message,) = caplog.messages
+        assert message.startswith("TensorRT would refuse the graph 'llm': ")
 
 
 def test_names_and_precisions_are_those_of_the_options(int4, fp32):
