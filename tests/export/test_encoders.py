@@ -38,6 +38,7 @@ from tests.support.tiny_encoders import (  # noqa: E402  # noqa: E402
     whisper,
 )
 from tiny_align.benchmarks.studies.families import traced_once  # noqa: E402 - needs the packages above
+from tiny_align.export.bundle import tensorrt_violations  # noqa: E402
 from tiny_align.export.encoders import FAMILIES, MIN_FEATURES, load_encoder  # noqa: E402
 from tiny_align.export.graphs import OPSET  # noqa: E402
 from tiny_align.export.parity import TOLERANCE  # noqa: E402
@@ -115,6 +116,10 @@ def test_speech_becomes_soft_tokens(case, speech):
     with Assistant.load(case.bundle, threads=1) as assistant:
         rows = assistant.soft_tokens(assistant.features(speech))
     assert rows.ndim == 2 and rows.shape[1] == case.bundle.manifest.llm.hidden_size
+
+
+def test_tensorrt_takes_the_graphs(case):
+    assert tensorrt_violations(case.bundle.path, case.bundle.manifest) == {}
 
 
 # --- sizes and graphs ---

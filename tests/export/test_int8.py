@@ -17,6 +17,7 @@ pytest.importorskip("transformers", reason="models are exported from transformer
 
 from tests.support.tiny_encoders import features, make_encoder  # noqa: E402
 from tiny_align.benchmarks.studies.families import traced_once  # noqa: E402 - needs the packages above
+from tiny_align.export.bundle import tensorrt_violations  # noqa: E402
 
 RATE = 16_000  # Hz
 FAMILIES = ("wav2vec2", "parakeet")
@@ -53,6 +54,11 @@ def test_features_are_close_to_transformers(case, voice_path):
             ours, exact = assistant.encode_window(audio), features(family, source, audio)
             cosine = np.vdot(ours, exact) / np.linalg.norm(ours) / np.linalg.norm(exact)
             assert ours.shape == exact.shape and MIN_COSINE < cosine < MAX_COSINE
+
+
+def test_tensorrt_takes_the_graphs(case):
+    _, _, bundle = case
+    assert tensorrt_violations(bundle.path, bundle.manifest) == {}
 
 
 def test_manifest_has_the_cosine_of_int8(case):

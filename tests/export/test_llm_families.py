@@ -18,6 +18,9 @@ from tokenizers import Tokenizer
 
 from tiny_align.runtime import Assistant, Decoding
 from tiny_align.runtime.backends.registry import load_decoder
+from tiny_align.runtime.bundle.onnx_weights import load_graph
+from tiny_align.runtime.bundle.profile import graph_profile
+from tiny_align.runtime.bundle.tensorrt_rules import count_by_rule, violations
 from tiny_align.runtime.errors import TinyAlignError
 from tiny_align.runtime.llm import Cache, LanguageModel, TextStream, encode_in_place
 
@@ -40,6 +43,7 @@ from tests.support.tiny_llms import (  # noqa: E402
     typed,
 )
 from tiny_align.benchmarks.studies.families import traced_once  # noqa: E402 - needs the packages above
+from tiny_align.export.bundle import tensorrt_violations  # noqa: E402
 from tiny_align.export.llms import LLMS, embedding_table, end_tokens, load_llm  # noqa: E402
 from tiny_align.export.parity import TOLERANCE, llm_lengths  # noqa: E402
 from tiny_align.export.prompts import prompt_spec  # noqa: E402
@@ -47,6 +51,11 @@ from tiny_align.export.quantise import forms, quantise  # noqa: E402
 
 TEXTS = (ENDED_TEXT, "Call my mother", "  two three four ")
 DECODING = Decoding(max_tokens=N_TOKENS, loop_tokens=0)
+BROKEN_RULES = {  # of an LLM's graph: precision -> rules of TensorRT
+    "fp16": set(),
+    "int8": {"type in blocks"},
+    "int4": {"type in blocks", "positive scale"},
+}
 SLIDING = [name for name, family in FAMILIES.items() if "sliding_window" in family.sizes]
 
 
@@ -222,6 +231,20 @@ def test_every_weight_is_quantised_and_the_output_layer_is_int8(exported, tmp_pa
         llm = LanguageModel(exported.bundle, decoder)
         few = dataclasses.replace(DECODING, max_tokens=3)
         assert len(list(llm.generate(exported.prompt(9), few))) <= 3
+
+
+def test_tensorrt_takes_the_graphs(exported):
+    assert tensorrt_violations(exported.bundle.path, exported.bundle.manifest) == {}
+
+
+@pytest.mark.parametrize("precision", BROKEN_RULES)
+def test_tensorrt_takes_the_graph_in_other_precisions(exported, tmp_path, precision):
+    """Until weights in INT4 have positive scales, and those in INT8 no blocks."""
+    quantise(exported.bundle.graph("llm"), tmp_path / "llm.onnx", *forms(precision, block=32))
+    manifest = exported.bundle.manifest
+    profile = graph_profile(manifest.graphs["llm"], manifest.dims)
+    found = violations(load_graph(tmp_path / "llm.onnx"), tmp_path, profile)
+    assert set(count_by_rule(found)) == BROKEN_RULES[precision]
 
 
 # --- prompts ---
