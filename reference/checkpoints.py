@@ -39,7 +39,7 @@ def write_model(
     if differing:
         name = differing[0][0]
         raise TinyAlignError(
-            f"{name} in the source of {folder.name}: expected {expected.get(name, 'no such weight')}, "
+            f"{name} in the source of {folder.name}: expected {expected.get(name, 'none')}, "
             f"got {got.get(name, 'none')}. This version of transformers builds another model: "
             "install the one in setup.py"
         )

@@ -1,4 +1,4 @@
-"""The variables in a model.bin, CTranslate2's format: names, shapes and float16 or float32 values."""
+"""The variables in a model.bin, CTranslate2's format: name -> array."""
 
 import struct
 from pathlib import Path

@@ -25,7 +25,7 @@ AFFINE = {"Mul": "weight", "Add": "bias"}  # the last two nodes of a group norm
 
 
 def read_weights(path: Path) -> dict[str, np.ndarray]:
-    """The weights of an .ort file: the name of a PyTorch parameter -> float32 array of its shape."""
+    """The weights of an .ort file: PyTorch's name of a parameter -> float32 array."""
     from onnxruntime.tools.ort_format_model.ort_flatbuffers_py.fbs.InferenceSession import (
         InferenceSession,
     )

