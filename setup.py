@@ -41,7 +41,7 @@ TRT = ["polygraphy>=0.49.24", "onnx>=1.17", "tqdm>=4.60"]
 DEMO = ALIGN
 BENCH = [*ENROLL, "onnx>=1.17"]
 # what `tiny-align bench` measures beside us
-PEERS = [*BENCH, *EXPORT, "llama-cpp-python>=0.3", "gguf>=0.10", "onnxruntime-genai>=0.5"]
+PEERS = [*BENCH, *EXPORT, "llama-cpp-python>=0.3", "gguf>=0.16", "onnxruntime-genai>=0.5"]
 DEV = [
     *EXPORT,
     *ENROLL,
@@ -52,6 +52,7 @@ DEV = [
     "pytest-xdist>=3.5",
     "ruff>=0.6",
     "mypy>=1.11",
+    "gguf>=0.16",
     "build>=1.2",
 ]
 

@@ -7,10 +7,6 @@ import pytest
 PRETRAINED = Path(__file__).parents[2] / "reference/pretrained"
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "real: needs the models of `make pretrained`")
-
-
 @pytest.fixture(scope="session")
 def pretrained_model():
     """The folder of a model: pretrained_model("moonshine-tiny"); skips if it is not there."""
