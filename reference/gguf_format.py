@@ -99,13 +99,13 @@ class GGUF:
         if self.architecture == "gemma3" and tensor.name.endswith("_norm.weight"):
             return values - 1  # llama.cpp multiplies by w, transformers by 1 + w
         if self.architecture == "llama" and tensor.name.endswith("attn_q.weight"):
-            return _halves_from_pairs(values, self.size("attention.head_count"))
+            return _split_rotary_pairs(values, self.size("attention.head_count"))
         if self.architecture == "llama" and tensor.name.endswith("attn_k.weight"):
-            return _halves_from_pairs(values, self.size("attention.head_count_kv"))
+            return _split_rotary_pairs(values, self.size("attention.head_count_kv"))
         return values
 
 
-def _halves_from_pairs(matrix: np.ndarray, n_heads: int) -> np.ndarray:
+def _split_rotary_pairs(matrix: np.ndarray, n_heads: int) -> np.ndarray:
     """Reorder rows: llama.cpp rotates rows 0 and 1 of a head together, transformers 0 and d / 2."""
     n_rows, n_columns = matrix.shape
     pairs = matrix.reshape(n_heads, n_rows // n_heads // 2, 2, n_columns)

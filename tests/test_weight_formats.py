@@ -90,10 +90,10 @@ TOKENS = ["<unk>", "<s>", "</s>", "Ġ", "a", "b", "c", "1", "2", "ab", "Ġc"]
 MERGES = ["a b", "Ġ c"]
 
 
-def pairs_from_halves(matrix: np.ndarray, n_heads: int) -> np.ndarray:
+def interleave_rotary(matrix: np.ndarray, n_heads: int) -> np.ndarray:
     """Rows as llama.cpp's converter orders them for its rotation."""
-    halves = matrix.reshape(n_heads, 2, len(matrix) // n_heads // 2, -1)
-    return halves.swapaxes(1, 2).reshape(matrix.shape)
+    rotary = matrix.reshape(n_heads, 2, len(matrix) // n_heads // 2, -1)
+    return rotary.swapaxes(1, 2).reshape(matrix.shape)
 
 
 def write_gguf(path: Path, model, architecture: str, names: dict[str, str]) -> None:
@@ -132,9 +132,9 @@ def write_gguf(path: Path, model, architecture: str, names: dict[str, str]) -> N
         if architecture == "gemma3" and stem.endswith("norm"):
             array = array + 1
         if architecture == "llama" and stem.endswith("attn_q"):
-            array = pairs_from_halves(array, config.num_attention_heads)
+            array = interleave_rotary(array, config.num_attention_heads)
         if architecture == "llama" and stem.endswith("attn_k"):
-            array = pairs_from_halves(array, config.num_key_value_heads)
+            array = interleave_rotary(array, config.num_key_value_heads)
         writer.add_tensor(f"{stem}.weight", np.ascontiguousarray(array))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
