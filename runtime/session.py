@@ -380,9 +380,10 @@ class Session:
 
     @contextlib.contextmanager
     def _dropped_if_failed(self, turn: Turn) -> Iterator[None]:
+        """Drop the turn if its work fails in any way; the error itself goes on to the caller."""
         try:
             yield
-        except Exception:
+        except Exception:  # raised again
             turn.cancelled.set()
             if self._turn is turn:
                 self._turn = None
