@@ -15,7 +15,7 @@ A projector knows nothing of objectives or training.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -243,8 +243,3 @@ def build_projector(config: dict) -> BridgeFormer:
     if "near_size" in fields:  # the name in older manifests
         fields["shortcut_size"] = fields.pop("near_size")
     return PROJECTORS[kind](ProjectorConfig(**fields))
-
-
-def config_of(projector: BridgeFormer) -> dict:
-    """The manifest entry that builds `projector` again."""
-    return asdict(projector.config)
