@@ -355,7 +355,7 @@ def _compare(path: Path, spec: GraphSpec, check: "CheckGraph") -> GraphSpec:
     """Compare a graph in FP32 with PyTorch; returns its specification with the differences."""
     differences = check(path, spec)
     parity.check(path.stem, differences)
-    return dataclasses.replace(spec, parity={"max_abs_diff_to_pytorch": differences})
+    return dataclasses.replace(spec, parity=differences.figures())
 
 
 def write_llm(
@@ -366,14 +366,15 @@ def write_llm(
     Both are compared with PyTorch in FP32, whatever the precision.
     """
     lengths = parity.llm_lengths(llm.config, max_context)
+    prompts = parity.llm_prompts(llm, lengths=lengths)
 
     def check_standard(path: Path, spec: GraphSpec) -> parity.Differences:
         with load_runner(path, spec, BACKEND) as runner:
-            return parity.llm_parity(runner, llm, lengths=lengths)
+            return parity.llm_parity(runner, prompts)
 
     def check_ort(path: Path, spec: GraphSpec) -> parity.Differences:
         with load_decoder(path, spec, BACKEND) as decoder:
-            return parity.decoder_parity(decoder, llm, lengths=lengths)
+            return parity.decoder_parity(decoder, prompts)
 
     standard = _write_quantised(folder / "llm.onnx", llm_graph, llm, options, check_standard)
     ort = _write_quantised(folder / "llm.ort.onnx", llm_ort_graph, llm, options, check_ort)
@@ -402,5 +403,5 @@ def _write_quantised(
             source.with_name(f"{path.name}.data").replace(path.with_name(f"{path.name}.data"))
         else:
             quantise(source, path, layers, head)
-            figures[f"{options.precision}_max_abs_diff_to_pytorch"] = check(path, exact)
+            figures[f"{options.precision}_max_abs_diff_to_pytorch"] = check(path, exact).absolute
     return dataclasses.replace(exact, precision=options.precision, parity=figures)
