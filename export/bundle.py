@@ -34,6 +34,7 @@ from tiny_align.export.llms import (
 from tiny_align.export.model_folder import model_folder
 from tiny_align.export.options import ExportOptions
 from tiny_align.export.packing import share_weights
+from tiny_align.export.progress import BeginPhase, no_bar, prefixed
 from tiny_align.export.projector import (
     check_binding,
     find_weights,
@@ -91,11 +92,13 @@ class Sources:
     projector: BridgeFormer
 
 
-def export_bundle(options: ExportOptions, out: Path) -> Manifest:
+def export_bundle(options: ExportOptions, out: Path, begin: BeginPhase = no_bar) -> Manifest:
     """Export everything to `out`, which appears whole or not at all.
 
     A bundle that is there already is replaced, unless it has users.
 
+    Args:
+        begin: called at each phase of `progress.PHASES`.
     Raises:
         TinyAlignError: a model that cannot be loaded or is of no supported architecture, a graph
             that differs from PyTorch by parity.TOLERANCE or more, or an `out` with something else
@@ -106,7 +109,8 @@ def export_bundle(options: ExportOptions, out: Path) -> Manifest:
     _check_out(out)
     sources = load_sources(options)
     with write_errors(out), written_folder(out) as folder:
-        manifest = _write(folder, options, sources)
+        manifest = _write(folder, options, sources, begin)
+        begin("check and hash")
         check_rules(folder, manifest)
         return write_manifest(folder, manifest)
 
@@ -210,16 +214,18 @@ def load_sources(options: ExportOptions) -> Sources:
 # --- writing ---
 
 
-def _write(folder: Path, options: ExportOptions, sources: Sources) -> Manifest:
+def _write(folder: Path, options: ExportOptions, sources: Sources, begin: BeginPhase) -> Manifest:
     """Write every file but the manifest, and make that, without the files' hashes."""
     encoder = sources.encoder
     projector = sources.projector
     spec = sources.llm_spec
-    graphs = {
-        "encoder": write_encoder(folder, encoder, options.encoder_precision),
-        "projector": write_projector(folder, projector),
-        "llm": write_llm(folder, sources.llm, options, spec.max_context),
-    }
+    graphs = {}
+    begin("encoder")
+    graphs["encoder"] = write_encoder(folder, encoder, options.encoder_precision)
+    begin("projector")
+    graphs["projector"] = write_projector(folder, projector)
+    graphs["llm"] = write_llm(folder, sources.llm, options, spec.max_context, begin)
+    begin("tokenizer and embeddings")
     table = embedding_table(sources.llm)
     np.save(folder / "token_embeddings.npy", table)
     embeddings_sha256 = sha256(folder / "token_embeddings.npy")
@@ -359,7 +365,11 @@ def _compare(path: Path, spec: GraphSpec, check: "CheckGraph") -> GraphSpec:
 
 
 def write_llm(
-    folder: Path, llm: "PreTrainedModel", options: ExportOptions, max_context: int
+    folder: Path,
+    llm: "PreTrainedModel",
+    options: ExportOptions,
+    max_context: int,
+    begin: BeginPhase = no_bar,
 ) -> GraphSpec:
     """Write the standard graph and the one for ONNX Runtime; their weights are stored once.
 
@@ -375,8 +385,12 @@ def write_llm(
         with load_decoder(path, spec, BACKEND) as decoder:
             return parity.decoder_parity(decoder, llm, lengths=lengths)
 
-    standard = _write_quantised(folder / "llm.onnx", llm_graph, llm, options, check_standard)
-    ort = _write_quantised(folder / "llm.ort.onnx", llm_ort_graph, llm, options, check_ort)
+    begin_step = prefixed(begin, "LLM")
+    path = folder / "llm.onnx"
+    standard = _write_quantised(path, llm_graph, llm, options, check_standard, begin_step)
+    begin_step = prefixed(begin, "LLM for ONNX Runtime")
+    path = folder / "llm.ort.onnx"
+    ort = _write_quantised(path, llm_ort_graph, llm, options, check_ort, begin_step)
     standard = add_topk(folder / standard.file, standard)
     share_weights(folder / standard.file, folder / ort.file)
     return dataclasses.replace(standard, backends={BACKEND: ort})
@@ -388,19 +402,27 @@ def _write_quantised(
     llm: "PreTrainedModel",
     options: ExportOptions,
     check: "CheckGraph",
+    begin: BeginPhase,
 ) -> GraphSpec:
     """Write an LLM's graph in the precision of the options, after comparing its FP32 form."""
     layers, head = forms(options.precision, options.head_precision, options.block_size)
     # On the disk of the bundle, which must have room anyway.
     with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
         source = Path(temporary) / path.name
-        spec = trace(llm).save(source)  # whose copies of weights are free again
+        begin("trace")
+        graph = trace(llm)
+        begin("write")
+        spec = graph.save(source)
+        del graph  # frees its copies of weights
+        begin("compare")
         exact = _compare(source, spec, check)
         figures = dict(exact.parity)
         if layers.bits == head.bits == 32:
             source.replace(path)
             source.with_name(f"{path.name}.data").replace(path.with_name(f"{path.name}.data"))
         else:
+            begin("quantise")
             quantise(source, path, layers, head)
+            begin("compare again")
             figures[f"{options.precision}_max_abs_diff_to_pytorch"] = check(path, exact)
     return dataclasses.replace(exact, precision=options.precision, parity=figures)
