@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from tiny_align.export.gguf_llm import GgufLlm
 from tiny_align.export.model_folder import damaged
 from tiny_align.export.vocabularies import (
@@ -106,13 +108,18 @@ def _sentencepiece(llm: GgufLlm, tokens: list[str], special: dict[str, str]) -> 
         is_spaces = set(token) == {" "}
         spelled.append(SPACE * len(token) if is_spaces else token)
     begins = llm.get("tokenizer.ggml.add_bos_token", True)
+    added = _added_tokens(llm, spelled)
+    scores = llm.get("tokenizer.ggml.scores")
+    if scores is not None:  # Gemma's runs of spaces and line breaks are merged before all others
+        types = llm.get("tokenizer.ggml.token_type")
+        scores = np.where(types == USER_DEFINED, np.inf, scores)
     return sentencepiece_tokenizer(
         spelled,
-        _added_tokens(llm, spelled),
+        added,
         special["unk_token"],
         special["bos_token"] if begins else None,
         space_before=bool(llm.get("tokenizer.ggml.add_space_prefix", True)),
-        scores=llm.get("tokenizer.ggml.scores"),
+        scores=scores,
     )
 
 

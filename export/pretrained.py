@@ -105,9 +105,9 @@ def load_whole(
 
 
 def build_whole(
-    kind: "type[PreTrainedModel]",
+    kind: type["PreTrainedModel"],
     config: "PreTrainedConfig",
-    weights: "dict[str, torch.Tensor]",
+    weights: dict[str, "torch.Tensor"],
     path: str,
 ) -> "PreTrainedModel":
     """A model in FP32 of weights that another format brings.
@@ -121,9 +121,7 @@ def build_whole(
     import torch
 
     refuse_not_finite(path, weights)
-    model = kind.from_pretrained(
-        None, **LOCAL, config=config, state_dict=weights, dtype=torch.float32
-    )
+    model = kind.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
     model.config.name_or_path = path
     return model.eval()
 
