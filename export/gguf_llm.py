@@ -14,7 +14,7 @@ import torch
 from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
 from tiny_align.export.gguf_file import BLOCKS, FLOATS, TYPES, GgufFile, StoredBlocks
-from tiny_align.export.model_folder import GGUF, damaged
+from tiny_align.export.model_folder import GGUF, damaged, one_line
 from tiny_align.export.pretrained import build_whole
 from tiny_align.runtime.errors import TinyAlignError
 
@@ -75,7 +75,7 @@ class GgufLlm:
         """
         self.path = path
         self.file = GgufFile(path)
-        self.architecture = str(self.get("general.architecture"))
+        self.architecture = str(self.get("general.architecture", ""))
         self._refuse_other_kinds()
         self.config = self._config()
         skeleton = self._skeleton()
@@ -170,6 +170,12 @@ class GgufLlm:
     def _check_tensors(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Refuse missing, unknown, unread and misshapen tensors by name."""
         tensors = self.file.tensors
+        for tensor in tensors.values():
+            if tensor.kind.name not in TYPES:
+                raise TinyAlignError(
+                    f"{self.path}: its tensor {tensor.name} is {tensor.kind.name}, expected one of "
+                    f"{', '.join(TYPES)}: give another quantisation of the model, best F16 or Q8_0"
+                )
         for name, shape in shapes.items():
             stored = self.parameters[name]
             if stored not in tensors:
@@ -182,12 +188,6 @@ class GgufLlm:
                 f"{self.path}: its tensor {name} has no place in a {self.config.model_type!r}, as "
                 "transformers computes it: give another conversion, or the folder it was made from"
             )
-        for tensor in tensors.values():
-            if tensor.kind.name not in TYPES:
-                raise TinyAlignError(
-                    f"{self.path}: its tensor {tensor.name} is {tensor.kind.name}, expected one of "
-                    f"{', '.join(TYPES)}: give another quantisation of the model, best F16 or Q8_0"
-                )
         n_tokens = len(self.get("tokenizer.ggml.tokens"))
         if n_tokens > self.config.vocab_size:
             raise damaged(
@@ -199,8 +199,11 @@ class GgufLlm:
         """The model without memory for its weights."""
         from transformers import AutoModelForCausalLM
 
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(self.config)
+        try:
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(self.config)
+        except Exception as error:  # torch's and transformers' checks of sizes raise all kinds
+            raise damaged(self.path, f"its sizes make no model ({one_line(error)})") from error
 
     # --- configuration ---
 
@@ -214,6 +217,7 @@ class GgufLlm:
         hidden_size = self.needed_size("embedding_length")
         head_size = self.size("attention.key_length") or hidden_size // n_heads
         settings = {
+            **dict.fromkeys(SPECIAL_IDS),
             **self.special_ids(),
             "vocab_size": table.shape[0],
             "hidden_size": hidden_size,
@@ -231,9 +235,8 @@ class GgufLlm:
             return AutoConfig.for_model(
                 MODEL_TYPES[self.architecture], **settings | self._peculiar(settings)
             )
-        # transformers' checks of a configuration raise all kinds
-        except Exception as error:
-            raise damaged(self.path, f"its sizes make no model ({error})") from error
+        except Exception as error:  # transformers' checks of a configuration raise all kinds
+            raise damaged(self.path, f"its sizes make no model ({one_line(error)})") from error
 
     def _peculiar(self, common: dict[str, Any]) -> dict[str, Any]:
         """What the architecture adds to the common settings, or changes in them."""
@@ -271,6 +274,10 @@ class GgufLlm:
             "final_logit_softcapping": self.size("final_logit_softcapping"),
             "tie_word_embeddings": True,
         }
+        pattern = self.size("attention.sliding_window_pattern")
+        if isinstance(pattern, np.ndarray):  # else transformers' own, which is llama.cpp's
+            kinds = ("full_attention", "sliding_attention")
+            settings["layer_types"] = [kinds[int(is_sliding)] for is_sliding in pattern]
         if self.architecture == "gemma3":
             theta = self.size("rope.freq_base_swa") or DEFAULT_THETA
             settings["rope_parameters"] = {
