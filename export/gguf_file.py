@@ -6,10 +6,11 @@ blocks and dequantises them; its own reader takes seconds for a vocabulary and r
 end of a file that is cut off.
 """
 
+import contextlib
 import math
 import mmap
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from tiny_align.export.model_folder import GGUF_MAGIC, damaged, is_lfs_pointer
+from tiny_align.export.model_folder import GGUF_MAGIC, damaged, is_lfs_pointer, one_line
 from tiny_align.runtime.errors import TinyAlignError
 
 VERSIONS = (2, 3)
@@ -76,6 +77,23 @@ class StoredBlocks:
     bits: int
 
 
+@contextlib.contextmanager
+def sensible_header(path: Path) -> Iterator[None]:
+    """Within it, any error but ours is one of a header whose values make no sense.
+
+    Wrong types and sizes make all kinds, in transformers' configurations too.
+
+    Raises:
+        TinyAlignError: there is such an error.
+    """
+    try:
+        yield
+    except TinyAlignError:
+        raise
+    except Exception as error:
+        raise damaged(path, f"its header makes no LLM ({one_line(error)})") from error
+
+
 class _EndOfFileError(Exception):
     """The header goes on beyond the end of the file."""
 
@@ -99,16 +117,18 @@ class GgufFile:
         self.tensors: dict[str, StoredTensor] = {}
         self._offset = 0
         n_bytes = path.stat().st_size
-        _check_beginning(path, n_bytes)
-        with open(path, "rb") as opened:
-            self._bytes = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
         try:
+            _check_beginning(path, n_bytes)
+            with open(path, "rb") as opened:
+                self._bytes = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
             self._read_header()
+        except OSError as error:
+            raise damaged(path, error.strerror or one_line(error)) from error
         except _EndOfFileError as error:
             sizes = f"it ends within its header, after {n_bytes:,} bytes"
             raise damaged(path, f"it is cut off or damaged ({sizes})") from error
         except (ValueError, RecursionError, OverflowError, MemoryError) as error:
-            raise damaged(path, f"its header is damaged ({error})") from error
+            raise damaged(path, f"its header is damaged ({one_line(error)})") from error
         end = max((tensor.start + tensor.n_bytes for tensor in self.tensors.values()), default=0)
         if end > n_bytes:
             sizes = f"expected {end:,} bytes by its header, got {n_bytes:,} bytes"

@@ -13,8 +13,15 @@ import numpy as np
 import torch
 from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-from tiny_align.export.gguf_file import BLOCKS, FLOATS, TYPES, GgufFile, StoredBlocks
-from tiny_align.export.model_folder import GGUF, damaged, one_line
+from tiny_align.export.gguf_file import (
+    BLOCKS,
+    FLOATS,
+    TYPES,
+    GgufFile,
+    StoredBlocks,
+    sensible_header,
+)
+from tiny_align.export.model_folder import GGUF, damaged
 from tiny_align.export.pretrained import build_whole
 from tiny_align.runtime.errors import TinyAlignError
 
@@ -75,6 +82,10 @@ class GgufLlm:
         """
         self.path = path
         self.file = GgufFile(path)
+        with sensible_header(path):
+            self._read_header()
+
+    def _read_header(self) -> None:
         self.architecture = str(self.get("general.architecture", ""))
         self._refuse_other_kinds()
         self.config = self._config()
@@ -166,6 +177,8 @@ class GgufLlm:
             raise TinyAlignError(f"{self.path} holds no weights: give the model's file")
         if not self.get("tokenizer.ggml.tokens"):
             raise damaged(self.path, "its vocabulary has no tokens", "Give a file with a tokenizer")
+        if self._n_layers > len(self.file.tensors):
+            raise damaged(self.path, f"it lacks the tensors of its {self._n_layers:,} layers")
 
     def _check_tensors(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Refuse missing, unknown, unread and misshapen tensors by name."""
@@ -199,11 +212,8 @@ class GgufLlm:
         """The model without memory for its weights."""
         from transformers import AutoModelForCausalLM
 
-        try:
-            with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(self.config)
-        except Exception as error:  # torch's and transformers' checks of sizes raise all kinds
-            raise damaged(self.path, f"its sizes make no model ({one_line(error)})") from error
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(self.config)
 
     # --- configuration ---
 
@@ -231,12 +241,8 @@ class GgufLlm:
             "tie_word_embeddings": "output.weight" not in self.file.tensors,
             "rope_parameters": self._rope(head_size),
         }
-        try:
-            return AutoConfig.for_model(
-                MODEL_TYPES[self.architecture], **settings | self._peculiar(settings)
-            )
-        except Exception as error:  # transformers' checks of a configuration raise all kinds
-            raise damaged(self.path, f"its sizes make no model ({one_line(error)})") from error
+        model_type = MODEL_TYPES[self.architecture]
+        return AutoConfig.for_model(model_type, **settings | self._peculiar(settings))
 
     def _peculiar(self, common: dict[str, Any]) -> dict[str, Any]:
         """What the architecture adds to the common settings, or changes in them."""

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tiny_align.export.gguf_file import sensible_header
 from tiny_align.export.gguf_llm import GgufLlm
 from tiny_align.export.model_folder import damaged
 from tiny_align.export.vocabularies import (
@@ -37,6 +38,11 @@ def read_tokenizer(llm: GgufLlm) -> "PreTrainedTokenizerFast":
     Raises:
         TinyAlignError: a kind of tokenizer or of pre-tokenizer that is not known, or a damaged one.
     """
+    with sensible_header(llm.path):
+        return _read(llm)
+
+
+def _read(llm: GgufLlm) -> "PreTrainedTokenizerFast":
     from transformers import PreTrainedTokenizerFast
 
     tokens = list(llm.get("tokenizer.ggml.tokens"))

@@ -1,8 +1,10 @@
 """`tiny-align export --llm FILE.gguf`: what a file holds is the model that it was made of.
 
-Tiny models of every family are written as llama.cpp's converter writes them, and damaged.
+Tiny models of every family are written as llama.cpp's converter writes them, and damaged. That the
+command exports such a file is tested with the families (test_llm_families.py).
 """
 
+import contextlib
 import dataclasses
 import inspect
 import os
@@ -25,12 +27,11 @@ from transformers.convert_slow_tokenizer import TikTokenConverter  # noqa: E402
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX  # noqa: E402
 
 from tests.support.tiny_ggufs import Source, source  # noqa: E402
-from tests.support.tiny_llms import CONTEXT, INSTRUCTION, ModelPair, make_model  # noqa: E402
+from tests.support.tiny_llms import CONTEXT, make_model  # noqa: E402
 from tiny_align.export.gguf_file import GgufFile  # noqa: E402
 from tiny_align.export.gguf_llm import MODEL_TYPES, GgufLlm  # noqa: E402
 from tiny_align.export.llms import end_tokens, load_llm  # noqa: E402
 from tiny_align.export.vocabularies import SPLITS  # noqa: E402
-from tiny_align.runtime import Assistant, Decoding  # noqa: E402
 from tiny_align.runtime.errors import TinyAlignError  # noqa: E402
 
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1234.0}
@@ -172,20 +173,6 @@ def test_missing_chat_template_may_be_passed(llama_source, tmp_path):
         load_llm(path)
     (tmp_path / "chat.jinja").write_text(template)
     assert load_llm(path, str(tmp_path / "chat.jinja"))[1].chat_template == template
-
-
-def test_command_exports_a_file(llama, export, tmp_path):
-    folder, path = llama
-    torch.manual_seed(0)
-    make_encoder(tmp_path / "encoder")
-    models = {"encoder": tmp_path / "encoder", "llm": path}
-    export(models, tmp_path / "out", "--precision", "fp32", "--max-context", CONTEXT)
-    with Assistant.load(tmp_path / "out", threads=1) as assistant:
-        pair = ModelPair.load("smollm2", folder, assistant)
-        decoding = Decoding(max_tokens=40, loop_tokens=0)
-        got = assistant.answer_text("Call my mother", INSTRUCTION, decoding).tokens
-        assert list(got) == pair.generate(input_ids=pair.template("Call my mother"))
-        assert len(got) > 3
 
 
 # --- stored blocks ---
@@ -343,7 +330,15 @@ CHANGES = {  # a change of what is written -> a part of the sentence
     ),
     "sizes that make no model": (
         with_fields(llama__attention__head_count=0, llama__attention__key_length=24),
-        "its sizes make no model",
+        "its header makes no LLM",
+    ),
+    "a number of layers that no file has": (
+        with_fields(llama__block_count=2**31),
+        "it lacks the tensors of its 2,147,483,648 layers",
+    ),
+    "a text for a number": (
+        with_fields(llama__attention__head_count="four"),
+        "its header makes no LLM",
     ),
     "unknown rotary positions": (
         with_fields(llama__rope__scaling__type="dilated"),
@@ -418,6 +413,19 @@ def test_damaged_file_is_described(llama, tmp_path, change, sentence):
     with pytest.raises(TinyAlignError, match=re.escape(sentence)) as refusal:
         load_llm(str(path))
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_damaged_bytes_make_an_llm_or_one_sentence(llama, tmp_path, seed):
+    data = bytearray(llama[1].read_bytes())
+    random = np.random.default_rng(seed)
+    n_header = data.rindex(b"token_embd.weight")  # tensors' names are near the end of the header
+    for place in random.integers(8, n_header, 3):
+        data[place] = random.integers(256)
+    path = tmp_path / "llm.gguf"
+    path.write_bytes(data)
+    with contextlib.suppress(TinyAlignError):
+        load_llm(str(path))
 
 
 def test_header_is_refused_before_gigabytes_are_read(llama, tmp_path):
