@@ -1,6 +1,7 @@
 """Writes a bundle: loads the models, exports their graphs, quantises them and checks their parity.
 
-Models come from local folders or hub ids, as transformers' `from_pretrained` takes them.
+Models come from local folders or hub ids, as transformers' `from_pretrained` takes them; an LLM
+from a GGUF file too.
 """
 
 import dataclasses

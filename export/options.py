@@ -9,12 +9,12 @@ BLOCKS = (128, 64, 32)  # weights along the input that share a scale; the first 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What goes into a bundle; paths are local folders or hub ids."""
+    """What goes into a bundle; paths are local folders, hub ids or, of an LLM, GGUF files."""
 
     encoder: str = field(
         metadata=option("folder or hub id of the ASR encoder: wav2vec2, Whisper, ...")
     )
-    llm: str = field(metadata=option("folder or hub id of the LLM"))
+    llm: str = field(metadata=option("folder, hub id or .gguf file of the LLM"))
     encoder_precision: str = field(
         default="fp32",
         metadata=option(

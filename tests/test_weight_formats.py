@@ -10,8 +10,9 @@ import pytest
 torch = pytest.importorskip("torch", reason="checkpoints are written with torch")
 transformers = pytest.importorskip("transformers", reason="checkpoints are transformers'")
 
+from tiny_align.export import vocabularies  # noqa: E402
 from tiny_align.export.pretrained import load_pretrained, load_whole  # noqa: E402
-from tiny_align.reference import gguf_format, moonshine, vocabularies  # noqa: E402
+from tiny_align.reference import gguf_format, moonshine  # noqa: E402
 from tiny_align.reference.checkpoints import write_model  # noqa: E402
 from tiny_align.reference.ctranslate2_format import read_variables  # noqa: E402
 from tiny_align.reference.ort_format import read_weights  # noqa: E402
@@ -114,6 +115,7 @@ def write_gguf(path: Path, model, architecture: str, names: dict[str, str]) -> N
     if architecture == "gemma3":
         writer.add_sliding_window(config.sliding_window)
     writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
     writer.add_token_list(TOKENS + [f"[{i}]" for i in range(len(TOKENS), config.vocab_size)])
     writer.add_token_types([3, 3, 3] + [1] * (config.vocab_size - 3))
     writer.add_token_merges(MERGES)
@@ -179,6 +181,7 @@ def test_a_gemma_in_gguf_computes_what_it_did(tmp_path):
         head_dim=16,
         max_position_embeddings=64,
         sliding_window=4,
+        query_pre_attn_scalar=16,  # llama.cpp knows no other than the size of a head
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=2,
