@@ -19,15 +19,14 @@ import numpy as np
 from tiny_align.align.model.projector import BridgeFormer
 from tiny_align.export import parity
 from tiny_align.export.encoders import FAMILIES, LayeredEncoder, encoder_graph, load_encoder
+from tiny_align.export.gguf_llm import GgufLlm
 from tiny_align.export.graphs import Graph
 from tiny_align.export.int8 import multiply_int8, store_int8
-from tiny_align.export.llm_ort import llm_ort_graph
+from tiny_align.export.llm_files import LARGE_VOCABULARY, LlmSource, write_llm
 from tiny_align.export.llms import (
     LLMS,
-    embedding_table,
     input_embedding,
     listed_end_tokens,
-    llm_graph,
     llm_spec,
     load_model,
     load_tokenizer,
@@ -35,19 +34,19 @@ from tiny_align.export.llms import (
 from tiny_align.export.model_folder import model_folder
 from tiny_align.export.options import ExportOptions
 from tiny_align.export.packing import share_weights
-from tiny_align.export.progress import BeginPhase, no_bar, prefixed
+from tiny_align.export.progress import BeginPhase, no_bar
 from tiny_align.export.projector import (
     check_binding,
     find_weights,
     make_projector,
     projector_graph,
 )
-from tiny_align.export.prompts import prompt_spec
-from tiny_align.export.quantise import forms, quantise
-from tiny_align.export.topk import add_topk
+from tiny_align.export.prompts import FIRST_DAY, prompt_spec
+from tiny_align.export.weight_forms import ReadBlocks, forms, no_blocks
 from tiny_align.export.windows import MARGIN_S, window_spec
 from tiny_align.runtime import checks
-from tiny_align.runtime.backends.registry import load_decoder, load_runner
+from tiny_align.runtime.backends.registry import load_runner
+from tiny_align.runtime.bundle.embeddings import EMBEDDINGS, load_table
 from tiny_align.runtime.bundle.manifest import (
     MANIFEST,
     EncoderSpec,
@@ -63,7 +62,7 @@ from tiny_align.runtime.bundle.tensorrt_rules import Violation, summary, violati
 from tiny_align.runtime.bundle.users import user_names
 from tiny_align.runtime.errors import TinyAlignError
 from tiny_align.runtime.files import sha256, write_errors, written_folder
-from tiny_align.runtime.llm import encode_in_place
+from tiny_align.runtime.llm import encode_around, encode_in_place
 from tiny_align.runtime.readout import Readout, ctc_scale
 from tiny_align.runtime.speech_vocabulary import SPEECH_TOKENS
 from tiny_align.runtime.windows import WindowSpec
@@ -75,9 +74,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LARGE_VOCABULARY = (
-    8192  # rows of the embedding table; of more, speech may produce listed tokens only
-)
 BACKEND = "onnxruntime"  # runs the graphs here
 
 
@@ -91,6 +87,14 @@ class Sources:
     llm_spec: LlmSpec
     prompt: PromptSpec
     projector: BridgeFormer
+    stored: ReadBlocks = no_blocks  # of the LLM's file, if it is in GGUF
+
+    def llm_source(self) -> LlmSource:
+        """What the LLM's files are written from."""
+        backend = self.tokenizer.backend_tokenizer
+        today = self.prompt.on(FIRST_DAY)  # the same on any day
+        beginning, _ = encode_around(backend, today, today.instruction)
+        return LlmSource(self.llm, self.llm_spec.max_context, beginning, self.stored)
 
 
 def export_bundle(options: ExportOptions, out: Path, begin: BeginPhase = no_bar) -> Manifest:
@@ -209,7 +213,8 @@ def load_sources(options: ExportOptions) -> Sources:
             f"{options.llm}: its model ends an answer with token {listed[0]}, its tokenizer goes "
             f"up to token {max(tokens)}: they belong to different models"
         )
-    return Sources(encoder, llm, tokenizer, spec, prompt, projector)
+    stored = GgufLlm(llm_folder).module_blocks if llm_folder.is_file() else no_blocks
+    return Sources(encoder, llm, tokenizer, spec, prompt, projector, stored)
 
 
 # --- writing ---
@@ -225,18 +230,17 @@ def _write(folder: Path, options: ExportOptions, sources: Sources, begin: BeginP
     graphs["encoder"] = write_encoder(folder, encoder, options.encoder_precision)
     begin("projector")
     graphs["projector"] = write_projector(folder, projector)
-    graphs["llm"] = write_llm(folder, sources.llm, options, spec.max_context, begin)
+    graphs["llm"] = write_llm(folder, sources.llm_source(), options, begin)
     begin("tokenizer and embeddings")
-    table = embedding_table(sources.llm)
-    np.save(folder / "token_embeddings.npy", table)
-    embeddings_sha256 = sha256(folder / "token_embeddings.npy")
+    embeddings_sha256 = sha256(folder / EMBEDDINGS)
     if options.projector:
         check_binding(options.projector, embeddings_sha256)
     _write_texts(folder, options, sources)
     if options.soft_tokens:
         readout = Readout("pooled", merge_cosine=options.merge_cosine)
     else:
-        table_of_llm = table.astype(np.float32) * spec.embedding_scale  # as the LLM sees it
+        table = load_table(folder).rows()
+        table_of_llm = table * np.float32(spec.embedding_scale)  # as the LLM sees it
         readout = Readout("ctc", scale=ctc_scale(table_of_llm))
     context = spec.max_context
     dims = {
@@ -363,67 +367,3 @@ def _compare(path: Path, spec: GraphSpec, check: "CheckGraph") -> GraphSpec:
     differences = check(path, spec)
     parity.check(path.stem, differences)
     return dataclasses.replace(spec, parity={"max_abs_diff_to_pytorch": differences})
-
-
-def write_llm(
-    folder: Path,
-    llm: "PreTrainedModel",
-    options: ExportOptions,
-    max_context: int,
-    begin: BeginPhase = no_bar,
-) -> GraphSpec:
-    """Write the standard graph and the one for ONNX Runtime; their weights are stored once.
-
-    Both are compared with PyTorch in FP32, whatever the precision.
-    """
-    lengths = parity.llm_lengths(llm.config, max_context)
-
-    def check_standard(path: Path, spec: GraphSpec) -> parity.Differences:
-        with load_runner(path, spec, BACKEND) as runner:
-            return parity.llm_parity(runner, llm, lengths=lengths)
-
-    def check_ort(path: Path, spec: GraphSpec) -> parity.Differences:
-        with load_decoder(path, spec, BACKEND) as decoder:
-            return parity.decoder_parity(decoder, llm, lengths=lengths)
-
-    begin_step = prefixed(begin, "LLM")
-    path = folder / "llm.onnx"
-    standard = _write_quantised(path, llm_graph, llm, options, check_standard, begin_step)
-    begin_step = prefixed(begin, "LLM for ONNX Runtime")
-    path = folder / "llm.ort.onnx"
-    ort = _write_quantised(path, llm_ort_graph, llm, options, check_ort, begin_step)
-    standard = add_topk(folder / standard.file, standard)
-    share_weights(folder / standard.file, folder / ort.file)
-    return dataclasses.replace(standard, backends={BACKEND: ort})
-
-
-def _write_quantised(
-    path: Path,
-    trace: Callable[["PreTrainedModel"], Graph],
-    llm: "PreTrainedModel",
-    options: ExportOptions,
-    check: "CheckGraph",
-    begin: BeginPhase,
-) -> GraphSpec:
-    """Write an LLM's graph in the precision of the options, after comparing its FP32 form."""
-    layers, head = forms(options.precision, options.head_precision, options.block_size)
-    # On the disk of the bundle, which must have room anyway.
-    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
-        source = Path(temporary) / path.name
-        begin("trace")
-        graph = trace(llm)
-        begin("write")
-        spec = graph.save(source)
-        del graph  # frees its copies of weights
-        begin("compare")
-        exact = _compare(source, spec, check)
-        figures = dict(exact.parity)
-        if layers.bits == head.bits == 32:
-            source.replace(path)
-            source.with_name(f"{path.name}.data").replace(path.with_name(f"{path.name}.data"))
-        else:
-            begin("quantise")
-            quantise(source, path, layers, head)
-            begin("compare again")
-            figures[f"{options.precision}_max_abs_diff_to_pytorch"] = check(path, exact)
-    return dataclasses.replace(exact, precision=options.precision, parity=figures)

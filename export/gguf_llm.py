@@ -358,6 +358,13 @@ class GgufLlm:
         minima = None if blocks.minima is None else blocks.minima[rows]
         return StoredBlocks(blocks.codes[rows], blocks.scales[rows], minima, blocks.bits)
 
+    def module_blocks(self, module: str) -> StoredBlocks | None:
+        """The same for a module's weight; a tied output layer's is the embedding table."""
+        name = f"{module}.weight"
+        if name not in self.parameters:
+            name = "model.embed_tokens.weight"
+        return self.stored_blocks(name)
+
     def _rows(self, stored: str, n_rows: int) -> np.ndarray | None:
         """The order of a tensor's rows in transformers; None if it is the file's."""
         paired = re.search(r"\.attn_([qk])\.", stored)
