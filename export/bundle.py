@@ -366,4 +366,4 @@ def _compare(path: Path, spec: GraphSpec, check: "CheckGraph") -> GraphSpec:
     """Compare a graph in FP32 with PyTorch; returns its specification with the differences."""
     differences = check(path, spec)
     parity.check(path.stem, differences)
-    return dataclasses.replace(spec, parity={"max_abs_diff_to_pytorch": differences})
+    return dataclasses.replace(spec, parity=differences.figures())

@@ -114,14 +114,15 @@ def _write_exact(folder: Path, source: LlmSource, begin: BeginPhase) -> tuple[Gr
     """Write both graphs in FP32 and compare them with PyTorch."""
     llm = source.llm
     lengths = parity.llm_lengths(llm.config, source.max_context)
+    prompts = parity.llm_prompts(llm, lengths=lengths)
 
     def check_standard(path: Path, spec: GraphSpec) -> parity.Differences:
         with load_runner(path, spec, BACKEND) as runner:
-            return parity.llm_parity(runner, llm, lengths=lengths)
+            return parity.llm_parity(runner, prompts)
 
     def check_ort(path: Path, spec: GraphSpec) -> parity.Differences:
         with load_decoder(path, spec, BACKEND) as decoder:
-            return parity.decoder_parity(decoder, llm, lengths=lengths)
+            return parity.decoder_parity(decoder, prompts)
 
     def write(
         file: str,
@@ -137,7 +138,7 @@ def _write_exact(folder: Path, source: LlmSource, begin: BeginPhase) -> tuple[Gr
         begin_step("compare")
         differences = check(folder / file, spec)
         parity.check(Path(file).stem, differences)
-        return dataclasses.replace(spec, parity={"max_abs_diff_to_pytorch": differences})
+        return dataclasses.replace(spec, parity=differences.figures())
 
     standard = write("llm.onnx", llm_graph, check_standard, prefixed(begin, "LLM"))
     ort_begin = prefixed(begin, "LLM for ONNX Runtime")

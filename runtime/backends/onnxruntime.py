@@ -161,8 +161,10 @@ class OrtCache:
         length, *past = spec.inputs[1:]
         self._length = _zeros(length, capacity)
         self._bind(self.binding.bind_ortvalue_input, length.name, self._length)
+        self._present: Arrays = {}  # by the graph's output
         for before, after in zip(past, spec.outputs[1:], strict=True):
             array = _zeros(before, capacity)
+            self._present[after.name] = array
             self._bind(self.binding.bind_ortvalue_input, before.name, array)
             self._bind(self.binding.bind_ortvalue_output, after.name, array)
 
@@ -178,6 +180,10 @@ class OrtCache:
         rows = np.ascontiguousarray(embeddings[None])
         self._bind(self.binding.bind_ortvalue_input, "inputs_embeds", rows)
         self._length[0] = past + len(embeddings)
+
+    def present(self, length: int) -> Arrays:
+        """The first `length` keys and values, (1, H, length, size) by the graph's output; views."""
+        return {name: array[:, :, :length] for name, array in self._present.items()}
 
 
 def _zeros(tensor: TensorSpec, capacity: int) -> np.ndarray:

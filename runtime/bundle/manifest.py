@@ -82,7 +82,7 @@ class GraphSpec:
     precision: str  # "fp32", "fp16", "int8", "int4": of most of its weights
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    parity: dict = field(default_factory=dict)  # max absolute difference to PyTorch, by length
+    parity: dict = field(default_factory=dict)  # differences to PyTorch, see export/parity.py
     # backend -> its graph; the others take this one
     backends: dict[str, "GraphSpec"] = field(default_factory=dict)
     # which activations the graph rounds to 8 bits: "none", or "dynamic" by the range that they have

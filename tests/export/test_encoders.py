@@ -176,9 +176,9 @@ def test_graph_is_standard_onnx_and_equals_pytorch(case):
     spec = case.bundle.manifest.graphs["encoder"]
     assert {(o.domain, o.version) for o in model.opset_import} == {("", OPSET)}
     assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"} and not model.functions
-    figures = spec.parity["max_abs_diff_to_pytorch"]
+    figures = spec.parity["max_diff_over_std"]
     assert len(figures) == (1 if case.family == "whisper" else 5)
-    assert all(0 <= figure < TOLERANCE for figure in figures.values())
+    assert all(0 <= figure < TOLERANCE / 2 for figure in figures.values()), figures
 
 
 # --- parts left out or cut ---

@@ -26,7 +26,6 @@ torch = pytest.importorskip("torch", reason="models are exported from torch")
 transformers = pytest.importorskip("transformers", reason="models are exported from transformers")
 onnx = pytest.importorskip("onnx", reason="exported graphs are read with onnx")
 
-from tiny_align.export import parity  # noqa: E402 - needs the packages above
 from tiny_align.export.bundle import check_rules, sentence_tokens  # noqa: E402
 from tiny_align.export.encoders import FAMILIES, load_encoder, load_front_end  # noqa: E402
 from tiny_align.export.graphs import OPSET  # noqa: E402
@@ -159,8 +158,10 @@ def test_only_the_bundle_is_left(exported):
 
 def test_every_graph_equals_pytorch_within_the_tolerance(exported):
     for name in GRAPHS:
-        figures = exported.bundle.manifest.graphs[name].parity["max_abs_diff_to_pytorch"]
-        assert len(figures) >= 4, name
+        parity = exported.bundle.manifest.graphs[name].parity
+        assert parity["max_diff_over_std_allowed"] == TOLERANCE
+        figures = parity["max_diff_over_std"]
+        assert len(figures) >= 4 and figures.keys() == parity["max_abs_diff_to_pytorch"].keys()
         assert all(0 <= figure < TOLERANCE for figure in figures.values()), (name, figures)
 
 
@@ -643,13 +644,6 @@ def test_bundle_with_users_is_not_replaced(refused, models, bundle_copy, make_us
     make_user(Bundle.open(bundle_copy), bundle_copy / "users/ana")
     assert "holds the projectors of ana" in refused(models, bundle_copy)
     assert Bundle.open(bundle_copy).projector("ana").is_file()
-
-
-def test_graph_beyond_the_tolerance_is_refused():
-    parity.check("llm", {"1": TOLERANCE / 2})
-    for figures in ({"1": 2 * TOLERANCE}, {"1": float("nan")}, {"1": 1e-6, "2": float("nan")}):
-        with pytest.raises(TinyAlignError, match="the exported llm differs from PyTorch"):
-            parity.check("llm", figures)
 
 
 # --- loading ---
