@@ -248,8 +248,8 @@ def _check_beginning(path: Path, n_bytes: int) -> None:
         )
     if version not in VERSIONS:
         raise TinyAlignError(
-            f"{path} is GGUF version {version}, expected 2 or 3: convert the model again with a "
-            "current llama.cpp"
+            f"{path} is GGUF version {version}, expected 2 or 3: convert the model again into "
+            "version 3, which llama.cpp writes"
         )
 
 

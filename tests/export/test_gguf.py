@@ -31,7 +31,7 @@ from tests.support.tiny_llms import CONTEXT, make_model  # noqa: E402
 from tiny_align.export.gguf_file import GgufFile  # noqa: E402
 from tiny_align.export.gguf_llm import MODEL_TYPES, GgufLlm  # noqa: E402
 from tiny_align.export.llms import end_tokens, load_llm  # noqa: E402
-from tiny_align.export.vocabularies import SPLITS  # noqa: E402
+from tiny_align.export.vocabularies import SPLITS, byte_level_tokenizer  # noqa: E402
 from tiny_align.runtime.errors import TinyAlignError  # noqa: E402
 
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1234.0}
@@ -155,6 +155,23 @@ def test_words_are_split_as_by_the_originals():
     pattern = inspect.signature(TikTokenConverter).parameters["pattern"].default
     assert SPLITS["llama-bpe"].pattern == pattern
     assert SPLITS["qwen2"].pattern == PRETOKENIZE_REGEX
+
+
+def test_smollm_splits_digits():
+    tokens = ["a", "Ġ", "1", "2", "b", "12", "ab"]
+    tokenizer = byte_level_tokenizer(tokens, [("1", "2"), ("a", "b")], [], SPLITS["smollm"])
+    assert tokenizer.encode("ab 12").tokens == ["ab", "Ġ", "1", "2"]
+
+
+def test_every_sixth_layer_of_gemma3_attends_to_all(tmp_path):
+    """llama.cpp knows it; files do not say so."""
+    kinds = ["sliding_attention"] * 5 + ["full_attention"]
+    make_model("gemma3", tmp_path / "llm", num_hidden_layers=6, layer_types=kinds)
+    gemma = source(tmp_path / "llm", "gemma3", None)
+    del gemma.fields["gemma3.attention.sliding_window_pattern"]
+    llm = GgufLlm(gemma.write(tmp_path / "llm.gguf"))
+    assert llm.config.layer_types == kinds
+    assert llm.config.rope_parameters["sliding_attention"]["rope_theta"] == 10_000
 
 
 def test_named_chat_template_is_chosen(llama_source, tmp_path):
