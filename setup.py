@@ -35,13 +35,20 @@ ALIGN = [
     "whisper-normalizer>=0.1.10",
 ]
 ENROLL = [*ALIGN, "matplotlib>=3.6", "sounddevice>=0.4.6"]
-EXPORT = [*ALIGN, "transformers>=5.2", "onnx>=1.17", "onnxscript>=0.5", "onnx-ir>=0.1"]
+EXPORT = [
+    *ALIGN,
+    "transformers>=5.2",
+    "onnx>=1.17",
+    "onnxscript>=0.5",
+    "onnx-ir>=0.1",
+    "gguf>=0.16",
+]
 # TensorRT itself comes with JetPack, or as tensorrt-rtx
 TRT = ["polygraphy>=0.49.24", "onnx>=1.17", "tqdm>=4.60"]
 DEMO = ALIGN
 BENCH = [*ENROLL, "onnx>=1.17"]
 # what `tiny-align bench` measures beside us
-PEERS = [*BENCH, *EXPORT, "llama-cpp-python>=0.3", "gguf>=0.16", "onnxruntime-genai>=0.5"]
+PEERS = [*BENCH, *EXPORT, "llama-cpp-python>=0.3", "onnxruntime-genai>=0.5"]
 DEV = [
     *EXPORT,
     *ENROLL,
@@ -52,7 +59,6 @@ DEV = [
     "pytest-xdist>=3.5",
     "ruff>=0.6",
     "mypy>=1.11",
-    "gguf>=0.16",
     "build>=1.2",
 ]
 

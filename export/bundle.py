@@ -1,6 +1,7 @@
 """Writes a bundle: loads the models, exports their graphs, quantises them and checks their parity.
 
-Models come from local folders or hub ids, as transformers' `from_pretrained` takes them.
+Models come from local folders or hub ids, as transformers' `from_pretrained` takes them; an LLM
+from a GGUF file too.
 """
 
 import dataclasses
@@ -18,15 +19,14 @@ import numpy as np
 from tiny_align.align.model.projector import BridgeFormer
 from tiny_align.export import parity
 from tiny_align.export.encoders import FAMILIES, LayeredEncoder, encoder_graph, load_encoder
+from tiny_align.export.gguf_llm import GgufLlm
 from tiny_align.export.graphs import Graph
 from tiny_align.export.int8 import multiply_int8, store_int8
-from tiny_align.export.llm_ort import llm_ort_graph
+from tiny_align.export.llm_files import LARGE_VOCABULARY, LlmSource, write_llm
 from tiny_align.export.llms import (
     LLMS,
-    embedding_table,
     input_embedding,
     listed_end_tokens,
-    llm_graph,
     llm_spec,
     load_model,
     load_tokenizer,
@@ -34,18 +34,19 @@ from tiny_align.export.llms import (
 from tiny_align.export.model_folder import model_folder
 from tiny_align.export.options import ExportOptions
 from tiny_align.export.packing import share_weights
+from tiny_align.export.progress import BeginPhase, no_bar
 from tiny_align.export.projector import (
     check_binding,
     find_weights,
     make_projector,
     projector_graph,
 )
-from tiny_align.export.prompts import prompt_spec
-from tiny_align.export.quantise import forms, quantise
-from tiny_align.export.topk import add_topk
+from tiny_align.export.prompts import FIRST_DAY, prompt_spec
+from tiny_align.export.weight_forms import ReadBlocks, forms, no_blocks
 from tiny_align.export.windows import MARGIN_S, window_spec
 from tiny_align.runtime import checks
-from tiny_align.runtime.backends.registry import load_decoder, load_runner
+from tiny_align.runtime.backends.registry import load_runner
+from tiny_align.runtime.bundle.embeddings import EMBEDDINGS, load_table
 from tiny_align.runtime.bundle.manifest import (
     MANIFEST,
     EncoderSpec,
@@ -61,7 +62,7 @@ from tiny_align.runtime.bundle.tensorrt_rules import Violation, summary, violati
 from tiny_align.runtime.bundle.users import user_names
 from tiny_align.runtime.errors import TinyAlignError
 from tiny_align.runtime.files import sha256, write_errors, written_folder
-from tiny_align.runtime.llm import encode_in_place
+from tiny_align.runtime.llm import encode_around, encode_in_place
 from tiny_align.runtime.readout import Readout, ctc_scale
 from tiny_align.runtime.speech_vocabulary import SPEECH_TOKENS
 from tiny_align.runtime.windows import WindowSpec
@@ -73,9 +74,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LARGE_VOCABULARY = (
-    8192  # rows of the embedding table; of more, speech may produce listed tokens only
-)
 BACKEND = "onnxruntime"  # runs the graphs here
 
 
@@ -89,13 +87,23 @@ class Sources:
     llm_spec: LlmSpec
     prompt: PromptSpec
     projector: BridgeFormer
+    stored: ReadBlocks = no_blocks  # of the LLM's file, if it is in GGUF
+
+    def llm_source(self) -> LlmSource:
+        """What the LLM's files are written from."""
+        backend = self.tokenizer.backend_tokenizer
+        today = self.prompt.on(FIRST_DAY)  # the same on any day
+        beginning, _ = encode_around(backend, today, today.instruction)
+        return LlmSource(self.llm, self.llm_spec.max_context, beginning, self.stored)
 
 
-def export_bundle(options: ExportOptions, out: Path) -> Manifest:
+def export_bundle(options: ExportOptions, out: Path, begin: BeginPhase = no_bar) -> Manifest:
     """Export everything to `out`, which appears whole or not at all.
 
     A bundle that is there already is replaced, unless it has users.
 
+    Args:
+        begin: called at each phase of `progress.PHASES`.
     Raises:
         TinyAlignError: a model that cannot be loaded or is of no supported architecture, a graph
             that differs from PyTorch by parity.TOLERANCE or more, or an `out` with something else
@@ -106,7 +114,8 @@ def export_bundle(options: ExportOptions, out: Path) -> Manifest:
     _check_out(out)
     sources = load_sources(options)
     with write_errors(out), written_folder(out) as folder:
-        manifest = _write(folder, options, sources)
+        manifest = _write(folder, options, sources, begin)
+        begin("check and hash")
         check_rules(folder, manifest)
         return write_manifest(folder, manifest)
 
@@ -204,32 +213,34 @@ def load_sources(options: ExportOptions) -> Sources:
             f"{options.llm}: its model ends an answer with token {listed[0]}, its tokenizer goes "
             f"up to token {max(tokens)}: they belong to different models"
         )
-    return Sources(encoder, llm, tokenizer, spec, prompt, projector)
+    stored = GgufLlm(llm_folder).module_blocks if llm_folder.is_file() else no_blocks
+    return Sources(encoder, llm, tokenizer, spec, prompt, projector, stored)
 
 
 # --- writing ---
 
 
-def _write(folder: Path, options: ExportOptions, sources: Sources) -> Manifest:
+def _write(folder: Path, options: ExportOptions, sources: Sources, begin: BeginPhase) -> Manifest:
     """Write every file but the manifest, and make that, without the files' hashes."""
     encoder = sources.encoder
     projector = sources.projector
     spec = sources.llm_spec
-    graphs = {
-        "encoder": write_encoder(folder, encoder, options.encoder_precision),
-        "projector": write_projector(folder, projector),
-        "llm": write_llm(folder, sources.llm, options, spec.max_context),
-    }
-    table = embedding_table(sources.llm)
-    np.save(folder / "token_embeddings.npy", table)
-    embeddings_sha256 = sha256(folder / "token_embeddings.npy")
+    graphs = {}
+    begin("encoder")
+    graphs["encoder"] = write_encoder(folder, encoder, options.encoder_precision)
+    begin("projector")
+    graphs["projector"] = write_projector(folder, projector)
+    graphs["llm"] = write_llm(folder, sources.llm_source(), options, begin)
+    begin("tokenizer and embeddings")
+    embeddings_sha256 = sha256(folder / EMBEDDINGS)
     if options.projector:
         check_binding(options.projector, embeddings_sha256)
     _write_texts(folder, options, sources)
     if options.soft_tokens:
         readout = Readout("pooled", merge_cosine=options.merge_cosine)
     else:
-        table_of_llm = table.astype(np.float32) * spec.embedding_scale  # as the LLM sees it
+        table = load_table(folder).rows()
+        table_of_llm = table * np.float32(spec.embedding_scale)  # as the LLM sees it
         readout = Readout("ctc", scale=ctc_scale(table_of_llm))
     context = spec.max_context
     dims = {
@@ -356,52 +367,3 @@ def _compare(path: Path, spec: GraphSpec, check: "CheckGraph") -> GraphSpec:
     differences = check(path, spec)
     parity.check(path.stem, differences)
     return dataclasses.replace(spec, parity=differences.figures())
-
-
-def write_llm(
-    folder: Path, llm: "PreTrainedModel", options: ExportOptions, max_context: int
-) -> GraphSpec:
-    """Write the standard graph and the one for ONNX Runtime; their weights are stored once.
-
-    Both are compared with PyTorch in FP32, whatever the precision.
-    """
-    lengths = parity.llm_lengths(llm.config, max_context)
-    prompts = parity.llm_prompts(llm, lengths=lengths)
-
-    def check_standard(path: Path, spec: GraphSpec) -> parity.Differences:
-        with load_runner(path, spec, BACKEND) as runner:
-            return parity.llm_parity(runner, prompts)
-
-    def check_ort(path: Path, spec: GraphSpec) -> parity.Differences:
-        with load_decoder(path, spec, BACKEND) as decoder:
-            return parity.decoder_parity(decoder, prompts)
-
-    standard = _write_quantised(folder / "llm.onnx", llm_graph, llm, options, check_standard)
-    ort = _write_quantised(folder / "llm.ort.onnx", llm_ort_graph, llm, options, check_ort)
-    standard = add_topk(folder / standard.file, standard)
-    share_weights(folder / standard.file, folder / ort.file)
-    return dataclasses.replace(standard, backends={BACKEND: ort})
-
-
-def _write_quantised(
-    path: Path,
-    trace: Callable[["PreTrainedModel"], Graph],
-    llm: "PreTrainedModel",
-    options: ExportOptions,
-    check: "CheckGraph",
-) -> GraphSpec:
-    """Write an LLM's graph in the precision of the options, after comparing its FP32 form."""
-    layers, head = forms(options.precision, options.head_precision, options.block_size)
-    # On the disk of the bundle, which must have room anyway.
-    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
-        source = Path(temporary) / path.name
-        spec = trace(llm).save(source)  # whose copies of weights are free again
-        exact = _compare(source, spec, check)
-        figures = dict(exact.parity)
-        if layers.bits == head.bits == 32:
-            source.replace(path)
-            source.with_name(f"{path.name}.data").replace(path.with_name(f"{path.name}.data"))
-        else:
-            quantise(source, path, layers, head)
-            figures[f"{options.precision}_max_abs_diff_to_pytorch"] = check(path, exact).absolute
-    return dataclasses.replace(exact, precision=options.precision, parity=figures)

@@ -1,14 +1,14 @@
 """`tiny-align export`: encoder, projector and LLM from transformers' models into a bundle."""
 
 import argparse
-import contextlib
 import dataclasses
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tiny_align.export.options import ExportOptions
+from tiny_align.runtime.bundle.manifest import GraphSpec, Manifest
 from tiny_align.runtime.commands.options import add_options, option, read_options
 
 
@@ -29,14 +29,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     "tensorrt_violations" counts the nodes by the rule of TensorRT that they break.
     """
     from tiny_align.export.bundle import export_bundle, tensorrt_violations
+    from tiny_align.export.messages import messages_to_log
+    from tiny_align.export.progress import progress_bar
     from tiny_align.runtime.bundle.tensorrt_rules import count_by_rule
 
     options = read_options(args, ExportOptions)
     out = read_options(args, NewBundleOptions).out
     if args.name is None:
         options = dataclasses.replace(options, name=out.name)
-    with contextlib.redirect_stdout(sys.stderr):  # the exporter's own progress
-        manifest = export_bundle(options, out)
+    with messages_to_log() as screen, progress_bar(screen, quiet=args.json) as begin:
+        manifest = export_bundle(options, out, begin)
     refused = tensorrt_violations(out, manifest)
     graphs = {}
     for name, graph in manifest.graphs.items():
@@ -46,4 +48,64 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "tensorrt_violations": count_by_rule(refused.get(name, [])),
         }
     size = sum((out / file).stat().st_size for file in manifest.files)
+    if not args.json:
+        print(summary(out, manifest, size))
     return {"path": str(out), "bytes": size, "graphs": graphs}
+
+
+# --- the table ---
+
+
+def summary(folder: Path, manifest: Manifest, size: int) -> str:
+    """A table of the graphs: form, bytes and how far each is from PyTorch.
+
+    Args:
+        size: of the bundle's files, in bytes.
+    """
+    rows = []
+    for name, graph in manifest.graphs.items():
+        cells = [name, graph.precision.upper(), f"{graph_bytes(folder, graph):,}"]
+        rows.append([*cells, *_figures(graph.parity)])
+    rows.append(["all files", "", f"{size:,}"])
+    head = ["graph", "form", "bytes", "parity", "in this form"]
+    return f"{columns(head, rows)}\nbundle in {folder}"
+
+
+def graph_bytes(folder: Path, graph: GraphSpec) -> int:
+    """Bytes of a graph's ONNX files, of every backend, and of their weights."""
+    from tiny_align.runtime.bundle.onnx_weights import data_files, load_graph
+
+    files: set[str] = set()
+    for file in {graph.file, *(spec.file for spec in graph.backends.values())}:
+        files |= {file, *data_files(load_graph(folder / file))}
+    return sum((folder / file).stat().st_size for file in files)
+
+
+def _figures(parity: dict[str, Any]) -> list[str]:
+    """The worst figure in FP32, then in the graph's own form, such as its KL; "" if none."""
+    exact = ""
+    in_form = []
+    for name, figure in parity.items():
+        figures = list(figure.values()) if isinstance(figure, dict) else [figure]
+        worst = min(figures) if "cosine" in name else max(figures)
+        if name == "max_abs_diff_to_pytorch":
+            exact = f"{worst:.1e}"
+        elif "cosine" in name:
+            in_form.append(f"cosine {worst:.5f}")
+        else:
+            label = "KL" if "kl" in name.split("_") else "difference"
+            in_form.append(f"{label} {worst:.2g}")
+    return [exact, ", ".join(in_form)]
+
+
+def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text in columns of equal width."""
+    widths = [len(cell) for cell in head]
+    for row in rows:
+        for i, cell in enumerate(row):
+            widths[i] = max(widths[i], len(cell))
+    lines = []
+    for row in (head, *rows):
+        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

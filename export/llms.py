@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import numpy as np
 import torch
 
+from tiny_align.export.gguf_llm import GgufLlm
+from tiny_align.export.gguf_tokenizer import read_tokenizer
 from tiny_align.export.graphs import Graph, export_program
 from tiny_align.export.model_folder import model_folder
 from tiny_align.export.packing import pack_products
@@ -55,14 +57,17 @@ def load_llm(
 
 
 def load_model(folder: Path, tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedModel":
-    """The LLM of a `model_folder` in FP32.
+    """The LLM of a `model_folder`, which may be a GGUF file, in FP32.
 
     Raises:
-        TinyAlignError: as `load_whole`, or a tokenizer of another model.
+        TinyAlignError: as `load_whole` or `GgufLlm`, or a tokenizer of another model.
     """
     from transformers import AutoModelForCausalLM
 
-    model = load_whole(AutoModelForCausalLM, folder, dtype=torch.float32)
+    if folder.is_file():
+        model = GgufLlm(folder).load_model()
+    else:
+        model = load_whole(AutoModelForCausalLM, folder, dtype=torch.float32)
     # Every token of a text needs its row; more rows are padding. Added special tokens may be beyond
     # the table, as Gemma 3's of an image is: no text contains them, and the runtime refuses them.
     rows = input_embedding(model).num_embeddings
@@ -77,7 +82,9 @@ def load_model(folder: Path, tokenizer: "PreTrainedTokenizerFast") -> "PreTraine
 
 
 def load_tokenizer(folder: Path, chat_template: str | None = None) -> "PreTrainedTokenizerFast":
-    """The tokenizer of a `model_folder`, with one chat template; it truncates no text.
+    """The tokenizer of a `model_folder` or GGUF file, with one chat template.
+
+    It truncates no text.
 
     Args:
         chat_template: the name of one of its templates, or a file; None: its default or only
@@ -87,7 +94,10 @@ def load_tokenizer(folder: Path, chat_template: str | None = None) -> "PreTraine
     """
     from transformers import AutoTokenizer
 
-    tokenizer = load_pretrained(AutoTokenizer, folder)
+    if folder.is_file():
+        tokenizer = read_tokenizer(GgufLlm(folder))
+    else:
+        tokenizer = load_pretrained(AutoTokenizer, folder)
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise TinyAlignError(
             f"{folder} has a tokenizer without a tokenizer.json: convert it with transformers first"

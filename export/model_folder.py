@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from tiny_align.runtime.errors import TinyAlignError
 
 CONFIG = "config.json"
+GGUF = ".gguf"
+GGUF_MAGIC = b"GGUF"  # with which such a file begins
 WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -69,8 +71,10 @@ METHODS = {
 def model_folder(path: str, kind: str, supported: Iterable[str]) -> Path:
     """The local folder of a model, checked; a hub id is downloaded, its small files first.
 
+    An LLM may be a GGUF file, which is checked as it is opened (export/gguf_llm.py).
+
     Args:
-        path: a local folder or a hub id.
+        path: a local folder, a hub id or a GGUF file.
         kind: "LLM" or "encoder".
         supported: the model types that are taken.
     Raises:
@@ -79,6 +83,8 @@ def model_folder(path: str, kind: str, supported: Iterable[str]) -> Path:
     """
     local = Path(path)
     if local.is_file():
+        if kind == "LLM" and (local.suffix.lower() == GGUF or _begins_with(local, GGUF_MAGIC)):
+            return local
         made = FORMATS.get(local.suffix.lower())
         what = f"a file ({made})" if made else "a file"
         raise TinyAlignError(f"{path} is {what}: {EXPECTED}")
@@ -125,8 +131,9 @@ def _download_weights(hub_id: str, folder: Path) -> Path:
 def damaged(
     path: str | Path, why: str, remedy: str = "Download it again, or give another"
 ) -> TinyAlignError:
-    """The error of a folder that would be taken if it were whole."""
-    return TinyAlignError(f"{path} cannot be loaded as a model folder or hub id: {why}. {remedy}")
+    """The error of a folder or GGUF file that would be taken if it were whole."""
+    kind = "GGUF file" if Path(path).is_file() else "model folder or hub id"
+    return TinyAlignError(f"{path} cannot be loaded as a {kind}: {why}. {remedy}")
 
 
 def one_line(error: BaseException) -> str:
@@ -184,7 +191,7 @@ def _read_config(path: str, folder: Path) -> dict[str, Any]:
     _refuse_pointers(path, sorted([*folder.glob("*.json"), *folder.glob("*.jinja")]))
     if not (folder / CONFIG).is_file():
         _refuse_adapter(path, folder)
-        raise TinyAlignError(f"{path} {_without_config(folder)}: {EXPECTED}")
+        raise TinyAlignError(f"{path} {_without_config(folder)}: {EXPECTED}{_or_files(folder)}")
     config = _read_json(folder / CONFIG)
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise damaged(path, f"its {CONFIG} is no JSON object with a model_type")
@@ -197,9 +204,14 @@ def _refuse_pointers(path: str, files: Iterable[Path]) -> None:
         if file.is_symlink() and not file.exists():
             why = f"its {file.name} is a link to nothing"
             raise damaged(path, why, "Copy the folder with what its links point at (cp -rL)")
-        if _begins_with(file, LFS_POINTER):
+        if is_lfs_pointer(file):
             why = f"its {file.name} is a Git LFS pointer, not the file itself"
             raise damaged(path, why, "Run `git lfs pull` in the folder, or download it again")
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether a file is what Git LFS leaves in place of one that was not downloaded."""
+    return _begins_with(file, LFS_POINTER)
 
 
 def _begins_with(file: Path, beginning: bytes) -> bool:
@@ -221,6 +233,15 @@ def _without_config(folder: Path) -> str:
     if weights:
         return f"has no {CONFIG} and its weights are {weights}"
     return f"is no model folder, it has no {CONFIG}"
+
+
+def _or_files(folder: Path) -> str:
+    """The other remedy for a folder of GGUF files."""
+    files = [file.name for file in sorted(folder.glob(f"*{GGUF}"))]
+    if not files:
+        return ""
+    which = f"the file {files[0]}" if len(files) == 1 else f"one of its files {', '.join(files)}"
+    return f", or for an LLM {which}"
 
 
 def _refuse_adapter(path: str, folder: Path) -> None:
@@ -331,7 +352,7 @@ def _without_weights(folder: Path) -> tuple[str, str]:
         return f"it has {shards[0].name} without the index {WEIGHTS[1]}", "Download that too"
     weights = _other_weights(folder)
     if weights:
-        remedy = "Give the transformers checkpoint they were made from"
+        remedy = f"Give the transformers checkpoint they were made from{_or_files(folder)}"
         return f"its weights are {weights}, expected {WEIGHTS[0]}", remedy
     return f"it has no weights, expected {WEIGHTS[0]}", "Download it again"
 

@@ -4,17 +4,18 @@ from dataclasses import dataclass, field
 
 from tiny_align.runtime.commands.options import option
 
-BLOCKS = (128, 64, 32)  # weights along the input that share a scale; the first is the default
+BLOCKS = (32, 64, 128)  # weights along the input that share a scale; the first is the default
+ROUNDINGS = ("nearest", "gptq")
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What goes into a bundle; paths are local folders or hub ids."""
+    """What goes into a bundle; paths are local folders, hub ids or, of an LLM, GGUF files."""
 
     encoder: str = field(
         metadata=option("folder or hub id of the ASR encoder: wav2vec2, Whisper, ...")
     )
-    llm: str = field(metadata=option("folder or hub id of the LLM"))
+    llm: str = field(metadata=option("folder, hub id or .gguf file of the LLM"))
     encoder_precision: str = field(
         default="fp32",
         metadata=option(
@@ -54,7 +55,10 @@ class ExportOptions:
     )
     precision: str = field(
         default="int4",
-        metadata=option("precision of the LLM's weights: int4 (default), int8, fp16 or fp32"),
+        metadata=option(
+            "precision of the LLM's weights: int4 (default; the matrices that cost most are int8), "
+            "int8, fp16 or fp32"
+        ),
     )
     head_precision: str | None = field(
         default=None,
@@ -66,6 +70,22 @@ class ExportOptions:
         default=BLOCKS[0],
         metadata=option(
             f"weights in integers that share a scale (default: {BLOCKS[0]})", metavar="N"
+        ),
+    )
+    max_bits: float = field(
+        default=6.0,
+        metadata=option(
+            "bits of a weight in the layers, on average, up to which int4 gives matrices int8; 0: "
+            "to none (default: 6)",
+            metavar="N",
+        ),
+    )
+    rounding: str = field(
+        default="nearest",
+        metadata=option(
+            "how weights become integers: nearest (default), or gptq, which is better and takes "
+            "minutes more",
+            choices=ROUNDINGS,
         ),
     )
     name: str = field(

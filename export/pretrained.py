@@ -104,6 +104,28 @@ def load_whole(
     return model.eval()
 
 
+def build_whole(
+    kind: type["PreTrainedModel"],
+    config: "PreTrainedConfig",
+    weights: dict[str, "torch.Tensor"],
+    path: str,
+) -> "PreTrainedModel":
+    """A model in FP32 of weights that another format brings.
+
+    Args:
+        weights: all that a model of `kind` has; they are not copied.
+        path: where they come from, for the error.
+    Raises:
+        TinyAlignError: one that holds NaN or infinity.
+    """
+    import torch
+
+    refuse_not_finite(path, weights)
+    model = kind.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
+    model.config.name_or_path = path
+    return model.eval()
+
+
 def refuse_not_finite(path: str, tensors: "dict[str, torch.Tensor]") -> None:
     """Refuse weights of which some value is NaN or infinite.
 

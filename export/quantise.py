@@ -1,96 +1,58 @@
-"""The LLM's weights in fewer bits, as standard ONNX that ONNX Runtime and TensorRT both read.
+"""The LLM's weights in fewer bits, in forms that ONNX Runtime and TensorRT both take.
 
-A weight is cut into blocks along its input, each with a scale per column: symmetric INT4 or INT8
-behind a DequantizeLinear (opset 21), which ONNX Runtime fuses into MatMulNBits when it loads. FP16
-weights are multiplied in FP16. Everything between the products, and the graph's inputs and outputs,
-stays FP32. Weights go from file to file some rows at a time, so that they need no memory. The
-encoder and the projector stay as they are (a 4-bit projector makes an audio LLM erratic).
+A weight is cut into blocks along its input, each with a positive scale per output. INT4 is one
+DequantizeLinear in both graphs. INT8 is one in ONNX Runtime's; TensorRT has no INT8 in blocks, and
+its graph holds the same numbers as two INT4 weights on top of each other, high and low: 16 h + l.
+A minimum per block, which files of llama.cpp have (Q4_1), is a thin product beside: the sums of the
+input's blocks times the minima. FP16 weights are multiplied in FP16.
+
+Scales have 16 bits on disk and are cast: TensorRT takes a constant that is cast, ONNX Runtime does
+it when it loads, and then makes MatMulNBits of a DequantizeLinear and its product. Everything
+between the products, and the graph's inputs and outputs, stays FP32. Weights go from file to file
+some rows at a time. The encoder and the projector stay as they are (a 4-bit projector makes an
+audio LLM erratic).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from tiny_align.export.options import BLOCKS
+from tiny_align.export.weight_forms import Blocks, LlmWeights, Table
 from tiny_align.runtime.bundle.onnx_weights import (
+    Place,
     append_weight,
     load_graph,
-    quantise_columns,
     read_weight,
     set_place,
     weight_products,
 )
 from tiny_align.runtime.errors import TinyAlignError
 
-BITS = {"int4": 4, "int8": 8, "fp16": 16, "fp32": 32}  # by precision
+Layout = Literal["tensorrt", "onnxruntime"]
 
 INLINE_BYTES = 256  # smaller tensors stay in the graph: shape inference reads them
-TILE = (128, 4096)  # rows and columns worked on at once: they fit the processor's cache
+ROWS = 128  # of a weight that are worked on at once
 DTYPES = {16: TensorProto.FLOAT16, 8: TensorProto.INT8, 4: TensorProto.INT4}
+INT8_PRODUCTS = 4  # accuracy level of MatMulNBits, see runtime/backends/onnxruntime.py
 
 
-@dataclass(frozen=True)
-class Form:
-    """How weights are stored: floats of 32 or 16 bits, or integers of 8 or 4 in blocks."""
-
-    bits: int
-    block: int = BLOCKS[0]
-
-
-def forms(precision: str, head: str | None = None, block: int = BLOCKS[0]) -> tuple[Form, Form]:
-    """The forms of the layers and of the output layer.
-
-    Args:
-        head: the output layer's precision; None: the layers', but at least "int8".
-    Raises:
-        TinyAlignError: an unknown precision or block size.
-    """
-    _check_choice("precision", precision, BITS)
-    _check_choice("head-precision", head or precision, BITS)
-    _check_choice("block-size", block, BLOCKS)
-    bits = BITS[precision]
-    head_bits = BITS[head] if head else max(bits, 8)
-    return Form(bits, block), Form(head_bits, block)
-
-
-def _check_choice(name: str, value: str | int, choices: Iterable[str | int]) -> None:
-    if value not in choices:
-        raise TinyAlignError(f"--{name} is {value}: choose one of {', '.join(map(str, choices))}")
-
-
-def quantise(source: Path, target: Path, layers: Form, head: Form) -> None:
+def quantise(source: Path, target: Path, weights: LlmWeights, layout: Layout) -> None:
     """Write `target` (+ .data): the FP32 graph `source` with its products' weights in other forms.
 
     Args:
-        head: the form of the output layer's weight, which is the embedding table if they are tied.
+        layout: how weights in 8 bits are stored, and where the embedding table is the output
+            layer's weight too.
     Raises:
         TinyAlignError: a weight that float16 cannot hold.
     """
-    model = load_graph(source)
-    products = weight_products(model.graph)
-    form_of = {node.input[1]: layers for node in products}
-    form_of[output_layer(model).input[1]] = head
     with open(f"{target}.data", "wb") as data:
-        for tensor in list(model.graph.initializer):
-            values = read_weight(tensor, source.parent)
-            form = form_of.get(tensor.name, Form(32))
-            if form.bits == 32 and values.nbytes < INLINE_BYTES:
-                tensor.CopyFrom(numpy_helper.from_array(np.array(values), tensor.name))
-            elif form.bits == 32:
-                _store(tensor, tensor.data_type, values.shape, [values], data)
-            elif form.bits == 16:
-                pieces = _fp16_rows(tensor.name, values)
-                _store(tensor, DTYPES[16], values.shape, pieces, data)
-            else:
-                _store_blocks(model.graph, tensor, values, form, data)
-    fp16_outputs = {node.output[0] for node in products if form_of[node.input[1]].bits == 16}
-    _multiply_in_fp16(model.graph, fp16_outputs)
-    onnx.save(model, str(target))
+        writer = _Writer(load_graph(source), source.parent, weights, layout, data)
+        writer.write()
+    onnx.save(writer.model, str(target))
 
 
 def output_layer(model: onnx.ModelProto) -> onnx.NodeProto:
@@ -106,15 +68,174 @@ def output_layer(model: onnx.ModelProto) -> onnx.NodeProto:
     return node
 
 
-def _store(
-    tensor: TensorProto,
-    dtype: int,
-    shape: Sequence[int],
-    pieces: Iterable[np.ndarray],
-    data: BinaryIO,
-) -> None:
-    """Write the pieces of a tensor to the data file and their place into `tensor`."""
-    place = append_weight(pieces, data, Path(data.name).name)
+class _Writer:
+    """Rewrites one graph; a product's weight is replaced as its form wants it."""
+
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        folder: Path,
+        weights: LlmWeights,
+        layout: Layout,
+        data: BinaryIO,
+    ):
+        self.model = model
+        self._folder = folder
+        self._weights = weights
+        self._layout = layout
+        self._data = data
+        self._before: list[onnx.NodeProto] = []  # nodes that come first: constants only
+        self._replaced: dict[int, list[onnx.NodeProto]] = {}  # index of a MatMul -> its nodes
+        self._shared: set[str] = set()  # values that several products read
+
+    def write(self) -> None:
+        graph = self.model.graph
+        head = output_layer(self.model).input[1]
+        products = products_of_weights(graph)
+        for tensor in list(graph.initializer):
+            values = read_weight(tensor, self._folder)
+            indices = products.get(tensor.name, [])
+            form = self._weights.get(values, tensor.name == head) if indices else None
+            if form is None and values.nbytes < INLINE_BYTES:
+                tensor.CopyFrom(numpy_helper.from_array(np.array(values), tensor.name))
+            elif form is None:
+                self._store(tensor, tensor.data_type, values.shape, [values])
+            elif form == "fp16":
+                self._store(tensor, DTYPES[16], values.shape, _fp16_rows(tensor.name, values))
+                for index in indices:
+                    self._replaced[index] = _multiply_in_fp16(graph.node[index])
+            elif form.table is not None and self._layout == "onnxruntime":
+                self._read_table(tensor, form.table, form.block, indices)
+            else:
+                self._store_blocks(tensor, form, indices)
+        nodes = self._before
+        for index, node in enumerate(graph.node):
+            nodes.extend(self._replaced.get(index, [node]))
+        rewritten = onnx.GraphProto(node=nodes)
+        del graph.node[:]
+        graph.node.extend(rewritten.node)
+
+    def _store(
+        self, tensor: TensorProto, dtype: int, shape: Sequence[int], pieces: Iterable[np.ndarray]
+    ) -> None:
+        """Write the pieces of a tensor to the data file and their place into `tensor`."""
+        place = append_weight(pieces, self._data, Path(self._data.name).name)
+        _point(tensor, dtype, shape, place)
+
+    def _store_blocks(self, tensor: TensorProto, blocks: Blocks, indices: list[int]) -> None:
+        """Replace weights (K, N) by codes, scales and a DequantizeLinear that has their name."""
+        name = tensor.name
+        n_inputs, n_outputs = blocks.codes.shape
+        scales = blocks.scales
+        tensor.name = f"{name}.codes"
+        if blocks.bits == 4:
+            self._store(tensor, DTYPES[4], blocks.codes.shape, _int4_rows(blocks.codes))
+        elif self._layout == "onnxruntime":
+            self._store(tensor, DTYPES[8], blocks.codes.shape, [blocks.codes])
+        else:
+            self._store(tensor, DTYPES[4], (2 * n_inputs, n_outputs), _high_and_low(blocks.codes))
+            scales = np.concatenate([scales * scales.dtype.type(16), scales])
+        self._store_floats(f"{name}.scales", scales)
+        inputs = [tensor.name, f"{name}.scales.fp32"]
+        node = helper.make_node("DequantizeLinear", inputs, [name], axis=0, block_size=blocks.block)
+        self._before.append(node)
+        products = self.model.graph.node
+        if blocks.bits == 8 and self._layout == "tensorrt":
+            for index in indices:
+                self._replaced[index] = self._multiply_twice(products[index])
+        if blocks.minima is not None:
+            self._store_floats(f"{name}.minima", blocks.minima)
+            for index in indices:
+                self._replaced[index] = self._add_minima(products[index], n_inputs, blocks.block)
+
+    def _store_floats(self, name: str, values: np.ndarray) -> None:
+        """A constant `name`.fp32, stored as `values` are."""
+        tensor = self.model.graph.initializer.add(name=name)
+        dtype = helper.np_dtype_to_tensor_dtype(values.dtype)
+        self._store(tensor, dtype, values.shape, [values])
+        cast = helper.make_node("Cast", [name], [f"{name}.fp32"], to=TensorProto.FLOAT)
+        self._before.append(cast)
+
+    def _multiply_twice(self, product: onnx.NodeProto) -> list[onnx.NodeProto]:
+        """A factor twice, one behind the other: times the high codes and the low ones."""
+        factor = product.input[0]
+        twice = f"{factor}.twice"
+        nodes = []
+        if twice not in self._shared:
+            self._shared.add(twice)
+            nodes.append(helper.make_node("Concat", [factor, factor], [twice], axis=-1))
+        product.input[0] = twice
+        return [*nodes, product]
+
+    def _add_minima(
+        self, product: onnx.NodeProto, n_inputs: int, block: int
+    ) -> list[onnx.NodeProto]:
+        """The product plus the sums of its factor's blocks times their minima."""
+        factor = product.input[0]
+        output = product.output[0]
+        minima = f"{product.input[1]}.minima.fp32"
+        sums = f"{factor}.sums"
+        nodes = []
+        if sums not in self._shared:
+            self._shared.add(sums)
+            shape = np.array([0, 0, n_inputs // block, block], np.int64)
+            constants = {f"{sums}.shape": shape, f"{sums}.axis": np.array([3], np.int64)}
+            for name, array in constants.items():
+                self.model.graph.initializer.append(numpy_helper.from_array(array, name))
+            in_blocks = f"{factor}.blocks"
+            nodes.append(helper.make_node("Reshape", [factor, f"{sums}.shape"], [in_blocks]))
+            inputs = [in_blocks, f"{sums}.axis"]
+            nodes.append(helper.make_node("ReduceSum", inputs, [sums], keepdims=0))
+        product.output[0] = f"{output}.codes"
+        thin = f"{output}.minima"
+        nodes.append(product)
+        nodes.append(helper.make_node("MatMul", [sums, minima], [thin]))
+        nodes.append(helper.make_node("Add", [product.output[0], thin], [output]))
+        return nodes
+
+    def _read_table(
+        self, tensor: TensorProto, table: Table, block: int, indices: list[int]
+    ) -> None:
+        """Let the products read the embedding table where the bundle has it."""
+        name = tensor.name
+        n_inputs, n_outputs = tensor.dims
+        n_blocks = n_inputs // block
+        tensor.name = f"{name}.codes"
+        _point(tensor, TensorProto.UINT8, (n_outputs, n_blocks, block), table.codes)
+        scales = self.model.graph.initializer.add(name=f"{name}.scales")
+        _point(scales, TensorProto.FLOAT16, (n_outputs, n_blocks), table.scales)
+        cast = helper.make_node(
+            "Cast", [scales.name], [f"{scales.name}.fp32"], to=TensorProto.FLOAT
+        )
+        self._before.append(cast)
+        for index in indices:
+            node = self.model.graph.node[index]
+            product = helper.make_node(
+                "MatMulNBits",
+                [node.input[0], tensor.name, f"{scales.name}.fp32"],
+                node.output,
+                domain="com.microsoft",
+                K=n_inputs,
+                N=n_outputs,
+                bits=8,
+                block_size=block,
+                accuracy_level=INT8_PRODUCTS,
+            )
+            self._replaced[index] = [product]
+
+
+def products_of_weights(graph: onnx.GraphProto) -> dict[str, list[int]]:
+    """The name of a weight (K, N) -> the indices of the MatMul nodes that it is a factor of."""
+    products = {id(node) for node in weight_products(graph)}
+    indices: dict[str, list[int]] = {}
+    for index, node in enumerate(graph.node):
+        if id(node) in products:
+            indices.setdefault(node.input[1], []).append(index)
+    return indices
+
+
+def _point(tensor: TensorProto, dtype: int, shape: Sequence[int], place: Place) -> None:
+    """Make `tensor` one whose values are in another file."""
     name = tensor.name
     tensor.Clear()
     tensor.name = name
@@ -125,9 +246,9 @@ def _store(
 
 def _fp16_rows(name: str, values: np.ndarray) -> Iterator[np.ndarray]:
     """Weights (K, N) in float16, some rows at a time."""
-    for start in range(0, len(values), TILE[0]):
+    for start in range(0, len(values), ROWS):
         with np.errstate(over="ignore"):
-            rows = values[start : start + TILE[0]].astype(np.float16)
+            rows = values[start : start + ROWS].astype(np.float16)
         if not np.isfinite(rows).all():
             raise TinyAlignError(
                 f"the LLM's weight {name} goes beyond float16: choose another --precision than fp16"
@@ -135,35 +256,19 @@ def _fp16_rows(name: str, values: np.ndarray) -> Iterator[np.ndarray]:
         yield rows
 
 
-def _store_blocks(
-    graph: onnx.GraphProto, tensor: TensorProto, values: np.ndarray, form: Form, data: BinaryIO
-) -> None:
-    """Replace weights (K, N) by codes, scales and a DequantizeLinear that has their name."""
-    name = tensor.name
-    scales: list[np.ndarray] = []
-    tensor.name = f"{name}.codes"
-    scale_tensor = graph.initializer.add(name=f"{name}.scales")
-    _store(tensor, DTYPES[form.bits], values.shape, _code_rows(values, form, scales), data)
-    _store(scale_tensor, TensorProto.FLOAT, (len(scales), values.shape[1]), scales, data)
-    inputs = [tensor.name, scale_tensor.name]
-    node = helper.make_node("DequantizeLinear", inputs, [name], axis=0, block_size=form.block)
-    graph.node.insert(0, node)
+def _int4_rows(codes: np.ndarray) -> Iterator[np.ndarray]:
+    """INT4 codes as stored, some rows at a time."""
+    for start in range(0, len(codes), ROWS):
+        yield _pack_int4(codes[start : start + ROWS])
 
 
-def _code_rows(values: np.ndarray, form: Form, scales: list[np.ndarray]) -> Iterator[np.ndarray]:
-    """The codes of weights (K, N) as stored, a row of blocks at a time; appends to `scales`."""
-    for start in range(0, len(values), form.block):
-        rows = values[start : start + form.block]
-        tile_codes = []
-        tile_scales = []
-        for column in range(0, rows.shape[1], TILE[1]):
-            tile = rows[:, column : column + TILE[1]]
-            codes, scale = quantise_columns(tile, form.bits)
-            tile_codes.append(codes)
-            tile_scales.append(scale)
-        scales.append(np.concatenate(tile_scales))
-        codes = np.concatenate(tile_codes, axis=1)
-        yield _pack_int4(codes) if form.bits == 4 else codes
+def _high_and_low(codes: np.ndarray) -> Iterator[np.ndarray]:
+    """Codes -119 to 119 as the INT4 weights h and l, one below the other: 16 h + l."""
+    for start in range(0, len(codes), ROWS):
+        yield _pack_int4((codes[start : start + ROWS] + np.int8(8)) >> 4)
+    for start in range(0, len(codes), ROWS):
+        rows = codes[start : start + ROWS]
+        yield _pack_int4(rows - 16 * ((rows + np.int8(8)) >> 4))
 
 
 def _pack_int4(codes: np.ndarray) -> np.ndarray:
@@ -174,18 +279,12 @@ def _pack_int4(codes: np.ndarray) -> np.ndarray:
     return low.view(np.uint8)
 
 
-def _multiply_in_fp16(graph: onnx.GraphProto, outputs: set[str]) -> None:
-    """Compute the products with these outputs in float16, between casts."""
-    nodes = list(graph.node)
-    del graph.node[:]
-    for node in nodes:
-        output = node.output[0]
-        if output not in outputs:
-            graph.node.append(node)
-            continue
-        factor = node.input[0]
-        node.input[0] = f"{output}.in"
-        node.output[0] = f"{output}.half"
-        cast_in = helper.make_node("Cast", [factor], [node.input[0]], to=TensorProto.FLOAT16)
-        cast_out = helper.make_node("Cast", [node.output[0]], [output], to=TensorProto.FLOAT)
-        graph.node.extend([cast_in, node, cast_out])
+def _multiply_in_fp16(product: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """The product in float16, between casts."""
+    factor = product.input[0]
+    output = product.output[0]
+    product.input[0] = f"{output}.in"
+    product.output[0] = f"{output}.half"
+    cast_in = helper.make_node("Cast", [factor], [product.input[0]], to=TensorProto.FLOAT16)
+    cast_out = helper.make_node("Cast", [product.output[0]], [output], to=TensorProto.FLOAT)
+    return [cast_in, product, cast_out]

@@ -6,9 +6,9 @@ settings are those of UsefulSensors/moonshine-tiny.
 
 from pathlib import Path
 
+from tiny_align.export.vocabularies import sentencepiece_tokenizer
 from tiny_align.reference.checkpoints import write_generation_config, write_model, write_tokenizer
 from tiny_align.reference.ort_format import read_weights
-from tiny_align.reference.vocabularies import sentencepiece_tokenizer
 from tiny_align.runtime.files import write_json
 
 MAX_TOKENS = 194  # of a transcript

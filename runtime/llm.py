@@ -128,7 +128,7 @@ class LanguageModel:
 
     def embed(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """(T,) token ids -> (T, D) float32 rows of the embedding table."""
-        return self._table[ids].astype(np.float32) * np.float32(self.spec.embedding_scale)
+        return self._table.rows(ids) * np.float32(self.spec.embedding_scale)
 
     def assemble(self, speech: np.ndarray, instruction: str | None = None) -> np.ndarray:
         """Put template and instruction around `speech`: (T, D) -> (T', D)."""

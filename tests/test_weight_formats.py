@@ -10,8 +10,9 @@ import pytest
 torch = pytest.importorskip("torch", reason="checkpoints are written with torch")
 transformers = pytest.importorskip("transformers", reason="checkpoints are transformers'")
 
+from tiny_align.export import vocabularies  # noqa: E402
 from tiny_align.export.pretrained import load_pretrained, load_whole  # noqa: E402
-from tiny_align.reference import gguf_format, moonshine, vocabularies  # noqa: E402
+from tiny_align.reference import gguf_format, moonshine  # noqa: E402
 from tiny_align.reference.checkpoints import write_model  # noqa: E402
 from tiny_align.reference.ctranslate2_format import read_variables  # noqa: E402
 from tiny_align.reference.ort_format import read_weights  # noqa: E402
@@ -86,129 +87,25 @@ def test_a_full_disk_is_an_error_of_the_system(tmp_path, full_disk):
 
 # --- GGUF ---
 
-TOKENS = ["<unk>", "<s>", "</s>", "Ġ", "a", "b", "c", "1", "2", "ab", "Ġc"]
-MERGES = ["a b", "Ġ c"]
 
+def test_a_gguf_file_becomes_the_checkpoint_it_was_made_of(tmp_path):
+    pytest.importorskip("gguf", reason="GGUF files are read and written with gguf")
+    from tests.support.tiny_ggufs import source
+    from tests.support.tiny_llms import make_model
 
-def interleave_rotary(matrix: np.ndarray, n_heads: int) -> np.ndarray:
-    """Rows as llama.cpp's converter orders them for its rotation."""
-    rotary = matrix.reshape(n_heads, 2, len(matrix) // n_heads // 2, -1)
-    return rotary.swapaxes(1, 2).reshape(matrix.shape)
-
-
-def write_gguf(path: Path, model, architecture: str, names: dict[str, str]) -> None:
-    """A model as llama.cpp's converter writes it, in FP32, with a vocabulary of TOKENS."""
-    gguf = pytest.importorskip("gguf", reason="GGUF files are written with gguf")
-    config = model.config
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_key_length(config.head_dim)
-    theta = config.rope_parameters.get("full_attention", config.rope_parameters)["rope_theta"]
-    writer.add_rope_freq_base(theta)
-    if architecture == "gemma3":
-        writer.add_sliding_window(config.sliding_window)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(TOKENS + [f"[{i}]" for i in range(len(TOKENS), config.vocab_size)])
-    writer.add_token_types([3, 3, 3] + [1] * (config.vocab_size - 3))
-    writer.add_token_merges(MERGES)
-    writer.add_unk_token_id(0)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(2)
-    writer.add_chat_template("{{ messages[0]['content'] }}")
-    for name, array in weights_of(model).items():
-        module = name.removeprefix("model.").removesuffix(".weight")
-        if module.startswith("layers."):
-            _, number, inner = module.split(".", 2)
-            stem = f"blk.{number}.{names[inner]}"
-        else:
-            stem = names[module]
-        if architecture == "gemma3" and stem.endswith("norm"):
-            array = array + 1
-        if architecture == "llama" and stem.endswith("attn_q"):
-            array = interleave_rotary(array, config.num_attention_heads)
-        if architecture == "llama" and stem.endswith("attn_k"):
-            array = interleave_rotary(array, config.num_key_value_heads)
-        writer.add_tensor(f"{stem}.weight", np.ascontiguousarray(array))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-COMMON_NAMES = {
-    "embed_tokens": "token_embd",
-    "norm": "output_norm",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-
-def test_a_llama_in_gguf_computes_what_it_did(tmp_path):
-    model = tiny_llama()
-    names = COMMON_NAMES | {"post_attention_layernorm": "ffn_norm"}
-    write_gguf(tmp_path / "llama.gguf", model, "llama", names)
-    gguf_format.write_llm(tmp_path / "llama.gguf", tmp_path / "checkpoint")
-    assert_same_weights(tmp_path / "checkpoint", model)
-    loaded = load_whole(transformers.LlamaForCausalLM, tmp_path / "checkpoint")
-    ids = torch.arange(3, 12)[None]
-    with torch.no_grad():
-        assert torch.equal(loaded(ids).logits, model(ids).logits)
-
-
-def test_a_gemma_in_gguf_computes_what_it_did(tmp_path):
-    config = transformers.Gemma3TextConfig(
-        vocab_size=20,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=6,  # the last of six attends to all
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=64,
-        sliding_window=4,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
+    make_model("smollm2", tmp_path / "llm")
+    gguf_format.write_llm(
+        source(tmp_path / "llm", "llama", "gpt-2").write(tmp_path / "llm.gguf"),
+        tmp_path / "checkpoint",
     )
-    model = randomise(transformers.Gemma3ForCausalLM(config))
-    names = COMMON_NAMES | {
-        "self_attn.q_norm": "attn_q_norm",
-        "self_attn.k_norm": "attn_k_norm",
-        "post_attention_layernorm": "post_attention_norm",
-        "pre_feedforward_layernorm": "ffn_norm",
-        "post_feedforward_layernorm": "post_ffw_norm",
-    }
-    write_gguf(tmp_path / "gemma.gguf", model, "gemma3", names)
-    gguf_format.write_llm(tmp_path / "gemma.gguf", tmp_path / "checkpoint")
-    loaded = load_whole(transformers.Gemma3ForCausalLM, tmp_path / "checkpoint")
-    ids = torch.arange(3, 15)[None]  # longer than the sliding window
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
-
-
-def test_tokenizer_and_template_of_a_gguf_file_come_along(tmp_path):
-    model = tiny_llama()
-    names = COMMON_NAMES | {"post_attention_layernorm": "ffn_norm"}
-    write_gguf(tmp_path / "llama.gguf", model, "llama", names)
-    gguf_format.write_llm(tmp_path / "llama.gguf", tmp_path / "checkpoint")
+    kind = transformers.LlamaForCausalLM
+    assert_same_weights(tmp_path / "checkpoint", load_whole(kind, tmp_path / "llm"))
+    expected = load_pretrained(transformers.AutoTokenizer, tmp_path / "llm")
     tokenizer = load_pretrained(transformers.AutoTokenizer, tmp_path / "checkpoint")
-    ids = tokenizer("ab c12</s>").input_ids
-    assert tokenizer.convert_ids_to_tokens(ids) == ["ab", "Ġc", "1", "2", "</s>"]
-    assert tokenizer.decode(ids) == "ab c12</s>" and tokenizer.eos_token_id == 2
-    assert tokenizer.apply_chat_template([{"content": "abc"}], tokenize=False) == "abc"
+    text = "two three 12<|im_end|>"
+    assert tokenizer(text).input_ids == expected(text).input_ids
+    assert tokenizer.eos_token == expected.eos_token
+    assert tokenizer.chat_template == expected.chat_template
 
 
 # --- .ort ---

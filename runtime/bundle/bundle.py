@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tiny_align.runtime.bundle.embeddings import EMBEDDINGS, EmbeddingTable, load_table
 from tiny_align.runtime.bundle.manifest import MANIFEST, Manifest, read_manifest
 from tiny_align.runtime.bundle.users import GENERAL, UserProjector, check_user, digest_of
 from tiny_align.runtime.checks import is_utf8
 from tiny_align.runtime.errors import BundleError, UserError
-from tiny_align.runtime.files import read_array, read_errors, sha256
+from tiny_align.runtime.files import read_errors, sha256
 from tiny_align.runtime.speech_vocabulary import read_speech_tokens
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class Bundle:
 
     @property
     def embeddings(self) -> Path:
-        return self.path / "token_embeddings.npy"
+        return self.path / EMBEDDINGS
 
     @property
     def sentences(self) -> Path:
@@ -167,20 +168,13 @@ class Bundle:
                 f"{self.tokenizer} cannot be read ({error}): copy or export the bundle again"
             ) from error
 
-    def load_embeddings(self) -> np.ndarray:
-        """(V, D) float16, mapped: the LLM's embedding table.
+    def load_embeddings(self) -> EmbeddingTable:
+        """The LLM's embedding table (V, D), mapped.
 
         Raises:
-            BundleError: its file cannot be read, or is of another size.
+            BundleError: a file cannot be read, or is of another size.
         """
-        table = read_array(self.embeddings, BundleError, mmap_mode="r")
-        size = self.manifest.llm.hidden_size
-        if table.ndim != 2 or table.shape[1] != size or table.dtype.kind != "f":
-            raise BundleError(
-                f"{self.embeddings} is {table.dtype} {list(table.shape)}, expected floats of "
-                f"{size} columns, as many as the manifest gives the LLM: export the bundle again"
-            )
-        return table
+        return load_table(self.path, self.manifest.llm.hidden_size)
 
     def for_user(self, folder: Path) -> "Bundle":
         """A user's folder as a bundle of one graph, so that its engine is built and checked alike.

@@ -156,19 +156,11 @@ def append_weight(pieces: Iterable[np.ndarray], data: BinaryIO, file: str) -> Pl
 def quantise_columns(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """Round a weight (K, N) to integers with one scale per column.
 
-    With 4 bits the value farthest from zero becomes the lowest code, as in llama.cpp's Q4_0 and
-    onnxruntime's quantiser, so that a scale may be negative. TensorRT takes positive scales only
-    for wider codes.
-
     Returns:
         Codes (K, N) int8 and scales (N,) float32.
     """
     max_code = (1 << (bits - 1)) - 1
-    rows_of_farthest = np.abs(weight).argmax(axis=0)
-    farthest = np.take_along_axis(weight, rows_of_farthest[None], axis=0)[0]
-    scales = np.abs(farthest) / np.float32(max_code)
-    if bits == 4:
-        scales = farthest / np.float32(-max_code - 1)
+    scales = np.abs(weight).max(axis=0) / np.float32(max_code)
     scales = np.where(scales == 0, np.float32(1), scales)
     codes = np.clip(np.rint(weight / scales), -max_code - 1, max_code)
     return codes.astype(np.int8), scales

@@ -1,6 +1,7 @@
 """A disk that fills up during `tiny-align export`: one sentence, and no file is left."""
 
 import functools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,3 +80,14 @@ def test_older_bundle_survives_a_full_disk(refused, models, full_while, bundle_c
     refused(models, bundle_copy)
     assert Bundle.open(bundle_copy).manifest == before
     assert [p.name for p in bundle_copy.parent.iterdir()] == [bundle_copy.name]
+
+
+def test_failure_names_the_log_and_keeps_it(run_cli, models, full_while, tmp_path):
+    full_while(*WRITERS["the embedding table"])
+    paths = ("--encoder", models["encoder"], "--llm", models["llm"])
+    done = run_cli("export", *paths, "--out", tmp_path / "home/out")
+    named, sentence = done.stderr.splitlines()
+    assert named.startswith("messages of libraries: ") and sentence.startswith("tiny-align: ")
+    log = Path(named.partition(": ")[2])
+    assert "Loading weights" in log.read_text()
+    log.unlink()

@@ -1,7 +1,7 @@
 """`tiny-align export --llm` for every family: the runtime equals transformers, token by token.
 
 Each family's tiny model (tests/support/tiny_llms.py) is exported once, through the command, in
-FP32. The reference is transformers' own `generate` on the saved folder, where a sliding layer drops
+FP32, SmolLM2's from a GGUF file. The reference is transformers' own `generate` on the saved folder, where a sliding layer drops
 its past; the runtime's cache is whole.
 """
 
@@ -27,9 +27,11 @@ from tiny_align.runtime.llm import Cache, LanguageModel, TextStream, encode_in_p
 torch = pytest.importorskip("torch", reason="models are exported from torch")
 transformers = pytest.importorskip("transformers", reason="models are exported from transformers")
 onnx = pytest.importorskip("onnx", reason="exported graphs are read with onnx")
+pytest.importorskip("gguf", reason="one model is exported from a GGUF file")
 
 from test_export import make_encoder  # noqa: E402
 
+from tests.support.tiny_ggufs import source  # noqa: E402
 from tests.support.tiny_llms import (  # noqa: E402
     CONTEXT,
     ENDED_TEXT,
@@ -73,6 +75,9 @@ def exported(request, encoder, export, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     make_model(request.param, folder / "llm")
     models = {"encoder": encoder, "llm": folder / "llm"}
+    if request.param == "smollm2":  # exported from a GGUF file
+        llm = source(folder / "llm", architecture="llama", pre="gpt-2")
+        models["llm"] = llm.write(folder / "llm.gguf")
     export(models, folder / "out", "--precision", "fp32", "--max-context", CONTEXT)
     with Assistant.load(folder / "out", threads=1) as assistant:
         yield ModelPair.load(request.param, folder / "llm", assistant)

@@ -335,6 +335,10 @@ KINDS = {
         "its model.safetensors is a link to nothing",
     ),
     "GGUF": (lambda f: only(f, "model.Q4_K_M.gguf"), "its weights are GGUF, llama.cpp's format (model.Q4_K_M.gguf)"),
+    "several GGUF files": (
+        lambda f: only(f, "a.Q8_0.gguf", "b.Q4_0.gguf"),
+        "or for an LLM one of its files a.Q8_0.gguf, b.Q4_0.gguf",
+    ),
     "GGUF beside a configuration": (lambda f: only(f, "config.json", "x.gguf"), "GGUF, llama.cpp's format (x.gguf)"),
     "ONNX": (lambda f: only(f, "config.json", "onnx/model.onnx"), "its weights are ONNX graphs (onnx/model.onnx)"),
     "TensorFlow": (lambda f: only(f, "config.json", "tf_model.h5"), "its weights are TensorFlow's (tf_model.h5)"),
@@ -368,11 +372,15 @@ def test_folder_that_is_no_whole_model_is_described(folder, change, sentence):
 
 
 def test_file_in_place_of_a_folder_is_described(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"")
+    with pytest.raises(TinyAlignError, match=r"is a file \(ONNX graphs\): give the folder of a"):
+        check(tmp_path / "model.onnx")
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(
         TinyAlignError, match=r"is a file \(GGUF, llama\.cpp's format\): give the folder of a"
     ):
-        check(tmp_path / "model.gguf")
+        model_folder(str(tmp_path / "model.gguf"), "encoder", FAMILIES)
+    assert check(tmp_path / "model.gguf") == tmp_path / "model.gguf"  # an LLM may be one
 
 
 def test_quantised_encoder_is_refused(tmp_path):

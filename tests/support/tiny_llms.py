@@ -341,7 +341,7 @@ FAMILIES = {
 }
 
 
-def make_model(name: str, folder: Path) -> None:
+def make_model(name: str, folder: Path, **other_sizes: Any) -> None:
     """Two layers of size 96, random weights that fit float16, tokenizer and chat template."""
     torch.manual_seed(0)
     family = FAMILIES[name]
@@ -361,7 +361,7 @@ def make_model(name: str, folder: Path) -> None:
         "pad_token_id": ends[0],
         "initializer_range": 0.2,
     }
-    config = getattr(transformers, family.config)(**(sizes | family.sizes))
+    config = getattr(transformers, family.config)(**(sizes | family.sizes | other_sizes))
     model = transformers.AutoModelForCausalLM.from_config(config)
     for value in model.parameters():
         value.data += 0.1 * torch.randn_like(value)  # norms and biases too
