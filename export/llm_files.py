@@ -36,6 +36,7 @@ from tiny_align.export.weight_forms import (
     Rounding,
     Table,
     forms,
+    module_rows,
     no_blocks,
 )
 from tiny_align.runtime.backends.registry import load_decoder, load_runner
@@ -95,7 +96,8 @@ def write_llm(
             begin("LLM: quantise")
             rounded_folder = Path(temporary) / "rounded"
             rounded_folder.mkdir()
-            weights = LlmWeights(source.llm, layers, head, rounding, rounded_folder, source.stored)
+            modules = module_rows(source.llm)
+            weights = LlmWeights(layers, head, rounding, modules, source.stored, rounded_folder)
             weights.choose_forms(_layer_weights(exact_folder / standard_path.name))
             quantise(exact_folder / standard_path.name, standard_path, weights, "tensorrt")
             weights.table = write_table(folder, source.llm, weights.head_blocks)

@@ -226,10 +226,10 @@ class _Writer:
 
 def products_of_weights(graph: onnx.GraphProto) -> dict[str, list[int]]:
     """The name of a weight (K, N) -> the indices of the MatMul nodes that it is a factor of."""
-    products = {id(node) for node in weight_products(graph)}
+    outputs = {node.output[0] for node in weight_products(graph)}
     indices: dict[str, list[int]] = {}
     for index, node in enumerate(graph.node):
-        if id(node) in products:
+        if node.output[0] in outputs:
             indices.setdefault(node.input[1], []).append(index)
     return indices
 

@@ -7,6 +7,7 @@ have the same numbers.
 
 import dataclasses
 import hashlib
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from tiny_align.runtime.errors import TinyAlignError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
 
 BITS = {"int4": 4, "int8": 8, "fp16": 16, "fp32": 32}  # by precision
 SMALL_BLOCK = 16  # for matrices that no block of BLOCKS divides
@@ -110,28 +113,25 @@ class LlmWeights:
 
     def __init__(
         self,
-        llm: "PreTrainedModel",
         layers: Form,
         head: Form,
-        rounding: Rounding,
-        folder: Path,
+        rounding: Rounding = Rounding(),
+        modules: "dict[bytes, tuple[str, int]] | None" = None,
         stored: ReadBlocks = no_blocks,
+        folder: Path | None = None,
     ):
         """
         Args:
-            folder: an empty one for the rounded weights; it must outlive this.
+            modules: of `module_rows`, whose names the sensitivities and stored blocks have.
             stored: gives the blocks that the LLM's own file has for a module.
+            folder: an empty one for the rounded weights, which must outlive this; None: memory.
         """
-        self._modules: dict[bytes, tuple[str, int]] = {}  # first row -> name and number of rows
-        for name, module in llm.named_modules():
-            if isinstance(module, torch.nn.Linear):
-                row = module.weight[0].detach().numpy()
-                self._modules[row.tobytes()] = (name, module.out_features)
         self._layers = layers
         self._head = head
         self._rounding = rounding
-        self._folder = folder
+        self._modules = modules or {}
         self._stored = stored
+        self._folder = folder
         self._sensitive: set[Names] = set()
         self._blocks: dict[Names, Blocks] = {}
         self.bits = float(layers.bits)  # of a layer's weight with its scale, on average
@@ -143,8 +143,14 @@ class LlmWeights:
         form = self._head if is_head else self._layers
         if form.bits == 32:
             return None
+        if form.bits == 16:
+            return "fp16"
         block = _fitting_block(len(values), form.block)
-        if form.bits == 16 or block is None:
+        if block is None or values.shape[1] % 2:  # two INT4 codes of a row share a byte
+            log.warning(
+                "a weight of %d inputs and %d outputs is stored in FP16: no blocks of integers fit",
+                *values.shape,
+            )
             return "fp16"
         names = self._names(values)
         if names not in self._blocks:
@@ -196,7 +202,8 @@ class LlmWeights:
         while column < values.shape[1]:
             key = np.ascontiguousarray(values[:, column]).tobytes()
             if key not in self._modules:
-                return (f"unknown {hashlib.sha256(np.ascontiguousarray(values)).hexdigest()}",)
+                digest = hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
+                return (f"unknown {digest}",)
             name, n_rows = self._modules[key]
             names.append(name)
             column += n_rows
@@ -244,9 +251,24 @@ class LlmWeights:
 
     def _keep(self, blocks: Blocks) -> Blocks:
         """The same with its codes in a file."""
+        if self._folder is None:
+            return blocks
         path = self._folder / f"{len(list(self._folder.iterdir()))}.npy"
         np.save(path, blocks.codes)
         return dataclasses.replace(blocks, codes=np.load(path, mmap_mode="r"))
+
+
+def module_rows(llm: "PreTrainedModel") -> dict[bytes, tuple[str, int]]:
+    """The first row of every linear module's weight -> its name and number of rows.
+
+    That row is a column of the graph's weight, which has another name.
+    """
+    modules = {}
+    for name, module in llm.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            row = module.weight[0].detach().numpy()
+            modules[row.tobytes()] = (name, module.out_features)
+    return modules
 
 
 def join_blocks(parts: list[StoredBlocks]) -> Blocks:
