@@ -21,7 +21,6 @@ from tiny_align.export.quantise import quantise  # noqa: E402
 from tiny_align.export.weight_forms import (  # noqa: E402
     Form,
     LlmWeights,
-    Rounding,
     forms,
     join_blocks,
 )

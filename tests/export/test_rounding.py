@@ -6,9 +6,9 @@ import pytest
 pytest.importorskip("torch", reason="GPTQ uses torch")
 pytest.importorskip("onnx", reason="export reads graphs with onnx")
 
-from tiny_align.export.rounding import round_gptq, round_nearest  # noqa: E402
-from tiny_align.export.sensitivity import Sensitivity  # noqa: E402
-from tiny_align.export.weight_forms import Form, LlmWeights, Rounding  # noqa: E402
+from tiny_align.export.rounding import round_gptq, round_nearest
+from tiny_align.export.sensitivity import Sensitivity
+from tiny_align.export.weight_forms import Form, LlmWeights, Rounding
 
 RNG = np.random.default_rng(0)
 
