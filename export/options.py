@@ -91,7 +91,14 @@ class ExportOptions:
     name: str = field(
         default="bundle", metadata=option("the bundle's name (default: the folder's)")
     )
-    instruction: str = "Answer the user."
+    instruction: str | None = field(
+        default=None,
+        metadata=option(
+            "what the LLM does with the speech, unless a command says otherwise (default: the "
+            "system text of its own chat template, or none)",
+            metavar="TEXT",
+        ),
+    )
     repeat_instruction: str = "Repeat what the user says."
     max_context: int = field(
         default=256,

@@ -120,6 +120,11 @@ def render(tokenizer: "PreTrainedTokenizerBase", messages: list[Message], **opti
     return tokenizer.apply_chat_template(messages, **options)
 
 
+def user_alone(words: str) -> list[Message]:
+    """The user's message and no system message."""
+    return [{"role": "user", "content": words}]
+
+
 def system_turn(instruction: str, words: str) -> list[Message]:
     """The instruction as the system message."""
     return [{"role": "system", "content": instruction}, {"role": "user", "content": words}]
@@ -202,26 +207,58 @@ def _date_format(text: str) -> str | None:
 
 
 def prompt_spec(
-    tokenizer: "PreTrainedTokenizerFast", instruction: str, repeat_instruction: str
+    tokenizer: "PreTrainedTokenizerFast", instruction: str | None, repeat_instruction: str
 ) -> PromptSpec:
-    """The chat template, rendered with marks in its two holes and cut there.
+    """The chat template, rendered with marks in its holes and cut there.
 
+    Args:
+        instruction: of the bundle; None: none, so that the prompt is what the template makes of the
+            user's message alone, with the model's own system text if it has one.
     Raises:
-        TinyAlignError: no chat template, one without the two holes, one that calculates with the
-            date, or a tokenizer that joins tokens over a cut.
+        TinyAlignError: no chat template, one without the holes, one that calculates with the date,
+            or a tokenizer that joins tokens over a cut.
     """
     template = _Template(tokenizer, choose_template(tokenizer))
     for turns in TURNS:
         pieces = _cut(template.marked(turns(INSTRUCTION, WORDS)))
         if pieces:
             following = _next_turn(template, turns)
-            spec = _name_dates(PromptSpec(*pieces, instruction, repeat_instruction, following))
+            spec = PromptSpec(
+                *pieces,
+                instruction or "",
+                repeat_instruction,
+                following,
+                uninstructed=_uninstructed(template, pieces),
+            )
+            spec = _name_dates(spec)
             _check_pieces(tokenizer, template, spec, turns)
             return spec
     raise TinyAlignError(
         "the LLM's chat template does not take one system and one user message, "
         "nor both in the user's turn: it cannot be cut. Give another with --chat-template"
     )
+
+
+def _uninstructed(template: _Template, pieces: tuple[str, str, str]) -> str | None:
+    """What the template puts before the words of a user's message alone.
+
+    None if it is what is around an empty instruction, or if the template requires a system message
+    or shows the words twice without.
+
+    Raises:
+        TinyAlignError: the prompt ends otherwise than with a system message.
+    """
+    before, between, after = pieces
+    text = template.marked(user_alone(WORDS))
+    if text.count(WORDS) != 1:
+        return None
+    lead, _, rest = text.partition(WORDS)
+    if rest != after:
+        raise TinyAlignError(
+            f"the LLM's chat template ends a prompt with {after!r} after a system message, and "
+            f"with {rest!r} without: expected the same. Give another with --chat-template"
+        )
+    return None if lead == before + between else lead
 
 
 def _cut(text: str) -> tuple[str, str, str] | None:
@@ -240,7 +277,7 @@ def _next_turn(template: _Template, turns: MakeTurns) -> str | None:
     in between.
     """
     more = [{"role": "assistant", "content": ANSWER}, {"role": "user", "content": MORE}]
-    for first in ([{"role": "user", "content": WORDS}], turns(INSTRUCTION, WORDS)):
+    for first in (user_alone(WORDS), turns(INSTRUCTION, WORDS)):
         _, _, rest = template.marked([*first, *more]).partition(ANSWER)
         between, mark, _ = rest.partition(MORE)
         if mark and INSTRUCTION not in between:
@@ -251,8 +288,9 @@ def _next_turn(template: _Template, turns: MakeTurns) -> str | None:
 def _name_dates(spec: PromptSpec) -> PromptSpec:
     """Replace the marks of dates by readable names, with their formats in `dates`."""
     pieces = {"before": spec.before, "between": spec.between, "after": spec.after}
-    if spec.next is not None:
-        pieces["next"] = spec.next
+    for key in ("next", "uninstructed"):
+        if getattr(spec, key) is not None:
+            pieces[key] = getattr(spec, key)
     names: dict[str, str] = {}  # by format
     for piece in pieces.values():
         for date_format in DATE.findall(piece):
@@ -265,37 +303,53 @@ def _name_dates(spec: PromptSpec) -> PromptSpec:
 def _check_pieces(
     tokenizer: "PreTrainedTokenizerFast", template: _Template, spec: PromptSpec, turns: MakeTurns
 ) -> None:
-    """Check that the pieces give the tokens of the whole, on any day.
+    """Check that the pieces give the tokens of the whole, with and without instruction, on any day.
 
     They are encoded one by one, as the runtime does.
     """
-    backend = tokenizer.backend_tokenizer
     template.formats |= set(spec.dates.values())
+    takes_user_alone = template.marked(user_alone(WORDS)).count(WORDS) == 1
     for day in DAYS if template.formats else DAYS[:1]:
         today = spec.on(day)
-        before, after = encode_around(backend, today, spec.instruction)
         for words in PROBES:
-            whole = template.on(day, turns(spec.instruction, words))
-            joined = f"{today.before}{today.instruction}{today.between}{words}{today.after}"
-            if template.formats and whole != joined:
-                raise TinyAlignError(
-                    "the LLM's chat template calculates with the date or changes its letters, so "
-                    "that no runtime can put in another: give a template without a date with "
-                    "--chat-template FILE"
-                )
-            tokens = [*before, *encode_in_place(backend, today, words), *after]
-            if tokens != tokenizer(whole, add_special_tokens=False)["input_ids"]:
-                raise TinyAlignError(
-                    "the LLM's tokenizer joins words and chat template into one token around "
-                    f"{words!r}: there would be no place for speech. Use a template that puts a "
-                    "special token or a line break there"
-                )
+            for instruction in {spec.instruction, spec.repeat_instruction} - {""}:
+                whole = template.on(day, turns(instruction, words))
+                _check_whole(tokenizer, today, instruction, words, whole, bool(template.formats))
+            if takes_user_alone:
+                whole = template.on(day, user_alone(words))
+                _check_whole(tokenizer, today, "", words, whole, bool(template.formats))
+
+
+def _check_whole(
+    tokenizer: "PreTrainedTokenizerFast",
+    today: PromptSpec,
+    instruction: str,
+    words: str,
+    whole: str,
+    dated: bool,
+) -> None:
+    """Check the pieces of one prompt against the template's rendering of it, `whole`."""
+    if dated and whole != f"{today.lead(instruction)}{words}{today.after}":
+        raise TinyAlignError(
+            "the LLM's chat template calculates with the date or changes its letters, so "
+            "that no runtime can put in another: give a template without a date with "
+            "--chat-template FILE"
+        )
+    backend = tokenizer.backend_tokenizer
+    before, after = encode_around(backend, today, instruction)
+    tokens = [*before, *encode_in_place(backend, today, words), *after]
+    if tokens != tokenizer(whole, add_special_tokens=False)["input_ids"]:
+        raise TinyAlignError(
+            "the LLM's tokenizer joins words and chat template into one token around "
+            f"{words!r}: there would be no place for speech. Use a template that puts a "
+            "special token or a line break there"
+        )
 
 
 def turn_end(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
     """The token that ends an answer in the chat template, if it is a token of its own there."""
     template = _Template(tokenizer, choose_template(tokenizer))
-    for first in ([{"role": "user", "content": WORDS}], system_turn(INSTRUCTION, WORDS)):
+    for first in (user_alone(WORDS), system_turn(INSTRUCTION, WORDS)):
         messages = [*first, {"role": "assistant", "content": ANSWER}]
         text = template.marked(messages, add_generation_prompt=False)
         if text:

@@ -41,6 +41,7 @@ def main(argv=None) -> int:
         llm=str(weights / "llm"),
         sentences=str(sentences),
         name="reference",
+        instruction=corpus.ANSWER_INSTRUCTIONS[0],  # the LLM was trained on instructions
         block_size=32,  # the LLM was trained with its weights rounded so
         projector=str(args.start) if args.start else None,
     )

@@ -54,7 +54,7 @@ def encode_around(
     tokenizer: Tokenizer, prompt: PromptSpec, instruction: str
 ) -> tuple[list[int], list[int]]:
     """Token ids that stand before and after the words of a prompt, spoken or typed."""
-    before = encode(tokenizer, prompt.before + instruction.strip() + prompt.between)
+    before = encode(tokenizer, prompt.lead(instruction))
     after = encode(tokenizer, prompt.after)
     return before, after
 
@@ -62,9 +62,9 @@ def encode_around(
 def encode_in_place(tokenizer: Tokenizer, prompt: PromptSpec, words: str) -> list[int]:
     """Words -> token ids as in a prompt: some tokenizers put a space before a text's first word."""
     words = words.strip()
-    around = prompt.before + prompt.between
-    before = encode(tokenizer, around)
-    ids = encode(tokenizer, around + words)
+    lead = prompt.lead("")
+    before = encode(tokenizer, lead)
+    ids = encode(tokenizer, lead + words)
     if ids[: len(before)] == before:
         return ids[len(before) :]
     return encode(tokenizer, words)
@@ -138,7 +138,8 @@ class LanguageModel:
     def around(self, instruction: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         """What stands before and after speech: (P, D) and (Q, D) embeddings.
 
-        That is the template, the instruction (None: the bundle's) and today's date.
+        That is the template, the instruction (None: the bundle's; "": none, the LLM's own system
+        text if it has one) and today's date.
 
         Raises:
             DataError: a special token that has no embedding.

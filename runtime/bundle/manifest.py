@@ -133,32 +133,39 @@ class LlmSpec:
 class PromptSpec:
     """The chat template in pieces: before | instruction | between | speech or text | after.
 
-    Where the template says what day it is, a mark stands in the pieces: see `on`.
+    Without an instruction: uninstructed | speech or text | after. Where the template says what day
+    it is, a mark stands in the pieces: see `on`.
     """
 
     before: str
     between: str
     after: str
-    instruction: str  # used where the caller gives none
+    instruction: str  # used where the caller gives none; "": none, as `uninstructed`
     repeat_instruction: str  # asks for the user's own words; measures the word error rate
     # from the end of an answer to the next turn's words; None: the LLM knows one turn only
     next: str | None = None
     # mark -> strftime format of the day in its place
     dates: dict[str, str] = field(default_factory=dict)
+    # what the template puts before the words without a system message, such as the model's own
+    # system text; None: before and between
+    uninstructed: str | None = None
+
+    def lead(self, instruction: str) -> str:
+        """What stands before the words, spoken or typed."""
+        if self.uninstructed is not None and not instruction.strip():
+            return self.uninstructed
+        return self.before + instruction.strip() + self.between
 
     def on(self, day: datetime) -> "PromptSpec":
         """The prompt of a conversation that begins on this day."""
         if not self.dates:
             return self
         dates = {mark: day.strftime(format_) for mark, format_ in self.dates.items()}
-        return dataclasses.replace(
-            self,
-            before=_replace_all(self.before, dates),
-            between=_replace_all(self.between, dates),
-            after=_replace_all(self.after, dates),
-            next=None if self.next is None else _replace_all(self.next, dates),
-            dates={},
-        )
+        pieces: dict[str, Any] = {}
+        for name in ("before", "between", "after", "next", "uninstructed"):
+            text = getattr(self, name)
+            pieces[name] = None if text is None else _replace_all(text, dates)
+        return dataclasses.replace(self, **pieces, dates={})
 
 
 def _replace_all(text: str, replacements: dict[str, str]) -> str:

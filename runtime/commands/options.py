@@ -204,7 +204,9 @@ class AssistantOptions(ThreadOptions, UserOptions, ShippedBundleOptions):
     instruction: str | None = field(
         default=None,
         metadata=option(
-            "what to do with the speech (default: the bundle's instruction)", metavar="TEXT"
+            "what to do with the speech (default: the bundle's instruction, or the LLM's own "
+            "system text)",
+            metavar="TEXT",
         ),
     )
     backend: str = field(

@@ -3,6 +3,7 @@
 The oracle is transformers' own rendering, on whatever day its clock shows.
 """
 
+import dataclasses
 import json
 import shutil
 from datetime import datetime, timedelta
@@ -72,6 +73,20 @@ def clock(monkeypatch, day: datetime) -> None:
     monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
 
 
+def default_tokens(tokenizer, spec, day: datetime = DAY) -> list[int]:
+    """The runtime's prompt of WORDS without an instruction from the caller."""
+    backend, today = tokenizer.backend_tokenizer, spec.on(day)
+    before, after = encode_around(backend, today, spec.instruction)
+    return [*before, *encode_in_place(backend, today, WORDS), *after]
+
+
+def alone(tokenizer) -> list[int]:
+    """Transformers' prompt of the user's message alone."""
+    messages = [{"role": "user", "content": WORDS}]
+    options = {"add_generation_prompt": True, "enable_thinking": False, "return_dict": True}
+    return tokenizer.apply_chat_template(messages, **options)["input_ids"]
+
+
 # --- today's date ---
 
 
@@ -95,6 +110,16 @@ def test_tokens_equal_transformers_on_any_day(template, monkeypatch):
         before, after = encode_around(backend, today, INSTRUCTION)
         got = [*before, *encode_in_place(backend, today, WORDS), *after]
         assert got == tokenizer.apply_chat_template(messages, **options)["input_ids"]
+
+
+@pytest.mark.parametrize("template", [t for t, _ in DATED.values()], ids=DATED)
+def test_tokens_without_instruction_equal_transformers_on_any_day(template, monkeypatch):
+    tokenizer = tokenizer_of(template)
+    spec = prompt_spec(tokenizer, None, "Repeat.")
+    assert spec.instruction == ""
+    for n in range(10):
+        clock(monkeypatch, day := DAY + n * timedelta(days=23, hours=7, minutes=31))
+        assert default_tokens(tokenizer, spec, day) == alone(tokenizer)
 
 
 def test_date_in_every_turn_is_in_next_too():
@@ -172,13 +197,50 @@ def test_template_that_requires_a_system_message_has_a_next_turn():
     )
     tokenizer = tokenizer_of(must + CHATML)
     expected = spec_of(CHATML)
-    assert prompt_spec(tokenizer, INSTRUCTION, "Repeat.") == expected and expected.next
+    spec = prompt_spec(tokenizer, INSTRUCTION, "Repeat.")
+    assert spec == dataclasses.replace(expected, uninstructed=None) and expected.next
     assert turn_end(tokenizer) == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
 
 
-def test_default_system_message_is_not_in_the_prompt():
+def test_default_system_message_is_in_the_prompt_without_an_instruction_only():
     spec = spec_of(CHATML)
     assert "You are helpful" not in f"{spec.before}{spec.between}{spec.after}{spec.next}"
+    assert "You are helpful" not in spec.lead("Be brief.")
+    assert spec.lead(" ") == ("<|im_start|>system\nYou are helpful.<|im_end|>\n<|im_start|>user\n")
+
+
+WITHOUT_SYSTEM = {  # template -> what it puts before the words of a user's message alone
+    "its own system text": (CHATML, "system\nYou are helpful.<|im_end|>\n<|im_start|>user\n"),
+    "no system block": (CHATML.split("{% endif %}", 1)[1], "<|im_start|>user\n"),
+    "an empty system block": (SMOLLM3, "## Custom Instructions\n\n\n<|im_end|>\n<|im_start|>user\n"),
+    "the instruction in the user's turn": (NO_SYSTEM, "<s><start_of_turn>user\n"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("template", "lead"), WITHOUT_SYSTEM.values(), ids=WITHOUT_SYSTEM)
+def test_default_prompt_is_the_template_without_a_system_message(template, lead):
+    tokenizer = tokenizer_of(template)
+    spec = prompt_spec(tokenizer, None, "Repeat.")
+    assert spec.lead(spec.instruction).endswith(lead)
+    assert default_tokens(tokenizer, spec) == alone(tokenizer)
+    assert (spec.uninstructed is None) == (template == SMOLLM3)  # an empty instruction is the same
+
+
+def test_instruction_of_an_export_stands_where_the_template_has_the_system_message():
+    spec = prompt_spec(tokenizer_of(CHATML), "Be brief.", "Repeat.")
+    assert spec.lead(spec.instruction) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
+    )
+
+
+def test_template_that_ends_otherwise_without_a_system_message_is_refused():
+    words = (
+        "{% for m in messages if m['role'] == 'user' %}<|im_start|>{{ m['content'] }}\n{% endfor %}"
+    )
+    system = "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}\n{% endif %}"
+    tail = "{{ '<|im_end|>' if messages[0]['role'] == 'system' else '<|eot_id|>' }}"
+    with pytest.raises(TinyAlignError, match=r"ends a prompt with .* expected the same"):
+        spec_of(system + words + tail)
 
 
 def test_template_that_refuses_system_messages_has_the_instruction_in_the_users_turn():

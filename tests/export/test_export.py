@@ -274,10 +274,8 @@ def test_greedy_generation_equals_transformers(fp32, models):
     llm, tokenizer = load_llm(str(models["llm"]))
     with Assistant.load(fp32.bundle, threads=1) as assistant:
         for text in ("what is the time", "call my mother", "two three four"):
-            messages = [{"role": "system", "content": fp32.bundle.manifest.prompt.instruction}]
-            messages += [{"role": "user", "content": text}]
             ids = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt"
+                [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt"
             )["input_ids"]
             answer = llm.generate(
                 ids, do_sample=False, max_new_tokens=24, attention_mask=torch.ones_like(ids)

@@ -125,6 +125,19 @@ def test_second_turn_equals_transformers_on_the_whole_conversation(endless):
     assert again == endless.generate(input_ids=torch.tensor([whole]))[:5]
 
 
+def test_prompt_without_instruction_is_the_template_of_the_words_alone(exported):
+    llm = exported.assistant.llm
+    before, after = llm.around()
+    words = llm.embed(llm.encode_words("two three four"))
+    ids = exported.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "two three four"}],
+        add_generation_prompt=True,
+        enable_thinking=False,
+        return_dict=True,
+    )["input_ids"]
+    np.testing.assert_array_equal(np.concatenate([before, words, after]), llm.embed(ids))
+
+
 def test_turns_are_joined_as_by_the_chat_template(exported):
     if exported.name in ("qwen3", "smollm3"):
         pytest.skip(

@@ -379,3 +379,14 @@ def test_the_day_replaces_its_marks_in_every_piece_of_the_template():
     assert (today.before, today.between, today.after) == ("It is 09 May 2031.", "|", "Friday")
     assert (today.instruction, today.next, today.dates) == ("DATE-0-goes-HERE", "DATE-1", {})
     assert PromptSpec(**dataclasses.asdict(prompt)) == prompt  # as a manifest keeps it
+
+
+def test_without_an_instruction_the_prompt_may_begin_otherwise():
+    prompt = PromptSpec("<system>", "<user>", "<end>", "Answer.", "Repeat.")
+    assert prompt.lead(" Answer. ") == "<system>Answer.<user>"
+    assert prompt.lead("") == "<system><user>"
+    own = dataclasses.replace(prompt, uninstructed="<system>I am D.<user>", dates={"D": "%A"}).on(
+        datetime(2031, 5, 9)
+    )
+    assert own.lead(" ") == "<system>I am Friday.<user>"
+    assert own.lead("Answer.") == "<system>Answer.<user>"

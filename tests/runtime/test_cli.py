@@ -144,7 +144,7 @@ OLDER_OPTIONS = {  # as they were before they became the fields of dataclasses
     "enroll": f"bundle user out data speaker sentences texts device list {TRAINING}",
     "eval": "bundle data user users split instruction speaker rows backend threads",
     "export": "encoder llm encoder-precision encoder-layers sentences chat-template projector "
-    "precision head-precision block-size name max-context soft-tokens window-s out",
+    "precision head-precision block-size name instruction max-context soft-tokens window-s out",
     "build-engines": "bundle compute-capability graph data precision user users force",
     "run": f"{ANSWERING} sealed",
     "listen": f"{ANSWERING} sealed wav fast device",
