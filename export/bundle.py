@@ -4,6 +4,7 @@ Models come from local folders or hub ids, as transformers' `from_pretrained` ta
 """
 
 import dataclasses
+import gc
 import logging
 import shutil
 import tempfile
@@ -31,10 +32,11 @@ from tiny_align.export.llms import (
     load_model,
     load_tokenizer,
 )
+from tiny_align.export.mapped_weights import map_parameters
 from tiny_align.export.model_folder import model_folder
 from tiny_align.export.options import ExportOptions
 from tiny_align.export.packing import share_weights
-from tiny_align.export.progress import BeginPhase, no_bar, prefixed
+from tiny_align.export.progress import BeginPhase, no_bar
 from tiny_align.export.projector import (
     check_binding,
     find_weights,
@@ -42,11 +44,12 @@ from tiny_align.export.projector import (
     projector_graph,
 )
 from tiny_align.export.prompts import prompt_spec
-from tiny_align.export.quantise import forms, quantise
+from tiny_align.export.quantise import Stored, forms, quantise
 from tiny_align.export.topk import add_topk
 from tiny_align.export.windows import MARGIN_S, window_spec
 from tiny_align.runtime import checks
-from tiny_align.runtime.backends.registry import load_decoder, load_runner
+from tiny_align.runtime.backends.onnxruntime import OrtDecoder, OrtRunner
+from tiny_align.runtime.backends.registry import load_runner
 from tiny_align.runtime.bundle.manifest import (
     MANIFEST,
     EncoderSpec,
@@ -56,12 +59,12 @@ from tiny_align.runtime.bundle.manifest import (
     PromptSpec,
     write_manifest,
 )
-from tiny_align.runtime.bundle.onnx_weights import load_graph
+from tiny_align.runtime.bundle.onnx_weights import Place, load_graph
 from tiny_align.runtime.bundle.profile import graph_profile
 from tiny_align.runtime.bundle.tensorrt_rules import Violation, summary, violations
 from tiny_align.runtime.bundle.users import user_names
 from tiny_align.runtime.errors import TinyAlignError
-from tiny_align.runtime.files import sha256, write_errors, written_folder
+from tiny_align.runtime.files import read_array, sha256, write_errors, written_folder
 from tiny_align.runtime.llm import encode_in_place
 from tiny_align.runtime.readout import Readout, ctc_scale
 from tiny_align.runtime.speech_vocabulary import SPEECH_TOKENS
@@ -219,6 +222,8 @@ def _write(folder: Path, options: ExportOptions, sources: Sources, begin: BeginP
     encoder = sources.encoder
     projector = sources.projector
     spec = sources.llm_spec
+    # before the LLM's weights are those of its graph, in another order in memory
+    np.save(folder / "token_embeddings.npy", embedding_table(sources.llm))
     graphs = {}
     begin("encoder")
     graphs["encoder"] = write_encoder(folder, encoder, options.encoder_precision)
@@ -226,8 +231,6 @@ def _write(folder: Path, options: ExportOptions, sources: Sources, begin: BeginP
     graphs["projector"] = write_projector(folder, projector)
     graphs["llm"] = write_llm(folder, sources.llm, options, spec.max_context, begin)
     begin("tokenizer and embeddings")
-    table = embedding_table(sources.llm)
-    np.save(folder / "token_embeddings.npy", table)
     embeddings_sha256 = sha256(folder / "token_embeddings.npy")
     if options.projector:
         check_binding(options.projector, embeddings_sha256)
@@ -235,8 +238,9 @@ def _write(folder: Path, options: ExportOptions, sources: Sources, begin: BeginP
     if options.soft_tokens:
         readout = Readout("pooled", merge_cosine=options.merge_cosine)
     else:
-        table_of_llm = table.astype(np.float32) * spec.embedding_scale  # as the LLM sees it
-        readout = Readout("ctc", scale=ctc_scale(table_of_llm))
+        table = read_array(folder / "token_embeddings.npy").astype(np.float32)
+        table *= np.float32(spec.embedding_scale)  # as the LLM sees it
+        readout = Readout("ctc", scale=ctc_scale(table))
     context = spec.max_context
     dims = {
         **encoder.dims,
@@ -377,52 +381,63 @@ def write_llm(
     """
     lengths = parity.llm_lengths(llm.config, max_context)
 
+    # The FP32 graphs are in a temporary folder; their weights stay in the file, mapped.
     def check_standard(path: Path, spec: GraphSpec) -> parity.Differences:
-        with load_runner(path, spec, BACKEND) as runner:
+        with OrtRunner(path, spec, prepack=path.parent == folder) as runner:
             return parity.llm_parity(runner, llm, lengths=lengths)
 
     def check_ort(path: Path, spec: GraphSpec) -> parity.Differences:
-        with load_decoder(path, spec, BACKEND) as decoder:
+        with OrtDecoder(path, spec, prepack=path.parent == folder) as decoder:
             return parity.decoder_parity(decoder, llm, lengths=lengths)
 
-    begin_step = prefixed(begin, "LLM")
-    path = folder / "llm.onnx"
-    standard = _write_quantised(path, llm_graph, llm, options, check_standard, begin_step)
-    begin_step = prefixed(begin, "LLM for ONNX Runtime")
-    path = folder / "llm.ort.onnx"
-    ort = _write_quantised(path, llm_ort_graph, llm, options, check_ort, begin_step)
-    standard = add_topk(folder / standard.file, standard)
-    share_weights(folder / standard.file, folder / ort.file)
-    return dataclasses.replace(standard, backends={BACKEND: ort})
-
-
-def _write_quantised(
-    path: Path,
-    trace: Callable[["PreTrainedModel"], Graph],
-    llm: "PreTrainedModel",
-    options: ExportOptions,
-    check: "CheckGraph",
-    begin: BeginPhase,
-) -> GraphSpec:
-    """Write an LLM's graph in the precision of the options, after comparing its FP32 form."""
-    layers, head = forms(options.precision, options.head_precision, options.block_size)
     # On the disk of the bundle, which must have room anyway.
-    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
-        source = Path(temporary) / path.name
-        begin("trace")
-        graph = trace(llm)
-        begin("write")
-        spec = graph.save(source)
-        del graph  # frees its copies of weights
-        begin("compare")
-        exact = _compare(source, spec, check)
-        figures = dict(exact.parity)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        exact = Path(temporary)
+        standard, ort = _write_exact(exact, llm, check_standard, check_ort, begin)
+        layers, head = forms(options.precision, options.head_precision, options.block_size)
         if layers.bits == head.bits == 32:
-            source.replace(path)
-            source.with_name(f"{path.name}.data").replace(path.with_name(f"{path.name}.data"))
+            for path in exact.iterdir():
+                path.replace(folder / path.name)
         else:
-            begin("quantise")
-            quantise(source, path, layers, head)
-            begin("compare again")
-            figures[f"{options.precision}_max_abs_diff_to_pytorch"] = check(path, exact)
-    return dataclasses.replace(exact, precision=options.precision, parity=figures)
+            begin("LLM: quantise")
+            stored: Stored = {}
+            for spec in (standard, ort):
+                quantise(exact / spec.file, folder / spec.file, layers, head, stored)
+            begin("LLM: compare quantised")
+            name = f"{options.precision}_max_abs_diff_to_pytorch"
+            standard = _measured(name, check_standard(folder / standard.file, standard), standard)
+            ort = _measured(name, check_ort(folder / ort.file, ort), ort)
+    standard = add_topk(folder / standard.file, standard)
+    ort = dataclasses.replace(ort, precision=options.precision)
+    return dataclasses.replace(standard, precision=options.precision, backends={BACKEND: ort})
+
+
+def _write_exact(
+    folder: Path,
+    llm: "PreTrainedModel",
+    check_standard: "CheckGraph",
+    check_ort: "CheckGraph",
+    begin: BeginPhase,
+) -> tuple[GraphSpec, GraphSpec]:
+    """Write both graphs of an LLM in FP32 and compare them with PyTorch.
+
+    The LLM's weights are then those of the file, mapped.
+    """
+    stored: dict[str, Place] = {}
+    begin("LLM: trace")
+    graph = llm_graph(llm)
+    begin("LLM: write")
+    standard = graph.save(folder / "llm.onnx", stored)
+    del graph  # it refers to the weights in memory, in circles
+    gc.collect()
+    map_parameters(llm, folder / standard.file)
+    begin("LLM: compare")
+    standard = _compare(folder / standard.file, standard, check_standard)
+    begin("LLM for ONNX Runtime: trace")
+    ort = llm_ort_graph(llm).save(folder / "llm.ort.onnx", stored)
+    begin("LLM for ONNX Runtime: compare")
+    return standard, _compare(folder / ort.file, ort, check_ort)
+
+
+def _measured(name: str, differences: parity.Differences, spec: GraphSpec) -> GraphSpec:
+    return dataclasses.replace(spec, parity={**spec.parity, name: differences})

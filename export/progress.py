@@ -12,13 +12,10 @@ PHASES = {
     "LLM: trace": 6,
     "LLM: write": 6,
     "LLM: compare": 10,
-    "LLM: quantise": 12,
-    "LLM: compare again": 5,
     "LLM for ONNX Runtime: trace": 6,
-    "LLM for ONNX Runtime: write": 6,
     "LLM for ONNX Runtime: compare": 10,
-    "LLM for ONNX Runtime: quantise": 12,
-    "LLM for ONNX Runtime: compare again": 5,
+    "LLM: quantise": 12,
+    "LLM: compare quantised": 5,
     "tokenizer and embeddings": 2,
     "check and hash": 1,
 }
@@ -29,11 +26,6 @@ BeginPhase = Callable[[str], None]  # called with a key of PHASES; earlier phase
 
 def no_bar(phase: str) -> None:
     """Show nothing."""
-
-
-def prefixed(begin: BeginPhase, prefix: str) -> BeginPhase:
-    """`begin` for phases named "prefix: step", called with the step."""
-    return lambda step: begin(f"{prefix}: {step}")
 
 
 @contextlib.contextmanager

@@ -18,7 +18,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tiny_align.export.options import BLOCKS
 from tiny_align.runtime.bundle.onnx_weights import (
+    Place,
     append_weight,
+    find_place,
     load_graph,
     quantise_columns,
     read_weight,
@@ -63,11 +65,19 @@ def _check_choice(name: str, value: str | int, choices: Iterable[str | int]) -> 
         raise TinyAlignError(f"--{name} is {value}: choose one of {', '.join(map(str, choices))}")
 
 
-def quantise(source: Path, target: Path, layers: Form, head: Form) -> None:
+# By a weight's place in FP32 and its form: the tensor that stores it, or its codes and scales.
+Stored = dict[tuple[Place | None, Form], list[TensorProto]]
+
+
+def quantise(
+    source: Path, target: Path, layers: Form, head: Form, stored: Stored | None = None
+) -> None:
     """Write `target` (+ .data): the FP32 graph `source` with its products' weights in other forms.
 
     Args:
         head: the form of the output layer's weight, which is the embedding table if they are tied.
+        stored: what earlier calls have written for graphs over the same weights, from one folder to
+            one other; it is referred to, and what this call writes is added.
     Raises:
         TinyAlignError: a weight that float16 cannot hold.
     """
@@ -75,19 +85,20 @@ def quantise(source: Path, target: Path, layers: Form, head: Form) -> None:
     products = weight_products(model.graph)
     form_of = {node.input[1]: layers for node in products}
     form_of[output_layer(model).input[1]] = head
+    stored = {} if stored is None else stored
     with open(f"{target}.data", "wb") as data:
         for tensor in list(model.graph.initializer):
             values = read_weight(tensor, source.parent)
             form = form_of.get(tensor.name, Form(32))
             if form.bits == 32 and values.nbytes < INLINE_BYTES:
                 tensor.CopyFrom(numpy_helper.from_array(np.array(values), tensor.name))
-            elif form.bits == 32:
-                _store(tensor, tensor.data_type, values.shape, [values], data)
-            elif form.bits == 16:
-                pieces = _fp16_rows(tensor.name, values)
-                _store(tensor, DTYPES[16], values.shape, pieces, data)
-            else:
-                _store_blocks(model.graph, tensor, values, form, data)
+                continue
+            key = (find_place(tensor), form)
+            if key not in stored or key[0] is None:
+                stored[key] = _store_form(tensor, values, form, data)
+            _refer(model.graph, tensor, stored[key], form)
+    if not Path(data.name).stat().st_size:
+        Path(data.name).unlink()
     fp16_outputs = {node.output[0] for node in products if form_of[node.input[1]].bits == 16}
     _multiply_in_fp16(model.graph, fp16_outputs)
     onnx.save(model, str(target))
@@ -106,21 +117,45 @@ def output_layer(model: onnx.ModelProto) -> onnx.NodeProto:
     return node
 
 
+def _store_form(
+    tensor: TensorProto, values: np.ndarray, form: Form, data: BinaryIO
+) -> list[TensorProto]:
+    """Write weights in a form: one tensor, or codes and scales."""
+    if form.bits == 32:
+        return [_store(tensor.data_type, values.shape, [values], data)]
+    if form.bits == 16:
+        return [_store(DTYPES[16], values.shape, _fp16_rows(tensor.name, values), data)]
+    scales: list[np.ndarray] = []
+    codes = _store(DTYPES[form.bits], values.shape, _code_rows(values, form, scales), data)
+    return [codes, _store(TensorProto.FLOAT, (len(scales), values.shape[1]), scales, data)]
+
+
 def _store(
-    tensor: TensorProto,
-    dtype: int,
-    shape: Sequence[int],
-    pieces: Iterable[np.ndarray],
-    data: BinaryIO,
-) -> None:
-    """Write the pieces of a tensor to the data file and their place into `tensor`."""
+    dtype: int, shape: Sequence[int], pieces: Iterable[np.ndarray], data: BinaryIO
+) -> TensorProto:
+    """Write the pieces of a tensor to the data file; returns it, without a name."""
     place = append_weight(pieces, data, Path(data.name).name)
-    name = tensor.name
-    tensor.Clear()
-    tensor.name = name
-    tensor.data_type = dtype
-    tensor.dims.extend(shape)
+    tensor = TensorProto(data_type=dtype, dims=shape)
     set_place(tensor, place)
+    return tensor
+
+
+def _refer(
+    graph: onnx.GraphProto, tensor: TensorProto, parts: list[TensorProto], form: Form
+) -> None:
+    """Replace weights by what stores them; codes and scales by a DequantizeLinear of their name."""
+    name = tensor.name
+    tensor.CopyFrom(parts[0])
+    tensor.name = name
+    if len(parts) == 1:
+        return
+    tensor.name = f"{name}.codes"
+    scales = graph.initializer.add()
+    scales.CopyFrom(parts[1])
+    scales.name = f"{name}.scales"
+    inputs = [tensor.name, scales.name]
+    node = helper.make_node("DequantizeLinear", inputs, [name], axis=0, block_size=form.block)
+    graph.node.insert(0, node)
 
 
 def _fp16_rows(name: str, values: np.ndarray) -> Iterator[np.ndarray]:
@@ -133,21 +168,6 @@ def _fp16_rows(name: str, values: np.ndarray) -> Iterator[np.ndarray]:
                 f"the LLM's weight {name} goes beyond float16: choose another --precision than fp16"
             )
         yield rows
-
-
-def _store_blocks(
-    graph: onnx.GraphProto, tensor: TensorProto, values: np.ndarray, form: Form, data: BinaryIO
-) -> None:
-    """Replace weights (K, N) by codes, scales and a DequantizeLinear that has their name."""
-    name = tensor.name
-    scales: list[np.ndarray] = []
-    tensor.name = f"{name}.codes"
-    scale_tensor = graph.initializer.add(name=f"{name}.scales")
-    _store(tensor, DTYPES[form.bits], values.shape, _code_rows(values, form, scales), data)
-    _store(scale_tensor, TensorProto.FLOAT, (len(scales), values.shape[1]), scales, data)
-    inputs = [tensor.name, scale_tensor.name]
-    node = helper.make_node("DequantizeLinear", inputs, [name], axis=0, block_size=form.block)
-    graph.node.insert(0, node)
 
 
 def _code_rows(values: np.ndarray, form: Form, scales: list[np.ndarray]) -> Iterator[np.ndarray]:
