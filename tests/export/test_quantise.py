@@ -136,8 +136,7 @@ def test_blocks_of_llama_cpp_keep_their_numbers(kind, layout, tmp_path):
     if minima is not None:
         expected += np.repeat(minima.astype(np.float32), 32, axis=1)
     weight_graph(tmp_path / "exact.onnx", expected.T)
-    rows = {np.ascontiguousarray(expected[0]).tobytes(): ("layer", 24)}
-    weights = LlmWeights(Form(4), Form(4), modules=rows, stored={"layer": blocks}.get)
+    weights = LlmWeights(Form(4), Form(4), stored={"w": blocks}.get)
     quantise(tmp_path / "exact.onnx", tmp_path / "w.onnx", weights, layout)
     assert not violations(load_graph(tmp_path / "w.onnx"), tmp_path)
     np.testing.assert_allclose(stored_weight(tmp_path / "w.onnx", 64), expected.T, atol=3e-7)

@@ -66,19 +66,16 @@ def test_gptq_has_less_error_at_the_outputs_of_inputs_that_go_together():
 
 
 def weights_of(sensitivities: dict[str, float], max_bits: float):
-    """Matrices (64, 64) of these sensitivities, and their weights with forms chosen."""
+    """Matrices (64, 64) of these sensitivities: their weights, and the bits that they get."""
     matrices = {}
-    modules = {}
     means = {}
     for name, sensitivity in sensitivities.items():
-        matrix = RNG.standard_normal((64, 64)).astype(np.float32)
-        matrices[name] = matrix
-        modules[np.ascontiguousarray(matrix[:, 0]).tobytes()] = (name, 64)
+        matrices[f"{name}.weight.T"] = RNG.standard_normal((64, 64)).astype(np.float32)
         means[name] = Sensitivity(np.full(64, sensitivity), np.ones(64))
-    weights = LlmWeights(Form(4), Form(8), Rounding("nearest", means, max_bits), modules)
-    weights.choose_forms(matrices.values())
-    bits = {name: weights.get(matrix, False).bits for name, matrix in matrices.items()}
-    return weights, bits
+    weights = LlmWeights(Form(4), Form(8), Rounding("nearest", means, max_bits))
+    weights.choose_forms(matrices.items())
+    bits = [weights.get(name, matrix, False).bits for name, matrix in matrices.items()]
+    return weights, dict(zip(sensitivities, bits))
 
 
 def test_the_most_sensitive_matrices_get_8_bits():
@@ -94,14 +91,12 @@ def test_robust_weights_stay_in_4_bits():
 
 def test_weights_that_stand_side_by_side_have_one_form():
     left, right = RNG.standard_normal((2, 64, 64)).astype(np.float32)
-    modules = {}
-    for name, matrix in {"left": left, "right": right}.items():
-        modules[np.ascontiguousarray(matrix[:, 0]).tobytes()] = (name, 64)
     means = {
         "left": Sensitivity(np.full(64, 1e-9), np.ones(64)),
         "right": Sensitivity(np.full(64, 10.0), np.ones(64)),
     }
-    weights = LlmWeights(Form(4), Form(8), Rounding("nearest", means, 9), modules)
+    weights = LlmWeights(Form(4), Form(8), Rounding("nearest", means, 9))
     joined = np.concatenate([left, right], axis=1)
-    weights.choose_forms([joined])
-    assert weights.get(joined, False).bits == 8
+    name = "left.weight.T+right.weight.T"
+    weights.choose_forms([(name, joined)])
+    assert weights.get(name, joined, False).bits == 8
