@@ -31,6 +31,7 @@ from tiny_align.align.evaluation.quality import rouge
 from tiny_align.benchmarks import finish, new_parser, stamp
 from tiny_align.benchmarks.standard.markdown import grid
 from tiny_align.benchmarks.standard.pipelines import WEIGHTS
+from tiny_align.benchmarks.studies.off_grid import off_the_grid
 from tiny_align.engines.plain_decoder import PlainDecoder
 from tiny_align.export.quantise import Form, forms, output_layer, quantise
 from tiny_align.reference import corpus
@@ -145,42 +146,6 @@ def load_library() -> ModuleType:
 
 
 # --- accuracy ---
-
-
-def off_the_grid(llm: "torch.nn.Module") -> None:
-    """Give a Llama other weights that compute the same, in place.
-
-    The norms' gains move into the products after them. The values are rotated within every head.
-    The scale of a hidden unit's row in the MLP's up projection moves to its column in the down
-    projection.
-    """
-    import torch
-
-    config = llm.config
-    head_size = config.head_dim
-    generator = torch.Generator().manual_seed(0)
-    rotation = torch.linalg.qr(torch.randn(head_size, head_size, generator=generator))[0]
-    with torch.no_grad():
-        for layer in llm.model.layers:
-            attention = layer.self_attn
-            mlp = layer.mlp
-            _fold(layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj))
-            _fold(layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj))
-            value = attention.v_proj.weight
-            rotated = rotation @ value.view(-1, head_size, config.hidden_size)
-            value.copy_(rotated.view_as(value))
-            output = attention.o_proj.weight
-            rotated = output.view(config.hidden_size, -1, head_size) @ rotation.T
-            output.copy_(rotated.view_as(output))
-            scale = mlp.up_proj.weight.norm(dim=1)
-            mlp.up_proj.weight.div_(scale[:, None])
-            mlp.down_proj.weight.mul_(scale)
-
-
-def _fold(norm: "torch.nn.Module", linears: "tuple[torch.nn.Linear, ...]") -> None:
-    for linear in linears:
-        linear.weight.mul_(norm.weight)
-    norm.weight.fill_(1)
 
 
 class Comparison:
