@@ -34,16 +34,14 @@ class Words:
     """A tokenizer: a letter is a token."""
 
     chat_template = None
-    eos_token_id = 1
 
     def __call__(self, text):
         return {"input_ids": [2, *(3 + ord(letter) % 50 for letter in text)]}
 
 
 @pytest.fixture(params=["llama", "gemma3_text"])
-def model(request, monkeypatch):
+def model(request):
     torch.manual_seed(0)
-    monkeypatch.setattr(next_tokens, "end_tokens", lambda *_: (1,))
     if request.param == "llama":
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
     else:
@@ -56,6 +54,7 @@ def model(request, monkeypatch):
         if request.param == "gemma3_text":
             model.model.embed_tokens.embed_scale.fill_(1)
             model.model.norm.weight.fill_(-0.7)  # else it is sure of every token
+    model.generation_config.eos_token_id = 1
     return model.eval()
 
 

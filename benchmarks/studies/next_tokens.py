@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tiny_align.benchmarks.studies.prompts import PROMPTS
-from tiny_align.export.llms import end_tokens
+from tiny_align.export.llms import end_tokens, listed_end_tokens
 from tiny_align.runtime.backends.base import Decoder
 
 if TYPE_CHECKING:
@@ -94,7 +94,9 @@ def reference_answers(
     """
     import torch
 
-    ends = end_tokens(model, tokenizer)
+    ends = listed_end_tokens(model)
+    if tokenizer.chat_template:
+        ends = list(end_tokens(model, tokenizer))
     head = model.get_output_embeddings().weight.detach()
     prompts = []
     answers = []
@@ -117,7 +119,7 @@ def reference_answers(
 
 
 def _answer(
-    model: "PreTrainedModel", prompt: list[int], ends: tuple[int, ...], length: int
+    model: "PreTrainedModel", prompt: list[int], ends: list[int], length: int
 ) -> list[int]:
     import torch
 
@@ -127,7 +129,7 @@ def _answer(
         attention_mask=torch.ones_like(ids),
         max_new_tokens=length,
         do_sample=False,
-        eos_token_id=list(ends),
+        eos_token_id=ends,
         pad_token_id=ends[0],
     )
     return found[0, len(prompt) :].tolist()
