@@ -16,7 +16,7 @@ from tiny_align.benchmarks.studies import (
     alignment_table,
     encoder,
     families,
-    quantisation,
+    quantisation_cost,
     report,
     swap,
 )
@@ -194,11 +194,12 @@ def test_distance_is_by_direction_and_by_size():
 def test_the_cost_of_each_form_of_the_weights_is_measured(monkeypatch, tmp_path):
     pytest.importorskip("onnx")
     small = {}
-    for name, (rows, columns) in quantisation.LAYER.items():
+    for name, (rows, columns) in quantisation_cost.LAYER.items():
         small[name] = (rows // 8, columns // 8)
-    monkeypatch.setattr(quantisation, "LAYER", small)
-    monkeypatch.setattr(quantisation, "WAYS", quantisation.WAYS[:1] + quantisation.WAYS[-2:])
-    exact, *others = quantisation.cost(0.1, tmp_path)
+    monkeypatch.setattr(quantisation_cost, "LAYER", small)
+    ways = quantisation_cost.WAYS
+    monkeypatch.setattr(quantisation_cost, "WAYS", ways[:1] + ways[-2:])
+    exact, *others = quantisation_cost.cost(0.1, tmp_path)
     assert exact["bits"] == pytest.approx(32, abs=0.1)
     assert exact["speed"] == 1
     for row in others:

@@ -118,9 +118,7 @@ def reference_answers(
     return Reference(prompts, answers, states, head.numpy().copy())
 
 
-def _answer(
-    model: "PreTrainedModel", prompt: list[int], ends: list[int], length: int
-) -> list[int]:
+def _answer(model: "PreTrainedModel", prompt: list[int], ends: list[int], length: int) -> list[int]:
     import torch
 
     ids = torch.tensor([prompt])
@@ -143,20 +141,23 @@ def _run(model: "PreTrainedModel", prompt: list[int], answer: list[int], **optio
     return model(ids, logits_to_keep=len(answer), use_cache=False, **options)
 
 
-def compare(reference: Reference, logits: Logits, desc: str = "compare") -> dict[str, float]:
+def compare(reference: Reference, logits: Logits, exact: Logits | None = None) -> dict[str, float]:
     """Means over all tokens of all answers.
 
+    Args:
+        exact: what the form is compared with; None: the FP32 model.
     Returns:
         `divergence`: KL(FP32 || form) in nats; `divergence_error`: the standard error of that mean
         over prompts; `same`: the share of tokens at which both have the same top token.
     """
     divergences = []
     same = []
-    for i, prompt in enumerate(tqdm(reference.prompts, desc=desc, unit="prompt", leave=False)):
-        exact = reference.log_probabilities(i)
-        form = log_softmax(logits(prompt, reference.answers[i]))
-        same.append(exact.argmax(axis=1) == form.argmax(axis=1))
-        divergences.append((np.exp(exact) * (exact - form)).sum(axis=1))
+    for i, prompt in enumerate(tqdm(reference.prompts, unit="prompt", leave=False)):
+        answer = reference.answers[i]
+        right = log_softmax(exact(prompt, answer)) if exact else reference.log_probabilities(i)
+        form = log_softmax(logits(prompt, answer))
+        same.append(right.argmax(axis=1) == form.argmax(axis=1))
+        divergences.append((np.exp(right) * (right - form)).sum(axis=1))
     means = [rows.mean() for rows in divergences]
     return {
         "divergence": float(np.concatenate(divergences).mean()),
