@@ -42,6 +42,11 @@ RESULTS = Path(__file__).parents[1] / "results" / "quantisation.json"
 COMMAND = "python -m benchmarks.studies.quantisation"
 PRETRAINED = Path(__file__).parents[2] / "reference" / "pretrained"
 PARTS = ("reference", "llm", "file", "encoder")
+OPTIONS = {  # part of the report -> the options that make it
+    "llms": "--parts llm",
+    "files": "--parts file --exported BUNDLE",
+    "encoder": "--parts encoder --speech FOLDER",
+}
 
 
 def measure_reference(bundle: Path, n_sentences: int, seconds: float) -> dict[str, Any]:
@@ -208,7 +213,7 @@ class Study:
     def add(self, key: str, value: dict[str, Any], name: str | None = None) -> None:
         """Set a part, or one model's in it, with where and when it was measured."""
         part = self.report.setdefault(key, {})
-        part |= stamp(COMMAND)
+        part |= stamp(f"{COMMAND} {OPTIONS[key]}")
         if name is None:
             part |= value
         else:

@@ -1,6 +1,8 @@
 """An encoder-decoder recogniser's encoder in FP32, FP16 and INT8, read by its own decoder.
 
-FP16 is the graph in FP32 with every value rounded that TensorRT has in FP16 (engines/fp16.py).
+FP16 is the graph in FP32 with every value rounded that TensorRT has in FP16 (engines/fp16.py). The
+weights of Moonshine tiny come from a file with INT8 weights per tensor (reference/moonshine.py), so
+that INT8 costs it little more than its activations.
 """
 
 import contextlib
@@ -124,13 +126,13 @@ def frame_cosines(exact: np.ndarray, features: np.ndarray) -> np.ndarray:
 def decode(model: "PreTrainedModel", features: np.ndarray, seconds: float) -> list[int]:
     """The greedy transcript's token ids for features (1, N, D)."""
     import torch
-    from transformers.modeling_outputs import BaseModelOutput
+    from transformers.models.moonshine.modeling_moonshine import MoonshineEncoderModelOutput
 
-    encoded = BaseModelOutput(last_hidden_state=torch.from_numpy(features))
+    encoded = MoonshineEncoderModelOutput(last_hidden_state=torch.from_numpy(features))
     with torch.inference_mode():
         ids = model.generate(
             encoder_outputs=encoded,
-            max_new_tokens=max(8, round(TOKENS_PER_SECOND * seconds)),
+            max_length=max(8, round(TOKENS_PER_SECOND * seconds)),
             do_sample=False,
         )
     return ids[0].tolist()
