@@ -26,11 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Export, and report the size of the bundle and each graph's precision and parity.
 
+    "cache_bytes_per_position" is what a conversation takes with each position of the context.
     "tensorrt_violations" counts the nodes by the rule of TensorRT that they break.
     """
     from tiny_align.export.bundle import export_bundle, tensorrt_violations
     from tiny_align.export.messages import messages_to_log
     from tiny_align.export.progress import progress_bar
+    from tiny_align.runtime.backends.budget import position_bytes
     from tiny_align.runtime.bundle.tensorrt_rules import count_by_rule
 
     options = read_options(args, ExportOptions)
@@ -50,7 +52,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     size = sum((out / file).stat().st_size for file in manifest.files)
     if not args.json:
         print(summary(out, manifest, size))
-    return {"path": str(out), "bytes": size, "graphs": graphs}
+    return {
+        "path": str(out),
+        "bytes": size,
+        "context": manifest.llm.max_context,
+        "cache_bytes_per_position": position_bytes(manifest.graphs["llm"]),
+        "graphs": graphs,
+    }
 
 
 # --- the table ---
@@ -62,13 +70,21 @@ def summary(folder: Path, manifest: Manifest, size: int) -> str:
     Args:
         size: of the bundle's files, in bytes.
     """
+    from tiny_align.runtime.backends.budget import position_bytes
+
     rows = []
     for name, graph in manifest.graphs.items():
         cells = [name, graph.precision.upper(), f"{graph_bytes(folder, graph):,}"]
         rows.append([*cells, *_figures(graph.parity)])
     rows.append(["all files", "", f"{size:,}"])
     head = ["graph", "form", "bytes", "parity", "in this form"]
-    return f"{columns(head, rows)}\nbundle in {folder}"
+    context = manifest.llm.max_context
+    position = position_bytes(manifest.graphs["llm"])
+    return (
+        f"{columns(head, rows)}\ncontext of {context:,} positions, each {position:,} bytes of a "
+        f"conversation's KV cache: {context * position >> 20} MiB when it is full\n"
+        f"bundle in {folder}"
+    )
 
 
 def graph_bytes(folder: Path, graph: GraphSpec) -> int:

@@ -2,10 +2,17 @@
 
 from dataclasses import dataclass, field
 
+from tiny_align.runtime.checks import RANGES
 from tiny_align.runtime.commands.options import option
 
 BLOCKS = (32, 64, 128)  # weights along the input that share a scale; the first is the default
 ROUNDINGS = ("nearest", "gptq")
+ALL_POSITIONS = int(RANGES["max_context"].max)  # more than any LLM has
+
+
+def positions(text: str) -> int:
+    """A number of positions, or "max"."""
+    return ALL_POSITIONS if text == "max" else int(text)
 
 
 @dataclass(frozen=True)
@@ -101,9 +108,14 @@ class ExportOptions:
     )
     repeat_instruction: str = "Repeat what the user says."
     max_context: int = field(
-        default=256,
+        default=2048,
         metadata=option(
-            "maximum number of positions of prompt and answer together (default: 256)", metavar="N"
+            "maximum number of positions of prompt and answer together, or max: all that the LLM "
+            "has (default: 2048, or the LLM's own if fewer; --max-context is the older name)",
+            metavar="N|max",
+            flag="--context",
+            aliases=("--max-context",),
+            parse=positions,
         ),
     )
     soft_tokens: int | None = field(

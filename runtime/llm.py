@@ -13,7 +13,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from tiny_align.runtime.backends.base import Decoder, Scores
-from tiny_align.runtime.backends.budget import require_cache
+from tiny_align.runtime.backends.budget import cache_positions, require_cache
 from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.bundle.manifest import PromptSpec
 from tiny_align.runtime.checks import Range, check_fields
@@ -43,6 +43,7 @@ class Cache:
 
     memory: Any = None  # of the backend, laid out when the first position is prefilled
     length: int = 0  # positions
+    capacity: int = 0  # positions for which the memory is laid out
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -76,7 +77,7 @@ class LanguageModel:
     def __init__(self, bundle: Bundle, decoder: Decoder, context: int | None = None) -> None:
         """
         Args:
-            context: positions of a cache; None: as many as the bundle's LLM has.
+            context: positions of a cache at most; None: as many as the bundle's LLM has.
         Raises:
             TinyAlignError: more than that.
         """
@@ -180,14 +181,22 @@ class LanguageModel:
                 f"the prompt needs {n_needed} positions, the bundle's LLM has {self.capacity}: "
                 "shorten the instruction or the recording"
             )
-        if cache.memory is None:
-            require_cache(self._bundle, self._decoder.name, self.capacity)
-            cache.memory = self._decoder.open_cache(self.capacity)
+        if n_needed > cache.capacity:
+            self._make_room(cache, cache_positions(n_needed, self.capacity))
         for start in range(0, len(embeddings), CHUNK):
             chunk = embeddings[start : start + CHUNK]
             scores = self._decoder.run(chunk, cache.memory, cache.length)
             cache.length += len(chunk)
         return scores
+
+    def _make_room(self, cache: Cache, capacity: int) -> None:
+        """Lay the cache out for `capacity` positions, if there is memory for it."""
+        require_cache(self._bundle, self._decoder.name, capacity, cache.capacity)
+        if cache.memory is None:
+            cache.memory = self._decoder.open_cache(capacity)
+        else:
+            self._decoder.grow(cache.memory, capacity)
+        cache.capacity = capacity
 
     def rewind(self, cache: Cache, length: int) -> None:
         """Forget all but the first `length` positions."""

@@ -4,8 +4,8 @@
             backend implements `_run`.
 `Chain`     two runners, one after the other: a backend may keep on its device what passes between
             them.
-`Decoder`   the LLM with a KV cache: the cache is the backend's own memory, laid out once for the
-            whole context, and is never copied through numpy.
+`Decoder`   the LLM with a KV cache: the cache is the backend's own memory, laid out for so many
+            positions and for more when they are used.
 `Scores`    what a decoder returns: the logits that the next token is chosen by.
 
 registry.py lists the backends, and loads a graph with the one that is asked for.
@@ -174,6 +174,12 @@ class Decoder(Loaded, ABC, Generic[CacheT]):
     @abstractmethod
     def open_cache(self, capacity: int) -> CacheT:
         """Memory for the keys and values of `capacity` positions."""
+
+    def grow(self, cache: CacheT, capacity: int) -> None:
+        """Lay the cache out for `capacity` positions, more than before; what it holds stays.
+
+        Nothing to do for a cache that takes any number.
+        """
 
     @abstractmethod
     def run(self, embeddings: np.ndarray, cache: CacheT, past: int) -> Scores:

@@ -1,8 +1,8 @@
 """What a loaded bundle takes of memory, computed from its files before anything is loaded.
 
-Everything is laid out at the start: weights, one KV cache per conversation for its whole context,
-and the memory that graphs work in. The last is an estimate: a little more than
-`python -m benchmarks.studies.full_size` measured.
+That is weights, the beginning of one KV cache, and the memory that graphs work in. The last is an
+estimate: a little more than `python -m benchmarks.studies.full_size` measured. A KV cache doubles
+when it is full, up to the context, and each step is held against the free memory by itself.
 """
 
 import math
@@ -20,6 +20,7 @@ from tiny_align.runtime.machine import Room, memory, memory_limits
 BASE_BYTES = 120_000_000  # the interpreter, numpy and a backend
 WORK_SHARE = 0.6  # of the weights: what graphs work in, and weights that the backend reorders
 SESSION_THREADS = 2  # that encode and prefill, see session.py
+FIRST_POSITIONS = 256  # for which a KV cache is laid out at first
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,9 @@ class Budget:
     """Bytes, by what they are for."""
 
     weights: dict[str, int]  # graph -> its weights, and what it works in
-    cache: int  # keys and values of one conversation
-    context: int  # positions of it
+    cache: int  # keys and values at the beginning of a conversation
+    context: int  # positions of a conversation at most
+    position: int  # keys and values of one
     speech: int  # the speech vocabulary's embeddings
     threads: int  # that are started, of all graphs and a conversation
 
@@ -39,7 +41,11 @@ class Budget:
 
     def __str__(self) -> str:
         parts = [f"{name} {size >> 20} MiB" for name, size in self.weights.items()]
-        parts.append(f"a conversation of {self.context} positions {self.cache >> 20} MiB")
+        full = self.context * self.position
+        parts.append(
+            f"a conversation {self.cache >> 20} MiB, {full >> 20} MiB with all of its "
+            f"{self.context} positions of {self.position} bytes"
+        )
         return f"{self.total >> 20} MiB ({', '.join(parts)})"
 
     def require(self) -> None:
@@ -91,39 +97,56 @@ def budget(bundle: Bundle, backend: str, context: int, threads: int | None = Non
     helpers = len(weights) * ((threads or os.cpu_count() or 1) - 1)  # beside the calling thread
     return Budget(
         weights,
-        cache_bytes(bundle, backend, context),
+        cache_bytes(bundle, backend, cache_positions(0, context)),
         context,
+        cache_bytes(bundle, backend, 1),
         speech,
         helpers + SESSION_THREADS,
     )
 
 
 def cache_bytes(bundle: Bundle, backend: str, context: int) -> int:
-    """Keys and values of one conversation: the inputs of the LLM's graph that have four dimensions.
+    """Keys and values of `context` positions: inputs of the LLM's graph that have four dimensions.
 
     A decoder that is no registered backend's keeps one set of them.
     """
-    graph = bundle.manifest.graphs["llm"].on(backend)
-    one_set = 0
-    for tensor in graph.inputs:
-        if len(tensor.shape) == 4:
-            shape = [context if isinstance(size, str) else size for size in tensor.shape]
-            one_set += math.prod(shape) * np.dtype(tensor.dtype).itemsize
+    one_set = context * position_bytes(bundle.manifest.graphs["llm"].on(backend))
     if backend not in registry.names():
         return one_set
     return registry.find_backend(backend).cache_sets * one_set
 
 
-def require_cache(bundle: Bundle, backend: str, context: int) -> None:
+def position_bytes(llm: GraphSpec) -> int:
+    """Keys and values of one position, in one set of them."""
+    n_bytes = 0
+    for tensor in llm.inputs:
+        if len(tensor.shape) == 4:
+            fixed = [size for size in tensor.shape if isinstance(size, int)]
+            n_bytes += math.prod(fixed) * np.dtype(tensor.dtype).itemsize
+    return n_bytes
+
+
+def cache_positions(n_needed: int, context: int) -> int:
+    """Positions for which a cache is laid out that needs `n_needed`, at most `context`."""
+    positions = FIRST_POSITIONS
+    while positions < n_needed:
+        positions *= 2
+    return min(positions, context)
+
+
+def require_cache(bundle: Bundle, backend: str, positions: int, before: int = 0) -> None:
     """
+    Args:
+        before: positions for which the cache is laid out; 0: it is a new conversation's.
     Raises:
-        TinyAlignError: less memory is free than one more conversation takes.
+        TinyAlignError: less memory is free than a cache of so many positions takes.
     """
-    need = cache_bytes(bundle, backend, context)
+    need = cache_bytes(bundle, backend, positions - before)
     short = _short_of(need)
     if short:
+        what = "a longer conversation" if before else "one more conversation"
         raise TinyAlignError(
-            f"one more conversation of {context} positions takes {need >> 20} MiB, and "
+            f"{what} of {positions} positions takes {need >> 20} MiB, and "
             f"{short.limit} {short.free >> 20} MiB are available: end another one, or load the "
             "bundle with a smaller context"
         )

@@ -2,7 +2,7 @@
 
 The KV cache (`OrtCache`) is one set of numpy arrays (1, H, capacity, size) that are bound as the
 LLM graph's inputs and outputs at once: a layer writes new keys and values where it reads the old
-ones.
+ones. Attention works in memory of the capacity's size, so a cache is no larger than it must be.
 """
 
 import contextlib
@@ -150,6 +150,9 @@ class OrtDecoder(Decoder["OrtCache"]):
             raise closed(self._spec)
         return OrtCache(self._session, self._spec, capacity)
 
+    def grow(self, cache: "OrtCache", capacity: int) -> None:
+        cache.grow(capacity)
+
     def run(self, embeddings: np.ndarray, cache: "OrtCache", past: int) -> Scores:
         if self._session is None:
             raise closed(self._spec)
@@ -181,12 +184,24 @@ class OrtCache:
         length, *past = spec.inputs[1:]
         self._length = _zeros(length, capacity)
         self._bind(self.binding.bind_ortvalue_input, length.name, self._length)
+        self._states = list(zip(past, spec.outputs[1:], strict=True))  # input and output of each
         self._present: Arrays = {}  # by the graph's output
-        for before, after in zip(past, spec.outputs[1:], strict=True):
+        for before, after in self._states:
+            self._place(before, after, _zeros(before, capacity))
+
+    def _place(self, before: TensorSpec, after: TensorSpec, array: np.ndarray) -> None:
+        """Have the graph read and write keys or values in this array."""
+        self._present[after.name] = array
+        self._bind(self.binding.bind_ortvalue_input, before.name, array)
+        self._bind(self.binding.bind_ortvalue_output, after.name, array)
+
+    def grow(self, capacity: int) -> None:
+        """Copy keys and values, one array after the other, to arrays of `capacity` positions."""
+        for before, after in self._states:
+            old = self._present[after.name]
             array = _zeros(before, capacity)
-            self._present[after.name] = array
-            self._bind(self.binding.bind_ortvalue_input, before.name, array)
-            self._bind(self.binding.bind_ortvalue_output, after.name, array)
+            array[:, :, : old.shape[2]] = old
+            self._place(before, after, array)
 
     def _bind(self, bind: Callable[[str, "OrtValue"], None], name: str, array: np.ndarray) -> None:
         """Bind the array itself, not a copy of it."""

@@ -4,7 +4,8 @@
     cuda_memory.py       device memory, copies, streams
     this file            what the runtime wants of them: `TrtRunner`, `TrtDecoder` and its cache
 
-Device buffers are laid out once, for the max shapes of an engine's profile.
+Device buffers are laid out once, for the max shapes of an engine's profile; a KV cache for the
+positions that a conversation has used, doubled when they are full (`TrtDecoder.grow`).
 
 What crosses between CPU and GPU. In a Chain the encoder's features stay on the device: the
 projector reads them there. The projector's vectors come to the CPU, kilobytes of them, because
@@ -14,7 +15,7 @@ picks itself (export/topk.py); on a Jetson neither is copied (cuda_memory.exchan
 does not pick them, as its manifest says, all logits are fetched.
 
 The KV cache. A conversation has two sets of buffers on the device (`CacheMemory`), one buffer for
-each tensor (1, H, past, size) of keys or values, each large enough for the whole context. A step
+each tensor (1, H, past, size) of keys or values, each large enough for `capacity` positions. A step
 reads one set and writes the other, longer by its positions; then they change places:
 
     a step of          reads (`current`)     writes (`next`)
@@ -165,15 +166,29 @@ class TrtDecoder(Decoder["TrtCache"]):
 
     def open_cache(self, capacity: int) -> "TrtCache":
         self._opened()
-        fitting = [memory for memory in self._spare if memory.capacity == capacity]
-        if fitting:
-            memory = fitting[0]
+        if self._spare:
+            memory = max(self._spare, key=lambda spare: spare.capacity)
             self._spare.remove(memory)
         else:
             memory = CacheMemory(self._present, capacity)
         cache = TrtCache(memory)
         weakref.finalize(cache, self._spare.append, memory)
+        self.grow(cache, capacity)
         return cache
+
+    def grow(self, cache: "TrtCache", capacity: int) -> None:
+        """Move keys and values to larger buffers, one tensor after the other."""
+        if capacity <= cache.memory.capacity:  # that of a longer conversation, which is over
+            return
+        stream = self._opened().engine.stream
+        for i, tensor in enumerate(self._present):
+            cache.next[i] = make_buffer(tensor, _sized(tensor, capacity))
+            n_bytes = int(np.prod(_sized(tensor, cache.length))) * np.dtype(tensor.dtype).itemsize
+            stream.shorten(cache.current[i], cache.next[i], 1, n_bytes, n_bytes)
+            stream.synchronise()
+            cache.current[i] = make_buffer(tensor, _sized(tensor, capacity))
+        cache.memory.capacity = capacity
+        cache.swap(cache.length)
 
     def run(self, embeddings: np.ndarray, cache: "TrtCache", past: int) -> Scores:
         step = self._opened()
@@ -269,16 +284,16 @@ class TrtCache:
     """One conversation's keys and values: `length` positions in the set `current`."""
 
     def __init__(self, memory: CacheMemory):
-        self._capacity = memory.capacity
+        self.memory = memory
         self.length = 0
         self.current, self.next = memory.sets
 
     def checked_total(self, past: int, new: int) -> int:
         """Positions after this step, which goes on from the cache's end or starts anew."""
-        if past not in (0, self.length) or past + new > self._capacity:
+        if past not in (0, self.length) or past + new > self.memory.capacity:
             raise BackendError(
-                f"a cache of {self._capacity} positions, {self.length} of them in use, cannot take "
-                f"{new} after {past}: go on from its end, or open another"
+                f"a cache of {self.memory.capacity} positions, {self.length} of them in use, "
+                f"cannot take {new} after {past}: go on from its end, or open another"
             )
         return past + new
 

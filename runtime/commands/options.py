@@ -20,6 +20,7 @@ import argparse
 import dataclasses
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -49,6 +50,8 @@ class Option:
     aliases: tuple[str, ...] = ()  # other names, such as "--old-name"
     positional: bool = False  # given without a name
     repeat: bool = False  # of a tuple: one value each time it is given; otherwise any number
+    flag: str | None = None  # such as "--name", if it is not the field's name
+    parse: Callable[[str], Any] | None = None  # a value, if the annotation's type does not do it
     one_of: str | None = None  # exactly one of the options with the same `one_of` must be given
 
 
@@ -97,14 +100,18 @@ def _add_option(
     if shown.positional:
         names = [entry.name]
     else:
-        names = [f"--{entry.name.replace('_', '-')}", *shown.aliases]
+        names = [shown.flag or f"--{entry.name.replace('_', '-')}", *shown.aliases]
         settings["dest"] = entry.name
         without_default = entry.default is entry.default_factory is dataclasses.MISSING
         settings["required"] = without_default and shown.one_of is None
     if kind is bool:
         settings["action"] = "store_true"
     else:
-        settings |= {"type": kind, "metavar": shown.metavar, "choices": shown.choices}
+        settings |= {
+            "type": shown.parse or kind,
+            "metavar": shown.metavar,
+            "choices": shown.choices,
+        }
     if many and shown.repeat:
         settings["action"] = "append"
     elif many:

@@ -6,6 +6,7 @@ command; the tests look at the bundles. The weights fit float16, so the bundle's
 exact.
 """
 
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -20,6 +21,7 @@ from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.bundle.onnx_weights import data_files, load_graph
 from tiny_align.runtime.bundle.profile import graph_profile
 from tiny_align.runtime.bundle.tensorrt_rules import count_by_rule, violations
+from tiny_align.runtime.commands.options import add_options, read_options
 from tiny_align.runtime.errors import TinyAlignError
 
 torch = pytest.importorskip("torch", reason="models are exported from torch")
@@ -107,6 +109,10 @@ def test_report_is_the_only_line(exported):
     assert report["path"] == str(exported.bundle.path)
     files = [exported.bundle.path / name for name in exported.bundle.manifest.files]
     assert report["bytes"] == sum(file.stat().st_size for file in files) > 0
+    llm = exported.bundle.manifest.llm
+    assert report["context"] == llm.max_context
+    position = 2 * llm.n_layers * llm.n_kv_heads * llm.head_size * 4  # keys and values, FP32
+    assert report["cache_bytes_per_position"] == position
     for name, graph in exported.bundle.manifest.graphs.items():
         assert report["graphs"].pop(name) == {
             "precision": graph.precision,
@@ -185,8 +191,23 @@ def test_manifest_describes_the_models(exported, models):
     assert manifest.front_end.floor_db is None  # which is ours: transformers knows none
 
 
+def test_context_is_a_number_or_all_that_the_llm_has():
+    parser = argparse.ArgumentParser()
+    add_options(parser, ExportOptions)
+    models = ["--encoder", "e", "--llm", "l"]
+
+    def context(*arguments: str) -> int:
+        return read_options(parser.parse_args([*models, *arguments]), ExportOptions).max_context
+
+    assert context() == 2048
+    assert context("--context", "512") == context("--max-context", "512") == 512
+    assert context("--context", "max") == 2**24  # no LLM has more: llm_spec takes the smaller
+    with pytest.raises(SystemExit):
+        context("--context", "some")
+
+
 def test_no_dimension_exceeds_the_llms_context(exported):
-    """The LLM has fewer positions than --max-context asks for."""
+    """The LLM has fewer positions than the default."""
     manifest = exported.bundle.manifest
     assert manifest.llm.max_context == CONTEXT
     assert manifest.dims["tokens"][2] == CONTEXT

@@ -146,6 +146,22 @@ def test_later_positions_of_a_cache_are_overwritten(tiny_llm, tmp_path):
         np.testing.assert_allclose(got, decoder.run(rows[:2], fresh, 5).logits, atol=1e-5)
 
 
+def test_a_grown_cache_keeps_what_it_holds(tiny_llm, tmp_path):
+    llm, _ = load_llm(str(tiny_llm))
+    spec = llm_ort_graph(llm).save(tmp_path / "llm.onnx")
+    rows = np.random.default_rng(0).standard_normal((12, llm.config.hidden_size)).astype(np.float32)
+    with load_decoder(tmp_path / "llm.onnx", spec, "onnxruntime", 1) as decoder:
+        cache = decoder.open_cache(4)
+        decoder.run(rows[:4], cache, 0)
+        for past, end in ((4, 6), (6, 12)):
+            decoder.grow(cache, end)
+            logits = decoder.run(rows[past:end], cache, past).logits
+        whole = decoder.open_cache(12)
+        np.testing.assert_allclose(logits, decoder.run(rows, whole, 0).logits, atol=1e-5)
+        for name, array in whole.present(12).items():
+            np.testing.assert_allclose(cache.present(12)[name], array, atol=1e-5)
+
+
 def test_head_size_that_onnx_runtime_does_not_support_is_refused(tiny_llm):
     llm, _ = load_llm(str(tiny_llm))
     llm.config.head_dim = 12

@@ -127,7 +127,7 @@ def test_export_shows_a_bar_a_table_and_a_document(tiny_llm, tmp_path, monkeypat
 
 
 def check_table(table: list[str], document: dict, bundle: Bundle) -> None:
-    head, *rows, total, path = table
+    head, *rows, total, context, path = table
     assert head.split() == ["graph", "form", "bytes", "parity", "in", "this", "form"]
     assert [row.split()[0] for row in rows] == list(document["graphs"])
     for row in rows:
@@ -138,11 +138,13 @@ def check_table(table: list[str], document: dict, bundle: Bundle) -> None:
         files = {spec.file} | {other.file for other in spec.backends.values()}
         assert int(size.replace(",", "")) == graph_bytes(bundle.path, spec)
         assert int(size.replace(",", "")) > sum((bundle.path / f).stat().st_size for f in files)
-        assert parity == f"{max(graph['parity']['max_abs_diff_to_pytorch'].values()):.1e}"
+        assert parity == f"{max(graph['parity']['max_diff_over_std'].values()):.1e}"
         if name == "llm":
             cost = max(graph["parity"]["int8_max_abs_diff_to_pytorch"].values())
             assert rest == ["difference", f"{cost:.2g}"]
     assert total.split() == ["all", "files", f"{document['bytes']:,}"]
+    n, position = document["context"], document["cache_bytes_per_position"]
+    assert context.startswith(f"context of {n:,} positions, each {position:,} bytes of")
     assert path == f"bundle in {document['path']}"
 
 

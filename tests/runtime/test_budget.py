@@ -12,6 +12,7 @@ from tiny_align.runtime.backends.budget import BASE_BYTES, budget, cache_bytes
 from tiny_align.runtime.bundle.bundle import Bundle
 from tiny_align.runtime.bundle.manifest import MANIFEST
 from tiny_align.runtime.errors import BundleError, TinyAlignError
+from tiny_align.runtime.llm import Cache
 
 LOADED = r"""
 import re, sys
@@ -60,6 +61,27 @@ def test_a_conversation_without_memory_is_refused_and_others_go_on(assistant, sp
     with pytest.raises(TinyAlignError, match="one more conversation of 256 positions takes"):
         list(assistant.listen().say("hello"))
     assert [event.token for event in first.finish()]
+
+
+def test_a_conversation_that_grows_beyond_memory_is_refused(assistant, monkeypatch):
+    monkeypatch.setattr(budget_module, "FIRST_POSITIONS", 16)
+    cache = Cache()
+    rows = assistant.llm.embed([1] * 16)
+    assistant.llm.prefill(rows, cache)
+    monkeypatch.setattr(budget_module, "memory", lambda: {"MemAvailable": 1_000})
+    with pytest.raises(TinyAlignError, match="a longer conversation of 32 positions takes"):
+        assistant.llm.prefill(rows[:1], cache)
+    assert (cache.length, cache.capacity) == (16, 16)
+
+
+def test_the_budget_counts_the_beginning_of_a_conversation(bundle):
+    """A context of millions of positions takes no memory before they are used."""
+    short = budget(bundle, "onnxruntime", 256)
+    long = budget(bundle, "onnxruntime", 2**20)
+    assert (long.total, long.cache) == (short.total, short.cache)
+    assert long.cache == cache_bytes(bundle, "onnxruntime", 256)
+    full = 2**20 * cache_bytes(bundle, "onnxruntime", 1)
+    assert f"{full >> 20} MiB with all of its 1048576 positions of" in str(long)
 
 
 def test_too_little_memory_is_refused_before_anything_is_loaded(bundle, monkeypatch):

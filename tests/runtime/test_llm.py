@@ -12,6 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tiny_align.runtime import llm as llm_module
+from tiny_align.runtime.backends import budget
 from tiny_align.runtime.backends.base import Decoder, Scores
 from tiny_align.runtime.errors import DataError, TinyAlignError
 from tiny_align.runtime.llm import Cache, Decoding, LanguageModel, TextStream, loops
@@ -98,6 +99,28 @@ def test_prefill_of_a_full_context_in_parts_equals_the_whole(llm):
     for part in np.split(context, [100, 101, 199]):
         logits = llm.prefill(part, cache)
     assert_close(logits, llm.prefill(context, Cache()))
+
+
+def test_a_cache_doubles_when_it_is_full_and_answers_do_not_change(llm, prompt, monkeypatch):
+    expected = list(llm.generate(prompt, Decoding(max_tokens=30)))
+    monkeypatch.setattr(budget, "FIRST_POSITIONS", 4)
+    cache = Cache()
+    capacities = [cache.capacity]
+    tokens = []
+    for token in llm.generate(prompt, Decoding(max_tokens=30), cache):
+        tokens.append(token)
+        capacities.append(cache.capacity)
+    assert tokens == expected
+    assert capacities[0] == 0 and capacities[1] < cache.length  # it grew while decoding
+    assert set(capacities[1:]) <= {4, 8, 16, 32, 64, 128, llm.capacity}
+    assert cache.length <= cache.capacity < 2 * cache.length
+
+
+def test_a_cache_is_no_larger_than_the_context():
+    assert budget.cache_positions(1, 10_000) == budget.cache_positions(256, 10_000) == 256
+    assert budget.cache_positions(257, 10_000) == 512
+    assert budget.cache_positions(257, 300) == 300
+    assert budget.cache_positions(0, 100) == 100
 
 
 def test_another_past_changes_the_logits(llm, prompt):

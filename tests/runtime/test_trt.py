@@ -480,6 +480,39 @@ def test_rewind_then_run_equals_a_run_without_what_was_forgotten(decoder, bundle
     np.testing.assert_allclose(got.logits, want.topk(64)[1], atol=1e-3)
 
 
+@pytest.mark.parametrize("length", [0, 5, 8])
+def test_a_grown_cache_keeps_what_it_holds(decoder, bundle, machine, length):
+    embeddings = np.random.default_rng(0).standard_normal((16, SIZE)).astype(np.float32)
+    decoder._spare.clear()
+    gc.collect()
+    llm, before = bundle.manifest.llm, machine.n_bytes
+    cache, whole = decoder.open_cache(8), decoder.open_cache(16)
+    one_set = 2 * llm.n_layers * llm.n_kv_heads * llm.head_size * 4  # bytes of a position
+    assert machine.n_bytes - before == 2 * (8 + 16) * one_set
+    for end in range(1, length + 1):
+        decoder.run(embeddings[end - 1 : end], cache, end - 1)
+        decoder.run(embeddings[end - 1 : end], whole, end - 1)
+    decoder.grow(cache, 16)
+    gc.collect()
+    assert machine.n_bytes - before == 2 * (16 + 16) * one_set
+    got = decoder.run(embeddings[length:], cache, length)
+    want = decoder.run(embeddings[length:], whole, length)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    np.testing.assert_array_equal(got.logits, want.logits)
+
+
+def test_the_memory_of_a_grown_cache_is_reused(decoder, machine):
+    decoder._spare.clear()
+    cache = decoder.open_cache(8)
+    decoder.grow(cache, 16)
+    del cache
+    gc.collect()
+    before = machine.n_bytes
+    again = decoder.open_cache(8)
+    decoder.grow(again, 16)
+    assert machine.n_bytes == before
+
+
 def test_memory_is_shared_only_with_an_integrated_gpu(machine, monkeypatch):
     monkeypatch.delenv(cuda_memory.ZERO_COPY, raising=False)
     assert isinstance(cuda_memory.exchange(4, "float32"), cuda_memory.Mapped)
