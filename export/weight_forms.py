@@ -238,7 +238,7 @@ class LlmWeights:
             return blocks
         path = self._folder / f"{len(list(self._folder.iterdir()))}.npy"
         np.save(path, blocks.codes)
-        return dataclasses.replace(blocks, codes=np.load(path, mmap_mode="r"))
+        return dataclasses.replace(blocks, codes=np.load(path, mmap_mode="r", allow_pickle=False))
 
 
 def modules_of(weight: str) -> list[str]:
