@@ -5,7 +5,6 @@ from a GGUF file too.
 """
 
 import dataclasses
-import logging
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -72,8 +71,6 @@ if TYPE_CHECKING:
 
     CheckGraph = Callable[[Path, GraphSpec], parity.Differences]
 
-log = logging.getLogger(__name__)
-
 BACKEND = "onnxruntime"  # runs the graphs here
 
 
@@ -139,10 +136,16 @@ def tensorrt_violations(folder: Path, manifest: Manifest) -> dict[str, list[Viol
 
 
 def check_rules(folder: Path, manifest: Manifest) -> None:
-    """Warn of graphs that TensorRT would refuse, with the first node that breaks each rule."""
+    """Refuse graphs that TensorRT would refuse.
+
+    Raises:
+        TinyAlignError: there is one; it names the first node that breaks each rule.
+    """
     for name, found in tensorrt_violations(folder, manifest).items():
-        message = f"TensorRT would refuse the graph {name!r}: {summary(found)}"
-        log.warning(message)  # to refuse the export: raise TinyAlignError(message)
+        raise TinyAlignError(
+            f"TensorRT would refuse the graph {name!r}: {summary(found)}. Nothing was written; "
+            "report the model and the versions of torch and transformers"
+        )
 
 
 # --- checks ---

@@ -98,21 +98,17 @@ def graph_bytes(folder: Path, graph: GraphSpec) -> int:
 
 
 def _figures(parity: dict[str, Any]) -> list[str]:
-    """The worst figure in FP32, then in the graph's own form, such as its KL; "" if none."""
+    """The worst figure in FP32, then those of the graph's own form; "" if there are none."""
     exact = ""
+    if "max_diff_over_std" in parity:
+        exact = f"{max(parity['max_diff_over_std'].values()):.1e}"
     in_form = []
-    for name, figure in parity.items():
-        figures = list(figure.values()) if isinstance(figure, dict) else [figure]
-        worst = min(figures) if "cosine" in name else max(figures)
-        if name == "max_diff_over_std":
-            exact = f"{worst:.1e}"
-        elif name in ("max_abs_diff_to_pytorch", "max_diff_over_std_allowed"):
-            continue
-        elif "cosine" in name:
-            in_form.append(f"cosine {worst:.5f}")
-        else:
-            label = "KL" if "kl" in name.split("_") else "difference"
-            in_form.append(f"{label} {worst:.2g}")
+    if "kl_to_pytorch" in parity:
+        in_form.append(f"KL {parity['kl_to_pytorch']:.2g}")
+        in_form.append(f"{parity['same_next_token']:.0%} same next token")
+        in_form.append(f"{parity['bits_per_weight']:.2f} bits")
+    if "int8_cosine_to_pytorch" in parity:
+        in_form.append(f"cosine {min(parity['int8_cosine_to_pytorch'].values()):.5f}")
     return [exact, ", ".join(in_form)]
 
 

@@ -5,22 +5,26 @@ Transformers models go through transformers' OnnxExporter. Graphs are standard O
 quantisation here.
 """
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import onnx
 import onnx_ir
 import torch
 
 from tiny_align.runtime.bundle.manifest import GraphSpec, TensorSpec
-from tiny_align.runtime.bundle.onnx_weights import load_graph
+from tiny_align.runtime.bundle.onnx_weights import Place, append_weight, load_graph, read_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 OPSET = 21
+COMPARED_BYTES = 1 << 20  # larger constants are parameters, whose names are theirs in every graph
+PIECE_ROWS = 256  # of a weight, written at once
 INLINE_BYTES = 128  # shapes and scalars stay in the graph: shape inference reads them
 
 
@@ -32,16 +36,17 @@ class Graph:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
-    def save(self, path: Path) -> GraphSpec:
-        """Write the graph, with the specification's names, and its weights as external data."""
+    def save(self, path: Path, stored: dict[str, Place] | None = None) -> GraphSpec:
+        """Write the graph, with the specification's names, and its weights as external data.
+
+        Args:
+            stored: name of a weight -> where another graph in the same folder has stored it; these
+                are not written again, those that are now written are added.
+        """
         _rename(self.program.graph.inputs, self.inputs)
         _rename(self.program.graph.outputs, self.outputs)
-        onnx_ir.save(
-            self.program,
-            str(path),
-            external_data=f"{path.name}.data",
-            size_threshold_bytes=INLINE_BYTES,
-        )
+        with _weights_in_file(self.program.graph, path, {} if stored is None else stored):
+            onnx_ir.save(self.program, str(path))
         model = load_graph(path)
         graph = model.graph
         for value, spec in zip(
@@ -54,6 +59,61 @@ class Graph:
         del graph.value_info[:]
         onnx.save(model, str(path))
         return GraphSpec(path.name, "fp32", self.inputs, self.outputs, quantised_activations="none")
+
+
+@contextlib.contextmanager
+def _weights_in_file(graph: onnx_ir.Graph, path: Path, stored: dict[str, Place]) -> Iterator[None]:
+    """Write the weights to <path>.data, one after another; within the block they are there.
+
+    onnx_ir's own writer would copy what is stored already.
+    """
+    tensors = {}
+    data_path = path.with_name(f"{path.name}.data")
+    with open(data_path, "wb") as data:
+        for name, value in graph.initializers.items():
+            tensor = value.const_value
+            if tensor is None or tensor.nbytes <= INLINE_BYTES:
+                continue
+            if name not in stored or not _is_stored(tensor, stored[name], path.parent):
+                stored[name] = append_weight(_pieces(tensor.numpy()), data, data_path.name)
+            tensors[name] = tensor
+            value.const_value = _external(tensor, name, stored[name], path.parent)
+    if not data_path.stat().st_size:
+        data_path.unlink()
+    try:
+        yield
+    finally:
+        for name, tensor in tensors.items():
+            graph.initializers[name].const_value = tensor
+
+
+def _is_stored(tensor: onnx_ir.TensorProtocol, place: Place, folder: Path) -> bool:
+    """Whether a small constant has these bytes: the exporter's own names mean others elsewhere."""
+    if tensor.nbytes > COMPARED_BYTES:
+        return place.length == tensor.nbytes
+    return read_bytes(place, folder).tobytes() == np.ascontiguousarray(tensor.numpy()).tobytes()
+
+
+def _external(
+    tensor: onnx_ir.TensorProtocol, name: str, place: Place, folder: Path
+) -> onnx_ir.ExternalTensor:
+    return onnx_ir.ExternalTensor(
+        place.file,
+        place.offset,
+        place.length,
+        tensor.dtype,
+        shape=onnx_ir.Shape(tensor.shape.numpy()),
+        name=name,
+        base_dir=str(folder),
+    )
+
+
+def _pieces(array: np.ndarray) -> Iterator[np.ndarray]:
+    """An array in rows: of a transposed one, a copy of each piece is made and no other."""
+    if not array.ndim:
+        yield array
+    for start in range(0, len(array), PIECE_ROWS):
+        yield array[start : start + PIECE_ROWS]
 
 
 def _rename(values: Iterable[onnx_ir.Value], specs: tuple[TensorSpec, ...]) -> None:

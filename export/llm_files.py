@@ -5,8 +5,9 @@ costs is measured on texts that the LLM writes itself.
 """
 
 import dataclasses
+import gc
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,13 +16,12 @@ import numpy as np
 import torch
 
 from tiny_align.export import parity
-from tiny_align.export.graphs import Graph
 from tiny_align.export.llm_ort import llm_ort_graph
 from tiny_align.export.llms import embedding_table, input_embedding, llm_graph
+from tiny_align.export.mapped_weights import map_parameters
 from tiny_align.export.options import ExportOptions
-from tiny_align.export.packing import share_weights
-from tiny_align.export.progress import BeginPhase, no_bar, prefixed
-from tiny_align.export.quantise import output_layer, quantise
+from tiny_align.export.progress import BeginPhase, no_bar
+from tiny_align.export.quantise import Stored, output_layer, quantise
 from tiny_align.export.sensitivity import (
     VALIDATION_TEXTS,
     measure_divergence,
@@ -38,7 +38,8 @@ from tiny_align.export.weight_forms import (
     forms,
     no_blocks,
 )
-from tiny_align.runtime.backends.registry import load_decoder, load_runner
+from tiny_align.runtime.backends.onnxruntime import OrtDecoder, OrtRunner
+from tiny_align.runtime.backends.registry import load_decoder
 from tiny_align.runtime.bundle.embeddings import EMBEDDINGS, SCALES
 from tiny_align.runtime.bundle.manifest import GraphSpec
 from tiny_align.runtime.bundle.onnx_weights import (
@@ -50,8 +51,6 @@ from tiny_align.runtime.bundle.onnx_weights import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    CheckGraph = Callable[[Path, GraphSpec], parity.Differences]
 
 BACKEND = "onnxruntime"  # runs the graphs here
 LARGE_VOCABULARY = 8192  # rows of an embedding table that is worth INT8
@@ -78,8 +77,6 @@ def write_llm(
 ) -> GraphSpec:
     """Write both graphs and the embedding table; weights that are equal are stored once."""
     layers, head = forms(options.precision, options.head_precision, options.block_size)
-    standard_path = folder / "llm.onnx"
-    ort_path = folder / "llm.ort.onnx"
     # On the disk of the bundle, which must have room anyway.
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         exact_folder = Path(temporary) / "fp32"
@@ -95,55 +92,53 @@ def write_llm(
             begin("LLM: quantise")
             rounded_folder = Path(temporary) / "rounded"
             rounded_folder.mkdir()
-            weights = LlmWeights(source.llm, layers, head, rounding, rounded_folder, source.stored)
-            weights.choose_forms(_layer_weights(exact_folder / standard_path.name))
-            quantise(exact_folder / standard_path.name, standard_path, weights, "tensorrt")
+            weights = LlmWeights(layers, head, rounding, source.stored, rounded_folder)
+            weights.choose_forms(_layer_weights(exact_folder / standard.file))
+            stored: Stored = {}
+            standard_path = folder / standard.file
+            quantise(exact_folder / standard.file, standard_path, weights, "tensorrt", stored)
             weights.table = write_table(folder, source.llm, weights.head_blocks)
-            quantise(exact_folder / ort_path.name, ort_path, weights, "onnxruntime")
+            ort_path = folder / ort.file
+            quantise(exact_folder / ort.file, ort_path, weights, "onnxruntime", stored)
             begin("LLM: measure")
             figures = _measure(source, ort_path, ort, texts)
             figures["bits_per_weight"] = weights.bits
             standard = _in_form(standard, options.precision, figures)
             ort = _in_form(ort, options.precision, figures)
-    standard = add_topk(standard_path, standard)
-    share_weights(standard_path, ort_path)
+    standard = add_topk(folder / standard.file, standard)
     return dataclasses.replace(standard, backends={BACKEND: ort})
 
 
 def _write_exact(folder: Path, source: LlmSource, begin: BeginPhase) -> tuple[GraphSpec, GraphSpec]:
-    """Write both graphs in FP32 and compare them with PyTorch."""
+    """Write both graphs in FP32 and compare them with PyTorch.
+
+    The LLM's weights are then those of the file, mapped.
+    """
     llm = source.llm
     lengths = parity.llm_lengths(llm.config, source.max_context)
+    stored: dict[str, Place] = {}
+    begin("LLM: trace")
+    graph = llm_graph(llm)
+    begin("LLM: write")
+    standard = graph.save(folder / "llm.onnx", stored)
+    del graph  # it refers to the weights in memory, in circles
+    gc.collect()
+    map_parameters(llm, folder / standard.file)
+    begin("LLM: compare")
     prompts = parity.llm_prompts(llm, lengths=lengths)
-
-    def check_standard(path: Path, spec: GraphSpec) -> parity.Differences:
-        with load_runner(path, spec, BACKEND) as runner:
-            return parity.llm_parity(runner, prompts)
-
-    def check_ort(path: Path, spec: GraphSpec) -> parity.Differences:
-        with load_decoder(path, spec, BACKEND) as decoder:
-            return parity.decoder_parity(decoder, prompts)
-
-    def write(
-        file: str,
-        trace: Callable[["PreTrainedModel"], Graph],
-        check: "CheckGraph",
-        begin_step: BeginPhase,
-    ) -> GraphSpec:
-        begin_step("trace")
-        graph = trace(llm)
-        begin_step("write")
-        spec = graph.save(folder / file)
-        del graph  # frees its copies of weights
-        begin_step("compare")
-        differences = check(folder / file, spec)
-        parity.check(Path(file).stem, differences)
-        return dataclasses.replace(spec, parity=differences.figures())
-
-    standard = write("llm.onnx", llm_graph, check_standard, prefixed(begin, "LLM"))
-    ort_begin = prefixed(begin, "LLM for ONNX Runtime")
-    ort = write("llm.ort.onnx", llm_ort_graph, check_ort, ort_begin)
+    with OrtRunner(folder / standard.file, standard, prepack=False) as runner:
+        standard = _compared(standard, parity.llm_parity(runner, prompts))
+    begin("LLM for ONNX Runtime: trace")
+    ort = llm_ort_graph(llm).save(folder / "llm.ort.onnx", stored)
+    begin("LLM for ONNX Runtime: compare")
+    with OrtDecoder(folder / ort.file, ort, prepack=False) as decoder:
+        ort = _compared(ort, parity.decoder_parity(decoder, prompts))
     return standard, ort
+
+
+def _compared(spec: GraphSpec, differences: parity.Differences) -> GraphSpec:
+    parity.check(Path(spec.file).stem, differences)
+    return dataclasses.replace(spec, parity=differences.figures())
 
 
 def _calibrate(source: LlmSource, options: ExportOptions) -> tuple[list[torch.Tensor], Rounding]:
@@ -161,14 +156,14 @@ def _calibrate(source: LlmSource, options: ExportOptions) -> tuple[list[torch.Te
     return texts[:VALIDATION_TEXTS], rounding
 
 
-def _layer_weights(path: Path) -> Iterator[np.ndarray]:
-    """The weights (K, N) of a graph's products but the output layer's, mapped."""
+def _layer_weights(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """The weights (K, N) of a graph's products but the output layer's, mapped, by name."""
     model = load_graph(path)
     names = {node.input[1] for node in weight_products(model.graph)}
     names.discard(output_layer(model).input[1])
     for tensor in model.graph.initializer:
         if tensor.name in names:
-            yield read_weight(tensor, path.parent)
+            yield tensor.name, read_weight(tensor, path.parent)
 
 
 def _measure(

@@ -14,6 +14,7 @@ import onnx_ir
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
+from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
 
 from tiny_align.export.graphs import Graph, export_program
 from tiny_align.export.llms import (
@@ -24,6 +25,7 @@ from tiny_align.export.llms import (
     kv_specs,
 )
 from tiny_align.export.packing import pack_products, split_scaled_products
+from tiny_align.export.program_weights import name_weights
 from tiny_align.runtime.bundle.manifest import TensorSpec
 from tiny_align.runtime.errors import TinyAlignError
 
@@ -119,7 +121,9 @@ def llm_ort_graph(llm: "PreTrainedModel") -> Graph:
             f"{HEAD_MULTIPLE}"
         )
     program = _trace(llm)
-    pack_products(program)  # those that the fusions have left
+    name_weights(program.graph, llm.named_parameters())
+    pack_products(program)  # before the fusions, which would copy the weights
+    fuse_for_onnxruntime(program, "cpu")
     split_scaled_products(program)
     return Graph(
         program,
@@ -156,6 +160,6 @@ def _trace(llm: "PreTrainedModel") -> onnx_ir.Model:
     llm.set_attn_implementation(ATTENTION)
     try:
         with fixed_frequencies(llm):
-            return export_program(_Decoder(llm), inputs, dynamic_shapes=shapes, ort_fusions="cpu")
+            return export_program(_Decoder(llm), inputs, dynamic_shapes=shapes)
     finally:
         llm.set_attn_implementation(implementation)

@@ -18,6 +18,7 @@ from tiny_align.export.graphs import Graph, export_program
 from tiny_align.export.model_folder import model_folder
 from tiny_align.export.packing import pack_products
 from tiny_align.export.pretrained import load_pretrained, load_whole
+from tiny_align.export.program_weights import name_weights
 from tiny_align.export.prompts import choose_template, turn_end
 from tiny_align.runtime.bundle.manifest import LlmSpec, TensorSpec
 from tiny_align.runtime.errors import TinyAlignError
@@ -252,6 +253,7 @@ def llm_graph(llm: "PreTrainedModel") -> Graph:
     }
     with fixed_frequencies(llm):
         program = export_program(llm, inputs)
+    name_weights(program.graph, llm.named_parameters())
     pack_products(program)
     return Graph(
         program,

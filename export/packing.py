@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from tiny_align.export.program_weights import (
     WeightProduct,
+    add_joined_weight,
     add_weight,
     read_weight,
     remove_weight,
@@ -27,7 +28,7 @@ from tiny_align.runtime.bundle.onnx_weights import (
 def pack_products(program: ir.Model) -> None:
     """Compute products of one value with several weights as one product and a split.
 
-    The queries, keys and values of a layer are such siblings.
+    The queries, keys and values of a layer are such siblings, and its gate and up projections.
     """
     siblings: dict[ir.Value, list[WeightProduct]] = {}
     for product in weight_products(program.graph):
@@ -40,9 +41,9 @@ def pack_products(program: ir.Model) -> None:
 
 def _pack(graph: ir.Graph, products: list[WeightProduct]) -> None:
     first = products[0]
-    arrays = [read_weight(product.weight) for product in products]
-    widths = np.array([array.shape[1] for array in arrays], np.int64)
-    packed = add_weight(graph, f"{first.weight.name}.packed", np.concatenate(arrays, axis=1))
+    weights = [product.weight for product in products]
+    widths = np.array([read_weight(weight).shape[1] for weight in weights], np.int64)
+    packed = add_joined_weight(graph, weights)
     sizes = add_weight(graph, f"{first.weight.name}.widths", widths)
     product = ir.node("MatMul", [first.factor, packed])
     split = ir.node(

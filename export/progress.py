@@ -13,7 +13,6 @@ PHASES = {
     "LLM: write": 6,
     "LLM: compare": 10,
     "LLM for ONNX Runtime: trace": 6,
-    "LLM for ONNX Runtime: write": 6,
     "LLM for ONNX Runtime: compare": 10,
     "LLM: measure sensitivities": 20,
     "LLM: quantise": 20,

@@ -13,6 +13,7 @@ some rows at a time. The encoder and the projector stay as they are (a 4-bit pro
 audio LLM erratic).
 """
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -21,10 +22,12 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from tiny_align.export.rounding import MAX_CODE, round_nearest
 from tiny_align.export.weight_forms import Blocks, LlmWeights, Table
 from tiny_align.runtime.bundle.onnx_weights import (
     Place,
     append_weight,
+    find_place,
     load_graph,
     read_weight,
     set_place,
@@ -40,18 +43,34 @@ DTYPES = {16: TensorProto.FLOAT16, 8: TensorProto.INT8, 4: TensorProto.INT4}
 INT8_PRODUCTS = 4  # accuracy level of MatMulNBits, see runtime/backends/onnxruntime.py
 
 
-def quantise(source: Path, target: Path, weights: LlmWeights, layout: Layout) -> None:
+# A weight's place in FP32 and the form of a part of it -> where that part is stored.
+Stored = dict[tuple[Place, str], Place]
+
+
+def quantise(
+    source: Path,
+    target: Path,
+    weights: LlmWeights,
+    layout: Layout,
+    stored: Stored | None = None,
+) -> None:
     """Write `target` (+ .data): the FP32 graph `source` with its products' weights in other forms.
 
     Args:
         layout: how weights in 8 bits are stored, and where the embedding table is the output
             layer's weight too.
+        stored: what earlier calls have written for graphs over the same weights, from one folder to
+            one other; it is referred to, and what this call writes is added.
     Raises:
         TinyAlignError: a weight that float16 cannot hold.
     """
-    with open(f"{target}.data", "wb") as data:
-        writer = _Writer(load_graph(source), source.parent, weights, layout, data)
+    stored = {} if stored is None else stored
+    data_path = target.with_name(f"{target.name}.data")
+    with open(data_path, "wb") as data:
+        writer = _Writer(load_graph(source), source.parent, weights, layout, stored, data)
         writer.write()
+    if not data_path.stat().st_size:
+        data_path.unlink()
     onnx.save(writer.model, str(target))
 
 
@@ -77,13 +96,16 @@ class _Writer:
         folder: Path,
         weights: LlmWeights,
         layout: Layout,
+        stored: Stored,
         data: BinaryIO,
     ):
         self.model = model
         self._folder = folder
         self._weights = weights
         self._layout = layout
+        self._stored = stored
         self._data = data
+        self._source: Place | None = None  # of the weight in FP32 that is worked on
         self._before: list[onnx.NodeProto] = []  # nodes that come first: constants only
         self._replaced: dict[int, list[onnx.NodeProto]] = {}  # index of a MatMul -> its nodes
         self._shared: set[str] = set()  # values that several products read
@@ -93,15 +115,17 @@ class _Writer:
         head = output_layer(self.model).input[1]
         products = products_of_weights(graph)
         for tensor in list(graph.initializer):
+            self._source = find_place(tensor)
             values = read_weight(tensor, self._folder)
             indices = products.get(tensor.name, [])
-            form = self._weights.get(values, tensor.name == head) if indices else None
+            form = self._weights.get(tensor.name, values, tensor.name == head) if indices else None
             if form is None and values.nbytes < INLINE_BYTES:
                 tensor.CopyFrom(numpy_helper.from_array(np.array(values), tensor.name))
             elif form is None:
-                self._store(tensor, tensor.data_type, values.shape, [values])
+                self._store("fp32", tensor, tensor.data_type, values.shape, [values])
             elif form == "fp16":
-                self._store(tensor, DTYPES[16], values.shape, _fp16_rows(tensor.name, values))
+                rows = _fp16_rows(tensor.name, values)
+                self._store("fp16", tensor, DTYPES[16], values.shape, rows)
                 for index in indices:
                     self._replaced[index] = _multiply_in_fp16(graph.node[index])
             elif form.table is not None and self._layout == "onnxruntime":
@@ -116,24 +140,40 @@ class _Writer:
         graph.node.extend(rewritten.node)
 
     def _store(
-        self, tensor: TensorProto, dtype: int, shape: Sequence[int], pieces: Iterable[np.ndarray]
+        self,
+        part: str,
+        tensor: TensorProto,
+        dtype: int,
+        shape: Sequence[int],
+        pieces: Iterable[np.ndarray],
     ) -> None:
-        """Write the pieces of a tensor to the data file and their place into `tensor`."""
-        place = append_weight(pieces, self._data, Path(self._data.name).name)
+        """Write the pieces of a tensor, unless they are stored, and their place into `tensor`.
+
+        Args:
+            part: of the weight that is worked on, and its form.
+        """
+        place = None if self._source is None else self._stored.get((self._source, part))
+        if place is None:
+            place = append_weight(pieces, self._data, Path(self._data.name).name)
+        if self._source is not None:
+            self._stored[self._source, part] = place
         _point(tensor, dtype, shape, place)
 
     def _store_blocks(self, tensor: TensorProto, blocks: Blocks, indices: list[int]) -> None:
         """Replace weights (K, N) by codes, scales and a DequantizeLinear that has their name."""
         name = tensor.name
+        if blocks.bits == 8 and self._layout == "tensorrt":
+            blocks = _within_two_int4(blocks)
         n_inputs, n_outputs = blocks.codes.shape
         scales = blocks.scales
         tensor.name = f"{name}.codes"
         if blocks.bits == 4:
-            self._store(tensor, DTYPES[4], blocks.codes.shape, _int4_rows(blocks.codes))
+            self._store("int4", tensor, DTYPES[4], blocks.codes.shape, _int4_rows(blocks.codes))
         elif self._layout == "onnxruntime":
-            self._store(tensor, DTYPES[8], blocks.codes.shape, [blocks.codes])
+            self._store("int8", tensor, DTYPES[8], blocks.codes.shape, [blocks.codes])
         else:
-            self._store(tensor, DTYPES[4], (2 * n_inputs, n_outputs), _high_and_low(blocks.codes))
+            shape = (2 * n_inputs, n_outputs)
+            self._store("high and low", tensor, DTYPES[4], shape, _high_and_low(blocks.codes))
             scales = np.concatenate([scales * scales.dtype.type(16), scales])
         self._store_floats(f"{name}.scales", scales)
         inputs = [tensor.name, f"{name}.scales.fp32"]
@@ -152,7 +192,8 @@ class _Writer:
         """A constant `name`.fp32, stored as `values` are."""
         tensor = self.model.graph.initializer.add(name=name)
         dtype = helper.np_dtype_to_tensor_dtype(values.dtype)
-        self._store(tensor, dtype, values.shape, [values])
+        part = f"{name} {len(values)}"
+        self._store(part, tensor, dtype, values.shape, [values])
         cast = helper.make_node("Cast", [name], [f"{name}.fp32"], to=TensorProto.FLOAT)
         self._before.append(cast)
 
@@ -226,10 +267,10 @@ class _Writer:
 
 def products_of_weights(graph: onnx.GraphProto) -> dict[str, list[int]]:
     """The name of a weight (K, N) -> the indices of the MatMul nodes that it is a factor of."""
-    products = {id(node) for node in weight_products(graph)}
+    outputs = {node.output[0] for node in weight_products(graph)}
     indices: dict[str, list[int]] = {}
     for index, node in enumerate(graph.node):
-        if id(node) in products:
+        if node.output[0] in outputs:
             indices.setdefault(node.input[1], []).append(index)
     return indices
 
@@ -260,6 +301,15 @@ def _int4_rows(codes: np.ndarray) -> Iterator[np.ndarray]:
     """INT4 codes as stored, some rows at a time."""
     for start in range(0, len(codes), ROWS):
         yield _pack_int4(codes[start : start + ROWS])
+
+
+def _within_two_int4(blocks: Blocks) -> Blocks:
+    """Blocks whose codes two INT4 codes can hold; llama.cpp's Q8_0 goes to 127: rounded anew."""
+    if np.abs(blocks.codes).max() <= MAX_CODE[8]:
+        return blocks
+    scales = np.repeat(blocks.scales.astype(np.float32), blocks.block, axis=0)
+    codes, new_scales = round_nearest(blocks.codes * scales, 8, blocks.block)
+    return dataclasses.replace(blocks, codes=codes, scales=new_scales)
 
 
 def _high_and_low(codes: np.ndarray) -> Iterator[np.ndarray]:

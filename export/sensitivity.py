@@ -62,7 +62,7 @@ def write_texts(llm: "PreTrainedModel", beginning: list[int]) -> list[torch.Tens
     room = llm.config.max_position_embeddings - len(beginning)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        ids = llm.generate(
+        ids = llm.generate(  # type: ignore[operator]  # transformers annotates it as a Tensor
             torch.tensor([beginning] * TEXTS),
             do_sample=True,
             temperature=TEMPERATURE,

@@ -6,24 +6,23 @@ have the same numbers.
 """
 
 import dataclasses
-import hashlib
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
-import torch
 
 from tiny_align.export.gguf_file import StoredBlocks
 from tiny_align.export.options import BLOCKS
+from tiny_align.export.program_weights import JOINT, TRANSPOSED
 from tiny_align.export.rounding import round_gptq, round_nearest
 from tiny_align.export.sensitivity import Sensitivity, join
 from tiny_align.runtime.bundle.onnx_weights import Place
 from tiny_align.runtime.errors import TinyAlignError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+log = logging.getLogger(__name__)
 
 BITS = {"int4": 4, "int8": 8, "fp16": 16, "fp32": 32}  # by precision
 SMALL_BLOCK = 16  # for matrices that no block of BLOCKS divides
@@ -79,9 +78,6 @@ def _check_choice(name: str, value: str | int, choices: Iterable[str | int]) -> 
         raise TinyAlignError(f"--{name} is {value}: choose one of {', '.join(map(str, choices))}")
 
 
-Names = tuple[str, ...]  # of modules whose weights are one matrix of the graph
-
-
 @dataclass(frozen=True)
 class Rounding:
     """How weights become integers.
@@ -106,111 +102,105 @@ def no_blocks(name: str) -> StoredBlocks | None:
 
 
 class LlmWeights:
-    """The weights of an LLM's products in their forms, by their values: graphs name them anew."""
+    """The weights of an LLM's products in their forms, by the names that graphs give them.
+
+    Names are those of modules: `program_weights.name_weights`.
+    """
 
     def __init__(
         self,
-        llm: "PreTrainedModel",
         layers: Form,
         head: Form,
-        rounding: Rounding,
-        folder: Path,
+        rounding: Rounding = Rounding(),
         stored: ReadBlocks = no_blocks,
+        folder: Path | None = None,
     ):
         """
         Args:
-            folder: an empty one for the rounded weights; it must outlive this.
             stored: gives the blocks that the LLM's own file has for a module.
+            folder: an empty one for the rounded weights, which must outlive this; None: memory.
         """
-        self._modules: dict[bytes, tuple[str, int]] = {}  # first row -> name and number of rows
-        for name, module in llm.named_modules():
-            if isinstance(module, torch.nn.Linear):
-                row = module.weight[0].detach().numpy()
-                self._modules[row.tobytes()] = (name, module.out_features)
         self._layers = layers
         self._head = head
         self._rounding = rounding
-        self._folder = folder
         self._stored = stored
-        self._sensitive: set[Names] = set()
-        self._blocks: dict[Names, Blocks] = {}
+        self._folder = folder
+        self._sensitive: set[str] = set()
+        self._blocks: dict[str, Blocks] = {}
         self.bits = float(layers.bits)  # of a layer's weight with its scale, on average
         self.head_blocks: Blocks | None = None  # once a graph was quantised, if in integers
         self.table: Table | None = None  # where the head is stored already
 
-    def get(self, values: np.ndarray, is_head: bool) -> Blocks | Literal["fp16"] | None:
+    def get(self, name: str, values: np.ndarray, is_head: bool) -> Blocks | Literal["fp16"] | None:
         """The form of a weight (K, N); None: it stays as it is."""
         form = self._head if is_head else self._layers
         if form.bits == 32:
             return None
-        block = _fitting_block(len(values), form.block)
-        if form.bits == 16 or block is None:
+        if form.bits == 16:
             return "fp16"
-        names = self._names(values)
-        if names not in self._blocks:
-            bits = 8 if names in self._sensitive else form.bits
-            self._blocks[names] = self._round(values, names, bits, block)
-        blocks = self._blocks[names]
+        block = _fitting_block(len(values), form.block)
+        if block is None or values.shape[1] % 2:  # two INT4 codes of a row share a byte
+            log.warning(
+                "%s, of %d inputs and %d outputs, is stored in FP16: no blocks of integers fit",
+                name,
+                *values.shape,
+            )
+            return "fp16"
+        if name not in self._blocks:
+            bits = 8 if name in self._sensitive else form.bits
+            self._blocks[name] = self._round(name, values, bits, block)
+        blocks = self._blocks[name]
         if not is_head:
             return blocks
         self.head_blocks = blocks
         return dataclasses.replace(blocks, table=self.table)
 
-    def choose_forms(self, weights: Iterable[np.ndarray]) -> None:
+    def choose_forms(self, weights: Iterable[tuple[str, np.ndarray]]) -> None:
         """Give the matrices that cost most INT8, if the layers are INT4.
 
         The next one is that whose rounding costs most nats for its size, until what is left costs
         DIVERGENCE or `max_bits` are reached.
 
         Args:
-            weights: (K, N) of every product but the output layer's, as the graph has them.
+            weights: names and values (K, N) of every product but the output layer's.
         """
         if self._layers.bits != 4:
             return
-        sizes: dict[Names, int] = {}
-        costs: dict[Names, float] = {}
-        for values in weights:
-            blocks = self.get(values, is_head=False)
-            if isinstance(blocks, Blocks) and blocks.bits == 4 and blocks.minima is None:
-                names = self._names(values)
-                sizes[names] = values.size
-                costs[names] = self._cost(values, names, blocks)
+        sizes: dict[str, int] = {}
+        costs: dict[str, float] = {}
+        for name, values in weights:
+            blocks = self.get(name, values, is_head=False)
+            if isinstance(blocks, Blocks):
+                sizes[name] = values.size
+                costs[name] = self._cost(name, values, blocks)
         n_weights = max(sum(sizes.values()), 1)
-        n_bits = sum(sizes[names] * stored_bits(4, self._blocks[names].block) for names in sizes)
+        n_bits = sum(sizes[name] * stored_bits(4, self._blocks[name].block) for name in sizes)
         left = sum(costs.values())
-        for names in sorted(sizes, key=lambda names: costs[names] / sizes[names], reverse=True):
-            block = self._blocks[names].block
-            more = sizes[names] * (stored_bits(8, block) - stored_bits(4, block))
+        for name in sorted(sizes, key=lambda name: costs[name] / sizes[name], reverse=True):
+            block = self._blocks[name].block
+            more = sizes[name] * (stored_bits(8, block) - stored_bits(4, block))
             if left <= DIVERGENCE or n_bits + more > self._rounding.max_bits * n_weights:
                 break
-            left -= costs[names]
+            left -= costs[name]
             n_bits += more
-            self._sensitive.add(names)
-            del self._blocks[names]
+            self._sensitive.add(name)
+            del self._blocks[name]
         self.bits = n_bits / n_weights
 
-    def _names(self, values: np.ndarray) -> Names:
-        """The modules whose weights stand side by side in (K, N)."""
-        names = []
-        column = 0
-        while column < values.shape[1]:
-            key = np.ascontiguousarray(values[:, column]).tobytes()
-            if key not in self._modules:
-                return (f"unknown {hashlib.sha256(np.ascontiguousarray(values)).hexdigest()}",)
-            name, n_rows = self._modules[key]
-            names.append(name)
-            column += n_rows
-        return tuple(names)
+    def _sensitivity(self, name: str) -> Sensitivity | None:
+        modules = modules_of(name)
+        parts = []
+        for module in modules:
+            part = self._rounding.sensitivities.get(module)
+            if part is None:
+                return None
+            parts.append(part)
+        return join(parts)
 
-    def _sensitivity(self, names: Names) -> Sensitivity | None:
-        parts = [self._rounding.sensitivities.get(name) for name in names]
-        present = [part for part in parts if part is not None]
-        return join(present) if len(present) == len(parts) else None
-
-    def _cost(self, values: np.ndarray, names: Names, blocks: Blocks) -> float:
+    def _cost(self, name: str, values: np.ndarray, blocks: Blocks) -> float:
         """Nats per token that the rounding of a matrix costs; 0 if nothing is known of it."""
-        sensitivity = self._sensitivity(names)
-        if sensitivity is None:
+        sensitivity = self._sensitivity(name)
+        if sensitivity is None or blocks.minima is not None:  # which has lost nothing
             return 0.0
         cost = 0.0
         for row, scales in enumerate(blocks.scales):
@@ -219,11 +209,11 @@ class LlmWeights:
             cost += sensitivity.divergence(error, inputs)
         return cost
 
-    def _round(self, values: np.ndarray, names: Names, bits: int, block: int) -> Blocks:
-        carried = self._carry_over(names, bits)
+    def _round(self, name: str, values: np.ndarray, bits: int, block: int) -> Blocks:
+        carried = self._carry_over(name, bits)
         if carried is not None:
-            return carried
-        sensitivity = self._sensitivity(names)
+            return self._keep(carried)
+        sensitivity = self._sensitivity(name)
         if sensitivity is None or bits == 8:
             codes, scales = round_nearest(values, bits, block)
         elif self._rounding.method == "gptq" and sensitivity.hessian is not None:
@@ -232,21 +222,31 @@ class LlmWeights:
             codes, scales = round_nearest(values, bits, block, sensitivity.importance)
         return self._keep(Blocks(codes, scales, bits, block))
 
-    def _carry_over(self, names: Names, bits: int) -> Blocks | None:
+    def _carry_over(self, name: str, bits: int) -> Blocks | None:
         """The blocks that the LLM's file has, if it has such for all of these modules."""
         parts = []
-        for name in names:
-            stored = self._stored(name)
+        for module in modules_of(name):
+            stored = self._stored(module)
             if stored is None or stored.bits != bits:
                 return None
             parts.append(stored)
-        return self._keep(join_blocks(parts))
+        return join_blocks(parts)
 
     def _keep(self, blocks: Blocks) -> Blocks:
         """The same with its codes in a file."""
+        if self._folder is None:
+            return blocks
         path = self._folder / f"{len(list(self._folder.iterdir()))}.npy"
         np.save(path, blocks.codes)
-        return dataclasses.replace(blocks, codes=np.load(path, mmap_mode="r"))
+        return dataclasses.replace(blocks, codes=np.load(path, mmap_mode="r", allow_pickle=False))
+
+
+def modules_of(weight: str) -> list[str]:
+    """The modules whose weights a graph's weight is, side by side."""
+    names = []
+    for name in weight.split(JOINT):
+        names.append(name.removesuffix(TRANSPOSED).removesuffix(".weight"))
+    return names
 
 
 def join_blocks(parts: list[StoredBlocks]) -> Blocks:

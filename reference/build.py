@@ -5,10 +5,17 @@ python -m tiny_align.reference.build
 """
 
 import argparse
+import dataclasses
 import json
+import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tiny_align.reference import corpus, projector, recordings
+
+if TYPE_CHECKING:
+    from tiny_align.export.options import ExportOptions
+    from tiny_align.runtime.bundle.manifest import GraphSpec
 
 ENCODER_LAYERS = (1, 3, 4, -1)  # low layers know more about a new voice
 
@@ -28,8 +35,14 @@ def main(argv=None) -> int:
         "--start", type=Path, help="a projector's weights to start from (default: random)"
     )
     parser.add_argument("--steps", type=int, default=4000, help="of the projector's training")
+    parser.add_argument(
+        "--llm-only",
+        action="store_true",
+        help="write the LLM's graphs anew; all other files of the bundle stay",
+    )
     args = parser.parse_args(argv)
-    from tiny_align.export.bundle import ExportOptions, export_bundle
+    from tiny_align.export.bundle import export_bundle
+    from tiny_align.export.options import ExportOptions
 
     weights, bundle = args.reference / "weights", args.reference / "bundle"
     args.work.mkdir(parents=True, exist_ok=True)
@@ -43,9 +56,12 @@ def main(argv=None) -> int:
         name="reference",
         max_context=256,
         instruction=corpus.ANSWER_INSTRUCTIONS[0],  # the LLM was trained on instructions
-        block_size=32,  # the LLM was trained with its weights rounded so
         projector=str(args.start) if args.start else None,
     )
+    if args.llm_only:
+        graph = replace_llm(bundle, options)
+        print(json.dumps({"bundle": str(bundle), "parity": {"llm": graph.parity}}))
+        return 0
     manifest = export_bundle(options, bundle)
     out = weights / "projector.safetensors"
     projector.main(
@@ -67,6 +83,28 @@ def main(argv=None) -> int:
         )
     )
     return 0
+
+
+def replace_llm(bundle: Path, options: "ExportOptions") -> "GraphSpec":
+    """Write the LLM's graphs of a bundle anew; its other files stay as they are."""
+    from tiny_align.export.bundle import load_sources
+    from tiny_align.export.llm_files import write_llm
+    from tiny_align.runtime.bundle.embeddings import EMBEDDINGS
+    from tiny_align.runtime.bundle.manifest import read_manifest, write_manifest
+
+    manifest = read_manifest(bundle)
+    source = load_sources(options).llm_source()
+    with tempfile.TemporaryDirectory(dir=bundle.parent) as temporary:
+        folder = Path(temporary)
+        graph = write_llm(folder, source, options)
+        (folder / EMBEDDINGS).unlink()  # projectors are bound to the bundle's own
+        for old in bundle.glob("llm.*"):
+            old.unlink()
+        for file in folder.iterdir():
+            file.replace(bundle / file.name)
+    graphs = {**manifest.graphs, "llm": graph}
+    write_manifest(bundle, dataclasses.replace(manifest, graphs=graphs))
+    return graph
 
 
 if __name__ == "__main__":

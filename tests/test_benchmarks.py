@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,8 @@ from tiny_align.benchmarks.studies import (
     encoder,
     families,
     quantisation,
+    quantisation_cost,
+    quantisation_llms,
     report,
     swap,
 )
@@ -191,41 +194,15 @@ def test_distance_is_by_direction_and_by_size():
     assert encoder.distance([inverted], [exact])["least_cosine_of_a_frame"] == pytest.approx(-1)
 
 
-def test_off_the_grid_changes_weights_but_not_logits():
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        vocab_size=50,
-        initializer_range=0.2,
-    )
-    llm = transformers.LlamaForCausalLM(config).eval()
-    ids = torch.arange(20)[None]
-    with torch.no_grad():
-        for name, value in llm.named_parameters():
-            if "norm" in name:
-                value += 0.3 * torch.rand_like(value)
-        logits = llm(ids).logits
-        weights = [value.clone() for value in llm.model.layers.parameters()]
-        quantisation.off_the_grid(llm)
-        torch.testing.assert_close(llm(ids).logits, logits, atol=1e-4, rtol=0)
-    for before, after in zip(weights, llm.model.layers.parameters(), strict=True):
-        assert not torch.equal(before, after)
-
-
 def test_the_cost_of_each_form_of_the_weights_is_measured(monkeypatch, tmp_path):
     pytest.importorskip("onnx")
     small = {}
-    for name, (rows, columns) in quantisation.LAYER.items():
+    for name, (rows, columns) in quantisation_cost.LAYER.items():
         small[name] = (rows // 8, columns // 8)
-    monkeypatch.setattr(quantisation, "LAYER", small)
-    monkeypatch.setattr(quantisation, "WAYS", quantisation.WAYS[:1] + quantisation.WAYS[-2:])
-    exact, *others = quantisation.cost(0.1, tmp_path)
+    monkeypatch.setattr(quantisation_cost, "LAYER", small)
+    ways = quantisation_cost.WAYS
+    monkeypatch.setattr(quantisation_cost, "WAYS", ways[:1] + ways[-2:])
+    exact, *others = quantisation_cost.cost(0.1, tmp_path)
     assert exact["bits"] == pytest.approx(32, abs=0.1)
     assert exact["speed"] == 1
     for row in others:
@@ -249,3 +226,43 @@ def test_the_table_of_swaps_is_in_milliseconds():
         "| an engine of their own is built (tensorrt_rtx 1.7) | 512 ms |",
         "| swap, refit | 21.3 ms |",
     ]
+
+
+def test_parts_of_the_study_of_quantisation_are_measured_one_by_one(tmp_path):
+    path = tmp_path / "results.json"
+    study = quantisation.Study(path)
+    study.add("files", {"file": "a.gguf", "pytorch": {"divergence": 0.005, "same": 0.97}}, "a")
+    again = quantisation.Study(path)
+    again.add("encoder", {"forms": {}})
+    report = json.loads(path.read_text())
+    assert set(report) == {"files", "encoder"}
+    assert "--parts encoder" in report["encoder"]["command"]
+    assert "| a.gguf | PyTorch in FP32 with llama.cpp | 0.0050 | 97.0 % |" in (
+        quantisation.file_table(report["files"])
+    )
+
+
+def test_the_table_of_pretrained_llms_names_the_runtime_and_what_tensorrt_refuses():
+    figures = {"divergence": 0.08, "divergence_error": 0.003, "same": 0.86, "bits": 5.0}
+    sizes = {"layers_bytes": 66_000_000, "table_bytes": 57_000_000}
+    ours = {"runtime": "onnxruntime", "precision": "int4", "block": 32, "head": "int8"}
+    ours |= {"algorithm": "", "head_bytes": 28_000_000, "violations": {}, **figures, **sizes}
+    refused = ours | {"violations": {"positive scale": 120}, "tokens_per_second": 40.0}
+    theirs = {"runtime": "llama.cpp", "precision": "Q4_K_M", **figures, **sizes}
+    lines = quantisation.llm_table({"models": {"x": {"forms": [ours, refused, theirs]}}}).split(
+        "\n"
+    )
+    assert lines[2].endswith("| 28.0 | 57.0 |  | yes |")
+    assert lines[3].endswith("| 28.0 | 57.0 | 40.0 | no |")
+    assert lines[4].startswith("| x | Q4_K_M |  |  | llama.cpp | 0.0800 ± 0.0030 | 86.0 % | 5.00 |")
+
+
+def test_forms_take_turns_and_the_slower_one_decodes_fewer_tokens():
+    order = []
+    steps = {
+        "fast": lambda: order.append("fast"),
+        "slow": lambda: (order.append("slow"), time.sleep(0.002)),
+    }
+    speeds = quantisation_llms.time_steps(steps, 0.0)
+    assert order == (["fast"] * 6 + ["slow"] * 6) * 3
+    assert speeds["slow"] < 500 < speeds["fast"]

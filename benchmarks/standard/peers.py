@@ -113,7 +113,7 @@ class Llama:
         self._vocabulary = shape.vocabulary
         self._past = 0  # positions in the cache
         self._embeddings = api.llama_batch_init(CONTEXT, shape.hidden, 1)
-        self._token = api.llama_batch_init(1, 0, 1)
+        self._tokens = api.llama_batch_init(CONTEXT, 0, 1)
 
     def rewind(self, length: int) -> None:
         """Forget all but the first positions."""
@@ -130,16 +130,24 @@ class Llama:
 
     def step(self, token: int) -> np.ndarray:
         """One token -> (V,) float32 logits."""
-        self._token.token[0] = token
-        return self._decode(self._token, 1)
+        self._tokens.token[0] = token
+        return self._decode(self._tokens, 1)
 
-    def _decode(self, batch: Any, n: int) -> np.ndarray:
+    def logits(self, tokens: list[int]) -> np.ndarray:
+        """Tokens -> (T, V) float32 logits of all of them."""
+        for i, token in enumerate(tokens):
+            self._tokens.token[i] = token
+        self._decode(self._tokens, len(tokens), all_logits=True)
+        rows = self._api.llama_get_logits(self._context)
+        return np.ctypeslib.as_array(rows, (len(tokens), self._vocabulary))
+
+    def _decode(self, batch: Any, n: int, all_logits: bool = False) -> np.ndarray:
         batch.n_tokens = n
         for i in range(n):
             batch.pos[i] = self._past + i
             batch.n_seq_id[i] = 1
             batch.seq_id[i][0] = 0
-            batch.logits[i] = i == n - 1
+            batch.logits[i] = all_logits or i == n - 1
         self._past += n
         status = self._api.llama_decode(self._context, batch)
         if status:

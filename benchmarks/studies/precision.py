@@ -31,7 +31,7 @@ from tiny_align.benchmarks.standard.speakers import data_folders
 from tiny_align.benchmarks.standard.training_cost import SHAPES
 from tiny_align.benchmarks.studies.encoder import distance
 from tiny_align.benchmarks.studies.full_size import make_models, run_export
-from tiny_align.benchmarks.studies.quantisation import LLM
+from tiny_align.benchmarks.studies.quantisation_reference import LLM
 from tiny_align.engines import fp16
 from tiny_align.engines.build import build_engines
 from tiny_align.engines.builder import find_builder

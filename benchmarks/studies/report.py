@@ -49,6 +49,11 @@ PROGRAMS: dict[str, tuple[Path, Callable[[dict], str]]] = {  # table -> results,
     "training_cost": (training_cost.RESULTS, training_cost.table),
     "training_cost_gpu": (training_cost.GPU_RESULTS, training_cost.table),
 }
+SECTIONS: dict[str, tuple[Path, str, Callable[[dict], str]]] = {  # -> results, part, how to show it
+    "quantised_llms": (quantisation.RESULTS, "llms", quantisation.llm_table),
+    "quantised_files": (quantisation.RESULTS, "files", quantisation.file_table),
+    "quantised_encoder": (quantisation.RESULTS, "encoder", quantisation.encoder_table),
+}
 STANDARD = "bench_"  # before the name of a part
 
 
@@ -61,10 +66,14 @@ def body_of(name: str, folder: Path = RESULTS) -> str:
             return ""
         _, part_table = tables.TABLES[part]
         return f"{part_table(result['parts'])}\n\n{stamp_line(result)}"
-    results, table = PROGRAMS[name]
-    if not results.exists():
+    if name in SECTIONS:
+        results, part, table = SECTIONS[name]
+        report = read(results).get(part) if results.exists() else None
+    else:
+        results, table = PROGRAMS[name]
+        report = read(results) if results.exists() else None
+    if report is None:
         return ""
-    report = read(results)
     return f"{table(report)}\n\n{stamp_line(report)}"
 
 

@@ -38,7 +38,12 @@ EXACT_INT8 = "1"
 
 
 def open_session(
-    path: Path, threads: int | None, *, spinning: bool, activations: str | None = None
+    path: Path,
+    threads: int | None,
+    *,
+    spinning: bool,
+    activations: str | None = None,
+    prepack: bool = True,
 ) -> "InferenceSession":
     """A graph in an ONNX Runtime session.
 
@@ -47,6 +52,7 @@ def open_session(
         spinning: whether they wait for work by spinning: faster for what runs all the time, slower
             for all else.
         activations: the manifest's `quantised_activations`; None: found out from the graph.
+        prepack: whether weights are copied into the layout of the operators, for speed.
     """
     import onnxruntime as ort
 
@@ -56,6 +62,8 @@ def open_session(
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", INT8_PRODUCTS)
     if (activations or quantised_activations(path)) == "static":
         options.add_session_config_entry("session.x64quantprecision", EXACT_INT8)
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     if threads:
         options.intra_op_num_threads = threads
@@ -92,10 +100,16 @@ class OrtRunner(Runner):
 
     name = "onnxruntime"
 
-    def __init__(self, path: Path, spec: GraphSpec, threads: int | None = None):
+    def __init__(
+        self, path: Path, spec: GraphSpec, threads: int | None = None, prepack: bool = True
+    ):
         super().__init__(spec)
         self._session: InferenceSession | None = open_session(
-            path, threads, spinning=False, activations=spec.quantised_activations
+            path,
+            threads,
+            spinning=False,
+            activations=spec.quantised_activations,
+            prepack=prepack,
         )
         self._outputs = [output.name for output in self._session.get_outputs()]
 
@@ -118,11 +132,17 @@ class OrtDecoder(Decoder["OrtCache"]):
 
     name = "onnxruntime"
 
-    def __init__(self, path: Path, spec: GraphSpec, threads: int | None = None):
+    def __init__(
+        self, path: Path, spec: GraphSpec, threads: int | None = None, prepack: bool = True
+    ):
         self._spec = spec
         with on_huge_pages():
             self._session: InferenceSession | None = open_session(
-                path, threads, spinning=True, activations=spec.quantised_activations
+                path,
+                threads,
+                spinning=True,
+                activations=spec.quantised_activations,
+                prepack=prepack,
             )
 
     def open_cache(self, capacity: int) -> "OrtCache":

@@ -46,7 +46,8 @@ def _quantisation(
     data = node.input[0]
     codes = data if node.op_type == "DequantizeLinear" else node.output[0]
     shape = graph.shapes.get(data)
-    scales = graph.shapes.get(node.input[1])
+    scale = graph.constant(node.input[1])
+    scales = graph.shapes.get(node.input[1]) if scale is None else tuple(scale.dims)
     if shape is None or scales is None:
         return None
     granularity = "channel" if len(scales) == 1 else "block"

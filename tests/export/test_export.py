@@ -127,21 +127,20 @@ def broken_rules(bundle: Bundle, name: str) -> dict[str, int]:
     return count_by_rule(violations(read(bundle, name), bundle.path, profile))
 
 
-def test_tensorrt_takes_what_is_not_quantised(int4, fp32):
-    for name in GRAPHS:
-        assert broken_rules(fp32.bundle, name) == {}
-    assert broken_rules(int4.bundle, "encoder") == broken_rules(int4.bundle, "projector") == {}
-
-
-def test_what_tensorrt_would_refuse_is_logged(exported, caplog):
-    """Until the LLM's weights in INT4 have positive scales, and those in INT8 no blocks."""
+def test_tensorrt_takes_every_graph(exported):
     check_rules(exported.bundle.path, exported.bundle.manifest)
-    if exported.bundle.manifest.name == "exact":
-        assert caplog.messages == []
-    else:
-        assert set(broken_rules(exported.bundle, "llm")) == {"positive scale", "type in blocks"}
-        (message,) = caplog.messages
-        assert message.startswith("TensorRT would refuse the graph 'llm': ")
+
+
+def test_a_graph_that_tensorrt_would_refuse_is_refused(exported, tmp_path):
+    shutil.copytree(exported.bundle.path, tmp_path / "b")
+    path = tmp_path / "b/llm.onnx"
+    model = load_graph(path)
+    model.graph.node[-1].op_type = "BitwiseAnd"
+    onnx.save(model, str(path))
+    with pytest.raises(
+        TinyAlignError, match=r"TensorRT would refuse the graph 'llm': .*BitwiseAnd"
+    ):
+        check_rules(tmp_path / "b", exported.bundle.manifest)
 
 
 def test_names_and_precisions_are_those_of_the_options(int4, fp32):
@@ -171,12 +170,11 @@ def test_every_graph_equals_pytorch_within_the_tolerance(exported):
         assert all(0 <= figure < TOLERANCE for figure in figures.values()), (name, figures)
 
 
-def test_manifest_has_the_difference_of_int4(int4, fp32):
+def test_manifest_has_the_divergence_of_int4(int4, fp32):
     parity = int4.bundle.manifest.graphs["llm"].parity
-    cost = parity["int4_max_abs_diff_to_pytorch"]
-    exact = parity["max_abs_diff_to_pytorch"]
-    assert cost.keys() == exact.keys() and all(cost[length] > exact[length] for length in cost)
-    assert "int4_max_abs_diff_to_pytorch" not in fp32.bundle.manifest.graphs["llm"].parity
+    assert 0 < parity["kl_to_pytorch"] < 1 and 0 < parity["same_next_token"] <= 1
+    assert 4.5 <= parity["bits_per_weight"] <= 6
+    assert "kl_to_pytorch" not in fp32.bundle.manifest.graphs["llm"].parity
 
 
 def test_manifest_describes_the_models(exported, models):
@@ -260,12 +258,22 @@ def test_llm_outputs_logits_of_the_last_position_only(exported):
 
 
 def test_llm_is_int4_and_its_output_layer_int8(int4):
-    model = read(int4.bundle, "llm")
-    kinds = {t.name: t.data_type for t in model.graph.initializer}
-    dequantised = [node for node in model.graph.node if node.op_type == "DequantizeLinear"]
-    stored = {node.output[0]: kinds[node.input[0]] for node in dequantised}
-    assert stored.pop(output_layer(model).input[1]) == onnx.TensorProto.INT8
-    assert list(stored.values()) == [onnx.TensorProto.INT4] * LINEARS * LAYERS
+    """For TensorRT INT8 is two INT4 weights: twice the inputs."""
+    spec = int4.bundle.manifest.graphs["llm"]
+    for backend, kind in ((None, onnx.TensorProto.INT4), ("onnxruntime", onnx.TensorProto.INT8)):
+        path = int4.bundle.graph("llm", backend)
+        model = load_graph(path)
+        tensors = {t.name: t for t in model.graph.initializer}
+        dequantised = [node for node in model.graph.node if node.op_type == "DequantizeLinear"]
+        stored = {node.output[0]: tensors[node.input[0]] for node in dequantised}
+        assert len(stored) == LINEARS * LAYERS + 1
+        head = stored.pop(output_layer(model).input[1])
+        assert head.data_type == kind
+        rows = int4.bundle.manifest.llm.hidden_size
+        assert head.dims[0] == (2 * rows if backend is None else rows)
+        types = [tensor.data_type for tensor in stored.values()]
+        if spec.parity["bits_per_weight"] == 4.5:
+            assert types == [onnx.TensorProto.INT4] * LINEARS * LAYERS
     n_weights = sum(int(np.prod(t.dims)) for t in model.graph.initializer if len(t.dims) == 2)
     data = int4.bundle.graph("llm").with_name("llm.onnx.data")
     assert data.stat().st_size < 0.25 * 4 * n_weights

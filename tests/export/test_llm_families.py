@@ -20,7 +20,7 @@ from tiny_align.runtime import Assistant, Decoding
 from tiny_align.runtime.backends.registry import load_decoder
 from tiny_align.runtime.bundle.onnx_weights import load_graph
 from tiny_align.runtime.bundle.profile import graph_profile
-from tiny_align.runtime.bundle.tensorrt_rules import count_by_rule, violations
+from tiny_align.runtime.bundle.tensorrt_rules import violations
 from tiny_align.runtime.errors import TinyAlignError
 from tiny_align.runtime.llm import Cache, LanguageModel, TextStream, encode_in_place
 
@@ -49,15 +49,11 @@ from tiny_align.export.bundle import tensorrt_violations  # noqa: E402
 from tiny_align.export.llms import LLMS, embedding_table, end_tokens, load_llm  # noqa: E402
 from tiny_align.export.parity import TOLERANCE, llm_lengths  # noqa: E402
 from tiny_align.export.prompts import prompt_spec  # noqa: E402
-from tiny_align.export.quantise import forms, quantise  # noqa: E402
+from tiny_align.export.quantise import quantise  # noqa: E402
+from tiny_align.export.weight_forms import LlmWeights, forms  # noqa: E402
 
 TEXTS = (ENDED_TEXT, "Call my mother", "  two three four ")
 DECODING = Decoding(max_tokens=N_TOKENS, loop_tokens=0)
-BROKEN_RULES = {  # of an LLM's graph: precision -> rules of TensorRT
-    "fp16": set(),
-    "int8": {"type in blocks"},
-    "int4": {"type in blocks", "positive scale"},
-}
 SLIDING = [name for name, family in FAMILIES.items() if "sliding_window" in family.sizes]
 
 
@@ -236,7 +232,8 @@ def test_readout_scale_is_for_the_scaled_table(exported):
 def test_every_weight_is_quantised_and_the_output_layer_is_int8(exported, tmp_path):
     """Gemma 2 caps its logits after the MatMul that makes them."""
     spec = exported.bundle.manifest.graphs["llm"].on("onnxruntime")
-    quantise(exported.bundle.graph("llm", "onnxruntime"), tmp_path / "llm.onnx", *forms("int4"))
+    exact = exported.bundle.graph("llm", "onnxruntime")
+    quantise(exact, tmp_path / "llm.onnx", LlmWeights(*forms("int4")), "onnxruntime")
     graph = onnx.load(str(tmp_path / "llm.onnx"), load_external_data=False).graph
     kinds = {t.name: (t.data_type, tuple(t.dims)) for t in graph.initializer}
     codes = [kinds[n.input[0]] for n in graph.node if n.op_type == "DequantizeLinear"]
@@ -256,14 +253,13 @@ def test_tensorrt_takes_the_graphs(exported):
     assert tensorrt_violations(exported.bundle.path, exported.bundle.manifest) == {}
 
 
-@pytest.mark.parametrize("precision", BROKEN_RULES)
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
 def test_tensorrt_takes_the_graph_in_other_precisions(exported, tmp_path, precision):
-    """Until weights in INT4 have positive scales, and those in INT8 no blocks."""
-    quantise(exported.bundle.graph("llm"), tmp_path / "llm.onnx", *forms(precision, block=32))
+    weights = LlmWeights(*forms(precision))
+    quantise(exported.bundle.graph("llm"), tmp_path / "llm.onnx", weights, "tensorrt")
     manifest = exported.bundle.manifest
     profile = graph_profile(manifest.graphs["llm"], manifest.dims)
-    found = violations(load_graph(tmp_path / "llm.onnx"), tmp_path, profile)
-    assert set(count_by_rule(found)) == BROKEN_RULES[precision]
+    assert violations(load_graph(tmp_path / "llm.onnx"), tmp_path, profile) == []
 
 
 # --- prompts ---
