@@ -4,7 +4,6 @@ Models come from local folders or hub ids, as transformers' `from_pretrained` ta
 """
 
 import dataclasses
-import gc
 import logging
 import shutil
 import tempfile
@@ -428,13 +427,14 @@ def _write_exact(
     graph = llm_graph(llm)
     begin("LLM: write")
     standard = graph.save(folder / "llm.onnx", stored)
-    del graph  # it refers to the weights in memory, in circles
-    gc.collect()
-    map_parameters(llm, folder / standard.file)
+    graph.forget_weights()
+    files = map_parameters(llm, folder / standard.file)
     begin("LLM: compare")
     standard = _compare(folder / standard.file, standard, check_standard)
     begin("LLM for ONNX Runtime: trace")
     ort = llm_ort_graph(llm).save(folder / "llm.ort.onnx", stored)
+    for file in files:  # the trace has read some
+        file.release()
     begin("LLM for ONNX Runtime: compare")
     return standard, _compare(folder / ort.file, ort, check_ort)
 
