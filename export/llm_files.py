@@ -92,7 +92,7 @@ def write_llm(
             rounded_folder = Path(temporary) / "rounded"
             rounded_folder.mkdir()
             weights = LlmWeights(layers, head, rounding, source.stored, rounded_folder)
-            weights.choose_forms(_layer_weights(exact_folder / standard.file))
+            weights.choose_forms(layer_weights(exact_folder / standard.file))
             stored: Stored = {}
             standard_path = folder / standard.file
             quantise(exact_folder / standard.file, standard_path, weights, "tensorrt", stored)
@@ -156,7 +156,7 @@ def _calibrate(source: LlmSource, options: ExportOptions) -> tuple[list[torch.Te
     return texts[:VALIDATION_TEXTS], rounding
 
 
-def _layer_weights(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+def layer_weights(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     """The weights (K, N) of a graph's products but the output layer's, mapped, by name."""
     model = load_graph(path)
     names = {node.input[1] for node in weight_products(model.graph)}

@@ -16,7 +16,6 @@ PHASES = {
     "LLM for ONNX Runtime: compare": 10,
     "LLM: measure sensitivities": 20,
     "LLM: quantise": 20,
-    "LLM for ONNX Runtime: quantise": 6,
     "LLM: measure": 5,
     "tokenizer and embeddings": 2,
     "check and hash": 1,

@@ -6,6 +6,7 @@ one thread. Speed is that of one token after POSITIONS others; all forms take tu
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import sys
@@ -48,7 +49,14 @@ from tiny_align.export.llms import (
 )
 from tiny_align.export.model_folder import model_folder
 from tiny_align.export.pretrained import load_pretrained
+from tiny_align.export.prompts import FIRST_DAY, prompt_spec
 from tiny_align.export.quantise import output_layer
+from tiny_align.export.sensitivity import (
+    VALIDATION_TEXTS,
+    Sensitivity,
+    measure_sensitivities,
+    write_texts,
+)
 from tiny_align.runtime.backends.base import Decoder
 from tiny_align.runtime.backends.registry import load_decoder
 from tiny_align.runtime.bundle.bundle import Bundle
@@ -57,6 +65,7 @@ from tiny_align.runtime.bundle.onnx_weights import load_graph, stored_bytes, wei
 from tiny_align.runtime.bundle.tensorrt_rules import count_by_rule, violations
 from tiny_align.runtime.errors import TinyAlignError
 from tiny_align.runtime.files import write_json
+from tiny_align.runtime.llm import encode_around
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -104,11 +113,26 @@ class Llm:
             write_json(path, asdict(spec))
         return GraphSpec(**json.loads(path.read_text(encoding="utf-8")))
 
+    @functools.cache
+    def sensitivities(self) -> dict[str, Sensitivity]:
+        """Those that export measures, with Hessians."""
+        before = beginning(self.tokenizer)
+        texts = write_texts(self.model, before)[VALIDATION_TEXTS:]
+        return measure_sensitivities(self.model, texts, len(before), hessians=True)
+
     def _answer(self, n_prompts: int) -> Reference:
         path = self.folder / f"reference-{n_prompts}.npz"
         if not path.exists():
             reference_answers(self.model, self.tokenizer, PROMPTS[:n_prompts]).save(path)
         return Reference.load(path)
+
+
+def beginning(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
+    """Token ids before a user's words; without a chat template, before a text."""
+    if tokenizer.chat_template is None:
+        return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    prompt = prompt_spec(tokenizer, None, "").on(FIRST_DAY)
+    return encode_around(tokenizer.backend_tokenizer, prompt, prompt.instruction)[0]
 
 
 def find_gguf(source: Path) -> Path | None:
@@ -186,14 +210,15 @@ def form_file(form: Way | str) -> str:
 def measure_way(way: Way, llm: Llm, path: Path) -> Row:
     """A form of ours: what it costs, its bytes, and what TensorRT refuses of the standard graph."""
     path.with_name(f"{path.name}.data").unlink(missing_ok=True)  # onnx would append to it
-    way.write(llm.exact, path)
+    sensitivities = llm.sensitivities() if way.needs_sensitivities else None
+    way.write(llm.exact, path, "onnxruntime", sensitivities)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         standard = Path(folder) / "llm.onnx"
-        way.write(llm.standard, standard)
+        way.write(llm.standard, standard, "tensorrt", sensitivities)
         refused = count_by_rule(violations(load_graph(standard), standard.parent))
     with open_decoder(path, llm.spec) as decoder:
         figures = compare(llm.reference, decoder_logits(decoder, llm.embeddings))
-    sizes = graph_sizes(path, llm)
+    sizes = graph_sizes(path, llm, way)
     return {"runtime": "onnxruntime", **asdict(way), **figures, **sizes, "violations": refused}
 
 
@@ -201,7 +226,7 @@ def open_decoder(path: Path, spec: GraphSpec) -> Decoder:
     return load_decoder(path, spec, BACKEND, 1)
 
 
-def graph_sizes(path: Path, llm: Llm) -> Row:
+def graph_sizes(path: Path, llm: Llm, way: Way) -> Row:
     """Bytes of the layers, of the output layer and of the embedding table as export writes it."""
     head = 0
     for tensor in load_graph(path).graph.initializer:
@@ -211,7 +236,7 @@ def graph_sizes(path: Path, llm: Llm) -> Row:
     return {
         "layers_bytes": layers,
         "head_bytes": head,
-        "table_bytes": 2 * llm.embeddings.size,
+        "table_bytes": 0 if way.head == "int8" else 2 * llm.embeddings.size,  # 0: the head is it
         "bits": 8 * layers / llm.n_weights,
     }
 

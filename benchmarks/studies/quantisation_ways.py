@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from tiny_align.export.quantise import Form, forms, quantise
+from tiny_align.export.llm_files import layer_weights
+from tiny_align.export.quantise import Layout, quantise
+from tiny_align.export.sensitivity import Sensitivity
+from tiny_align.export.weight_forms import Form, LlmWeights, Rounding, forms
 
 
 @dataclass(frozen=True)
@@ -18,18 +21,33 @@ class Way:
     precision: str
     block: int | None = None
     head: str = "int8"  # the output layer's precision
-    algorithm: str = ""  # ONNX Runtime's, or "" for export's own rounding to nearest
+    algorithm: str = ""  # ONNX Runtime's, or "" for export's own
+    max_bits: float = 0  # see export's option; needs sensitivities
+    rounding: str = "nearest"  # or "gptq", which needs sensitivities with Hessians
 
-    def write(self, source: Path, target: Path) -> None:
+    @property
+    def needs_sensitivities(self) -> bool:
+        return self.max_bits > 0 or self.rounding == "gptq"
+
+    def write(
+        self,
+        source: Path,
+        target: Path,
+        layout: Layout = "onnxruntime",
+        sensitivities: dict[str, Sensitivity] | None = None,
+    ) -> None:
         """Quantise a graph; both have external data."""
         layers, head = forms(self.precision, self.head, self.block or 32)
         if not self.algorithm:
-            quantise(source, target, layers, head)
+            rounding = Rounding(self.rounding, sensitivities or {}, self.max_bits)
+            weights = LlmWeights(layers, head, rounding)
+            weights.choose_forms(layer_weights(source))
+            quantise(source, target, weights, layout)
             return
         with tempfile.TemporaryDirectory() as folder:
             # the library then finds no weight in the output layer
             with_head = Path(folder) / "head.onnx"
-            quantise(source, with_head, Form(32), head)
+            quantise(source, with_head, LlmWeights(Form(32), head), layout)
             quantise_by_library(self.algorithm, self.block, with_head, target)
 
 
@@ -40,6 +58,9 @@ WAYS = [
     Way("int8", 128),
     Way("int4", 32, head="fp32"),
     Way("int4", 32),
+    Way("int4", 32, max_bits=6),  # export's default
+    Way("int4", 32, max_bits=6, rounding="gptq"),
+    Way("int4", 32, rounding="gptq"),
     Way("int4", 32, head="int4"),
     Way("int4", 64),
     Way("int4", 128),

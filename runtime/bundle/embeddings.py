@@ -54,7 +54,7 @@ def load_table(folder: Path, size: int | None = None) -> EmbeddingTable:
     if not is_table or (size is not None and codes.shape[1] != size):
         columns = "columns" if size is None else f"{size} columns, as many as the manifest says"
         raise BundleError(
-            f"{path} is {codes.dtype} {list(codes.shape)}, expected floats or uint8 of {columns}: "
+            f"{path} is {codes.dtype} {list(codes.shape)}, expected floats of {columns}: "
             "export the bundle again"
         )
     if not is_codes:
