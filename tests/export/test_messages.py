@@ -140,8 +140,12 @@ def check_table(table: list[str], document: dict, bundle: Bundle) -> None:
         assert int(size.replace(",", "")) > sum((bundle.path / f).stat().st_size for f in files)
         assert parity == f"{max(graph['parity']['max_diff_over_std'].values()):.1e}"
         if name == "llm":
-            cost = max(graph["parity"]["int8_max_abs_diff_to_pytorch"].values())
-            assert rest == ["difference", f"{cost:.2g}"]
+            figures = graph["parity"]
+            same, bits = figures["same_next_token"], figures["bits_per_weight"]
+            expected = (
+                f"KL {figures['kl_to_pytorch']:.2g}, {same:.0%} same next token, {bits:.2f} bits"
+            )
+            assert " ".join(rest) == expected
     assert total.split() == ["all", "files", f"{document['bytes']:,}"]
     n, position = document["context"], document["cache_bytes_per_position"]
     assert context.startswith(f"context of {n:,} positions, each {position:,} bytes of")
