@@ -41,7 +41,7 @@ bench: $(STAMPS)/dev,peers  ## the standard run on this machine, 15 minutes: rep
 	$(BIN)/tiny-align bench all --out benchmarks/results
 	$(BIN)/python -m benchmarks.studies.report
 
-bench-full: $(STAMPS)/dev,peers  ## every other measurement, hours
+bench-full: $(STAMPS)/dev,peers pretrained  ## every other measurement, hours
 	$(BIN)/python -m benchmarks.studies.quality
 	$(BIN)/python -m benchmarks.studies.robustness
 	$(BIN)/python -m benchmarks.studies.alignment

@@ -6,6 +6,7 @@ quantisation here.
 """
 
 import contextlib
+import gc
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,15 @@ class Graph:
         del graph.value_info[:]
         onnx.save(model, str(path))
         return GraphSpec(path.name, "fp32", self.inputs, self.outputs, quantised_activations="none")
+
+    def forget_weights(self) -> None:
+        """Drop the weights, once the graph is saved; it cannot be saved again.
+
+        They would stay in memory with it: onnxscript's rules hold on to the last graph they saw.
+        """
+        for value in self.program.graph.initializers.values():
+            value.const_value = None
+        gc.collect()
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ costs is measured on texts that the LLM writes itself.
 """
 
 import dataclasses
-import gc
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -121,15 +120,16 @@ def _write_exact(folder: Path, source: LlmSource, begin: BeginPhase) -> tuple[Gr
     graph = llm_graph(llm)
     begin("LLM: write")
     standard = graph.save(folder / "llm.onnx", stored)
-    del graph  # it refers to the weights in memory, in circles
-    gc.collect()
-    map_parameters(llm, folder / standard.file)
+    graph.forget_weights()
+    files = map_parameters(llm, folder / standard.file)
     begin("LLM: compare")
     prompts = parity.llm_prompts(llm, lengths=lengths)
     with OrtRunner(folder / standard.file, standard, prepack=False) as runner:
         standard = _compared(standard, parity.llm_parity(runner, prompts))
     begin("LLM for ONNX Runtime: trace")
     ort = llm_ort_graph(llm).save(folder / "llm.ort.onnx", stored)
+    for file in files:  # the trace has read some
+        file.release()
     begin("LLM for ONNX Runtime: compare")
     with OrtDecoder(folder / ort.file, ort, prepack=False) as decoder:
         ort = _compared(ort, parity.decoder_parity(decoder, prompts))

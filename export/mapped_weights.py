@@ -24,21 +24,27 @@ class MappedFile:
         count = place.length // dtype.itemsize
         return np.frombuffer(self._map, dtype, count, place.offset).reshape(shape)
 
-    def release(self, place: Place) -> None:
-        """Let the system have the pages back; they are read again when they are needed."""
+    def release(self, place: Place | None = None) -> None:
+        """Let the system have the pages back, all of them without a place.
+
+        They are read again when they are needed.
+        """
         if not hasattr(mmap, "MADV_DONTNEED"):  # Linux has it
             return
+        place = place or Place("", 0, len(self._map))
         start = place.offset // mmap.PAGESIZE * mmap.PAGESIZE
         self._map.madvise(mmap.MADV_DONTNEED, start, place.offset + place.length - start)
 
 
-def map_parameters(model: torch.nn.Module, path: Path) -> None:
+def map_parameters(model: torch.nn.Module, path: Path) -> list[MappedFile]:
     """Let a module's parameters be those that its graph at `path` has stored (`name_weights`).
 
     Each is compared with what it was, bit by bit; so the module computes what it did, and is still
     what the graph is compared with. After each call of a module inside, its weights' memory is
     given back, so that no more than a layer of them is in memory at once.
 
+    Returns:
+        The files that are mapped.
     Raises:
         RuntimeError: the file has other values than the parameter.
     """
@@ -64,6 +70,7 @@ def map_parameters(model: torch.nn.Module, path: Path) -> None:
             places[parameter] = (file, place)
             file.release(place)
     _release_after_calls(model, places)
+    return list(files.values())
 
 
 def _release_after_calls(

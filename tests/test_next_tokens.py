@@ -6,15 +6,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tiny_align.engines.plain_decoder import PlainDecoder
 from tiny_align.runtime.bundle.onnx_weights import quantise_columns
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from tiny_align.benchmarks.studies import gguf_files, next_tokens  # noqa: E402
+from tests.support.tiny_llms import make_model  # noqa: E402
+from tiny_align.benchmarks.studies import gguf_files, next_tokens, quantisation_llms  # noqa: E402
 from tiny_align.benchmarks.studies.off_grid import off_the_grid  # noqa: E402
-from tiny_align.export.llms import embedding_scale, llm_graph  # noqa: E402
+from tiny_align.benchmarks.studies.quantisation_ways import Way  # noqa: E402
 
 SIZES = {
     "hidden_size": 64,
@@ -150,17 +150,6 @@ def test_a_reference_survives_its_file(reference, tmp_path):
     assert [len(answer) for answer in loaded.shortened(2).answers] == [2, 2, 2]
 
 
-@pytest.mark.parametrize("model", ["llama"], indirect=True)
-def test_the_graph_in_onnx_runtime_is_measured_token_by_token(model, reference, tmp_path):
-    pytest.importorskip("onnx")
-    spec = llm_graph(model).save(tmp_path / "llm.onnx")
-    table = model.get_input_embeddings().weight.detach().numpy() * embedding_scale(model)
-    with PlainDecoder(tmp_path / "llm.onnx", spec, 1) as decoder:
-        logits = next_tokens.decoder_logits(decoder, table)
-        found = next_tokens.compare(reference, logits)
-    assert found["divergence"] == pytest.approx(0, abs=1e-6)
-
-
 def test_a_gguf_file_has_the_models_weights(model, tmp_path):
     gguf = pytest.importorskip("gguf")
     from tiny_align.reference.gguf_format import GGUF
@@ -185,3 +174,26 @@ def test_a_gguf_file_has_the_models_weights(model, tmp_path):
     for name, value in model.named_parameters():
         np.testing.assert_allclose(weights.pop(name), value.detach().numpy(), atol=1e-6)
     assert not weights
+
+
+def test_every_form_is_measured_once_and_again_only_where_nothing_is_kept(tmp_path, monkeypatch):
+    pytest.importorskip("onnx")
+    ways = [Way("fp32", head="fp32"), Way("int4", 32, head="int8")]
+    monkeypatch.setattr(quantisation_llms, "WAYS", ways)
+    make_model("llama", tmp_path / "llm")
+    work = tmp_path / "work"
+    work.mkdir()
+    saved = []
+    report = quantisation_llms.measure_llm(tmp_path / "llm", work, 0, 2, saved.append)
+    exact, int4 = report["forms"]
+    assert exact["divergence"] == pytest.approx(0, abs=1e-5)
+    assert exact["bits"] > 32 > 8 > int4["bits"] > 4
+    assert int4["divergence"] > 0.01
+    assert int4["head_bytes"] < exact["head_bytes"] / 3
+    assert exact["violations"] == {} and int4["violations"]
+    assert int4["tokens_per_second"] > 0 and len(saved) == 2
+
+    monkeypatch.setattr(quantisation_llms, "measure_form", None)
+    monkeypatch.setattr(quantisation_llms, "reference_answers", None)
+    again = quantisation_llms.measure_llm(tmp_path / "llm", work, 0, 2, saved.append)
+    assert again["forms"][1]["divergence"] == int4["divergence"]

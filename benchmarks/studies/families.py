@@ -8,6 +8,7 @@ lengths. Writes benchmarks/results/families.json; the last line of stdout is the
 """
 
 import contextlib
+import dataclasses
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -55,7 +56,8 @@ def _once(trace: Callable) -> Callable:
     def traced(module: Any) -> Any:
         if not graphs:
             graphs.append(trace(module))
-        return graphs[0]
+        # an export drops the weights of its graph
+        return dataclasses.replace(graphs[0], program=graphs[0].program.clone())
 
     return traced
 
