@@ -153,9 +153,13 @@ def require_cache(bundle: Bundle, backend: str, positions: int, before: int = 0)
 
 
 def _weight_bytes(bundle: Bundle, graph: GraphSpec, plain: GraphSpec) -> int:
-    """A graph's files; a backend's own graph may share its weights with the plain one."""
-    files = bundle.manifest.files
-    data = f"{graph.file}.data"
-    if data not in files:
-        data = f"{plain.file}.data"
-    return sum((bundle.path / name).stat().st_size for name in (graph.file, data) if name in files)
+    """A graph's file and weights.
+
+    A backend's own graph shares weights with the plain one, and has some that the plain one has in
+    another form: it has about as many as the plain one, or its own if they are more.
+    """
+    sizes = {}
+    for name in (graph.file, f"{graph.file}.data", f"{plain.file}.data"):
+        listed = name in bundle.manifest.files
+        sizes[name] = (bundle.path / name).stat().st_size if listed else 0
+    return sizes[graph.file] + max(sizes[f"{graph.file}.data"], sizes[f"{plain.file}.data"])
