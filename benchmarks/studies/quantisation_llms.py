@@ -113,7 +113,7 @@ class Llm:
             write_json(path, asdict(spec))
         return GraphSpec(**json.loads(path.read_text(encoding="utf-8")))
 
-    @functools.cache
+    @functools.cached_property
     def sensitivities(self) -> dict[str, Sensitivity]:
         """Those that export measures, with Hessians."""
         before = beginning(self.tokenizer)
@@ -210,7 +210,7 @@ def form_file(form: Way | str) -> str:
 def measure_way(way: Way, llm: Llm, path: Path) -> Row:
     """A form of ours: what it costs, its bytes, and what TensorRT refuses of the standard graph."""
     path.with_name(f"{path.name}.data").unlink(missing_ok=True)  # onnx would append to it
-    sensitivities = llm.sensitivities() if way.needs_sensitivities else None
+    sensitivities = llm.sensitivities if way.needs_sensitivities else None
     way.write(llm.exact, path, "onnxruntime", sensitivities)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         standard = Path(folder) / "llm.onnx"
