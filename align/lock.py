@@ -40,7 +40,7 @@ def training_lock(folder: Path) -> Iterator[Path]:
     work = work_folder(folder)
     made = [path for path in (work, *work.parents) if not path.exists()]
     with write_errors(work):
-        work.mkdir(parents=True, exist_ok=True)
+        _make_folder(work)
         lock = FileLock(work / LOCK, is_singleton=True)
         _acquire(lock, work, folder.name)
     try:
@@ -66,7 +66,18 @@ def _acquire(lock: "BaseFileLock", work: Path, name: str) -> None:
                 print(f"tiny-align: {waiting}", file=sys.stderr, flush=True)
             timeout_s = 60.0
         except FileNotFoundError:  # the other process has just removed the folder
+            _make_folder(work)
+
+
+def _make_folder(work: Path) -> None:
+    """Make the work folder, though another process may remove it at any time."""
+    while True:
+        try:
             work.mkdir(parents=True, exist_ok=True)
+            return
+        except FileExistsError:
+            if work.exists():
+                raise  # a file
 
 
 def _tidy(work: Path, made: list[Path]) -> None:

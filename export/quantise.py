@@ -23,7 +23,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from tiny_align.export.rounding import MAX_CODE, round_nearest
-from tiny_align.export.weight_forms import Blocks, LlmWeights, Table
+from tiny_align.export.weight_forms import Blocks, LlmWeights, Table, dequantised
 from tiny_align.runtime.bundle.onnx_weights import (
     Place,
     append_weight,
@@ -128,6 +128,12 @@ class _Writer:
                 self._store("fp16", tensor, DTYPES[16], values.shape, rows)
                 for index in indices:
                     self._replaced[index] = _multiply_in_fp16(graph.node[index])
+            elif self._layout == "tensorrt" and values.shape[1] % 2:
+                # Two INT4 codes of a row would share a byte with the next row's.
+                rows = _fp16_rows(tensor.name, dequantised(form))
+                self._store("dequantised", tensor, DTYPES[16], values.shape, rows)
+                for index in indices:
+                    self._replaced[index] = _multiply_in_fp16(graph.node[index])
             elif form.table is not None and self._layout == "onnxruntime":
                 self._read_table(tensor, form.table, form.block, indices)
             else:
@@ -135,6 +141,8 @@ class _Writer:
         nodes = self._before
         for index, node in enumerate(graph.node):
             nodes.extend(self._replaced.get(index, [node]))
+        for node in nodes:
+            node.name = node.name or f"{node.output[0]}.node"  # some tools find nodes by name
         rewritten = onnx.GraphProto(node=nodes)
         del graph.node[:]
         graph.node.extend(rewritten.node)
@@ -307,8 +315,7 @@ def _within_two_int4(blocks: Blocks) -> Blocks:
     """Blocks whose codes two INT4 codes can hold; llama.cpp's Q8_0 goes to 127: rounded anew."""
     if np.abs(blocks.codes).max() <= MAX_CODE[8]:
         return blocks
-    scales = np.repeat(blocks.scales.astype(np.float32), blocks.block, axis=0)
-    codes, new_scales = round_nearest(blocks.codes * scales, 8, blocks.block)
+    codes, new_scales = round_nearest(dequantised(blocks), 8, blocks.block)
     return dataclasses.replace(blocks, codes=codes, scales=new_scales)
 
 

@@ -77,7 +77,7 @@ def write_texts(llm: "PreTrainedModel", beginning: list[int]) -> list[torch.Tens
 def measure_sensitivities(
     llm: "PreTrainedModel", texts: Iterable[torch.Tensor], n_beginning: int, hessians: bool = False
 ) -> dict[str, Sensitivity]:
-    """The sensitivity of every linear module, by its name.
+    """The sensitivity of every linear module but the output layer, by its name.
 
     Args:
         n_beginning: tokens at the start of every text, which nobody has to predict.
@@ -86,7 +86,7 @@ def measure_sensitivities(
     sums: dict[str, _Sums] = {}
     hooks = []
     for name, module in llm.named_modules():
-        if isinstance(module, torch.nn.Linear):
+        if isinstance(module, torch.nn.Linear) and module is not llm.get_output_embeddings():
             sums[name] = _Sums(hessians)
             hooks.append(module.register_forward_pre_hook(sums[name].take_inputs))
             hooks.append(module.register_full_backward_hook(sums[name].take_gradients))
@@ -135,10 +135,9 @@ class _Sums:
         inputs: tuple[torch.Tensor, ...],
         outputs: tuple[torch.Tensor, ...],
     ) -> None:
+        rows = self._inputs
         squares = outputs[0].flatten(0, -2).square()
         weights = squares.sum(dim=1)
-        # A head that makes some positions' logits only has the gradients of those.
-        rows = self._inputs[-len(weights) :]
         self._gradient = self._gradient + squares.sum(dim=0)
         self._weight += float(weights.sum())
         if self._hessians:

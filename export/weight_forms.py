@@ -139,7 +139,8 @@ class LlmWeights:
         if form.bits == 16:
             return "fp16"
         block = _fitting_block(len(values), form.block)
-        if block is None or values.shape[1] % 2:  # two INT4 codes of a row share a byte
+        is_odd = values.shape[1] % 2 and form.bits == 4  # two INT4 codes share a byte
+        if block is None or is_odd:
             log.warning(
                 "%s, of %d inputs and %d outputs, is stored in FP16: no blocks of integers fit",
                 name,
@@ -239,6 +240,11 @@ class LlmWeights:
         path = self._folder / f"{len(list(self._folder.iterdir()))}.npy"
         np.save(path, blocks.codes)
         return dataclasses.replace(blocks, codes=np.load(path, mmap_mode="r", allow_pickle=False))
+
+
+def dequantised(blocks: Blocks) -> np.ndarray:
+    """(K, N) float32: codes * scales, without the minima."""
+    return blocks.codes * np.repeat(blocks.scales.astype(np.float32), blocks.block, axis=0)
 
 
 def modules_of(weight: str) -> list[str]:

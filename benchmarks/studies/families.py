@@ -35,18 +35,19 @@ LLM = "smollm2"  # beside which the encoders are
 
 @contextlib.contextmanager
 def traced_once(*names: str) -> Iterator[None]:
-    """Within it, the named functions of export/bundle.py trace the first module only.
+    """Within it, the named functions, as export calls them, trace the first module only.
 
     Its graph is used for every later one: they must be equal, and each bundle's parity check holds
     that.
     """
     from unittest import mock
 
-    from tiny_align.export import bundle
+    from tiny_align.export import bundle, llm_files
 
     with contextlib.ExitStack() as stack:
         for name in names:
-            stack.enter_context(mock.patch.object(bundle, name, _once(getattr(bundle, name))))
+            caller = llm_files if name == "llm_graph" else bundle
+            stack.enter_context(mock.patch.object(caller, name, _once(getattr(caller, name))))
         yield
 
 

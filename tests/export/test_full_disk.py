@@ -14,6 +14,7 @@ from test_export import make_encoder  # noqa: E402 - needs the packages above
 
 from tiny_align.benchmarks.studies.families import traced_once  # noqa: E402
 from tiny_align.export import bundle as exporter  # noqa: E402
+from tiny_align.export import llm_files  # noqa: E402
 from tiny_align.export.graphs import Graph  # noqa: E402
 from tiny_align.runtime.bundle.bundle import Bundle  # noqa: E402
 
@@ -39,7 +40,7 @@ WRITERS = {
     "the encoder": (Graph, "save", of("encoder.onnx")),
     "the projector": (Graph, "save", of("projector.onnx")),
     "the LLM in FP32": (Graph, "save", of("llm.onnx")),
-    "the LLM in INT4": (exporter, "quantise", lambda _: True),
+    "the LLM in INT4": (llm_files, "quantise", lambda _: True),
     "the embedding table": (np, "save", of("token_embeddings.npy")),
     "the manifest": (exporter, "write_manifest", lambda _: True),
 }

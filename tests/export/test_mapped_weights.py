@@ -16,7 +16,8 @@ MEASURED = """
 import resource, sys, tempfile
 from pathlib import Path
 import onnxruntime, torch, transformers
-from tiny_align.export.bundle import ExportOptions, write_llm
+from tiny_align.export.llm_files import LlmSource, write_llm
+from tiny_align.export.options import ExportOptions
 
 def peak_bytes():
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -30,12 +31,13 @@ tiny = transformers.LlamaConfig(
 )
 options = ExportOptions(encoder="", llm="")
 with tempfile.TemporaryDirectory(dir=sys.argv[1]) as folder:
-    write_llm(Path(folder), transformers.LlamaForCausalLM(tiny).eval(), options, 256)  # imports
+    source = LlmSource(transformers.LlamaForCausalLM(tiny).eval(), 256, [1])
+    write_llm(Path(folder), source, options)  # imports
 before = peak_bytes()
 llm = transformers.LlamaForCausalLM(config).eval()
 weights = sum(parameter.nbytes for parameter in llm.parameters())
 with tempfile.TemporaryDirectory(dir=sys.argv[1]) as folder:
-    write_llm(Path(folder), llm, options, 256)
+    write_llm(Path(folder), LlmSource(llm, 256, [1]), options)
 print((peak_bytes() - before) / weights)
 """
 MAX_GROWTH = 2.2  # in bytes of the FP32 weights; 1.71 measured, 3.34 with copies of them

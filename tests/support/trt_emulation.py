@@ -162,7 +162,7 @@ class Cudart:
 
     def memory(self, address: int, size: int) -> np.ndarray | None:
         """The bytes from an address on, (size,) uint8; None unless they lie in one allocation."""
-        for start, block in self.live.items():
+        for start, block in list(self.live.items()):  # other threads allocate
             if start <= address and address + size <= start + len(block):
                 return block[address - start : address - start + size]
         return None
