@@ -39,7 +39,7 @@ from tiny_align.export.weight_forms import (
 )
 from tiny_align.runtime.backends.onnxruntime import OrtDecoder, OrtRunner
 from tiny_align.runtime.backends.registry import load_decoder
-from tiny_align.runtime.bundle.embeddings import EMBEDDINGS, SCALES
+from tiny_align.runtime.bundle.embeddings import EMBEDDINGS, SCALES, ZERO
 from tiny_align.runtime.bundle.manifest import GraphSpec
 from tiny_align.runtime.bundle.onnx_weights import (
     Place,
@@ -198,8 +198,8 @@ def write_table(folder: Path, llm: "PreTrainedModel", head: Blocks | None) -> Ta
     if head is None or head.bits != 8 or not is_tied or not is_large:
         np.save(folder / EMBEDDINGS, embedding_table(llm))
         return None
-    codes = np.empty(head.codes.shape[::-1], np.uint8)
-    np.add(head.codes.T, 128, out=codes, casting="unsafe")
+    codes = np.ascontiguousarray(head.codes.T).view(np.uint8)
+    codes ^= ZERO  # adds it
     scales = np.ascontiguousarray(head.scales.T)
     np.save(folder / EMBEDDINGS, codes)
     np.save(folder / SCALES, scales)

@@ -6,13 +6,15 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+import transformers
 from onnx import TensorProto, helper, numpy_helper
 
 from tiny_align.export.llm_ort import llm_ort_graph
 from tiny_align.export.llms import load_llm
 from tiny_align.export.packing import pack_products, share_weights
 from tiny_align.runtime.backends.registry import load_decoder
-from tiny_align.runtime.bundle.onnx_weights import load_graph
+from tiny_align.runtime.bundle.embeddings import load_table
+from tiny_align.runtime.bundle.onnx_weights import data_files, load_graph
 from tiny_align.runtime.errors import TinyAlignError
 
 
@@ -116,6 +118,29 @@ def test_weights_of_both_llm_graphs_are_stored_once(tiny_llm, tmp_path, precisio
     assert own_bytes <= head_bytes + 0.01 * (tmp_path / "llm.onnx.data").stat().st_size
     kinds = [node.op_type for node in load_graph(tmp_path / other.file).graph.node]
     assert kinds.count("GroupQueryAttention") == llm.config.num_hidden_layers
+
+
+def test_large_tied_table_is_int8_and_stored_once(tmp_path, monkeypatch):
+    from tiny_align.export import llm_files
+    from tiny_align.export.options import ExportOptions
+
+    monkeypatch.setattr(llm_files, "LARGE_VOCABULARY", 10)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size": 90}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    torch.manual_seed(0)
+    llm = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).eval()
+    exact = llm.get_input_embeddings().weight.detach().numpy().copy()
+    options = ExportOptions(encoder="", llm="", precision="int8")
+    spec = llm_files.write_llm(tmp_path, llm_files.LlmSource(llm, 64, [1, 2]), options)
+    table = load_table(tmp_path)
+    assert len(table) == len(exact) and table.codes.dtype == np.uint8
+    np.testing.assert_allclose(table.rows(), exact, atol=0.01 * np.abs(exact).max())
+    np.testing.assert_array_equal(table.rows([3, 5]), table.rows()[[3, 5]])
+    ort = load_graph(tmp_path / spec.on("onnxruntime").file)
+    assert "token_embeddings.npy" in data_files(ort)
+    assert ort.graph.node[-1].op_type == "MatMulNBits"
+    assert "token_embeddings.npy" not in data_files(load_graph(tmp_path / spec.file))
+    assert 0 < spec.parity["kl_to_pytorch"] < 0.01
 
 
 def test_caches_are_independent(tiny_llm, tmp_path):
