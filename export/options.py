@@ -80,10 +80,10 @@ class ExportOptions:
         ),
     )
     max_bits: float = field(
-        default=6.0,
+        default=6.25,
         metadata=option(
             "bits of a weight in the layers, on average, up to which int4 gives matrices int8; 0: "
-            "to none (default: 6)",
+            "to none (default: 6.25)",
             metavar="N",
         ),
     )

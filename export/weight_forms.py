@@ -25,6 +25,7 @@ from tiny_align.runtime.errors import TinyAlignError
 log = logging.getLogger(__name__)
 
 BITS = {"int4": 4, "int8": 8, "fp16": 16, "fp32": 32}  # by precision
+INT8_BLOCK = 64  # weights in INT8 that share a scale, at least: theirs are fine enough
 SMALL_BLOCK = 16  # for matrices that no block of BLOCKS divides
 DIVERGENCE = 0.05  # nats per token that rounding the layers may cost before matrices become INT8
 
@@ -138,8 +139,9 @@ class LlmWeights:
             return None
         if form.bits == 16:
             return "fp16"
-        block = _fitting_block(len(values), form.block)
-        is_odd = values.shape[1] % 2 and form.bits == 4  # two INT4 codes share a byte
+        bits = 8 if name in self._sensitive else form.bits
+        block = fitting_block(len(values), bits, form.block)
+        is_odd = values.shape[1] % 2 and bits == 4  # two INT4 codes share a byte
         if block is None or is_odd:
             log.warning(
                 "%s, of %d inputs and %d outputs, is stored in FP16: no blocks of integers fit",
@@ -148,7 +150,6 @@ class LlmWeights:
             )
             return "fp16"
         if name not in self._blocks:
-            bits = 8 if name in self._sensitive else form.bits
             self._blocks[name] = self._round(name, values, bits, block)
         blocks = self._blocks[name]
         if not is_head:
@@ -169,21 +170,24 @@ class LlmWeights:
             return
         sizes: dict[str, int] = {}
         costs: dict[str, float] = {}
+        bits: dict[str, float] = {}
+        more: dict[str, float] = {}  # bits in INT8
         for name, values in weights:
             blocks = self.get(name, values, is_head=False)
             if isinstance(blocks, Blocks):
                 sizes[name] = values.size
                 costs[name] = self._cost(name, values, blocks)
+                bits[name] = values.size * stored_bits(4, blocks.block)
+                block = fitting_block(len(values), 8, self._layers.block) or blocks.block
+                more[name] = values.size * stored_bits(8, block) - bits[name]
         n_weights = max(sum(sizes.values()), 1)
-        n_bits = sum(sizes[name] * stored_bits(4, self._blocks[name].block) for name in sizes)
+        n_bits = sum(bits.values())
         left = sum(costs.values())
         for name in sorted(sizes, key=lambda name: costs[name] / sizes[name], reverse=True):
-            block = self._blocks[name].block
-            more = sizes[name] * (stored_bits(8, block) - stored_bits(4, block))
-            if left <= DIVERGENCE or n_bits + more > self._rounding.max_bits * n_weights:
+            if left <= DIVERGENCE or n_bits + more[name] > self._rounding.max_bits * n_weights:
                 break
             left -= costs[name]
-            n_bits += more
+            n_bits += more[name]
             self._sensitive.add(name)
             del self._blocks[name]
         self.bits = n_bits / n_weights
@@ -299,9 +303,10 @@ def stored_bits(bits: int, block: int) -> float:
     return bits + 16 / block * (bits / 4)
 
 
-def _fitting_block(n_inputs: int, block: int) -> int | None:
+def fitting_block(n_inputs: int, bits: int, block: int) -> int | None:
     """The largest block, up to the wanted one, that divides the inputs; None if none does."""
-    for size in (block, *BLOCKS, SMALL_BLOCK):
-        if size <= block and n_inputs % size == 0:
+    wanted = max(block, INT8_BLOCK) if bits == 8 else block
+    for size in sorted((*BLOCKS, SMALL_BLOCK), reverse=True):
+        if size <= wanted and n_inputs % size == 0:
             return size
     return None

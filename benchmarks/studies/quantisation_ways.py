@@ -58,8 +58,8 @@ WAYS = [
     Way("int8", 128),
     Way("int4", 32, head="fp32"),
     Way("int4", 32),
-    Way("int4", 32, max_bits=6),  # export's default
-    Way("int4", 32, max_bits=6, rounding="gptq"),
+    Way("int4", 32, max_bits=6.25),  # export's default
+    Way("int4", 32, max_bits=6.25, rounding="gptq"),
     Way("int4", 32, rounding="gptq"),
     Way("int4", 32, head="int4"),
     Way("int4", 64),

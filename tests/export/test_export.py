@@ -173,7 +173,7 @@ def test_every_graph_equals_pytorch_within_the_tolerance(exported):
 def test_manifest_has_the_divergence_of_int4(int4, fp32):
     parity = int4.bundle.manifest.graphs["llm"].parity
     assert 0 < parity["kl_to_pytorch"] < 1 and 0 < parity["same_next_token"] <= 1
-    assert 4.5 <= parity["bits_per_weight"] <= 6
+    assert 4.5 <= parity["bits_per_weight"] <= 6.25
     assert "kl_to_pytorch" not in fp32.bundle.manifest.graphs["llm"].parity
 
 

@@ -13,14 +13,15 @@ from tiny_align.runtime.bundle.onnx_weights import find_place, load_graph  # noq
 
 # Exports 71 million weights in FP32, then INT4; prints by how many times their bytes memory grew.
 MEASURED = """
-import resource, sys, tempfile
+import re, sys, tempfile
 from pathlib import Path
 import onnxruntime, torch, transformers
 from tiny_align.export.llm_files import LlmSource, write_llm
 from tiny_align.export.options import ExportOptions
 
-def peak_bytes():
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak_bytes():  # ru_maxrss would begin at the size of the process that started this one
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search("VmHWM:[^0-9]+([0-9]+)", status)[1])
 
 sizes = dict(hidden_size=1024, intermediate_size=8192, num_hidden_layers=2, vocab_size=16000)
 heads = dict(num_attention_heads=16, num_key_value_heads=4)
