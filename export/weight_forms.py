@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 BITS = {"int4": 4, "int8": 8, "fp16": 16, "fp32": 32}  # by precision
 INT8_BLOCK = 64  # weights in INT8 that share a scale, at least: theirs are fine enough
 SMALL_BLOCK = 16  # for matrices that no block of BLOCKS divides
-DIVERGENCE = 0.05  # nats per token that rounding the layers may cost before matrices become INT8
+DIVERGENCE = 0.03  # nats per token that rounding the layers may cost before matrices become INT8
 
 
 @dataclass(frozen=True)
