@@ -234,6 +234,8 @@ class LlmWeights:
             stored = self._stored(module)
             if stored is None or stored.bits != bits:
                 return None
+            if bits == 8 and (stored.scales < 0).any():  # -128 times one has no code
+                return None
             parts.append(stored)
         return join_blocks(parts)
 
@@ -263,7 +265,7 @@ def join_blocks(parts: list[StoredBlocks]) -> Blocks:
     """Blocks (N, K) of llama.cpp, of weights that stand side by side, as ours (K, N): the same.
 
     A negative scale turns its codes around: -s * c is s * (-c - 1) + s. Codes 0 to 15 are shifted
-    by 8, which goes into the minima.
+    by 8, which goes into the minima. The scale 0, of a block of one value, becomes 1, its codes 0.
     """
     codes = []
     scales = []
@@ -281,6 +283,7 @@ def join_blocks(parts: list[StoredBlocks]) -> Blocks:
             turned = scale < 0
             code = np.where(turned[:, :, None], -code - 1, code)
             low = np.where(turned, low - scale, low)
+        code = np.where(scale[:, :, None] == 0, 0, code)
         codes.append(code.reshape(n_rows, -1).astype(np.int8).T)
         scales.append(np.abs(part.scales).T)
         minima.append(low.T)

@@ -21,6 +21,7 @@ from tiny_align.export.quantise import quantise  # noqa: E402
 from tiny_align.export.weight_forms import (  # noqa: E402
     Form,
     LlmWeights,
+    dequantised,
     fitting_block,
     forms,
     join_blocks,
@@ -143,6 +144,30 @@ def test_blocks_of_llama_cpp_keep_their_numbers(kind, layout, tmp_path):
     quantise(tmp_path / "exact.onnx", tmp_path / "w.onnx", weights, layout)
     assert not violations(load_graph(tmp_path / "w.onnx"), tmp_path)
     np.testing.assert_allclose(stored_weight(tmp_path / "w.onnx", 64), expected.T, atol=3e-7)
+
+
+def test_a_block_of_one_value_keeps_it():
+    """llama.cpp gives it the scale 0: a constant block in Q4_1, zeros in Q4_0."""
+    scales = np.zeros((2, 1), np.float16)
+    minima = np.float16([[0.25], [0]])
+    codes = np.zeros((2, 32), np.int8)
+    for part, expected in (
+        (StoredBlocks(codes, scales, minima, 4), minima.astype(np.float32)),
+        (StoredBlocks(codes + 3, scales, None, 4), np.zeros((2, 1), np.float32)),
+    ):
+        blocks = join_blocks([part])
+        stored = dequantised(blocks)
+        if blocks.minima is not None:
+            stored = stored + blocks.minima
+        np.testing.assert_array_equal(stored, np.repeat(expected, 32, axis=1).T)
+
+
+def test_negative_scales_of_q8_0_are_rounded_anew():
+    """No writer makes them; -128 times one has no code."""
+    weight = random_weight(32, 2)
+    blocks = StoredBlocks(np.full((2, 32), -128, np.int8), np.float16([[-1], [1]]), None, 8)
+    found = LlmWeights(Form(8), Form(8), stored={"w": blocks}.get).get("w", weight, False)
+    np.testing.assert_allclose(dequantised(found), weight, atol=0.01 * np.abs(weight).max())
 
 
 def test_turned_blocks_fit_int4():
