@@ -243,8 +243,8 @@ def _write(folder: Path, options: ExportOptions, sources: Sources, begin: BeginP
         readout = Readout("pooled", merge_cosine=options.merge_cosine)
     else:
         table = load_table(folder).rows()
-        table_of_llm = table * np.float32(spec.embedding_scale)  # as the LLM sees it
-        readout = Readout("ctc", scale=ctc_scale(table_of_llm))
+        table *= np.float32(spec.embedding_scale)  # as the LLM sees it
+        readout = Readout("ctc", scale=ctc_scale(table))
     context = spec.max_context
     dims = {
         **encoder.dims,

@@ -198,7 +198,8 @@ def embedding_table(llm: "PreTrainedModel") -> np.ndarray:
         TinyAlignError: a value that float16 cannot hold.
     """
     with np.errstate(over="ignore"):
-        table = input_embedding(llm).weight.detach().numpy().astype(np.float16)
+        # Row by row, though the weight may be a view of its transpose.
+        table = input_embedding(llm).weight.detach().numpy().astype(np.float16, order="C")
     if not np.isfinite(table).all():
         raise TinyAlignError(
             "the LLM's embedding table has values beyond float16, or none: download it again"

@@ -35,8 +35,10 @@ class EmbeddingTable:
             return codes.astype(np.float32)
         scales = self.scales[ids].astype(np.float32)
         n_rows, n_blocks = scales.shape
-        blocks = codes.reshape(n_rows, n_blocks, -1).astype(np.float32) - np.float32(ZERO)
-        return (blocks * scales[:, :, None]).reshape(n_rows, -1)
+        blocks = codes.reshape(n_rows, n_blocks, -1).astype(np.float32)
+        blocks -= np.float32(ZERO)
+        blocks *= scales[:, :, None]
+        return blocks.reshape(n_rows, -1)
 
 
 def load_table(folder: Path, size: int | None = None) -> EmbeddingTable:

@@ -143,6 +143,23 @@ def test_large_tied_table_is_int8_and_stored_once(tmp_path, monkeypatch):
     assert 0 < spec.parity["kl_to_pytorch"] < 0.01
 
 
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_table_lies_row_by_row(is_tied, tmp_path):
+    """Its bytes bind projectors; export maps the weights transposed."""
+    from tiny_align.export.llm_files import LlmSource, write_llm
+    from tiny_align.export.options import ExportOptions
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size": 90}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": is_tied}
+    llm = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).eval()
+    exact = llm.get_input_embeddings().weight.detach().numpy().astype(np.float16)
+    options = ExportOptions(encoder="", llm="", precision="fp32")
+    write_llm(tmp_path, LlmSource(llm, 64, [1]), options)
+    codes = load_table(tmp_path).codes
+    assert codes.flags.c_contiguous
+    np.testing.assert_array_equal(codes, exact)
+
+
 def test_caches_are_independent(tiny_llm, tmp_path):
     llm, _ = load_llm(str(tiny_llm))
     spec = llm_ort_graph(llm).save(tmp_path / "llm.onnx")
