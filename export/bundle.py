@@ -367,6 +367,4 @@ def write_projector(folder: Path, projector: BridgeFormer) -> GraphSpec:
 
 def _compare(path: Path, spec: GraphSpec, check: "CheckGraph") -> GraphSpec:
     """Compare a graph in FP32 with PyTorch; returns its specification with the differences."""
-    differences = check(path, spec)
-    parity.check(path.stem, differences)
-    return dataclasses.replace(spec, parity=differences.figures())
+    return parity.checked(spec, check(path, spec))

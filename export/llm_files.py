@@ -100,7 +100,9 @@ def write_llm(
             ort_path = folder / ort.file
             quantise(exact_folder / ort.file, ort_path, weights, "onnxruntime", stored)
             begin("LLM: measure")
-            figures = _measure(source, ort_path, ort, texts)
+            with load_decoder(ort_path, ort, BACKEND) as decoder:
+                n_beginning = len(source.beginning)
+                figures = measure_divergence(decoder, source.llm, texts, n_beginning)
             figures["bits_per_weight"] = weights.bits
             standard = _in_form(standard, options.precision, figures)
             ort = _in_form(ort, options.precision, figures)
@@ -125,20 +127,15 @@ def _write_exact(folder: Path, source: LlmSource, begin: BeginPhase) -> tuple[Gr
     begin("LLM: compare")
     prompts = parity.llm_prompts(llm, lengths=lengths)
     with OrtRunner(folder / standard.file, standard, prepack=False) as runner:
-        standard = _compared(standard, parity.llm_parity(runner, prompts))
+        standard = parity.checked(standard, parity.llm_parity(runner, prompts))
     begin("LLM for ONNX Runtime: trace")
     ort = llm_ort_graph(llm).save(folder / "llm.ort.onnx", stored)
     for file in files:  # the trace has read some
         file.release()
     begin("LLM for ONNX Runtime: compare")
     with OrtDecoder(folder / ort.file, ort, prepack=False) as decoder:
-        ort = _compared(ort, parity.decoder_parity(decoder, prompts))
+        ort = parity.checked(ort, parity.decoder_parity(decoder, prompts))
     return standard, ort
-
-
-def _compared(spec: GraphSpec, differences: parity.Differences) -> GraphSpec:
-    parity.check(Path(spec.file).stem, differences)
-    return dataclasses.replace(spec, parity=differences.figures())
 
 
 def _calibrate(source: LlmSource, options: ExportOptions) -> tuple[list[torch.Tensor], Rounding]:
@@ -164,18 +161,6 @@ def layer_weights(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     for tensor in model.graph.initializer:
         if tensor.name in names:
             yield tensor.name, read_weight(tensor, path.parent)
-
-
-def _measure(
-    source: LlmSource, path: Path, spec: GraphSpec, texts: list[torch.Tensor]
-) -> dict[str, float]:
-    """How far ONNX Runtime's graph is from PyTorch in FP32."""
-    with load_decoder(path, spec, BACKEND) as decoder:
-        divergence = measure_divergence(decoder, source.llm, texts, len(source.beginning))
-    return {
-        "kl_to_pytorch": divergence["nats"],
-        "same_next_token": divergence["next_token"],
-    }
 
 
 def _in_form(spec: GraphSpec, precision: str, figures: dict[str, float]) -> GraphSpec:

@@ -5,8 +5,10 @@ standard deviation of what PyTorch computes. Logits of tens may then differ by m
 hundredths, and a wrong layer shows in its own keys and values.
 """
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from tiny_align.export.encoders import LayeredEncoder
 from tiny_align.export.llms import embedding_scale, input_embedding, longest_context
 from tiny_align.runtime.backends.base import Arrays, Decoder, Runner
 from tiny_align.runtime.backends.onnxruntime import OrtCache
+from tiny_align.runtime.bundle.manifest import GraphSpec
 from tiny_align.runtime.errors import TinyAlignError
 
 if TYPE_CHECKING:
@@ -76,6 +79,16 @@ def check(name: str, differences: Differences) -> None:
             f"than {TOLERANCE}, got by length {differences.relative}. Nothing was written; report "
             "the model and the versions of torch and transformers"
         )
+
+
+def checked(spec: GraphSpec, differences: Differences) -> GraphSpec:
+    """A graph's specification with its differences in FP32.
+
+    Raises:
+        TinyAlignError: see `check`.
+    """
+    check(Path(spec.file).stem, differences)
+    return dataclasses.replace(spec, parity=differences.figures())
 
 
 # --- encoder and projector ---
